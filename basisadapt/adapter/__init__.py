@@ -1,0 +1,11 @@
+"""φ(BA) as a peft method. Importing this package registers it."""
+
+from __future__ import annotations
+
+from basisadapt.adapter.config import PhiConfig
+from basisadapt.adapter.layer import PhiLinear
+from basisadapt.adapter.model import PhiModel, register
+
+__all__ = ["PhiConfig", "PhiLinear", "PhiModel"]
+
+register()

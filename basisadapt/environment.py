@@ -1,0 +1,53 @@
+"""What a run ran on: versions, commit, machine."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from basisadapt import __version__
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy", "optuna", "mlflow")
+
+
+def environment() -> dict[str, str]:
+    """Names to values, all text. `git_commit` is that of the package's source, "unknown" outside a repository."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {
+        "basisadapt": __version__,
+        "git_commit": git_commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device,
+        "threads": str(torch.get_num_threads()),
+        **{package: _version(package) for package in PACKAGES},
+    }
+
+
+def git_commit() -> str:
+    """The commit of this source, with "-dirty" behind it where tracked files differ from it."""
+    folder = Path(__file__).parent
+    try:
+        # Only a repository that tracks this very file is ours: a user's own may surround an installed package.
+        _git(folder, "ls-files", "--error-unmatch", Path(__file__).name)
+        commit = _git(folder, "rev-parse", "HEAD")
+        return f"{commit}-dirty" if _git(folder, "status", "--porcelain", "--untracked-files=no") else commit
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(
+        ["git", "-C", str(folder), *arguments], check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,18 @@
+"""The one error that users are meant to read, and the nearest valid choice that goes into it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Something the user asked for cannot be done. The message is one line: what was wrong, what was expected."""
+
+
+def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
+    """The error for a `name` that is not among the `known` names of a `kind`, with the nearest one."""
+    names = sorted(known)
+    nearest = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    return InputError(f"unknown {kind} {str(name)!r}{hint} (known: {', '.join(names) or 'none'})")

@@ -1,0 +1,129 @@
+"""The tables of φ: α, ω and grid points of all adapted modules, and φ evaluated directly from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from basisadapt.phi.basis import BASES, TransferBasis
+from basisadapt.phi.grids import GRIDS
+from basisadapt.phi.settings import PhiSettings
+from basisadapt.phi.sharing import SHARING, AdaptedModule, rows
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """The transfer function of one module: f(z) = (φ(g z) − c φ(0)) / g with φ(x) = Σᵢ αᵢ b(ωᵢ, x, xᵢ).
+
+    alpha, omega, grid: shape (N,). gain g > 0; centre c.
+    """
+
+    basis: TransferBasis
+    alpha: Tensor
+    omega: Tensor
+    grid: Tensor
+    gain: float = 1.0
+    centre: bool = False
+
+    @property
+    def parameters(self) -> tuple[Tensor, Tensor, Tensor]:
+        """α, ω and the grid: what gradients flow to."""
+        return self.alpha, self.omega, self.grid
+
+    def with_parameters(self, alpha: Tensor, omega: Tensor, grid: Tensor) -> Transfer:
+        """The same function of other parameters."""
+        return Transfer(self.basis, alpha, omega, grid, self.gain, self.centre)
+
+    def double(self) -> Transfer:
+        """The same function in float64, differentiable back to the original parameters."""
+        return self.with_parameters(*(parameter.double() for parameter in self.parameters))
+
+    def phi(self, x: Tensor) -> Tensor:
+        """φ(x), shape of x. Holds N values per element of x: pass few elements, or pieces."""
+        return self.basis(x.unsqueeze(-1), self.omega, self.grid) @ self.alpha
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """f(z), shape of z."""
+        phi = self.phi(self.gain * z)
+        if self.centre:
+            phi = phi - self.phi(z.new_zeros(()))
+        return phi / self.gain
+
+
+class TransferBank(nn.Module):
+    """The tables alpha, raw_omega and grid, each of shape (rows, N); a sharing policy gives each module its rows.
+
+    ω = softplus(raw_omega) > 0, started at ω₀ (paper, section 3.3). What does not train is a buffer, saved all the
+    same, so that an adapter file alone defines φ.
+    """
+
+    alpha: Tensor
+    raw_omega: Tensor
+    grid: Tensor
+
+    def __init__(self, settings: PhiSettings, modules: Sequence[AdaptedModule]) -> None:
+        super().__init__()
+        assert settings.gain is not None and settings.centre is not None and settings.amplitude_init is not None
+        self.basis = BASES[settings.basis]()
+        self.gain, self.centre = settings.gain, settings.centre
+        policy, strategy = SHARING[settings.sharing](), GRIDS[settings.grid]()
+        assigned = {parameter: rows(policy, parameter, modules) for parameter in ("alpha", "omega", "x")}
+        count = {parameter: max(row, default=-1) + 1 for parameter, row in assigned.items()}
+        self.rows = {
+            module.name: (alpha, omega, x)
+            for module, alpha, omega, x in zip(modules, *assigned.values(), strict=True)
+        }
+
+        generator = torch.Generator().manual_seed(settings.grid_seed or 0)
+        points = [strategy.points(settings.num_basis, settings.interval, generator) for _ in range(count["x"])]
+        grid = torch.stack(points).float()
+        omega = torch.full((count["omega"], settings.num_basis), inverse_softplus(settings.omega0))
+        alpha = torch.zeros(count["alpha"], settings.num_basis)
+        self._table("grid", grid, strategy.trainable)
+        self._table("raw_omega", omega, settings.learn_omega)
+        self._table("alpha", alpha, True)
+        self._initialise_alpha(settings.amplitude_init, settings.interval)
+
+    def _table(self, name: str, values: Tensor, trainable: bool) -> None:
+        if trainable:
+            setattr(self, name, nn.Parameter(values))
+        else:
+            self.register_buffer(name, values)
+
+    @torch.no_grad()
+    def _initialise_alpha(self, init: str, interval: float) -> None:
+        if init.startswith("normal:"):
+            self.alpha.normal_(0.0, float(init.removeprefix("normal:")))
+        if init == "identity":
+            for alpha, omega, x in self.rows.values():
+                self.alpha[alpha] = _identity_fit(self._at(alpha, omega, x), interval)
+
+    def _at(self, alpha: int, omega: int, x: int) -> Transfer:
+        bandwidth = F.softplus(self.raw_omega[omega])
+        return Transfer(self.basis, self.alpha[alpha], bandwidth, self.grid[x], self.gain, self.centre)
+
+    def transfer(self, module: str) -> Transfer:
+        """The transfer function of the adapted module of that name."""
+        return self._at(*self.rows[module])
+
+    def trainable_count(self) -> int:
+        """Trainable numbers in φ's tables."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+def inverse_softplus(omega: float) -> float:
+    """ω̃ = ln(e^ω − 1), so that softplus(ω̃) = ω; written so that a large ω does not overflow."""
+    return omega + math.log(-math.expm1(-omega))
+
+
+def _identity_fit(transfer: Transfer, interval: float) -> Tensor:
+    """Least-squares amplitudes for φ(x) = x on [−I, I], in float64 with singular values below 1e-6 cut off."""
+    reference = transfer.double()
+    x = torch.linspace(-interval, interval, 8 * len(reference.alpha) + 1, dtype=torch.float64, device=reference.grid.device)
+    design = reference.basis(x.unsqueeze(-1), reference.omega, reference.grid)
+    return (torch.linalg.pinv(design, rtol=1e-6) @ x).to(transfer.alpha.dtype)

@@ -1,0 +1,52 @@
+"""The five bases of the paper's Table 13."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from basisadapt.phi.basis import TransferBasis
+
+
+class Sinc(TransferBasis, name="sinc"):
+    """b(u) = sin(πu) / (πu), b(0) = 1: the normalised sinc of the sampling theorem (paper, eq. 2 and 4)."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        """b(u)."""
+        return torch.sinc(u)
+
+
+class GaussianRBF(TransferBasis, name="gaussian_rbf"):
+    """b(u) = exp(−u²) (paper, Table 13)."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        """b(u)."""
+        return torch.exp(-u.square())
+
+
+class BSpline(TransferBasis, name="bspline"):
+    """The centred cubic cardinal B-spline B₃ (paper, Table 13): B₃(u) = ((2 − |u|)₊³ − 4 (1 − |u|)₊³) / 6.
+
+    Support [−2, 2], twice continuously differentiable, B₃(0) = 2/3. Source: Schoenberg (1946).
+    """
+
+    def forward(self, u: Tensor) -> Tensor:
+        """b(u)."""
+        distance = u.abs()
+        return ((2 - distance).clamp_min(0).pow(3) - 4 * (1 - distance).clamp_min(0).pow(3)) / 6
+
+
+class Fourier(TransferBasis, name="fourier", argument="phase"):
+    """cos(ωᵢ x + ϕᵢ), the phase ϕᵢ being the grid point xᵢ in radians (paper, Table 13)."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        """b(u)."""
+        return torch.cos(u)
+
+
+class Polynomial(TransferBasis, name="polynomial", argument="scaled"):
+    """(1 + ωᵢ x)³ (paper, Table 13). It has no grid: N of them together span one cubic, four degrees of freedom."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        """b(u)."""
+        return (1 + u).pow(3)

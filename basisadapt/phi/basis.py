@@ -1,0 +1,54 @@
+"""The contract of a basis: one elementwise function b(u), and how u is made of x, ω and a grid point."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from basisadapt.errors import unknown
+from basisadapt.registry import Registry
+
+BASES: Registry[TransferBasis] = Registry("basis")
+
+ARGUMENTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "shifted": lambda x, omega, grid: omega * (x - grid),
+    "phase": lambda x, omega, grid: omega * x + grid,
+    "scaled": lambda x, omega, grid: omega * x,
+}
+
+
+class TransferBasis(ABC):
+    """One function b of a basis {b(uᵢ(x))}, from which φ(x) = Σᵢ αᵢ b(uᵢ(x)) is built (paper, section 3.3).
+
+    Subclass it with a name and define `forward`; that is all::
+
+        class Morlet(TransferBasis, name="morlet"):
+            def forward(self, u):
+                return torch.cos(5 * u) * torch.exp(-u.square() / 2)
+
+    `argument` says how u depends on x, the bandwidth ωᵢ > 0 and the grid point xᵢ: "shifted" (the default)
+    uᵢ = ωᵢ (x − xᵢ), "phase" uᵢ = ωᵢ x + xᵢ, or "scaled" uᵢ = ωᵢ x, for functions that have no place on a grid.
+    `basisadapt.testing.check_basis` checks a basis against the contract.
+    """
+
+    argument: ClassVar[str]
+
+    def __init_subclass__(cls, *, name: str | None = None, argument: str = "shifted", **kwargs: Any) -> None:
+        """Register the class under `name`. Raises InputError for a name that is taken or an unknown argument."""
+        super().__init_subclass__(**kwargs)
+        if argument not in ARGUMENTS:
+            raise unknown("argument of a basis", argument, ARGUMENTS)
+        cls.argument = argument
+        if name is not None:
+            BASES.add(name, cls)
+
+    @abstractmethod
+    def forward(self, u: Tensor) -> Tensor:
+        """b(u), elementwise, in torch operations: u has any shape, the result has u's shape, dtype and device."""
+
+    def __call__(self, x: Tensor, omega: Tensor, grid: Tensor) -> Tensor:
+        """b(u(x, ω, grid)), shapes broadcast against each other."""
+        return self.forward(ARGUMENTS[self.argument](x, omega, grid))

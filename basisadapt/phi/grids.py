@@ -1,0 +1,73 @@
+"""Where the grid points x₁..x_N lie on [−I, I] (paper, Table 14)."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from basisadapt.registry import Registry
+
+GRIDS: Registry[GridStrategy] = Registry("grid")
+
+
+class GridStrategy(ABC):
+    """Places N points on [−I, I]. Subclass it with a name; `trainable=True` lets the points be learned from there."""
+
+    trainable: ClassVar[bool]
+
+    def __init_subclass__(cls, *, name: str | None = None, trainable: bool = False, **kwargs: Any) -> None:
+        """Register the class under `name`. Raises InputError if it is taken."""
+        super().__init_subclass__(**kwargs)
+        cls.trainable = trainable
+        if name is not None:
+            GRIDS.add(name, cls)
+
+    @abstractmethod
+    def points(self, num: int, interval: float, generator: torch.Generator) -> Tensor:
+        """The `num` points on [−interval, interval], shape (num,), float64 on the CPU.
+
+        Anything random is drawn from `generator` alone, so that equal seeds give equal grids.
+        """
+
+
+class Uniform(GridStrategy, name="uniform"):
+    """xᵢ = −I + 2Ii / (N − 1), i = 0..N − 1; the single point of N = 1 is 0."""
+
+    def points(self, num: int, interval: float, generator: torch.Generator) -> Tensor:
+        """The points."""
+        return _uniform(num, interval)
+
+
+class Chebyshev(GridStrategy, name="chebyshev"):
+    """xᵢ = I cos(π (2i − 1) / (2N)), i = 1..N: the roots of T_N on [−I, I], denser towards the ends."""
+
+    def points(self, num: int, interval: float, generator: torch.Generator) -> Tensor:
+        """The points."""
+        i = torch.arange(1, num + 1, dtype=torch.float64)
+        return interval * torch.cos(math.pi * (2 * i - 1) / (2 * num))
+
+
+class Random(GridStrategy, name="random"):
+    """xᵢ ~ U(−I, I), independent."""
+
+    def points(self, num: int, interval: float, generator: torch.Generator) -> Tensor:
+        """The points."""
+        return interval * (2 * torch.rand(num, generator=generator, dtype=torch.float64) - 1)
+
+
+class Learned(GridStrategy, name="learned", trainable=True):
+    """The uniform grid at the start; then the points are parameters like α and ω."""
+
+    def points(self, num: int, interval: float, generator: torch.Generator) -> Tensor:
+        """The points."""
+        return _uniform(num, interval)
+
+
+def _uniform(num: int, interval: float) -> Tensor:
+    if num == 1:
+        return torch.zeros(1, dtype=torch.float64)
+    return torch.linspace(-interval, interval, num, dtype=torch.float64)

@@ -1,0 +1,89 @@
+"""A transfer function compiled to a short Chebyshev series on the range in use.
+
+f(z) ≈ Σ_d c_d T_d(z / R) for |z| ≤ R. Every element then costs about D multiply-adds, whatever N and whatever the
+basis. The coefficients are a linear image of f at D Chebyshev nodes, so autograd carries their gradients, which are
+the moments Σ_ij G_ij T_d(z_ij / R), back to α, ω and the grid. Source: Trefethen, Approximation Theory and
+Approximation Practice (2013), chapters 3, 4 and 8.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from basisadapt.phi.bank import Transfer
+
+DEGREES = (8, 16, 32, 64, 128)
+
+
+def coefficients(transfer: Transfer, radius: float, tolerance: float) -> Tensor | None:
+    """The coefficients c of shape (D,), float64, with the smallest D of DEGREES that is accurate to `tolerance`.
+
+    `tolerance` is relative to the largest value on the range, and is held against f itself between the nodes and at
+    the grid points in range, where narrow functions have their peaks. None if no D suffices: evaluate directly then.
+    """
+    reference = transfer.double()
+    with torch.no_grad():
+        degree = next((d for d in DEGREES if _error(reference, radius, d) <= tolerance), None)
+    return None if degree is None else _interpolate(reference, radius, degree)
+
+
+def _error(transfer: Transfer, radius: float, degree: int) -> float:
+    """max |series − f| over the check points, relative to max |f|."""
+    between = radius * torch.cos(torch.linspace(0, math.pi, 2 * degree + 1, dtype=torch.float64))
+    peaks = transfer.grid.detach() / transfer.gain
+    points = torch.cat([between.to(peaks.device), peaks[peaks.abs() <= radius]])
+    truth = transfer(points)
+    scale = truth.abs().max()
+    if scale == 0:
+        return 0.0
+    approximation = (signs(degree, points.device) * _interpolate(transfer, radius, degree)) @ basis(points / radius, degree)
+    return float((approximation - truth).abs().max() / scale)
+
+
+def _interpolate(transfer: Transfer, radius: float, degree: int) -> Tensor:
+    nodes, transform = _cosine_transform(degree, transfer.alpha.device)
+    return transform @ transfer(radius * nodes)
+
+
+@functools.cache
+def _cosine_transform(degree: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The D Chebyshev nodes on [−1, 1] and the matrix that takes values there to coefficients."""
+    angle = math.pi * (torch.arange(degree, dtype=torch.float64) + 0.5) / degree
+    transform = torch.cos(torch.arange(degree, dtype=torch.float64).unsqueeze(1) * angle) * (2 / degree)
+    transform[0] /= 2
+    return torch.cos(angle).to(device), transform.to(device)
+
+
+def basis(t: Tensor, degree: int) -> Tensor:
+    """±T_0(t) .. ±T_{D−1}(t) for |t| ≤ 1, shape (D, *t.shape), with the signs of `signs`.
+
+    The signs + + − − + + − − … turn T_d = 2t T_{d−1} − T_{d−2} into one fused multiply-add into place.
+    """
+    values = t.new_empty(degree, *t.shape)
+    row = values.unbind()
+    row[0].fill_(1)
+    row[1].copy_(t)
+    twice = 2 * t
+    for d in range(2, degree):
+        torch.addcmul(row[d - 2], twice, row[d - 1], value=-1 if d % 2 == 0 else 1, out=row[d])
+    return values
+
+
+@functools.cache
+def signs(degree: int, device: torch.device) -> Tensor:
+    """The signs of `basis`, shape (D,), float64."""
+    return torch.tensor([1.0 if d % 4 < 2 else -1.0 for d in range(degree)], dtype=torch.float64, device=device)
+
+
+def derivative(coefficients: Tensor) -> Tensor:
+    """The coefficients of d/dt Σ_d c_d T_d(t), shape (D,), the last one 0."""
+    c = coefficients.detach().tolist()
+    slope = [0.0] * (len(c) + 2)
+    for d in range(len(c) - 1, 0, -1):
+        slope[d - 1] = slope[d + 1] + 2 * d * c[d]
+    slope[0] /= 2
+    return coefficients.new_tensor(slope[: len(c)])

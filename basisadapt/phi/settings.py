@@ -1,0 +1,157 @@
+"""Every setting of an adapter, by name: the one table behind PhiConfig, study files and the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from basisadapt.errors import InputError, unknown
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The published recipe, taken literally (paper, section 3.3 and Table 10).
+    "paper": {
+        "identity_path": False,
+        "centre": False,
+        "gain": 1.0,
+        "amplitude_init": "zero",
+        "omega_init": 1.0,
+        "factor_init": "lora",
+        "transfer_lr": 1.0,
+    },
+    # phi learns what LoRA's linear update lacks: same start as LoRA, no dead point.
+    "residual": {
+        "identity_path": True,
+        "centre": True,
+        "gain": 30.0,
+        "amplitude_init": "zero",
+        "omega_init": 1.0,
+        "factor_init": "lora",
+        "transfer_lr": 1.0,
+    },
+}
+
+
+# Not frozen, unlike the other settings: peft's configuration class, which PhiConfig also extends, is not.
+@dataclass(kw_only=True)
+class LowRankSettings:
+    """What every low-rank method shares.
+
+    r: rank of B (out_features × r) and A (r × in_features).
+    lora_alpha: the update is scaled by s = lora_alpha / r; None means lora_alpha = r, so s = 1.
+    dropout: probability of dropping an input of the adapter's path while training (paper, appendix C).
+    placement: which linear modules are adapted ("all", "attention", "mlp"), resolved from the architecture.
+    target_modules: explicit module names (suffixes) or one regular expression; overrides `placement`.
+    """
+
+    r: int = 8
+    lora_alpha: float | None = None
+    dropout: float = 0.0
+    placement: str = "all"
+    target_modules: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.lora_alpha is None:
+            self.lora_alpha = float(self.r)
+        require(self.r >= 1, "r", self.r, "at least 1")
+        require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "in [0, 1)")
+        require(math.isfinite(self.lora_alpha), "lora_alpha", self.lora_alpha, "finite")
+
+    @property
+    def scaling(self) -> float:
+        """s = lora_alpha / r."""
+        assert self.lora_alpha is not None
+        return self.lora_alpha / self.r
+
+
+@dataclass(kw_only=True)
+class PhiSettings(LowRankSettings):
+    """ΔW = s · (p·BA + (φ(g·BA) − c·φ(0)) / g),  φ(x) = Σᵢ αᵢ b(ωᵢ, x, xᵢ),  i = 1..N.
+
+    A preset ("paper": p = 0, c = 0, g = 1; "residual": p = c = 1) fills every setting that is left at None.
+
+    basis, grid, sharing: names in the registries. num_basis N, interval I: the grid lies on [−I, I].
+    omega_init: ω₀ > 0, or "nyquist" for (N − 1) / (2I), one over the grid's spacing. learn_omega: whether ω trains.
+    identity_path p, centre c, gain g: see the formula. amplitude_init: "zero", "identity" (least-squares fit of
+    φ(x) = x on the grid's interval) or "normal:σ". factor_init: "lora" (A Kaiming-uniform, B = 0) or "both" (B as A).
+    transfer_lr: learning rate of α, ω and learned x as a ratio to the base rate. transfer_decay: decoupled weight
+    decay of α, towards φ = 0. grid_seed: of the random grid; None takes the run's
+    seed, or 0 outside a run. backend: "auto" compiles φ to a series where one is
+    accurate to rounding, "direct" sums the N basis functions for every weight (the reference, N times slower).
+
+    Raises InputError for a name that is not registered or a value out of range. Source: paper, section 3.3.
+    """
+
+    preset: str = "residual"
+    basis: str = "sinc"
+    grid: str = "uniform"
+    grid_seed: int | None = None
+    num_basis: int = 50
+    interval: float = 3.0
+    omega_init: float | str | None = None
+    learn_omega: bool = True
+    identity_path: bool | None = None
+    centre: bool | None = None
+    gain: float | None = None
+    amplitude_init: str | None = None
+    factor_init: str | None = None
+    sharing: str = "none"
+    transfer_lr: float | None = None
+    transfer_decay: float = 0.0
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.preset not in PRESETS:
+            raise unknown("preset", self.preset, PRESETS)
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        self._check_names()
+        require(self.num_basis >= 1, "num_basis", self.num_basis, "at least 1")
+        require(0.0 < self.interval < math.inf, "interval", self.interval, "above 0")
+        require(0.0 < self.omega0 < math.inf, "omega_init", self.omega_init, 'above 0, or "nyquist" with num_basis > 1')
+        assert self.gain is not None and self.transfer_lr is not None
+        require(0.0 < self.gain < math.inf, "gain", self.gain, "above 0")
+        require(0.0 <= self.transfer_lr < math.inf, "transfer_lr", self.transfer_lr, "at least 0")
+        require(0.0 <= self.transfer_decay < math.inf, "transfer_decay", self.transfer_decay, "at least 0")
+        require(self.factor_init in ("lora", "both"), "factor_init", self.factor_init, '"lora" or "both"')
+        require(self.backend in ("auto", "direct"), "backend", self.backend, '"auto" or "direct"')
+        require(_amplitude_known(self.amplitude_init), "amplitude_init", self.amplitude_init, '"zero", "identity" or "normal:SIGMA"')
+
+    def _check_names(self) -> None:
+        # Imported here: the registries' modules are siblings that need no settings, and a user's plug-ins come late.
+        from basisadapt.phi.basis import BASES
+        from basisadapt.phi.grids import GRIDS
+        from basisadapt.phi.sharing import SHARING
+
+        BASES[self.basis], GRIDS[self.grid], SHARING[self.sharing]
+
+    @property
+    def omega0(self) -> float:
+        """ω₀ as a number; 0 where "nyquist" has no meaning (N = 1) or the word is unknown."""
+        if self.omega_init == "nyquist":
+            return (self.num_basis - 1) / (2 * self.interval)
+        return float(self.omega_init) if isinstance(self.omega_init, int | float) else 0.0
+
+
+def require(holds: bool, name: str, value: object, expected: str) -> None:
+    """Raise InputError unless `holds`."""
+    if not holds:
+        raise InputError(f"{name} must be {expected}, got {value!r}")
+
+
+def _amplitude_known(text: str | None) -> bool:
+    if text in ("zero", "identity"):
+        return True
+    kind, _, sigma = (text or "").partition(":")
+    try:
+        return kind == "normal" and 0.0 <= float(sigma) < math.inf
+    except ValueError:
+        return False
+
+
+def field_names(cls: type) -> list[str]:
+    """The names of a settings class's fields, in order."""
+    return [field.name for field in dataclasses.fields(cls)]

@@ -1,0 +1,191 @@
+"""y = x (W + ΔW)ᵀ + b with ΔW = s (p·BA + f(BA)), and its gradients: the one autograd function.
+
+W + ΔW exists only while a layer is at work: the forward pass saves x, A and B, the backward pass builds it again. ΔW
+is formed in pieces of a few rows, so that nothing larger than one weight matrix is ever held.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from basisadapt.phi import series
+from basisadapt.phi.bank import Transfer
+
+PIECE = 1 << 19  # numbers held per piece: about what a core's cache holds
+
+
+class Evaluator(ABC):
+    """f on a matrix, and its pullback. `parameters` are the tensors that gradients flow to."""
+
+    parameters: tuple[Tensor, ...]
+    width: int  # numbers held per element
+
+    @abstractmethod
+    def value(self, z: Tensor) -> Tensor:
+        """f(z), shape of z."""
+
+    @abstractmethod
+    def pullback(self, z: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """f(z), gradient · f'(z), and the gradients of Σ gradient · f(z) to the parameters."""
+
+
+class Series(Evaluator):
+    """f as a compiled Chebyshev series (see `series`)."""
+
+    def __init__(self, coefficients: Tensor, radius: float, dtype: torch.dtype) -> None:
+        self.parameters = (coefficients,)
+        self.width = len(coefficients)
+        self._inverse_radius = 1 / radius
+        self._signs = series.signs(self.width, coefficients.device)
+        values = torch.stack([coefficients.detach(), series.derivative(coefficients) / radius])
+        self._rows = (self._signs * values).to(dtype)  # of f and of f', against `series.basis`
+
+    def _basis(self, z: Tensor) -> Tensor:
+        return series.basis(z.flatten() * self._inverse_radius, self.width)
+
+    def value(self, z: Tensor) -> Tensor:
+        """f(z)."""
+        return (self._rows[0] @ self._basis(z)).view_as(z)
+
+    def pullback(self, z: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """f(z), gradient · f'(z), and the moments of the gradient."""
+        basis = self._basis(z)
+        value, slope = (self._rows @ basis).view(2, *z.shape)
+        return value, gradient * slope, (self._signs * (basis @ gradient.flatten()).double(),)
+
+
+class Direct(Evaluator):
+    """f from its N basis functions: the reference that every faster evaluator is tested against."""
+
+    def __init__(self, transfer: Transfer, dtype: torch.dtype) -> None:
+        self.parameters = transfer.parameters
+        self.width = 4 * len(transfer.alpha)
+        self._transfer = transfer.with_parameters(*(p.detach().to(dtype) for p in transfer.parameters))
+
+    def value(self, z: Tensor) -> Tensor:
+        """f(z)."""
+        return self._transfer(z)
+
+    def pullback(self, z: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """f(z), gradient · f'(z), and the gradients to α, ω and the grid, by autograd over this piece alone."""
+        with torch.enable_grad():
+            inputs = [t.detach().requires_grad_() for t in (z, *self._transfer.parameters)]
+            value = self._transfer.with_parameters(*inputs[1:])(inputs[0])
+            slope, *rest = torch.autograd.grad(value, inputs, gradient, allow_unused=True)
+        grads = tuple(torch.zeros_like(p) if g is None else g for g, p in zip(rest, inputs[1:], strict=True))
+        return value.detach(), torch.zeros_like(z) if slope is None else slope, grads
+
+
+def evaluator(transfer: Transfer, A: Tensor, B: Tensor, backend: str) -> Evaluator:
+    """The evaluator for z = BA: a series where one is accurate to the arithmetic's rounding, else direct."""
+    dtype = compute_dtype(A)
+    if backend == "auto":
+        with torch.no_grad():
+            low, high = torch.aminmax(B.to(dtype) @ A.to(dtype))
+        radius = max(-float(low), float(high), 1e-12)
+        tolerance = 2 * torch.finfo(torch.float32).eps if dtype == torch.float32 else 1e-13
+        coefficients = series.coefficients(transfer, radius, tolerance) if radius < float("inf") else None
+        if coefficients is not None:
+            return Series(coefficients, radius, dtype)
+    return Direct(transfer, dtype)
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """What φ is computed in: float64 for float64, float32 for everything narrower."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Update:
+    """ΔW = scaling · (path · BA + f(BA)), in the arithmetic of `compute_dtype`; f is the evaluator's."""
+
+    evaluator: Evaluator
+    path: bool
+    scaling: float
+
+    def pieces(self, A: Tensor, B: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Row ranges of BA, and BA there."""
+        step = max(1, PIECE // (self.evaluator.width * A.shape[1]))
+        for start in range(0, len(B), step):
+            rows = slice(start, start + step)
+            yield rows, B[rows] @ A
+
+    def combine(self, z: Tensor, value: Tensor) -> Tensor:
+        """ΔW from BA and f(BA)."""
+        return self.scaling * (z + value) if self.path else self.scaling * value
+
+
+@torch.no_grad()
+def delta_weight(A: Tensor, B: Tensor, update: Update) -> Tensor:
+    """ΔW, shape (out_features, in_features), in `compute_dtype`."""
+    dtype = compute_dtype(A)
+    A, B = A.to(dtype), B.to(dtype)
+    delta = A.new_empty(len(B), A.shape[1])
+    for rows, z in update.pieces(A, B):
+        delta[rows] = update.combine(z, update.evaluator.value(z))
+    return delta
+
+
+def adapted_linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, update: Update) -> Tensor:
+    """x (W + ΔW)ᵀ + b, or x ΔWᵀ + b where `weight` is None, differentiable in everything.
+
+    x: (..., in_features); weight: (out_features, in_features), any floating dtype and strides; A: (r, in_features);
+    B: (out_features, r). Under autocast the product runs in autocast's dtype. ΔW is added in at least float32 and
+    rounded once to the dtype of the product.
+    """
+    result: Tensor = _AdaptedLinear.apply(x, weight, bias, A, B, update, *update.evaluator.parameters)
+    return result
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, update: Update, *parameters: Tensor
+    ) -> Tensor:
+        autocast = torch.is_autocast_enabled(x.device.type)
+        ctx.dtype = torch.get_autocast_dtype(x.device.type) if autocast else (x if weight is None else weight).dtype
+        ctx.update = update
+        ctx.save_for_backward(x, weight, A, B)
+        ctx.has_bias = bias is not None
+        delta = delta_weight(A, B, update)
+        effective = (delta if weight is None else weight + delta).to(ctx.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(ctx.dtype), effective, None if bias is None else bias.to(ctx.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, A, B = ctx.saved_tensors
+        update: Update = ctx.update
+        dtype = compute_dtype(A)
+        gradient = upstream[0].to(ctx.dtype).flatten(0, -2)
+        dense = (gradient.T @ x.to(ctx.dtype).flatten(0, -2)).to(dtype)  # the one product no φ can avoid
+
+        factor_a, factor_b = A.to(dtype), B.to(dtype)
+        effective = torch.empty_like(dense)
+        grad_a, grad_b = torch.zeros_like(factor_a), torch.empty_like(factor_b)
+        grads = [torch.zeros_like(p, dtype=torch.float64) for p in update.evaluator.parameters]
+        for rows, z in update.pieces(factor_a, factor_b):
+            value, slope, parameter_grads = update.evaluator.pullback(z, dense[rows])
+            effective[rows] = update.combine(z, value)
+            piece = update.combine(dense[rows], slope)
+            grad_a.addmm_(factor_b[rows].T, piece)
+            grad_b[rows] = piece @ factor_a.T
+            for total, grad in zip(grads, parameter_grads, strict=True):
+                total += grad
+        if weight is not None:
+            effective += weight
+
+        grad_x = (gradient @ effective.to(ctx.dtype)).view(x.shape).to(x.dtype) if ctx.needs_input_grad[0] else None
+        grad_weight = dense.to(weight.dtype) if ctx.needs_input_grad[1] else None
+        grad_bias = gradient.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
+        scaled = [(update.scaling * g).to(p.dtype) for g, p in zip(grads, update.evaluator.parameters, strict=True)]
+        return grad_x, grad_weight, grad_bias, grad_a.to(A.dtype), grad_b.to(B.dtype), None, *scaled

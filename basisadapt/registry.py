@@ -1,0 +1,108 @@
+"""Names to classes. Everything that users may add (bases, grids, sharing policies) is found through a Registry."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import warnings
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Generic, TypeVar
+
+from basisadapt.errors import InputError, unknown
+
+T = TypeVar("T")
+
+ENTRY_POINT_GROUP = "basisadapt.plugins"
+
+
+class Registry(Generic[T]):
+    """A mapping from a name to a class of one `kind` ("basis", "grid", ...).
+
+    Classes enter when they are defined (see `TransferBasis`); those of installed packages enter through the
+    entry-point group `basisadapt.plugins`, which is read once, at the first name that is not there yet or at the
+    first listing.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._classes: dict[str, type[T]] = {}
+
+    def add(self, name: str, cls: type[T]) -> None:
+        """Register `cls` under `name`. Raises InputError if the name is taken or is not a plain word."""
+        if not name.replace("_", "").replace("-", "").replace("/", "").isalnum():
+            raise InputError(f"{self.kind} name {name!r} may hold only letters, digits, _, - and /")
+        if name in self._classes:
+            taken = self._classes[name]
+            raise InputError(f"{self.kind} {name!r} exists already ({taken.__module__}.{taken.__qualname__})")
+        self._classes[name] = cls
+
+    def __getitem__(self, name: str) -> type[T]:
+        """The class called `name`. Raises InputError naming the nearest known one."""
+        if name not in self:
+            raise unknown(self.kind, name, self)
+        return self._classes[name]
+
+    def __contains__(self, name: object) -> bool:
+        if name not in self._classes:
+            load_entry_points()
+        return name in self._classes
+
+    def __iter__(self) -> Iterator[str]:
+        load_entry_points()
+        return iter(sorted(self._classes))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+_entry_points_loaded = False
+
+
+def load_entry_points() -> None:
+    """Import every module of the entry-point group, once. A broken one is a warning, not the end of the program."""
+    global _entry_points_loaded
+    if _entry_points_loaded:
+        return
+    _entry_points_loaded = True
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        try:
+            entry.load()
+        except Exception as error:  # a stranger's code: whatever it raises, the rest must go on
+            warnings.warn(f"plug-in {entry.name!r} ({entry.value}) did not load: {error}", stacklevel=2)
+
+
+def load_plugin(source: str) -> ModuleType:
+    """Import a plug-in for its registrations: a path to a Python file, or the dotted name of a module.
+
+    The same file is imported once per process. Raises InputError if it does not exist or does not import.
+    """
+    path = Path(source)
+    if not source.endswith(".py"):
+        try:
+            return importlib.import_module(source)
+        except Exception as error:
+            raise InputError(f"plug-in module {source!r} does not import: {_one_line(error)}") from error
+    if not path.is_file():
+        raise InputError(f"plug-in file {source!r} does not exist")
+    name = f"basisadapt_plugin_{path.stem}_{abs(hash(path.resolve())):x}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise InputError(f"plug-in file {source!r} cannot be read as Python")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise InputError(f"plug-in file {source!r} does not import: {_one_line(error)}") from error
+    return module
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -1,0 +1,109 @@
+"""RunConfig: everything that decides a run's numbers, validated once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from basisadapt import backbones
+from basisadapt.errors import unknown
+from basisadapt.methods import METHODS
+from basisadapt.phi.settings import LowRankSettings, PhiSettings, field_names, require
+from basisadapt.settings import from_mapping
+from basisadapt.tasks import TASKS
+
+SCHEDULES = ("linear", "cosine", "constant")
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How a run trains: AdamW with β = (0.9, 0.999) (paper, Table 10).
+
+    lr: base learning rate (A, B and the task's head). epochs, or max_steps where given. schedule: "linear", "cosine"
+    or "constant", after a warm-up of warmup_ratio of the steps. weight_decay: of A, B and the head; max_grad_norm:
+    the gradient's norm is clipped there. precision: "fp32", or "bf16" and "fp16" by autocast. eval_steps: evaluate
+    every so many steps and keep the best checkpoint; None evaluates once, at the end. patience: stop after so many
+    evaluations without a better one. train_rows / eval_rows: use only so many rows. Raises InputError out of range.
+    """
+
+    lr: float = 2e-3
+    epochs: float = 3.0
+    max_steps: int | None = None
+    batch_size: int = 16
+    max_length: int = 32
+    schedule: str = "linear"
+    warmup_ratio: float = 0.06
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    precision: str = "fp32"
+    eval_steps: int | None = None
+    patience: int | None = None
+    train_rows: int | None = None
+    eval_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, "train.lr", self.lr, "above 0")
+        require(self.epochs > 0, "train.epochs", self.epochs, "above 0")
+        require(self.schedule in SCHEDULES, "train.schedule", self.schedule, f"one of {', '.join(SCHEDULES)}")
+        require(0 <= self.warmup_ratio < 1, "train.warmup_ratio", self.warmup_ratio, "in [0, 1)")
+        require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "at least 0")
+        require(self.max_grad_norm > 0, "train.max_grad_norm", self.max_grad_norm, "above 0")
+        require(self.precision in PRECISIONS, "train.precision", self.precision, f"one of {', '.join(PRECISIONS)}")
+        for name in ("max_steps", "batch_size", "max_length", "eval_steps", "patience", "train_rows", "eval_rows"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"train.{name}", value, "at least 1")
+        paired = self.patience is None or self.eval_steps is not None
+        require(paired, "train.patience", self.patience, "used together with train.eval_steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides a run's numbers. Equal configurations on one machine give equal results."""
+
+    task: str
+    backbone: str
+    method: str
+    adapter: LowRankSettings
+    train: TrainSettings
+    seed: int
+
+    @staticmethod
+    def from_mapping(values: Mapping[str, Any]) -> RunConfig:
+        """Validate a plain nested mapping. Adapter settings that `method` does not have are left out.
+
+        Raises InputError for an unknown task, backbone, method or key, a wrong type, or a value out of range.
+        """
+        keys = from_mapping(_Keys, values)
+        if keys.method not in METHODS:
+            raise unknown("method", keys.method, METHODS)
+        from_mapping(PhiSettings, keys.adapter, "adapter")  # checks every key, also those left out below
+        settings = METHODS[keys.method].settings
+        own = {key: value for key, value in keys.adapter.items() if key in field_names(settings)}
+        TASKS[keys.task], backbones.find(keys.backbone)
+        return RunConfig(
+            task=keys.task,
+            backbone=keys.backbone,
+            method=keys.method,
+            adapter=from_mapping(settings, own, "adapter"),
+            train=from_mapping(TrainSettings, keys.train, "train"),
+            seed=keys.seed,
+        )
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The canonical nested mapping: JSON types, every default spelled out; from_mapping takes it back."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Keys:
+    """The keys of a run's mapping; the defaults are the embedded example."""
+
+    task: str = "docstrings"
+    backbone: str = "minilm"
+    method: str = "phi"
+    adapter: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+    seed: int = 42
