@@ -20,7 +20,7 @@ from basisadapt.diagnostics.spectrum import dc_share, stable_rank
 from basisadapt.environment import environment
 from basisadapt.errors import InputError
 from basisadapt.methods import METHODS
-from basisadapt.phi.settings import PhiSettings
+from basisadapt.phi.settings import LowRankSettings, PhiSettings
 from basisadapt.run_config import RunConfig
 from basisadapt.tasks import TASKS, Rows, TaskData
 
@@ -100,7 +100,8 @@ def attach(model: PreTrainedModel, config: RunConfig) -> PeftModel:
     except InputError:
         raise
     except ValueError as error:  # peft's answer to target modules that match nothing
-        raise InputError(f"adapter.target_modules: {' '.join(str(error).split())}") from error
+        wanted = settings.target_modules or f"placement {settings.placement!r}"
+        raise InputError(f"adapter.target_modules: {wanted} matches no module of {config.backbone!r}") from error
     for name, layer in adapted_layers(adapted):
         smaller = min(layer.in_features, layer.out_features)
         if settings.r > smaller:
@@ -197,7 +198,7 @@ def run(
         curves=_curves(trainer.state.log_history),
         modules=modules,
         phi=_learned_phi(model),
-        warnings=_collapse_warnings(model, start, modules),
+        warnings=_collapse_warnings(model, config.adapter, start, modules),
         data={"fingerprint": data.fingerprint(), "train_rows": len(train), "eval_rows": len(held_out)},
         environment=environment(),
     )
@@ -344,21 +345,35 @@ def _factors(model: PeftModel) -> dict[str, torch.Tensor]:
 
 
 def _collapse_warnings(
-    model: PeftModel, start: dict[str, torch.Tensor], modules: dict[str, dict[str, Any]]
+    model: PeftModel, settings: LowRankSettings, start: dict[str, torch.Tensor], modules: dict[str, dict[str, Any]]
 ) -> list[str]:
-    """Whether the adapter is a low-rank update in name only (see README, "The published recipe collapses")."""
+    """Whether the adapter is a low-rank update in name only, and why."""
+    moved = {name: 0.0 for name in modules}
+    for name, before in start.items():
+        module = next(module for module in modules if f".{module}." in name)
+        moved[module] = max(moved[module], (model.get_parameter(name) - before).norm().item())
+    # B starts at zero: what it moved is measured against A.
     scale = max(before.norm().item() for before in start.values())
-    moved = max((model.get_parameter(name) - before).norm().item() for name, before in start.items())
+    unmoved = sum(distance < 1e-3 * scale for distance in moved.values())
     constant = sum(m["stable_rank"] < 1.01 and m["dc_share"] > 0.9 for m in modules.values())
+
+    dead = (
+        isinstance(settings, PhiSettings)
+        and settings.amplitude_init == "zero"
+        and not (settings.identity_path or settings.centre)
+    )
+    cause = (
+        "dead start: with alpha = 0 and no identity path phi is even on a symmetric grid, phi'(0) = 0, and A and B get "
+        "no gradient where B = 0; preset=residual has no dead start"
+        if dead
+        else "phi's constant outweighs the rest; centre=true takes it out"
+    )
     warnings = []
-    if moved < 1e-3 * scale:
-        warnings.append(
-            "collapsed: A and B did not move. With B = 0 and alpha = 0 on a symmetric grid phi'(0) = 0, so they get no "
-            "gradient; preset=residual has no such dead start"
-        )
+    if unmoved > len(modules) / 2:
+        warnings.append(f"collapsed: A and B did not move in {unmoved} of {len(modules)} modules ({cause})")
     if constant > len(modules) / 2:
         warnings.append(
-            f"collapsed: in {constant} of {len(modules)} modules the update is one constant (stable rank 1, DC share "
-            "above 0.9); centre=true takes the constant out"
+            f"collapsed: the update is one constant in {constant} of {len(modules)} modules, stable rank 1 and DC share "
+            f"above 0.9 ({cause})"
         )
     return warnings

@@ -54,19 +54,21 @@ class PhiLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             )
         self.phi_settings[adapter] = config
         self.phi_dropout[adapter] = nn.Dropout(config.dropout)
-        self.phi_A[adapter] = nn.Parameter(torch.empty(config.r, self.in_features))
-        self.phi_B[adapter] = nn.Parameter(torch.zeros(self.out_features, config.r))
-        # As peft's LoRA: A Kaiming-uniform with a = √5, that is U(−1/√n, 1/√n), and B = 0.
-        nn.init.kaiming_uniform_(self.phi_A[adapter], a=math.sqrt(5))
-        if config.factor_init == "both":
-            nn.init.kaiming_uniform_(self.phi_B[adapter], a=math.sqrt(5))
+        # Drawn in the order of peft's LoRA, whose two nn.Linear draw first: one seed gives both methods the same A,
+        # which is Kaiming-uniform with a = √5, that is U(−1/√n, 1/√n).
+        factor_a = nn.Linear(self.in_features, config.r, bias=False).weight
+        factor_b = nn.Linear(config.r, self.out_features, bias=False).weight
+        nn.init.kaiming_uniform_(factor_a, a=math.sqrt(5))
+        if config.factor_init == "lora":
+            nn.init.zeros_(factor_b)
+        self.phi_A[adapter], self.phi_B[adapter] = factor_a, factor_b
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _update(self, adapter: str) -> Update:
         config = self.phi_settings[adapter]
         transfer = self.phi_source[adapter].transfer(self.name)
-        chosen = evaluator(transfer, self.phi_A[adapter], self.phi_B[adapter], config.backend)
+        chosen = evaluator(transfer, self.phi_A[adapter], self.phi_B[adapter], config.backend, config.tolerance)
         return Update(chosen, bool(config.identity_path), config.scaling)
 
     def get_delta_weight(self, adapter: str) -> Tensor:

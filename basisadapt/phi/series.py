@@ -17,18 +17,27 @@ from torch import Tensor
 from basisadapt.phi.bank import Transfer
 
 DEGREES = (8, 16, 32, 64, 128)
+PROBE = 10  # the probe's tolerance, as a multiple: it guards gradients, not values
 
 
 def coefficients(transfer: Transfer, radius: float, tolerance: float) -> Tensor | None:
     """The coefficients c of shape (D,), float64, with the smallest D of DEGREES that is accurate to `tolerance`.
 
     `tolerance` is relative to the largest value on the range, and is held against f itself between the nodes and at
-    the grid points in range, where narrow functions have their peaks. None if no D suffices: evaluate directly then.
+    the grid points in range, where narrow functions have their peaks. A second function with other amplitudes is held
+    against PROBE times that: the gradients need every basis function resolved, also where α cancels them or is zero.
+    None if no D suffices: evaluate directly then.
     """
     reference = transfer.double()
+    index = torch.arange(len(transfer.alpha), device=transfer.alpha.device)
+    probe = reference.with_parameters(torch.cos(index.double() ** 2), reference.omega, reference.grid)
     with torch.no_grad():
-        degree = next((d for d in DEGREES if _error(reference, radius, d) <= tolerance), None)
-    return None if degree is None else _interpolate(reference, radius, degree)
+        for degree in DEGREES:
+            if _error(probe, radius, degree) <= PROBE * tolerance and _error(reference, radius, degree) <= tolerance:
+                break
+        else:
+            return None
+    return _interpolate(reference, radius, degree)
 
 
 def _error(transfer: Transfer, radius: float, degree: int) -> float:
@@ -40,8 +49,8 @@ def _error(transfer: Transfer, radius: float, degree: int) -> float:
     scale = truth.abs().max()
     if scale == 0:
         return 0.0
-    approximation = (signs(degree, points.device) * _interpolate(transfer, radius, degree)) @ basis(points / radius, degree)
-    return float((approximation - truth).abs().max() / scale)
+    terms = signs(degree, points.device) * _interpolate(transfer, radius, degree)
+    return float((terms @ basis(points / radius, degree) - truth).abs().max() / scale)
 
 
 def _interpolate(transfer: Transfer, radius: float, degree: int) -> Tensor:

@@ -78,7 +78,8 @@ class PhiSettings(LowRankSettings):
     transfer_lr: learning rate of α, ω and learned x as a ratio to the base rate. transfer_decay: decoupled weight
     decay of α, towards φ = 0. grid_seed: of the random grid; None takes the run's
     seed, or 0 outside a run. backend: "auto" compiles φ to a series where one is
-    accurate to rounding, "direct" sums the N basis functions for every weight (the reference, N times slower).
+    accurate to `tolerance` (relative to φ's largest value in use), "direct" sums the N basis functions for every
+    weight (the reference, N times slower).
 
     Raises InputError for a name that is not registered or a value out of range. Source: paper, section 3.3.
     """
@@ -100,6 +101,7 @@ class PhiSettings(LowRankSettings):
     transfer_lr: float | None = None
     transfer_decay: float = 0.0
     backend: str = "auto"
+    tolerance: float = 1e-6
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,6 +119,7 @@ class PhiSettings(LowRankSettings):
         require(0.0 <= self.transfer_lr < math.inf, "transfer_lr", self.transfer_lr, "at least 0")
         require(0.0 <= self.transfer_decay < math.inf, "transfer_decay", self.transfer_decay, "at least 0")
         require(self.factor_init in ("lora", "both"), "factor_init", self.factor_init, '"lora" or "both"')
+        require(0.0 < self.tolerance <= 1e-2, "tolerance", self.tolerance, "above 0 and at most 0.01")
         require(self.backend in ("auto", "direct"), "backend", self.backend, '"auto" or "direct"')
         require(_amplitude_known(self.amplitude_init), "amplitude_init", self.amplitude_init, '"zero", "identity" or "normal:SIGMA"')
 

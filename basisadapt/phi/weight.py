@@ -6,6 +6,7 @@ is formed in pieces of a few rows, so that nothing larger than one weight matrix
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -84,17 +85,21 @@ class Direct(Evaluator):
         return value.detach(), torch.zeros_like(z) if slope is None else slope, grads
 
 
-def evaluator(transfer: Transfer, A: Tensor, B: Tensor, backend: str) -> Evaluator:
-    """The evaluator for z = BA: a series where one is accurate to the arithmetic's rounding, else direct."""
+def evaluator(transfer: Transfer, A: Tensor, B: Tensor, backend: str, tolerance: float = 1e-6) -> Evaluator:
+    """The evaluator for z = BA: a series where one is accurate to `tolerance`, else direct; "direct" is always direct.
+
+    In float64 the tolerance is 1e-13, whatever is asked.
+    """
     dtype = compute_dtype(A)
     if backend == "auto":
         with torch.no_grad():
             low, high = torch.aminmax(B.to(dtype) @ A.to(dtype))
-        radius = max(-float(low), float(high), 1e-12)
-        tolerance = 2 * torch.finfo(torch.float32).eps if dtype == torch.float32 else 1e-13
-        coefficients = series.coefficients(transfer, radius, tolerance) if radius < float("inf") else None
-        if coefficients is not None:
-            return Series(coefficients, radius, dtype)
+        # The floor keeps rounding out of f' where BA is zero, as at the start: an optimiser like Adam would scale it up.
+        radius = max(-float(low), float(high), 1e-2 / transfer.gain)
+        if math.isfinite(radius):
+            coefficients = series.coefficients(transfer, radius, 1e-13 if dtype == torch.float64 else tolerance)
+            if coefficients is not None:
+                return Series(coefficients, radius, dtype)
     return Direct(transfer, dtype)
 
 

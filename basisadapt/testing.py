@@ -1,0 +1,184 @@
+"""The contract suite for plug-ins: `check_basis`, `check_grid`, `check_sharing`.
+
+Each takes a registered name or a class, and raises AssertionError saying which part of the contract failed. The
+project's own tests run them over every registry, so a plug-in that is installed is tested with the built-in ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import torch
+from torch import Tensor
+
+from basisadapt.phi.bank import Transfer, TransferBank
+from basisadapt.phi.basis import BASES, TransferBasis
+from basisadapt.phi.grids import GRIDS, GridStrategy
+from basisadapt.phi.settings import PhiSettings
+from basisadapt.phi.sharing import SHARING, AdaptedModule, SharingPolicy, rows
+from basisadapt.phi.weight import Update, adapted_linear, evaluator
+
+COUNTS = (1, 8, 50)
+MODULES = [AdaptedModule(f"layer.{i}.{kind}", kind, i) for i in range(2) for kind in ("attention", "mlp")]
+
+
+def check_basis(basis: str | type[TransferBasis]) -> None:
+    """Check a basis: shapes, finiteness, dtype and device, gradients, derivative, batching, and the fast path.
+
+    Gradients in x, ω, α and grid points are held against finite differences in float64; the layer built on the basis
+    against plain arithmetic, through both evaluators.
+    """
+    cls = BASES[basis] if isinstance(basis, str) else basis
+    instance = cls()
+    _check_dtypes(instance)
+    for count, grid in itertools.product(COUNTS, sorted(GRIDS)):
+        _check_values(instance, _example(instance, count, grid))
+    _check_gradients(_example(instance, 5, "uniform"))
+    _check_derivative(_example(instance, 5, "uniform"))
+    _check_layer(_example(instance, 8, "uniform"))
+    for name in (name for name in BASES if BASES[name] is cls):
+        check_state(PhiSettings(basis=name, num_basis=6, amplitude_init="normal:0.1"))
+
+
+def _example(basis: TransferBasis, count: int, grid: str) -> Transfer:
+    """A transfer function with drawn amplitudes and bandwidths, float64."""
+    generator = torch.Generator().manual_seed(count)
+    alpha = torch.randn(count, generator=generator, dtype=torch.float64)
+    omega = 0.5 + torch.rand(count, generator=generator, dtype=torch.float64)
+    return Transfer(basis, alpha, omega, GRIDS[grid]().points(count, 3.0, generator), gain=2.0, centre=True)
+
+
+def _check_values(basis: TransferBasis, transfer: Transfer) -> None:
+    name = type(basis).__name__
+    grid = transfer.grid
+    between = (grid[1:] + grid[:-1]) / 2
+    x = torch.cat([grid, between, torch.linspace(-10, 10, 41, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
+    for shape in ((len(x),), (1, len(x)), (len(x), 1, 1)):
+        u = x.reshape(shape)
+        value = basis.forward(u)
+        assert value.shape == u.shape, f"{name}.forward: shape {tuple(value.shape)} for input {tuple(u.shape)}"
+        assert torch.equal(value.flatten(), basis.forward(x)), f"{name}.forward depends on the shape of its input"
+    assert basis.forward(x[:0]).shape == (0,), f"{name}.forward fails for an empty tensor"
+    halves = torch.cat([basis.forward(half) for half in x.split((len(x) + 1) // 2)])
+    same = torch.allclose(halves, basis.forward(x), rtol=1e-12, atol=1e-12, equal_nan=True)
+    assert same, f"{name}.forward is not elementwise: half a batch gives other values than the whole"
+    inputs = x.clone().requires_grad_()
+    phi = transfer.phi(inputs)
+    assert phi.isfinite().all(), f"{name}: φ is not finite at or between the grid points"
+    (slope,) = torch.autograd.grad(phi.sum(), inputs)
+    assert slope.isfinite().all(), f"{name}: φ' is not finite at or between the grid points"
+    zero = transfer(torch.zeros(3, dtype=torch.float64))
+    assert zero.abs().max() <= 1e-12 * (1 + phi.abs().max()), f"{name}: a centred φ is not zero at zero"
+
+
+def _check_dtypes(basis: TransferBasis) -> None:
+    name = type(basis).__name__
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    reference = basis.forward(torch.linspace(-3, 3, 25, dtype=torch.float64))
+    for device, dtype in itertools.product(devices, (torch.float64, torch.float32, torch.bfloat16, torch.float16)):
+        u = torch.linspace(-3, 3, 25, dtype=torch.float64, device=device).to(dtype)
+        value = basis.forward(u)
+        found, expected = (value.dtype, value.device), (u.dtype, u.device)
+        assert found == expected, f"{name}.forward gives {found} for an input of {expected}"
+        tolerance = 100 * torch.finfo(dtype).eps * (1 + reference.abs().max())
+        error = (value.double().cpu() - basis.forward(u.double().cpu())).abs().max()
+        assert error <= tolerance, f"{name}.forward in {dtype}: error {error:.1e} against float64"
+
+
+def _check_gradients(transfer: Transfer) -> None:
+    def phi(x: Tensor, alpha: Tensor, omega: Tensor, grid: Tensor) -> Tensor:
+        return transfer.with_parameters(alpha, omega, grid)(x)
+
+    # Away from the kinks that some bases have at whole arguments.
+    x = torch.linspace(-1.37, 1.41, 7, dtype=torch.float64)
+    inputs = [t.clone().requires_grad_() for t in (x, *transfer.parameters)]
+    correct = torch.autograd.gradcheck(phi, inputs, raise_exception=False)
+    assert correct, f"{type(transfer.basis).__name__}: gradients in x, alpha, omega or the grid are wrong"
+
+
+def _check_derivative(transfer: Transfer) -> None:
+    """φ' against φ's rise over short steps, everywhere on [−4, 4]: also finds jumps, which no gradient tells of."""
+    x = torch.linspace(-4, 4, 8001, dtype=torch.float64).requires_grad_()
+    phi = transfer(x)
+    (slope,) = torch.autograd.grad(phi.sum(), x)
+    rise = phi.detach().diff() / x.detach().diff()
+    error = (rise - (slope[1:] + slope[:-1]) / 2).abs().max() / (1 + slope.abs().max())
+    assert error < 1e-3, f"{type(transfer.basis).__name__}: φ' differs from φ's rise by {error:.1e}"
+
+
+def _check_layer(transfer: Transfer) -> None:
+    """y = x (W + s (BA + f(BA)))ᵀ + b through both evaluators, values and gradients, against plain autograd."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    x, weight, bias, A, B = draw(2, 3, 5), draw(7, 5), draw(7), draw(3, 5), 0.1 * draw(7, 3)
+    upstream = draw(2, 3, 7)
+
+    def plain(x: Tensor, A: Tensor, B: Tensor, *parameters: Tensor) -> Tensor:
+        f = transfer.with_parameters(*parameters)
+        return x @ (weight + 1.5 * (B @ A + f(B @ A))).T + bias
+
+    def layer(backend: str, x: Tensor, A: Tensor, B: Tensor, *parameters: Tensor) -> Tensor:
+        update = Update(evaluator(transfer.with_parameters(*parameters), A, B, backend), True, 1.5)
+        return adapted_linear(x, weight, bias, A, B, update)
+
+    def with_gradients(function: object, *first: object) -> list[Tensor]:
+        assert callable(function)
+        inputs = [t.clone().requires_grad_() for t in (x, A, B, *transfer.parameters)]
+        y = function(*first, *inputs)
+        grads = torch.autograd.grad(y, inputs, upstream, allow_unused=True)
+        return [y, *(torch.zeros_like(t) if g is None else g for g, t in zip(grads, inputs, strict=True))]
+
+    expected = with_gradients(plain)
+    for backend in ("direct", "auto"):
+        names = ("the output", "dx", "dA", "dB", "dalpha", "domega", "dgrid")
+        for name, found, truth in zip(names, with_gradients(layer, backend), expected, strict=True):
+            error = (found - truth).abs().max() / (1e-3 + truth.abs().max())
+            which = f"{type(transfer.basis).__name__}, {backend} evaluation"
+            assert error < 1e-8, f"{which}: {name} is off by {error:.1e} (relative)"
+
+
+def check_grid(grid: str | type[GridStrategy]) -> None:
+    """Check a grid: N points on [−I, I], float64, equal for equal seeds, distinct, also for N = 1."""
+    strategy = (GRIDS[grid] if isinstance(grid, str) else grid)()
+    name = type(strategy).__name__
+    for count, interval in itertools.product((1, 2, 8, 50, 512), (0.5, 3.0)):
+        points = strategy.points(count, interval, torch.Generator().manual_seed(1))
+        again = strategy.points(count, interval, torch.Generator().manual_seed(1))
+        assert points.shape == (count,), f"{name}.points: shape {tuple(points.shape)}, expected ({count},)"
+        assert points.dtype == torch.float64, f"{name}.points: {points.dtype}, expected float64"
+        assert points.isfinite().all(), f"{name}.points: not finite"
+        assert points.abs().max() <= interval * (1 + 1e-12), f"{name}.points: outside [−{interval}, {interval}]"
+        assert torch.equal(points, again), f"{name}.points: two different grids from one seed"
+        assert len(points.unique()) == count, f"{name}.points: a point occurs twice"
+
+
+def check_sharing(policy: str | type[SharingPolicy]) -> None:
+    """Check a sharing policy: every module gets a row, groups repeat, and a bank with it survives its state."""
+    instance = (SHARING[policy] if isinstance(policy, str) else policy)()
+    name = type(instance).__name__
+    for parameter in ("alpha", "omega", "x"):
+        first = rows(instance, parameter, MODULES)
+        groups = [[instance.group(parameter, module) for module in MODULES] for _ in range(2)]
+        assert groups[0] == groups[1], f"{name}.group: two answers for one module"
+        assert sorted(set(first)) == list(range(max(first) + 1)), f"{name}: rows of {parameter} leave gaps"
+        alone = rows(instance, parameter, MODULES[:1])
+        assert alone == [0], f"{name}: a single module must use row 0 of {parameter}, not {alone}"
+    if isinstance(policy, str):
+        check_state(PhiSettings(sharing=policy, num_basis=6, amplitude_init="normal:0.1"))
+
+
+def check_state(settings: PhiSettings) -> None:
+    """Check that a bank's state, loaded into a fresh bank, gives the same φ in every module, bit for bit."""
+    bank = TransferBank(settings, MODULES)
+    other = TransferBank(settings, MODULES)
+    state = copy.deepcopy(bank.state_dict())
+    assert set(state) == {"alpha", "raw_omega", "grid"}
+    other.load_state_dict(state)
+    x = torch.linspace(-3, 3, 13)
+    for module in MODULES:
+        same = torch.equal(bank.transfer(module.name).phi(x), other.transfer(module.name).phi(x))
+        assert same, f"φ of {module.name} changes through its state"

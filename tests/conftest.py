@@ -1,0 +1,46 @@
+"""Tiny models with random weights, so that the tests need no download."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+
+def tiny(kind: str) -> torch.nn.Module:
+    """A two-layer classifier of a family, float32, evaluation mode."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    torch.manual_seed(0)
+    common = {"num_labels": 3, "vocab_size": 60, "pad_token_id": 0}
+    small = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 48}
+    shapes = {
+        "bert": {"model_type": "bert", **small},
+        "llama": {"model_type": "llama", "num_key_value_heads": 2, **small},
+        "gpt2": {"model_type": "gpt2", "n_layer": 2, "n_head": 4, "n_embd": 32},
+    }
+    config = AutoConfig.for_model(**shapes[kind], **common)
+    return AutoModelForSequenceClassification.from_config(config).eval()
+
+
+@pytest.fixture
+def bert() -> torch.nn.Module:
+    return tiny("bert")
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(1, 60, (4, 7), generator=generator)
+
+
+def randomise(model: torch.nn.Module, seed: int = 0, scale: float = 0.3) -> None:
+    """Give every adapter parameter drawn values, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "phi_" in name and not name.endswith(("raw_omega", "grid")):
+                parameter.add_(scale * torch.randn(parameter.shape, generator=generator))

