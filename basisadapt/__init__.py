@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from basisadapt.phi.basis import TransferBasis
     from basisadapt.phi.grids import GridStrategy
     from basisadapt.phi.sharing import AdaptedModule, SharingPolicy
-    from basisadapt.training import RunConfig, run
+    from basisadapt.run_config import RunConfig
+    from basisadapt.training import run
 
 __version__ = "0.1.0"
 
@@ -27,7 +28,7 @@ _PUBLIC = {
     "InputError": "basisadapt.errors",
     "PhiConfig": "basisadapt.adapter",
     "PhiModel": "basisadapt.adapter",
-    "RunConfig": "basisadapt.training",
+    "RunConfig": "basisadapt.run_config",
     "SharingPolicy": "basisadapt.phi.sharing",
     "TransferBasis": "basisadapt.phi.basis",
     "run": "basisadapt.training",

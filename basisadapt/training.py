@@ -223,7 +223,7 @@ def _arguments(config: RunConfig, rows: int, headline: str, folder: Path) -> Tra
 
     train = config.train
     steps = train.max_steps or math.ceil(rows / train.batch_size) * train.epochs
-    every = {"save_strategy": "no"}
+    every: dict[str, Any] = {"save_strategy": "no"}
     if train.eval_steps is not None:
         every = {
             "eval_strategy": "steps",
@@ -277,7 +277,7 @@ def _watch(on_step: Callable[[int, int], None] | None) -> Any:
     """A callback that reports each step and ends a run whose loss is no longer finite."""
     from transformers import TrainerCallback
 
-    class Watch(TrainerCallback):
+    class Watch(TrainerCallback):  # type: ignore[misc]
         diverged = False
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -348,7 +348,7 @@ def _collapse_warnings(
     model: PeftModel, settings: LowRankSettings, start: dict[str, torch.Tensor], modules: dict[str, dict[str, Any]]
 ) -> list[str]:
     """Whether the adapter is a low-rank update in name only, and why."""
-    moved = {name: 0.0 for name in modules}
+    moved = dict.fromkeys(modules, 0.0)
     for name, before in start.items():
         module = next(module for module in modules if f".{module}." in name)
         moved[module] = max(moved[module], (model.get_parameter(name) - before).norm().item())
@@ -373,7 +373,7 @@ def _collapse_warnings(
         warnings.append(f"collapsed: A and B did not move in {unmoved} of {len(modules)} modules ({cause})")
     if constant > len(modules) / 2:
         warnings.append(
-            f"collapsed: the update is one constant in {constant} of {len(modules)} modules, stable rank 1 and DC share "
-            f"above 0.9 ({cause})"
+            f"collapsed: the update is one constant in {constant} of {len(modules)} modules, stable rank 1 and "
+            f"DC share above 0.9 ({cause})"
         )
     return warnings

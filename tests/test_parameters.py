@@ -14,7 +14,10 @@ SHAPES = {
     "minilm": (6, [(384, 384)] * 4 + [(384, 1536), (1536, 384)]),
     "roberta-base": (12, [(768, 768)] * 4 + [(768, 3072), (3072, 768)]),
     "qwen2-0.5b": (24, [(896, 896), (896, 128), (896, 128), (896, 896), (896, 4864), (896, 4864), (4864, 896)]),
-    "llama3-8b": (32, [(4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 14336), (4096, 14336), (14336, 4096)]),
+    "llama3-8b": (
+        32,
+        [(4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 14336), (4096, 14336), (14336, 4096)],
+    ),
 }
 
 
@@ -60,7 +63,11 @@ def test_sharing_and_grids_count(adapter, numbers):
 
 def test_the_paper_prints_other_factor_counts_and_the_same_transfer_counts():
     printed = pd.read_csv(studies_dir() / "paper" / "table_07.csv").set_index("backbone")
-    for backbone, name in {"Qwen2-0.5B": "qwen2-0.5b", "LLaMA3-8B": "llama3-8b", "RoBERTa-base": "roberta-base"}.items():
+    for backbone, name in {
+        "Qwen2-0.5B": "qwen2-0.5b",
+        "LLaMA3-8B": "llama3-8b",
+        "RoBERTa-base": "roberta-base",
+    }.items():
         factors, modules = formula(name, 16)
         assert printed.transfer_params[backbone] == 2 * 50 * modules
         assert factors > 2 * printed.lora_params[backbone]

@@ -47,7 +47,11 @@ def test_a_plugin_file_registers_once(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("import nothing_of_the_kind", "nothing_of_the_kind"), ("def broken(:", "SyntaxError"), ("1 / 0", "ZeroDivisionError")],
+    [
+        ("import nothing_of_the_kind", "nothing_of_the_kind"),
+        ("def broken(:", "SyntaxError"),
+        ("1 / 0", "ZeroDivisionError"),
+    ],
 )
 def test_a_broken_plugin_is_one_line(text, message, tmp_path):
     path = tmp_path / "broken.py"
@@ -83,7 +87,8 @@ def test_an_installed_package_registers_through_its_entry_point(tmp_path):
 
 
 def test_importing_the_package_is_light():
-    program = "import basisadapt, sys; print([m for m in ('torch', 'peft', 'transformers', 'mlflow', 'optuna') if m in sys.modules])"
+    heavy = ("torch", "peft", "transformers", "mlflow", "optuna")
+    program = f"import basisadapt, sys; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
 

@@ -56,7 +56,7 @@ def test_another_seed_gives_other_numbers():
 
 
 def test_the_literal_recipe_does_not_start(monkeypatch):
-    """B = 0, alpha = 0, the paper's learning rate: in exact arithmetic A and B never move; here, not beyond rounding."""
+    """B = 0, alpha = 0, the paper's rate: in exact arithmetic A and B never move; here, not beyond rounding."""
     moved = []
 
     def measure(model, settings, start, modules):
@@ -151,11 +151,11 @@ def test_data_folders(tmp_path):
     glue = config(task="glue/cola")
     with pytest.raises(InputError, match="cannot be read"):
         plan(glue, tmp_path / "missing")
-    with pytest.raises(InputError, match="has no glue/CoLA/train.tsv"):
+    with pytest.raises(InputError, match="has no glue/CoLA/train"):
         plan(glue, tmp_path)
     folder = tmp_path / "glue" / "CoLA"
     folder.mkdir(parents=True)
-    rows = "".join(f"src\t{i % 2}\t\tSentence \"number {i} of many.\n" for i in range(60))
+    rows = "".join(f'src\t{i % 2}\t\tSentence "number {i} of many.\n' for i in range(60))
     for part in ("train", "dev"):
         (folder / f"{part}.tsv").write_text(rows)
     result = run(glue, data_dir=tmp_path)

@@ -12,7 +12,7 @@ from basisadapt.phi.settings import PhiSettings
 
 
 @dataclass(kw_only=True)
-class PhiConfig(PhiSettings, PeftConfig):
+class PhiConfig(PhiSettings, PeftConfig):  # type: ignore[misc]
     """The configuration of a φ(BA) adapter for `peft.get_peft_model`; the formula and its settings: `PhiSettings`.
 
     `target_modules` left out is filled from `placement`. exclude_modules, modules_to_save: as everywhere in peft; a

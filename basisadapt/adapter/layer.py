@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -22,9 +22,22 @@ class PhiLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     adapter_layer_names = ("phi_A", "phi_B")
     other_param_names = ("phi_dropout", "phi_settings", "phi_source")
 
+    base_layer: nn.Linear  # or a Conv1D, which has the same members
+    in_features: int
+    out_features: int
+    active_adapters: list[str]
+
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__()
-        self.base_layer = base_layer
+        self._transposed = isinstance(base_layer, Conv1D)
+        if not (isinstance(base_layer, nn.Linear) or self._transposed):
+            raise InputError(
+                f"module {name!r} is a {type(base_layer).__name__}; φ(BA) adapts nn.Linear and Conv1D only"
+            )
+        self.base_layer = cast(nn.Linear, base_layer)
+        if not self.base_layer.weight.is_floating_point():
+            raise InputError(f"module {name!r} has a quantised weight; φ(BA) adapts floating-point weights only")
+        self.out_features, self.in_features = self._matrix(self.base_layer.weight).shape
         self.name = name
         self.phi_A = nn.ParameterDict()
         self.phi_B = nn.ParameterDict()
@@ -34,12 +47,6 @@ class PhiLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.phi_source: dict[str, TransferBank] = {}
         self.merged_adapters: list[str] = []
         self._unmerged_weight: Tensor | None = None
-        self._transposed = isinstance(base_layer, Conv1D)
-        if not (isinstance(base_layer, nn.Linear) or self._transposed):
-            raise InputError(f"module {name!r} is a {type(base_layer).__name__}; φ(BA) adapts nn.Linear and Conv1D only")
-        if not base_layer.weight.is_floating_point():
-            raise InputError(f"module {name!r} has a quantised weight; φ(BA) adapts floating-point weights only")
-        self.out_features, self.in_features = self._matrix(base_layer.weight).shape
 
     def _matrix(self, weight: Tensor) -> Tensor:
         """The weight as (out_features, in_features); its own inverse."""
@@ -62,8 +69,8 @@ class PhiLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         if config.factor_init == "lora":
             nn.init.zeros_(factor_b)
         self.phi_A[adapter], self.phi_B[adapter] = factor_a, factor_b
-        self._move_adapter_to_device_of_base_layer(adapter)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        BaseTunerLayer._move_adapter_to_device_of_base_layer(self, adapter)
+        BaseTunerLayer.set_adapter(self, self.active_adapters, inference_mode=config.inference_mode)
 
     def _update(self, adapter: str) -> Update:
         config = self.phi_settings[adapter]
@@ -83,9 +90,9 @@ class PhiLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             self.unmerge()
         active = [name for name in self.active_adapters if name in self.phi_A]
         if self.disable_adapters or self.merged or not active:
-            result: Tensor = self.base_layer(x, *args, **kwargs)
-            return result
+            return cast(Tensor, self.base_layer(x, *args, **kwargs))
         fused = next((name for name in active if not self._drops(name)), None)
+        y: Tensor
         if fused is None:
             y = self.base_layer(x, *args, **kwargs)
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -27,7 +27,7 @@ class PhiModel(BaseTuner):  # type: ignore[misc]
     prefix = PREFIX
     tuner_layer_cls = PhiLinear
     uses_shared_state = True
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Insert the layers of `adapter_name`, then build its bank over them."""

@@ -7,7 +7,7 @@ import re
 from basisadapt.errors import unknown
 from basisadapt.phi.sharing import AdaptedModule
 
-# The projections of a transformer block, by kind, as transformers names them: BERT, RoBERTa | Llama, Qwen2, Phi-3 | GPT-2.
+# The projections of a transformer block, by kind. In each: BERT and RoBERTa; Llama, Qwen2 and Phi-3; GPT-2.
 KINDS = {
     "attention": (
         r"layer\.(\d+)\.attention\.(?:self\.(?:query|key|value)|output\.dense)",

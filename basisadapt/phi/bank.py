@@ -75,8 +75,7 @@ class TransferBank(nn.Module):
         assigned = {parameter: rows(policy, parameter, modules) for parameter in ("alpha", "omega", "x")}
         count = {parameter: max(row, default=-1) + 1 for parameter, row in assigned.items()}
         self.rows = {
-            module.name: (alpha, omega, x)
-            for module, alpha, omega, x in zip(modules, *assigned.values(), strict=True)
+            module.name: (alpha, omega, x) for module, alpha, omega, x in zip(modules, *assigned.values(), strict=True)
         }
 
         generator = torch.Generator().manual_seed(settings.grid_seed or 0)
@@ -124,6 +123,9 @@ def inverse_softplus(omega: float) -> float:
 def _identity_fit(transfer: Transfer, interval: float) -> Tensor:
     """Least-squares amplitudes for φ(x) = x on [−I, I], in float64 with singular values below 1e-6 cut off."""
     reference = transfer.double()
-    x = torch.linspace(-interval, interval, 8 * len(reference.alpha) + 1, dtype=torch.float64, device=reference.grid.device)
+    x = torch.linspace(
+        -interval, interval, 8 * len(reference.alpha) + 1, dtype=torch.float64, device=reference.grid.device
+    )
     design = reference.basis(x.unsqueeze(-1), reference.omega, reference.grid)
-    return (torch.linalg.pinv(design, rtol=1e-6) @ x).to(transfer.alpha.dtype)
+    amplitudes: Tensor = torch.linalg.pinv(design, rtol=1e-6) @ x
+    return amplitudes.to(transfer.alpha.dtype)

@@ -121,7 +121,12 @@ class PhiSettings(LowRankSettings):
         require(self.factor_init in ("lora", "both"), "factor_init", self.factor_init, '"lora" or "both"')
         require(0.0 < self.tolerance <= 1e-2, "tolerance", self.tolerance, "above 0 and at most 0.01")
         require(self.backend in ("auto", "direct"), "backend", self.backend, '"auto" or "direct"')
-        require(_amplitude_known(self.amplitude_init), "amplitude_init", self.amplitude_init, '"zero", "identity" or "normal:SIGMA"')
+        require(
+            _amplitude_known(self.amplitude_init),
+            "amplitude_init",
+            self.amplitude_init,
+            '"zero", "identity" or "normal:SIGMA"',
+        )
 
     def _check_names(self) -> None:
         # Imported here: the registries' modules are siblings that need no settings, and a user's plug-ins come late.

@@ -94,7 +94,7 @@ def evaluator(transfer: Transfer, A: Tensor, B: Tensor, backend: str, tolerance:
     if backend == "auto":
         with torch.no_grad():
             low, high = torch.aminmax(B.to(dtype) @ A.to(dtype))
-        # The floor keeps rounding out of f' where BA is zero, as at the start: an optimiser like Adam would scale it up.
+        # The floor keeps rounding out of f' where BA is zero, as at the start: Adam would scale it up.
         radius = max(-float(low), float(high), 1e-2 / transfer.gain)
         if math.isfinite(radius):
             coefficients = series.coefficients(transfer, radius, 1e-13 if dtype == torch.float64 else tolerance)
@@ -139,21 +139,32 @@ def delta_weight(A: Tensor, B: Tensor, update: Update) -> Tensor:
     return delta
 
 
-def adapted_linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, update: Update) -> Tensor:
+def adapted_linear(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, update: Update
+) -> Tensor:
     """x (W + ΔW)ᵀ + b, or x ΔWᵀ + b where `weight` is None, differentiable in everything.
 
     x: (..., in_features); weight: (out_features, in_features), any floating dtype and strides; A: (r, in_features);
     B: (out_features, r). Under autocast the product runs in autocast's dtype. ΔW is added in at least float32 and
     rounded once to the dtype of the product.
     """
-    result: Tensor = _AdaptedLinear.apply(x, weight, bias, A, B, update, *update.evaluator.parameters)
+    result: Tensor = _AdaptedLinear.apply(  # type: ignore[no-untyped-call]
+        x, weight, bias, A, B, update, *update.evaluator.parameters
+    )
     return result
 
 
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, update: Update, *parameters: Tensor
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        update: Update,
+        *parameters: Tensor,
     ) -> Tensor:
         autocast = torch.is_autocast_enabled(x.device.type)
         ctx.dtype = torch.get_autocast_dtype(x.device.type) if autocast else (x if weight is None else weight).dtype

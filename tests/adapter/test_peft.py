@@ -43,7 +43,9 @@ families = pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])
 
 def adapted(base, seed=0, **settings):
     torch.manual_seed(seed)
-    model = get_peft_model(base, PhiConfig(**{"task_type": "SEQ_CLS", "r": 3, "num_basis": 10, "gain": 2.0, **settings}))
+    model = get_peft_model(
+        base, PhiConfig(**{"task_type": "SEQ_CLS", "r": 3, "num_basis": 10, "gain": 2.0, **settings})
+    )
     randomise(model, seed)
     return model.eval()
 
@@ -163,7 +165,9 @@ def test_residual_starts_exactly_as_lora(bert, tokens):
     phi, phi_logits = first_step(PhiConfig(preset="residual", r=3, target_modules=names))
     lora, lora_logits = first_step(LoraConfig(r=3, lora_alpha=3, target_modules=names))
     assert torch.equal(phi_logits, lora_logits)
-    gradients = {n.replace("lora_", "phi_").replace(".weight", ""): p.grad for n, p in lora.named_parameters() if p.requires_grad}
+    gradients = {
+        n.replace("lora_", "phi_").replace(".weight", ""): p.grad for n, p in lora.named_parameters() if p.requires_grad
+    }
     for name, parameter in phi.named_parameters():
         if "phi_A" in name or "phi_B" in name:
             torch.testing.assert_close(parameter.grad, gradients.pop(name), rtol=1e-10, atol=1e-14)

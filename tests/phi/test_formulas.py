@@ -69,7 +69,12 @@ def test_random_grid_is_uniform_on_the_interval():
     assert kstest(sample, "uniform", args=(-2.0, 4.0)).pvalue > 0.01
 
 
-MODULES = [AdaptedModule(f"{layer}.{kind}.{i}", kind, layer) for layer in range(3) for kind in ("attention", "mlp") for i in range(2)]
+MODULES = [
+    AdaptedModule(f"{layer}.{kind}.{i}", kind, layer)
+    for layer in range(3)
+    for kind in ("attention", "mlp")
+    for i in range(2)
+]
 TABLES = {  # rows of x, omega and alpha for 12 modules
     "none": (12, 12, 12),
     "x": (1, 12, 12),

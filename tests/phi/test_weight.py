@@ -55,8 +55,13 @@ def test_float32_against_float64_direct(basis, radius, omega):
 
 
 @given(
-    m=st.integers(1, 40), n=st.integers(1, 40), r=st.integers(1, 4), rows=st.integers(1, 5),
-    basis=st.sampled_from(FIVE), path=st.booleans(), piece=st.integers(1, 5000),
+    m=st.integers(1, 40),
+    n=st.integers(1, 40),
+    r=st.integers(1, 4),
+    rows=st.integers(1, 5),
+    basis=st.sampled_from(FIVE),
+    path=st.booleans(),
+    piece=st.integers(1, 5000),
 )
 @settings(max_examples=40, deadline=None)
 def test_any_shape_and_piece(m, n, r, rows, basis, path, piece):

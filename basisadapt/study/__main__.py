@@ -1,0 +1,174 @@
+"""The command line: `python -m basisadapt.study NAME`."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import shlex
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from basisadapt.errors import InputError
+from basisadapt.registry import load_plugin
+from basisadapt.study import spec as specs
+
+if TYPE_CHECKING:
+    from basisadapt.study.engine import Place
+    from basisadapt.study.report import Table
+
+DONE, UNSOUND, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without ± or φ still gets its table
+    command = shlex.join(["python", "-m", "basisadapt.study", *arguments])
+    try:
+        return _run(_parser().parse_args(arguments), command)
+    except InputError as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        print(f"basisadapt: error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. What is finished is kept; to go on: {command}", file=sys.stderr)
+        return INTERRUPTED
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Bad arguments are bad input like any other: one line."""
+        raise InputError(f"{message} (--help lists the options)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m basisadapt.study",
+        description="Run what a study has not recorded yet, then print its table beside the published one.",
+        epilog="Exit codes: 0 done; 1 done, but a cell failed or diverged; 2 bad input; 130 interrupted: the "
+        "same command goes on.",
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME", help="a study of --list, or the path of a YAML file")
+    parser.add_argument("--list", action="store_true", help="list the studies")
+    parser.add_argument("--report", metavar="NAME", help="print a study's table from the record; runs nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the cells and their parameter counts; runs nothing"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a setting, such as adapter.r=8 or train.lr=1e-3, or an axis: sweep.basis=sinc,fourier",
+    )
+    parser.add_argument("--preset", choices=specs.PRESETS, default="quick", help="size of the runs (default: quick)")
+    parser.add_argument("--seeds", metavar="N,N,...", help="seeds, instead of the study's")
+    parser.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="FILE_OR_MODULE",
+        help="Python file or module that defines bases, grids, sharing policies or tasks",
+    )
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where the tasks' data lie")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="also write the table and its figure there")
+    parser.add_argument(
+        "--tracking-uri",
+        default="sqlite:///mlflow.db",
+        metavar="URI",
+        help="MLflow's store (default: %(default)s)",
+    )
+    parser.add_argument("--storage", metavar="URL", help="Optuna's store (default: optuna.db beside MLflow's file)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an input error")
+    return parser
+
+
+def _run(options: argparse.Namespace, command: str) -> int:
+    if options.list:
+        _print_studies()
+        return DONE
+    if (options.name is None) == (options.report is None):
+        raise InputError("give the NAME of a study or --report NAME (--list lists the studies)")
+    study_spec = specs.read_spec(options.name or options.report)
+    for plugin in options.plugin:
+        load_plugin(plugin)
+    study = specs.resolve(study_spec, preset=options.preset, changes=options.set, seeds=_seeds(options.seeds))
+
+    from basisadapt.study import engine
+
+    place = engine.Place(
+        tracking_uri=options.tracking_uri,
+        storage=options.storage,
+        data_dir=options.data_dir,
+        output=options.output,
+    )
+    if options.dry_run:
+        _print_plans(study, place)
+        return DONE
+    if options.report:
+        table = engine.read_report(study, place)
+    else:
+        tags = {"basisadapt.command": command, "basisadapt.preset": options.preset}
+        table = engine.run_study(study, place, tags)
+    _print_table(table, place)
+    return UNSOUND if table.unsound else DONE
+
+
+def _seeds(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"--seeds needs whole numbers, such as 42,123,456, got {text!r}") from error
+
+
+def _print_studies() -> None:
+    names = specs.list_studies()
+    width = max(map(len, names), default=0)
+    for name in names:
+        print(f"{name.ljust(width)}  {specs.read_spec(name).title}")
+
+
+def _print_plans(study: specs.Study, place: Place) -> None:
+    from basisadapt.study import engine
+    from basisadapt.study.record import Record
+
+    plans = engine.plan_cells(study.cells, place.data_dir)
+    outcomes = Record.read(place.tracking_uri, study.spec.name)
+    width = max(len(row.label) for row in study.rows)
+    columns = "{:>6}  {:>7}  {:>11}  {:>9}  {:>9}  {:>11}  {}".format
+    print(f"{study.spec.title}: {len(study.cells)} cells\n")
+    heads = columns("seed", "modules", "A and B", "phi", "head", "trainable", "state")
+    print(f"{'row'.ljust(width)}  {heads}")
+    for cell in study.cells:
+        plan = plans[cell.row]
+        counts = (f"{count:,}" for count in (plan.factors, plan.transfer, plan.head, plan.trainable))
+        state = outcomes[cell.key].status if cell.key in outcomes else "to run"
+        print(f"{cell.row.ljust(width)}  {columns(cell.seed, plan.modules, *counts, state)}")
+
+
+def _print_table(table: Table, place: Place) -> None:
+    from basisadapt.study import report
+    from basisadapt.study.record import Record
+
+    print(report.to_text(table))
+    print(f"Recorded in {place.tracking_uri}; to browse:")
+    if place.tracking_uri.startswith(("http:", "https:")):
+        server = place.tracking_uri.rstrip("/")
+    else:
+        server = "http://127.0.0.1:5000"
+        print(f"  mlflow ui --backend-store-uri {shlex.quote(place.tracking_uri)}")
+    print("  " + server + Record(place.tracking_uri, table.study.spec.name).compare_path(table.run_ids))
+    if place.output is not None:
+        print(f"Written to {place.output}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

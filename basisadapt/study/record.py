@@ -1,0 +1,333 @@
+"""The record: MLflow, with an experiment per study, a parent run per invocation, a child run per cell."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import sqlite3
+import tempfile
+import time
+import traceback
+import urllib.parse
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from basisadapt.errors import InputError
+from basisadapt.study.owner import Owner
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from basisadapt.study.spec import Cell, StudySpec
+    from basisadapt.training import RunResult
+
+DONE = ("finished", "diverged")  # a cell that has come to this is not run again
+TERMINAL = {
+    "finished": "FINISHED",
+    "diverged": "FINISHED",
+    "failed": "FAILED",
+    "killed": "KILLED",
+}  # MLflow's words
+
+# The tags that the engine reads back.
+CELL, ROW, STATUS, OWNER = "basisadapt.cell", "basisadapt.row", "basisadapt.status", "basisadapt.owner"
+HEADLINE, WARNINGS, ERROR = "basisadapt.headline", "basisadapt.warnings", "basisadapt.error"
+
+TEXT_LIMIT = 5000  # below every limit that MLflow sets for tags, parameters and notes
+BATCH = 90  # entities in one call, likewise
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the record holds of a cell. status: "running", or a key of TERMINAL."""
+
+    run_id: str
+    key: str
+    status: str
+    headline: str
+    metrics: Mapping[str, float]
+    warnings: tuple[str, ...]
+    error: str
+    owner: Owner | None
+    ended: int
+
+    @property
+    def done(self) -> bool:
+        """Whether the cell needs no further run."""
+        return self.status in DONE
+
+    @property
+    def busy(self) -> bool:
+        """Whether another process of this host is at it now."""
+        owner = self.owner
+        if self.status != "running" or owner is None or owner == Owner.me():
+            return False
+        return owner.is_here and not owner.is_dead
+
+    @property
+    def value(self) -> float | None:
+        """The headline metric, of a finished cell."""
+        return self.metrics.get(self.headline) if self.status == "finished" else None
+
+
+def sqlite_file(url: str) -> Path | None:
+    """The file behind a sqlite URL; None for other databases."""
+    return Path(url.removeprefix("sqlite:///").partition("?")[0]) if url.startswith("sqlite:///") else None
+
+
+def check_database(url: str, option: str) -> None:
+    """Raise InputError unless a sqlite database can be written, or made. Leaves nothing behind."""
+    path = sqlite_file(url)
+    if path is None:
+        return
+    try:
+        if path.exists():
+            connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True, timeout=30)
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+                connection.rollback()
+            finally:
+                connection.close()
+        else:
+            with tempfile.TemporaryFile(dir=path.resolve().parent):
+                pass
+    except (OSError, sqlite3.Error) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise InputError(f"{option} {url!r} cannot be written: {reason}") from error
+
+
+def _absolute(url: str) -> str:
+    """The URL with a sqlite file's full path: MLflow keeps connections by URL, wherever the process moves."""
+    path = sqlite_file(url)
+    return url if path is None else url.replace(str(path), str(path.resolve()), 1)
+
+
+class Record:
+    """One study's part of an MLflow store. Opening it writes nothing, but makes a missing sqlite file."""
+
+    def __init__(self, tracking_uri: str, study: str) -> None:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        import mlflow
+
+        for name in ("mlflow", "alembic"):  # after the import, which sets them to INFO
+            logging.getLogger(name).setLevel(logging.WARNING)
+
+        self.tracking_uri = tracking_uri
+        self.study = study
+        try:
+            self._client = mlflow.MlflowClient(tracking_uri=_absolute(tracking_uri))
+            found = self._client.get_experiment_by_name(study)
+        except Exception as error:  # SQLAlchemy's, MLflow's, a driver's: each has its own
+            raise InputError(f"--tracking-uri {tracking_uri!r} cannot be opened: {one_line(error)}") from error
+        if found is not None and found.lifecycle_stage == "deleted":
+            raise InputError(
+                f"experiment {study!r} is deleted in MLflow; "
+                f"`mlflow experiments restore -x {found.experiment_id}` brings it back"
+            )
+        self.experiment_id: str | None = found.experiment_id if found else None
+
+    @staticmethod
+    def read(tracking_uri: str, study: str) -> dict[str, Outcome]:
+        """outcomes() without making anything: empty where there is no record yet."""
+        path = sqlite_file(tracking_uri)
+        return Record(tracking_uri, study).outcomes() if path is None or path.exists() else {}
+
+    def outcomes(self) -> dict[str, Outcome]:
+        """Cell key to what is known of it: its earliest done run, else one that runs, else its latest."""
+        found = sorted((self._outcome(run) for run in self._runs() if CELL in run.data.tags), key=_precedence)
+        return {outcome.key: outcome for outcome in reversed(found)}
+
+    def close_orphans(self) -> None:
+        """Close as killed what is RUNNING though its process is gone."""
+        for run in self._runs("attributes.status = 'RUNNING'"):
+            if OWNER in run.data.tags and Owner.parse(run.data.tags[OWNER]).is_dead:
+                self.close(run.info.run_id, "killed")
+
+    def begin(self, spec: StudySpec, tags: Mapping[str, str]) -> str:
+        """Make the experiment if it is new, close orphans, and start the invocation's parent run."""
+        if self.experiment_id is None:
+            path = sqlite_file(self.tracking_uri)
+            # Absolute, beside the database: the artifacts are found from wherever the next command runs.
+            place = (path.resolve().parent / "mlruns" / spec.name).as_uri() if path else None
+            self.experiment_id = self._client.create_experiment(spec.name, artifact_location=place)
+        for key, value in {
+            "mlflow.experimentKind": "custom_model_development",
+            "mlflow.note.content": _guide(spec),
+        }.items():
+            self._client.set_experiment_tag(self.experiment_id, key, value)
+        self.close_orphans()
+        name = f"{clean(spec.name)} {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        run = self._client.create_run(self.experiment_id, tags={OWNER: str(Owner.me()), **tags}, run_name=name)
+        return str(run.info.run_id)
+
+    def start(self, parent: str, cell: Cell) -> str | None:
+        """Start a cell's child run, with its parameters. None if another process was faster."""
+        from mlflow.entities import Param
+
+        tags = {"mlflow.parentRunId": parent, CELL: cell.key, ROW: cell.row, OWNER: str(Owner.me())}
+        name = clean(f"{cell.row} seed {cell.seed}")
+        run = self._client.create_run(self.experiment_id, tags=tags, run_name=name)
+        run_id = str(run.info.run_id)
+        # Two processes may have found the cell free: both have a run now, both see both, the earlier stays.
+        for other in self._runs(f"tags.`{CELL}` = '{cell.key}'"):
+            earlier = (other.info.start_time, other.info.run_id) < (run.info.start_time, run_id)
+            outcome = self._outcome(other)
+            if outcome.done or (outcome.busy and earlier):
+                self.close(run_id, "killed")
+                self._client.delete_run(run_id)
+                return None
+        parameters = [Param(name, value[:TEXT_LIMIT]) for name, value in _parameters(cell).items()]
+        for batch in _batches(parameters):
+            self._client.log_batch(run_id, params=batch)
+        return run_id
+
+    def finish(self, run_id: str, cell: Cell, result: RunResult, figures: Mapping[str, Figure]) -> None:
+        """Write a result whole, then mark the run as done: a kill on the way leaves a cell to run."""
+        from mlflow.entities import Metric, RunTag
+
+        if result.status == "finished" and not math.isfinite(result.metrics.get(result.headline, math.nan)):
+            raise ValueError(f"the run gave no finite {result.headline!r}")
+        now = int(time.time() * 1000)
+        points = [(name, value, now, step) for name, value, step in _points(result)]
+        for batch in _batches([Metric(*point) for point in points if math.isfinite(point[1])]):
+            self._client.log_batch(run_id, metrics=batch)
+        tags = {
+            HEADLINE: clean(result.headline),
+            WARNINGS: json.dumps([text[:500] for text in result.warnings[:8]], ensure_ascii=False),
+            "mlflow.note.content": _cell_note(cell, result),
+            "mlflow.source.git.commit": result.environment.get("git_commit", "unknown"),
+            **{f"environment.{name}": value for name, value in result.environment.items()},
+        }
+        self._client.log_batch(run_id, tags=[RunTag(clean(name), value[:TEXT_LIMIT]) for name, value in tags.items()])
+        self._client.log_dict(run_id, {"config": cell.config.to_mapping(), **asdict(result)}, "result.json")
+        for name, figure in figures.items():
+            self._client.log_figure(run_id, figure, name)
+        # Charts and parallel coordinates of the experiment start from this metric.
+        self._client.set_experiment_tag(self.experiment_id, "mlflow.experiment.primaryMetric.name", result.headline)
+        self._client.set_experiment_tag(self.experiment_id, "mlflow.experiment.primaryMetric.greaterIsBetter", "True")
+        self.close(run_id, result.status)
+
+    def fail(self, run_id: str, error: Exception) -> None:
+        """Record a cell that raised."""
+        self._client.set_tag(run_id, ERROR, one_line(error)[:TEXT_LIMIT])
+        self._client.set_tag(run_id, "mlflow.note.content", f"Failed: {one_line(error)}"[:TEXT_LIMIT])
+        self._client.log_text(run_id, "".join(traceback.format_exception(error)), "traceback.txt")
+        self.close(run_id, "failed")
+
+    def end(self, parent: str, note: str, files: Mapping[str, str | Figure]) -> None:
+        """Write an invocation's table and figure, and end its parent run."""
+        for name, content in files.items():
+            log = self._client.log_text if isinstance(content, str) else self._client.log_figure
+            log(parent, content, name)
+        self._client.set_tag(parent, "mlflow.note.content", note[:TEXT_LIMIT])
+        self.close(parent, "finished")
+
+    def close(self, run_id: str, status: str) -> None:
+        """Give a run its last status."""
+        self._client.set_tag(run_id, STATUS, status)
+        self._client.set_terminated(run_id, TERMINAL[status])
+
+    def compare_path(self, run_ids: Iterable[str]) -> str:
+        """The page of MLflow's UI that compares these runs, from the root of its address."""
+        lists = {"runs": list(run_ids), "experiments": [self.experiment_id]}
+        query = {name: json.dumps(ids, separators=(",", ":")) for name, ids in lists.items()}
+        return f"/#/compare-runs?{urllib.parse.urlencode(query, safe='[],')}"
+
+    def _runs(self, where: str = "") -> Iterable[Any]:
+        token: str | None = None
+        while self.experiment_id is not None:
+            page = self._client.search_runs([self.experiment_id], where, max_results=1000, page_token=token)
+            yield from page
+            token = page.token
+            if not token:
+                return
+
+    @staticmethod
+    def _outcome(run: Any) -> Outcome:
+        tags, ended = run.data.tags, run.info.status in TERMINAL.values()
+        status = tags.get(STATUS, "killed") if ended else "running"
+        if TERMINAL.get(status, run.info.status) != run.info.status and ended:
+            status = "killed"  # what the tag says was not confirmed by the run's end
+        return Outcome(
+            run_id=run.info.run_id,
+            key=tags[CELL],
+            status=status,
+            headline=tags.get(HEADLINE, ""),
+            metrics=run.data.metrics,
+            warnings=tuple(json.loads(tags.get(WARNINGS, "[]"))),
+            error=tags.get(ERROR, ""),
+            owner=Owner.parse(tags[OWNER]) if OWNER in tags else None,
+            ended=run.info.end_time or 0,
+        )
+
+
+def _precedence(outcome: Outcome) -> tuple[int, int]:
+    """Sorts first the run that stands for its cell."""
+    if outcome.done:
+        return 0, outcome.ended
+    return (1, 0) if outcome.status == "running" else (2, -outcome.ended)
+
+
+def _points(result: RunResult) -> Iterable[tuple[str, float, int]]:
+    """Every number of a result as (name, value, step)."""
+    # Final numbers at step 0: MLflow draws a metric with later steps as a line, where rows compare best as
+    # bars. A curve of the same name would also hide the final number, which need not be the curve's last.
+    for name, value in result.metrics.items():
+        yield clean(name), float(value), 0
+    for name, points in result.curves.items():
+        curve = clean(f"curve/{name}" if name in result.metrics else name)
+        yield from ((curve, float(value), int(step)) for step, value in points)
+    for module, numbers in result.modules.items():
+        for name in ("stable_rank", "dc_share"):
+            if name in numbers:
+                yield clean(f"{name}/{module}"), float(numbers[name]), 0
+
+
+def _parameters(cell: Cell) -> dict[str, str]:
+    """The configuration by short names: those of the adapter without "adapter."."""
+    config = cell.config.to_mapping()
+    adapter, train = config.pop("adapter"), config.pop("train")
+    flat = {"row": cell.row, **config, **adapter, **{f"train.{name}": value for name, value in train.items()}}
+    return {clean(name): value if isinstance(value, str) else json.dumps(value) for name, value in flat.items()}
+
+
+def _guide(spec: StudySpec) -> str:
+    return f"""**{spec.title}**
+
+{spec.question}
+
+How to compare: each invocation is a parent run, each cell (row and seed) a child run below it.
+- The newest finished parent run holds the table (`table.md`, `table.csv`) and `comparison.png`.
+- Runs table: expand the parents, or filter with ``tags.`{STATUS}` = 'finished'``; group by the parameter
+  `row` for means over seeds. Columns to show: the headline metric, `stable_rank.mean`, `dc_share.mean`,
+  `parameters.trainable`.
+- A cell's page holds `phi.png` (the learned φ of every layer), `result.json`, its curves, and every layer's
+  numbers under `stable_rank/` and `dc_share/`.
+- Cells that diverged, failed or were killed say so in the tag `{STATUS}`.
+"""
+
+
+def _cell_note(cell: Cell, result: RunResult) -> str:
+    names = [result.headline, "stable_rank.mean", "dc_share.mean", "parameters.trainable"]
+    numbers = "\n".join(f"- {name}: {result.metrics[name]:.6g}" for name in names if name in result.metrics)
+    warnings = "\n".join(f"- Warning: {warning}" for warning in result.warnings)
+    return f"**{cell.row}, seed {cell.seed}**: {result.status}\n\n{numbers}\n{warnings}"
+
+
+def clean(name: str) -> str:
+    """`name` in the characters that MLflow allows in names."""
+    return " ".join(re.sub(r"[^A-Za-z0-9_\-. :/]+", " ", name).split())
+
+
+def one_line(error: BaseException) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _batches(items: Sequence[Any]) -> Iterable[Sequence[Any]]:
+    return (items[start : start + BATCH] for start in range(0, len(items), BATCH))

@@ -1,0 +1,343 @@
+"""What a study is: a YAML file in `studies/`, the command line's changes to it, and the cells they make."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from basisadapt.errors import InputError, unknown
+from basisadapt.settings import from_mapping
+
+if TYPE_CHECKING:  # run configurations need torch, which --help and --list must not wait for
+    from basisadapt.run_config import RunConfig
+
+PRESETS = ("smoke", "quick", "paper")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """The published table that a study answers.
+
+    table: a file in `studies/paper/`. key, column, std: its columns with a row's name, its value and the
+    value's standard deviation. setting: on what it was measured.
+    """
+
+    table: str
+    key: str
+    column: str
+    std: str | None = None
+    setting: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beside:
+    """A row beside the sweep: its label, what it `set`s over the base, its row of the published table."""
+
+    label: str
+    set: dict[str, Any]
+    published: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySpec:
+    """A study as its file states it.
+
+    title, question: what is compared and how to read it. base: the configuration that all rows share. sweep:
+    an axis' name to its values; the rows are their product. beside: further rows, which no axis changes.
+    reference: the label of the row that the others are compared with. answers: the published table. presets:
+    a name to dotted overrides of the base, and `seeds`.
+    """
+
+    name: str
+    title: str
+    question: str
+    base: dict[str, Any] = field(default_factory=dict)
+    sweep: dict[str, Any] = field(default_factory=dict)
+    beside: tuple[Beside, ...] = ()
+    reference: str | None = None
+    answers: Answers | None = None
+    seeds: tuple[int, ...] = (42, 123, 456)
+    presets: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: a configuration, run with every seed. published: its row in the published table."""
+
+    label: str
+    published: str | None
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study; `key` identifies it in every record."""
+
+    study: str
+    row: str
+    config: RunConfig
+
+    @property
+    def seed(self) -> int:
+        """The seed of the run."""
+        return self.config.seed
+
+    @property
+    def key(self) -> str:
+        """A hash of study, configuration and seed: 16 hexadecimal digits."""
+        config = self.config.to_mapping()
+        seed = config.pop("seed")
+        canonical = json.dumps({"study": self.study, "config": config, "seed": seed}, sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A spec with the command line's changes worked in: the rows to fill."""
+
+    spec: StudySpec
+    rows: tuple[Row, ...]
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        """Every cell, row by row."""
+        return tuple(cell for row in self.rows for cell in row.cells)
+
+
+# --- reading ---
+
+
+class _Loader(yaml.SafeLoader):
+    """yaml.safe_load, except that 1e-3 is a number here as everywhere else (YAML 1.1 wants 1.0e-3)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of a YAML text. Raises InputError that names `where`."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise InputError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def studies_dir() -> Path:
+    """The folder of the shipped studies: in an installed package, or beside the package in a repository."""
+    package = Path(__file__).parents[1]
+    installed = package / "studies"
+    return installed if installed.is_dir() else package.parent / "studies"
+
+
+def list_studies() -> list[str]:
+    """The names of the shipped studies."""
+    return sorted(path.stem for path in studies_dir().glob("*.yaml"))
+
+
+def read_spec(name: str) -> StudySpec:
+    """The study called `name`, or the one in the file of that path. Raises InputError."""
+    is_path = name.endswith((".yaml", ".yml"))
+    path = Path(name) if is_path else studies_dir() / f"{name}.yaml"
+    if not is_path and name not in list_studies():
+        raise unknown("study", name, list_studies())
+    try:
+        values = parse_yaml(path.read_text(encoding="utf-8"), f"study file {str(path)!r}")
+    except OSError as error:
+        raise InputError(f"study file {str(path)!r} cannot be read: {error.strerror}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"study file {str(path)!r} must hold keys and values")
+    try:
+        return _spec({**values, "name": path.stem})
+    except InputError as error:
+        raise InputError(f"study file {str(path)!r}: {error}") from error
+
+
+def _spec(values: dict[str, Any]) -> StudySpec:
+    for key in ("title", "question"):
+        if key not in values:
+            raise InputError(f"{key} is missing")
+    if values.get("answers") is not None:
+        values["answers"] = _part(Answers, values["answers"], "answers")
+    values["beside"] = [_part(Beside, row, f"beside[{index}]") for index, row in enumerate(values.get("beside") or ())]
+    spec = from_mapping(StudySpec, values)
+    for axis, points in spec.sweep.items():
+        if not isinstance(points, list) or not points:
+            raise InputError(f"sweep.{axis} must be a list of values, got {points!r}")
+    for preset, overrides in spec.presets.items():
+        if preset not in PRESETS:
+            raise unknown("preset", preset, PRESETS)
+        if not isinstance(overrides, dict):
+            raise InputError(f"presets.{preset} must hold keys and values, got {overrides!r}")
+    return spec
+
+
+def _part(cls: type[Any], values: Any, where: str) -> Any:
+    if not isinstance(values, dict):
+        raise InputError(f"{where} must hold keys and values, got {values!r}")
+    try:
+        return from_mapping(cls, values, where)
+    except TypeError as error:  # a field without default is missing
+        raise InputError(f"{where}: {error}") from error
+
+
+# --- from spec to cells ---
+
+
+def resolve(
+    spec: StudySpec, *, preset: str = "quick", changes: Sequence[str] = (), seeds: Sequence[int] | None = None
+) -> Study:
+    """The cells of `spec`: base < preset < changes ("key=value") < axis value or the row's own `set`.
+
+    Every configuration is checked. Raises InputError.
+    """
+    overrides, axes = _split_changes(changes)
+    if preset not in spec.presets and preset != "quick":  # quick is the default, which a study need not name
+        raise unknown("preset", preset, spec.presets)
+    preset_values = dict(spec.presets.get(preset, {}))
+    preset_seeds = preset_values.pop("seeds", None)
+    seeds = _checked_seeds(seeds or preset_seeds or spec.seeds)
+
+    base = {**_flat(spec.base), **_with_full_keys(preset_values), **overrides}
+    sweep = {full_key(name): (name, points) for name, points in spec.sweep.items()}
+    for name, points in axes.items():
+        sweep[full_key(name)] = (name, points)
+
+    rows = [_swept_row(spec, base, point, seeds) for point in _product(sweep.values())] if sweep else []
+    for beside in spec.beside:
+        config = {**base, **_with_full_keys(beside.set)}
+        rows.append(_row(spec, beside.label, beside.published, config, seeds))
+
+    labels = [row.label for row in rows]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise InputError(f"study {spec.name!r} has two rows called {label!r}")
+    if spec.reference is not None and spec.reference not in labels:
+        raise unknown("reference row", spec.reference, labels)
+    if not rows:
+        raise InputError(f"study {spec.name!r} has no rows: give it a sweep or rows beside it")
+    return Study(spec, tuple(rows))
+
+
+Point = tuple[tuple[str, Any], ...]  # one value on every axis: (axis' name, value), ...
+
+
+def _product(axes: Iterable[tuple[str, list[Any]]]) -> list[Point]:
+    return list(itertools.product(*([(name, value) for value in points] for name, points in axes)))
+
+
+def _swept_row(spec: StudySpec, base: Mapping[str, Any], point: Point, seeds: Sequence[int]) -> Row:
+    label = ", ".join(_plain(value) for _, value in point)
+    published = ",".join(f"{name}={_plain(value)}" for name, value in point)
+    return _row(spec, label, published, {**base, **_with_full_keys(dict(point))}, seeds)
+
+
+def _row(spec: StudySpec, label: str, published: str | None, flat: Mapping[str, Any], seeds: Sequence[int]) -> Row:
+    from basisadapt.run_config import RunConfig
+
+    configs = (RunConfig.from_mapping({**_nested(flat), "seed": seed}) for seed in seeds)
+    cells = (Cell(spec.name, label, config) for config in configs)
+    return Row(label, published, tuple(cells))
+
+
+def _split_changes(changes: Sequence[str]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """The command line's "key=value" as overrides of the base (by full key) and replaced axes (by name)."""
+    overrides: dict[str, Any] = {}
+    axes: dict[str, list[Any]] = {}
+    for change in changes:
+        key, equals, text = change.partition("=")
+        if not equals:
+            raise InputError(f"--set needs key=value, got {change!r}")
+        if key.startswith("sweep."):
+            parts = [part for part in text.split(",") if part.strip()]
+            if not parts:
+                raise InputError(f"--set {key} needs at least one value")
+            full_key(key.removeprefix("sweep."))
+            axes[key.removeprefix("sweep.")] = [parse_yaml(part, f"--set {key}") for part in parts]
+        else:
+            overrides[full_key(key)] = parse_yaml(text, f"--set {key}")
+    return overrides, axes
+
+
+def _checked_seeds(seeds: Any) -> tuple[int, ...]:
+    if not isinstance(seeds, list | tuple) or not all(type(seed) is int and seed >= 0 for seed in seeds):
+        raise InputError(f"seeds must be whole numbers of at least 0, got {seeds!r}")
+    return tuple(dict.fromkeys(seeds))
+
+
+def known_keys() -> list[str]:
+    """Every key that a configuration may set, in full."""
+    from basisadapt.methods import METHODS
+    from basisadapt.phi.settings import field_names
+    from basisadapt.run_config import TrainSettings
+
+    adapter = {name: None for method in METHODS.values() for name in field_names(method.settings)}
+    train = field_names(TrainSettings)
+    return ["task", "backbone", "method", *(f"adapter.{n}" for n in adapter), *(f"train.{n}" for n in train)]
+
+
+def full_key(name: str) -> str:
+    """A key in full: a name without a dot may be that of an adapter's setting. Raises InputError."""
+    known = known_keys()
+    if f"adapter.{name}" in known:
+        return f"adapter.{name}"
+    if name not in known:
+        raise unknown("key", name, known)
+    return name
+
+
+def _with_full_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {full_key(name): value for name, value in values.items()}
+
+
+def _flat(nested: Mapping[str, Any]) -> dict[str, Any]:
+    """{"adapter": {"r": 4}} as {"adapter.r": 4}, with every key checked."""
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        inner = {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
+        flat.update(_with_full_keys(inner))
+    return flat
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for name, value in flat.items():
+        group, dot, key = name.partition(".")
+        if dot:
+            nested.setdefault(group, {})[key] = value
+        else:
+            nested[name] = value
+    return nested
+
+
+def _plain(value: Any) -> str:
+    """A value as the command line takes it: true, 0.5, sinc."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+# --- the published table ---
+
+
+def published_values(answers: Answers | None) -> dict[str, tuple[str, str | None]]:
+    """Row name -> (value, standard deviation) of the published table, as printed there."""
+    if answers is None:
+        return {}
+    path = studies_dir() / "paper" / answers.table
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        return {row[answers.key]: (row[answers.column], row[answers.std] if answers.std else None) for row in rows}
+    except OSError as error:
+        raise InputError(f"published table {str(path)!r} cannot be read: {error.strerror}") from error
+    except KeyError as error:
+        raise InputError(f"published table {answers.table} has no column {error}") from error

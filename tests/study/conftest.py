@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import fakes
+import pytest
+
+from basisadapt import training
+from basisadapt.study.__main__ import main
+
+STUDY = """
+title: Two bases
+question: Which is better?
+answers: {table: table_13.csv, key: config, column: accuracy_mean, std: accuracy_std, setting: Qwen2}
+base: {task: docstrings, backbone: minilm, method: phi, adapter: {r: 4}, train: {lr: 2e-3}}
+sweep: {basis: [sinc, fourier]}
+beside:
+  - {label: LoRA, set: {method: lora}}
+reference: LoRA
+seeds: [1, 2, 3]
+presets: {smoke: {train.max_steps: 2, seeds: [1]}, quick: {train.max_steps: 5}}
+"""
+
+
+@pytest.fixture(scope="session")
+def empty_databases(tmp_path_factory):
+    """Making MLflow's tables takes seconds: once for all tests."""
+    folder = tmp_path_factory.mktemp("databases")
+    from basisadapt.study.record import Record
+    from basisadapt.study.trials import Trials
+
+    Record(f"sqlite:///{folder}/mlflow.db", "none")
+    Trials(f"sqlite:///{folder}/optuna.db", "none")
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The current directory: a study file and nothing else."""
+    (tmp_path / "tiny.yaml").write_text(STUDY)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def home(folder, empty_databases):
+    """The current directory: a study file and empty databases."""
+    for name in ("mlflow.db", "optuna.db"):
+        shutil.copy(empty_databases / name, folder / name)
+    return folder
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Replaces training; `fake.ways` says how runs end, `fake.ran` what was run."""
+    fake = fakes.Fakes()
+    monkeypatch.setattr(training, "run", fake.run)
+    monkeypatch.setattr(training, "plan", fake.plan)
+    return fake
+
+
+@pytest.fixture
+def study(capsys):
+    """Calls the command line: exit code, stdout, stderr."""
+
+    def call(*arguments):
+        code = main(arguments)
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return call
+
+
+@pytest.fixture
+def runs():
+    """The MLflow runs of the study: children, or parents."""
+    import mlflow
+
+    def read(parents=False):
+        client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{Path.cwd()}/mlflow.db")
+        experiment = client.get_experiment_by_name("tiny")
+        found = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
+        return [run for run in found if ("mlflow.parentRunId" in run.data.tags) != parents]
+
+    return read
+
+
+@pytest.fixture
+def trials():
+    """The trials of the Optuna study."""
+    import optuna
+
+    return lambda: optuna.load_study(study_name="tiny", storage="sqlite:///optuna.db").get_trials()

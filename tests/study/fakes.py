@@ -1,0 +1,70 @@
+"""Runs that take no time and may be made to raise, diverge, stop or hang; also a driver program."""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from pathlib import Path
+
+from basisadapt import training
+from basisadapt.errors import InputError
+from basisadapt.training import Plan, RunResult
+
+MODULES = [f"encoder.layer.{depth}.{name}" for depth in range(2) for name in ("attention.self.query", "output.dense")]
+
+
+class Fakes:
+    """`ways`: (basis or method, seed) -> how that run ends. `ran`: what was run, in order."""
+
+    def __init__(self, ways=None):
+        self.ways = ways or {}
+        self.ran = []
+
+    def run(self, config, *, data_dir=None, on_step=None, save_to=None):
+        name = getattr(config.adapter, "basis", config.method)
+        self.ran.append((name, config.seed))
+        for step in range(1, 4):
+            on_step(step, 3)
+        way = self.ways.get((name, config.seed), "finish")
+        if way == "interrupt":
+            raise KeyboardInterrupt
+        if way == "raise":
+            raise RuntimeError("out of\nmemory")
+        if way == "hang":
+            Path("hanging").touch()
+            time.sleep(600)
+        draw = random.Random(f"{name} {config.adapter.r} {config.seed}")
+        accuracy = draw.uniform(0.6, 0.9)
+        metrics = {
+            "eval_loss": 1.0,
+            "stable_rank.mean": 1.2,
+            "dc_share.mean": 0.1,
+            "parameters.trainable": 1234.0,
+        }
+        curve = {"z": [-0.1, 0.0, 0.1], "phi": [0.0, 1.0, 0.5]}
+        return RunResult(
+            status="diverged" if way == "diverge" else "finished",
+            headline="accuracy",
+            metrics=metrics if way == "diverge" else {**metrics, "accuracy": accuracy},
+            curves={"loss": [(1, 2.0), (2, float("nan")), (3, 1.0)], "accuracy": [(1, 0.1), (2, 0.2)]},
+            modules={module: {"stable_rank": 1.2, "dc_share": 0.1, "kind": "mlp"} for module in MODULES},
+            phi={} if config.method == "lora" else dict.fromkeys(MODULES, curve),
+            warnings=["collapsed: A and B did not move"] if name == "fourier" else [],
+            environment={"git_commit": "abc123", "torch": "2"},
+        )
+
+    def plan(self, config, data_dir=None):
+        if config.adapter.r > 384:
+            raise InputError("adapter.r must be at most 384")
+        return Plan(modules=36, factors=1000 * config.adapter.r, transfer=100, head=10, total=10**6)
+
+    def install(self):
+        training.run, training.plan = self.run, self.plan
+
+
+if __name__ == "__main__":  # python fakes.py HANGING_BASIS HANGING_SEED ARGUMENTS...
+    from basisadapt.study.__main__ import main
+
+    Fakes({(sys.argv[1], int(sys.argv[2])): "hang"}).install()
+    sys.exit(main(sys.argv[3:]))

@@ -1,0 +1,387 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from basisadapt.study.owner import Owner
+from basisadapt.study.record import Record
+from basisadapt.study.spec import read_spec, resolve
+
+ALL = [(name, seed) for name in ("sinc", "fourier", "lora") for seed in (1, 2, 3)]
+
+
+def table_of(out):
+    return out.split("\nRecorded in")[0]
+
+
+def states(found):
+    return [run.info.status for run in found]
+
+
+def test_a_study_is_run_once_and_its_table_stays(home, fake, study, runs, trials):
+    code, out, err = study("tiny.yaml", "--output", "results")
+    assert code == 0
+    assert fake.ran == ALL
+    assert "[9/9] LoRA, seed 3: accuracy 0." in err
+    assert "mlflow ui --backend-store-uri sqlite:///mlflow.db" in out
+    assert "/#/compare-runs?runs=[%22" in out
+
+    again_code, again, err = study("tiny.yaml")
+    assert (again_code, table_of(again), err) == (0, table_of(out), "")
+    assert len(fake.ran) == 9
+    assert states(runs()) == ["FINISHED"] * 9
+    assert states(runs(parents=True)) == ["FINISHED"] * 2
+    assert [trial.state.name for trial in trials()] == ["COMPLETE"] * 9
+
+    assert (home / "results" / "table.txt").read_text() in again
+    assert sorted(path.name for path in (home / "results").iterdir()) == [
+        "comparison.png",
+        "table.csv",
+        "table.md",
+        "table.txt",
+    ]
+    code, report, _ = study("tiny.yaml", "--report", "tiny.yaml")
+    assert code == 2
+    code, report, _ = study("--report", "tiny.yaml")
+    assert (code, table_of(report)) == (0, table_of(again))
+    assert len(runs(parents=True)) == 2
+
+
+def test_what_a_cell_leaves_in_mlflow(home, fake, study, runs, trials):
+    study("tiny.yaml", "--seeds", "1")
+    run, parent = runs()[0], runs(parents=True)[0]
+    assert run.info.run_name == "sinc seed 1"
+    assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert run.data.tags["basisadapt.status"] == "finished"
+    assert run.data.tags["environment.torch"] == "2"
+    assert run.data.tags["mlflow.source.git.commit"] == "abc123"
+    assert run.data.params["basis"] == "sinc"
+    assert run.data.params["train.max_steps"] == "5"
+    assert run.data.params["row"] == "sinc"
+    assert 0.6 < run.data.metrics["accuracy"] < 0.9  # not the curve's last value, 0.2
+    assert run.data.metrics["curve/accuracy"] == 0.2
+    assert run.data.metrics["stable_rank/encoder.layer.0.attention.self.query"] == 1.2
+
+    import mlflow
+
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{home}/mlflow.db")
+    loss = client.get_metric_history(run.info.run_id, "loss")
+    assert [(point.step, point.value) for point in loss] == [(1, 2.0), (3, 1.0)]  # NaN is left out
+    artifacts = Path(run.info.artifact_uri.removeprefix("file://"))
+    assert artifacts.is_relative_to(home / "mlruns" / "tiny")
+    assert sorted(path.name for path in artifacts.iterdir()) == ["phi.png", "result.json"]
+    assert json.loads((artifacts / "result.json").read_text())["config"]["adapter"]["basis"] == "sinc"
+    files = sorted(file.path for file in client.list_artifacts(parent.info.run_id))
+    assert files == ["comparison.png", "table.csv", "table.md", "table.txt"]
+    experiment = client.get_experiment_by_name("tiny")
+    assert "How to compare" in experiment.tags["mlflow.note.content"]
+    assert "| sinc |" in parent.data.tags["mlflow.note.content"]
+    trial = trials()[0]
+    assert (trial.value, trial.user_attrs["cell"]) == (
+        run.data.metrics["accuracy"],
+        run.data.tags["basisadapt.cell"],
+    )
+    assert json.loads(trial.user_attrs["config"])["seed"] == 1
+
+
+def test_a_failed_cell_is_kept_the_others_go_on_and_it_is_run_again(home, fake, study, runs, trials):
+    fake.ways = {("sinc", 2): "raise"}
+    code, out, err = study("tiny.yaml")
+    assert (code, fake.ran) == (1, ALL)
+    assert "1 of 3 failed" in out
+    assert "Failed: sinc seed 2 (RuntimeError: out of memory)." in out
+    assert "sinc, seed 2: failed: RuntimeError: out of memory" in err
+    failed = runs()[1]
+    assert (failed.info.status, failed.data.tags["basisadapt.status"]) == ("FAILED", "failed")
+    traceback = Path(failed.info.artifact_uri.removeprefix("file://")) / "traceback.txt"
+    assert "raise RuntimeError" in traceback.read_text()
+    assert trials()[1].state.name == "FAIL"
+
+    fake.ways = {}
+    code, out, _ = study("tiny.yaml")
+    assert (code, fake.ran[9:]) == (0, [("sinc", 2)])
+    assert "failed" not in out
+
+
+def test_a_diverged_cell_counts_as_done(home, fake, study, runs, trials):
+    fake.ways = {("fourier", 3): "diverge"}
+    code, out, _ = study("tiny.yaml")
+    assert code == 1
+    assert "1 of 3 diverged" in out
+    assert "Diverged: fourier seed 3." in out
+    assert study("tiny.yaml")[:2] == (1, out)
+    assert len(fake.ran) == 9
+    assert runs()[5].data.tags["basisadapt.status"] == "diverged"
+    assert [trial.state.name for trial in trials()].count("FAIL") == 1
+
+
+def test_a_result_without_its_headline_metric_is_a_failure(home, fake, study, monkeypatch):
+    import dataclasses
+
+    from basisadapt import training
+
+    def forgetful(*args, **options):
+        return dataclasses.replace(fake.run(*args, **options), headline="f1")
+
+    monkeypatch.setattr(training, "run", forgetful)
+    code, out, _ = study("tiny.yaml", "--seeds", "1")
+    assert code == 1
+    assert "the run gave no finite 'f1'" in out
+
+
+def test_interrupt_and_resume(home, fake, study, runs, trials):
+    fake.ways = {("fourier", 1): "interrupt"}
+    code, _, err = study("tiny.yaml")
+    assert code == 130
+    assert "to go on: python -m basisadapt.study tiny.yaml" in err
+    assert states(runs()) == ["FINISHED"] * 3 + ["KILLED"]
+    assert states(runs(parents=True)) == ["KILLED"]
+    assert [trial.state.name for trial in trials()] == ["COMPLETE"] * 3 + ["FAIL"]
+
+    fake.ways, fake.ran = {}, []
+    code, out, _ = study("tiny.yaml")
+    assert (code, fake.ran) == (0, ALL[3:])
+    assert " killed" not in out
+
+
+def test_only_the_cells_of_the_invocation_are_shown(home, fake, study):
+    study("tiny.yaml", "--seeds", "1,2")
+    code, out, _ = study("tiny.yaml", "--set", "sweep.basis=sinc,bspline", "--seeds", "1,2")
+    assert (code, fake.ran[6:]) == (0, [("bspline", 1), ("bspline", 2)])
+    assert "fourier" not in out
+
+
+def test_of_two_finished_runs_of_a_cell_the_earlier_counts(home, fake, study):
+    cell = resolve(read_spec("tiny.yaml"), seeds=[1]).cells[0]
+    record = Record("sqlite:///mlflow.db", "tiny")
+    parent = record.begin(read_spec("tiny.yaml"), {})
+    first, second = record.start(parent, cell), record.start(parent, cell)
+    for run_id in (second, first):
+        record.finish(run_id, cell, fake.run(cell.config, on_step=lambda *_: None), {})
+    assert record.outcomes()[cell.key].run_id == second
+    assert record.start(parent, cell) is None
+
+
+def test_optuna_learns_what_mlflow_knows(home, fake, study, trials, empty_databases):
+    fake.ways = {("sinc", 1): "diverge"}
+    study("tiny.yaml")
+    values = [trial.value for trial in trials()]
+    (home / "optuna.db").unlink()
+    study("tiny.yaml")
+    assert [trial.value for trial in trials()] == values
+    study("tiny.yaml")
+    assert len(trials()) == 9
+
+
+def test_the_cells_of_a_live_process_are_left_alone_and_awaited(home, fake, study, runs, monkeypatch):
+    from basisadapt.study import engine
+
+    spec = read_spec("tiny.yaml")
+    cell = resolve(spec, seeds=[1]).cells[0]
+    record = Record("sqlite:///mlflow.db", "tiny")
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    owner = Owner.of(other.pid)
+    with monkeypatch.context() as as_other:
+        as_other.setattr(Owner, "me", lambda: owner)
+        run_id = record.start(record.begin(spec, {}), cell)
+
+    def other_finishes(_seconds):
+        assert [run.info.status for run in runs()].count("RUNNING") == 1
+        record.finish(run_id, cell, fake.run(cell.config, on_step=lambda *_: None), {})
+
+    monkeypatch.setattr(engine.time, "sleep", other_finishes)
+    code, _, err = study("tiny.yaml", "--seeds", "1")
+    other.communicate()
+    assert code == 0
+    assert "waiting for another process to finish sinc, seed 1" in err
+    assert fake.ran == [("fourier", 1), ("lora", 1), ("sinc", 1)]  # the last by the other
+    assert len(runs()) == 3
+
+
+def test_of_two_processes_that_start_a_cell_the_later_gives_way(home, monkeypatch):
+    spec = read_spec("tiny.yaml")
+    cell = resolve(spec, seeds=[1]).cells[0]
+    record = Record("sqlite:///mlflow.db", "tiny")
+    parent = record.begin(spec, {})
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    owner = Owner.of(other.pid)
+    with monkeypatch.context() as as_other:
+        as_other.setattr(Owner, "me", lambda: owner)
+        first = record.start(parent, cell)
+    assert record.start(parent, cell) is None
+    assert record.outcomes()[cell.key].run_id == first
+    other.communicate()
+    assert record.start(parent, cell) is not None
+
+
+def test_a_cell_whose_process_dies_while_it_is_awaited_is_run(home, fake, study, runs, monkeypatch):
+    from basisadapt.study import engine
+
+    spec = read_spec("tiny.yaml")
+    record = Record("sqlite:///mlflow.db", "tiny")
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    owner = Owner.of(other.pid)
+    with monkeypatch.context() as as_other:
+        as_other.setattr(Owner, "me", lambda: owner)
+        record.start(record.begin(spec, {}), resolve(spec, seeds=[1]).cells[0])
+    monkeypatch.setattr(engine.time, "sleep", lambda _seconds: other.communicate())
+    assert study("tiny.yaml", "--seeds", "1")[0] == 0
+    assert fake.ran == [("fourier", 1), ("lora", 1), ("sinc", 1)]
+    assert sorted(states(runs())) == ["FINISHED"] * 3 + ["KILLED"]
+
+
+def test_owners():
+    me = Owner.me()
+    assert Owner.parse(str(me)) == me
+    assert not me.is_dead
+    assert Owner(me.host, me.pid, me.started + "1").is_dead  # the number is used by another process now
+    elsewhere = Owner("another-host", 1, "1")
+    assert (elsewhere.is_here, elsewhere.is_dead) == (False, False)
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    owner = Owner.of(child.pid)
+    assert not owner.is_dead
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert owner.is_dead  # a zombie
+    child.wait()
+    assert owner.is_dead
+
+
+def test_a_killed_driver_is_cleared_up_and_the_table_is_that_of_an_undisturbed_study(
+    home, fake, study, runs, trials, empty_databases, tmp_path_factory
+):
+    import shutil
+    import time
+
+    fakes = str(Path(__file__).with_name("fakes.py"))
+    driver = subprocess.Popen([sys.executable, fakes, "fourier", "2", "tiny.yaml"], stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (home / "hanging").exists():
+        assert driver.poll() is None, driver.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    driver.kill()
+    driver.wait()
+    assert states(runs()) == ["FINISHED"] * 4 + ["RUNNING"]
+    assert trials()[4].state.name == "RUNNING"
+
+    code, out, _ = study("tiny.yaml")
+    assert (code, fake.ran) == (0, ALL[4:])
+    assert states(runs()) == ["FINISHED"] * 4 + ["KILLED"] + ["FINISHED"] * 5
+    assert states(runs(parents=True)) == ["KILLED", "FINISHED"]
+    assert [trial.state.name for trial in trials()] == ["COMPLETE"] * 4 + ["FAIL"] + ["COMPLETE"] * 5
+
+    undisturbed = tmp_path_factory.mktemp("undisturbed")
+    shutil.copy(empty_databases / "mlflow.db", undisturbed / "mlflow.db")
+    _, expected, _ = study("tiny.yaml", "--tracking-uri", f"sqlite:///{undisturbed}/mlflow.db")
+    assert table_of(out) == table_of(expected)
+    assert (undisturbed / "optuna.db").exists()
+
+
+def test_a_driver_killed_between_mlflow_and_optuna(home, fake, study, trials):
+    """Its trial is completed, not run again: MLflow has the last word."""
+    import optuna
+
+    study("tiny.yaml", "--seeds", "1")
+    gone = str(Owner(Owner.me().host, Owner.me().pid, "0"))
+    (home / "optuna.db").unlink()
+    lost = optuna.create_study(study_name="tiny", storage="sqlite:///optuna.db", direction="maximize").ask()
+    cell = resolve(read_spec("tiny.yaml"), seeds=[1]).cells[0]
+    lost.set_user_attr("owner", gone)
+    lost.set_user_attr("cell", cell.key)
+    study("tiny.yaml", "--seeds", "1")
+    assert [trial.state.name for trial in trials()] == ["COMPLETE"] * 3
+    assert trials()[0].value == Record("sqlite:///mlflow.db", "tiny").outcomes()[cell.key].value
+    assert len(fake.ran) == 3
+
+
+def test_dry_run_counts_and_leaves_nothing(folder, fake, study):
+    code, out, _ = study("tiny.yaml", "--dry-run", "--set", "adapter.r=8")
+    assert code == 0
+    assert "Two bases: 9 cells" in out
+    assert [line.split()[0] for line in out.splitlines()[3:]] == [
+        n for n in ("sinc", "fourier", "LoRA") for _ in range(3)
+    ]
+    assert "8,110" in out
+    assert [path.name for path in folder.iterdir()] == ["tiny.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ablate_bases"], "did you mean 'ablate_basis'"),
+        (["tiny.yaml", "--set", "adapter.q=1"], "unknown key 'adapter.q'"),
+        (["tiny.yaml", "--set", "train.max_steps=soon"], "train.max_steps must be a whole number or null"),
+        (["tiny.yaml", "--set", "adapter.r=999"], "adapter.r must be at most 384"),  # plan()'s answer
+        (["tiny.yaml", "--seeds", "one"], "--seeds needs whole numbers"),
+        (["tiny.yaml", "--seeds=-1"], "seeds must be whole numbers of at least 0"),
+        (["tiny.yaml", "--preset", "huge"], "invalid choice: 'huge'"),
+        (["tiny.yaml", "--plugin", "absent.py"], "does not exist"),
+        (["tiny.yaml", "--plugin", "broken.py"], "does not import: ZeroDivisionError"),
+        (["tiny.yaml", "--plugin", "no.such.module"], "does not import: ModuleNotFoundError"),
+        (["tiny.yaml", "--tracking-uri", "sqlite:///absent/mlflow.db"], "--tracking-uri 'sqlite:///absent"),
+        (["tiny.yaml", "--storage", "sqlite:////proc/optuna.db"], "--storage 'sqlite:////proc/optuna.db'"),
+        (["tiny.yaml", "--storage", "sqlite:///broken.py"], "file is not a database"),
+        (["tiny.yaml", "--tracking-uri", "postgres://x"], "--tracking-uri 'postgres://x' cannot be opened"),
+        (["tiny.yaml", "--tracking-uri", "./folder"], "--tracking-uri './folder' cannot be opened"),
+        (["tiny.yaml", "--storage", "nosql://x"], "--storage 'nosql://x' cannot be opened"),
+        (["tiny.yaml", "--storage", "sqlite:///mlflow.db"], "cannot share one database"),
+        (["tiny.yaml", "--output", "broken.py"], "--output 'broken.py' cannot be made"),
+        (["--report", "tiny.yaml"], "nothing of study 'tiny' is recorded"),
+        ([], "give the NAME of a study"),
+        (["tiny.yaml", "--nonsense"], "unrecognized arguments"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(folder, fake, study, arguments, message):
+    (folder / "broken.py").write_text("1 / 0\n" * 200)
+    code, out, err = study(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("basisadapt: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert fake.ran == []
+    assert sorted(path.name for path in folder.iterdir()) == ["broken.py", "tiny.yaml"]
+
+
+def test_debug_shows_where_an_input_error_comes_from(folder, study):
+    code, _, err = study("absent.yaml", "--debug")
+    assert code == 2
+    assert "Traceback" in err
+
+
+def test_a_plugin_becomes_a_row(home, fake, study):
+    (home / "my_bases.py").write_text(
+        "import torch\nfrom basisadapt import TransferBasis\n\n\n"
+        'class Ripple(TransferBasis, name="ripple_of_test"):\n'
+        '    """A cosine under a bell."""\n\n'
+        "    def forward(self, u):\n        return torch.cos(5 * u) * torch.exp(-u.square() / 2)\n"
+    )
+    arguments = (
+        "tiny.yaml",
+        "--seeds",
+        "1",
+        "--plugin",
+        "my_bases.py",
+        "--set",
+        "sweep.basis=sinc,ripple_of_test",
+    )
+    code, out, _ = study(*arguments)
+    assert code == 0
+    assert "\nripple_of_test " in out
+
+
+@pytest.mark.parametrize("option", ["--help", "--list"])
+def test_help_and_list_do_without_torch(option):
+    program = (
+        "import sys\nfrom basisadapt.study.__main__ import main\n"
+        f"try:\n    main([{option!r}])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'mlflow', 'optuna', 'peft', 'matplotlib', 'scipy'} & sys.modules.keys()\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "ablate_basis" in done.stdout or "--tracking-uri" in done.stdout

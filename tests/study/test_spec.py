@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import pytest
+
+from basisadapt.errors import InputError
+from basisadapt.study.spec import list_studies, published_values, read_spec, resolve
+
+
+@pytest.fixture
+def spec(folder):
+    return read_spec("tiny.yaml")
+
+
+def settings(row):
+    return row.cells[0].config.to_mapping()
+
+
+def test_every_shipped_study_resolves_under_every_preset():
+    assert "ablate_basis" in list_studies()
+    for name in list_studies():
+        spec = read_spec(name)
+        for preset in ("smoke", "quick", "paper"):
+            assert resolve(spec, preset=preset).cells
+        published_values(spec.answers)
+
+
+def test_ablate_basis_stands_beside_table_13():
+    study = resolve(read_spec("ablate_basis"))
+    labels = ["sinc", "gaussian_rbf", "bspline", "fourier", "polynomial", "LoRA", "paper sinc"]
+    assert [row.label for row in study.rows] == labels
+    published = published_values(study.spec.answers)
+    assert [published[row.published] for row in study.rows[:2]] == [("61.1", "0.2"), ("60.4", "0.3")]
+    assert all(row.published in published for row in study.rows if row.label != "LoRA")
+
+
+def test_rows_and_cells(spec):
+    study = resolve(spec)
+    assert [row.label for row in study.rows] == ["sinc", "fourier", "LoRA"]
+    assert [row.published for row in study.rows] == ["basis=sinc", "basis=fourier", None]
+    assert [cell.seed for cell in study.rows[0].cells] == [1, 2, 3]
+    assert settings(study.rows[0])["train"]["lr"] == 2e-3  # YAML 1.1 would make it text
+    assert len({cell.key for cell in study.cells}) == 9
+
+
+def test_later_overrides_win(spec):
+    study = resolve(spec, changes=["train.max_steps=7", "adapter.basis=bspline", "r=2"])
+    assert [settings(row)["train"]["max_steps"] for row in study.rows] == [7, 7, 7]  # --set over preset
+    assert [settings(row)["adapter"]["r"] for row in study.rows] == [2, 2, 2]
+    assert settings(study.rows[0])["adapter"]["basis"] == "sinc"  # the axis over --set
+    assert settings(resolve(spec, preset="smoke").rows[0])["train"]["max_steps"] == 2
+
+
+def test_seeds_come_from_study_preset_or_command_line(spec):
+    assert len(resolve(spec).cells) == 9
+    assert [cell.seed for cell in resolve(spec, preset="smoke").cells] == [1, 1, 1]
+    assert [cell.seed for cell in resolve(spec, preset="smoke", seeds=[5, 4, 5]).rows[0].cells] == [5, 4]
+
+
+def test_sweep_axes_are_replaced_and_added(spec):
+    study = resolve(spec, changes=["sweep.basis=bspline,sinc", "sweep.adapter.gain=1,1e1"])
+    labels = ["bspline, 1", "bspline, 10.0", "sinc, 1", "sinc, 10.0", "LoRA"]
+    assert [row.label for row in study.rows] == labels
+    assert study.rows[1].published == "basis=bspline,adapter.gain=10.0"
+    assert settings(study.rows[3])["adapter"]["gain"] == 10.0
+
+
+def test_the_key_is_of_study_configuration_and_seed_alone(spec):
+    plain, same = resolve(spec), resolve(spec, preset="smoke", changes=["train.max_steps=5"], seeds=[1, 2, 3])
+    assert [c.key for c in plain.cells] == [c.key for c in same.cells]
+    other = resolve(spec, changes=["train.lr=1e-3"])
+    assert not {c.key for c in plain.cells} & {c.key for c in other.cells}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["adapter.rr=2"], "did you mean 'adapter.r'"),
+        (["train.lrr=2"], "did you mean 'train.lr'"),
+        (["sweep.bases=sinc"], "unknown key 'bases'"),
+        (["sweep.basis=sync"], "did you mean 'sinc'"),
+        (["sweep.basis="], "at least one value"),
+        (["adapter.r=four"], "adapter.r must be a whole number, got 'four'"),
+        (["adapter.r=4,8"], "adapter.r must be a whole number"),
+        (["adapter.num_basis=0"], "num_basis must be at least 1"),
+        (["adapter.interval=0"], "interval must be above 0"),
+        (["adapter.omega_init=-1"], "omega_init must be above 0"),
+        (["adapter.grid=uniformm"], "did you mean 'uniform'"),
+        (["adapter.sharing=nonee"], "did you mean 'none'"),
+        (["task=docstring"], "did you mean 'docstrings'"),
+        (["backbone=minilmm"], "did you mean 'minilm'"),
+        (["method=loora"], "unknown method 'loora'"),
+        (["train.lr"], "--set needs key=value"),
+        (["train.lr=[1"], "--set train.lr is not valid YAML"),
+        (["sweep.basis=sinc,sinc"], "two rows called 'sinc'"),
+    ],
+)
+def test_bad_changes(spec, changes, message):
+    with pytest.raises(InputError, match=message.replace("[", r"\[")) as caught:
+        resolve(spec, changes=changes)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("title: Two bases", "", "title is missing"),
+        ("title:", "tittle: x\ntitle:", "unknown key 'tittle'"),
+        ("[sinc, fourier]", "sinc", "sweep.basis must be a list"),
+        ("label: LoRA, ", "", "label"),
+        ("set: {method: lora}", "sett: {}", "did you mean 'beside\\[0\\].set'"),
+        ("smoke:", "smook:", "did you mean 'smoke'"),
+        ("seeds: [1, 2, 3]", "seeds: [1, a]", "seeds must be a list of a whole number"),
+        ("title:", "title: [", "is not valid YAML"),
+    ],
+)
+def test_bad_files(folder, before, after, message):
+    path = folder / "tiny.yaml"
+    path.write_text(path.read_text().replace(before, after))
+    with pytest.raises(InputError, match=message) as caught:
+        read_spec("tiny.yaml")
+    assert "tiny.yaml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_names(spec, folder):
+    with pytest.raises(InputError, match="did you mean 'ablate_basis'"):
+        read_spec("ablate_bases")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_spec("elsewhere.yaml")
+    with pytest.raises(InputError, match="unknown preset 'paper'"):
+        resolve(spec, preset="paper")
+    path = folder / "tiny.yaml"
+    path.write_text(path.read_text().replace("reference: LoRA", "reference: lora"))
+    with pytest.raises(InputError, match="unknown reference row 'lora'"):
+        resolve(read_spec("tiny.yaml"))

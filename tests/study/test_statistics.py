@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import pytest
+import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
+
+from basisadapt.study.statistics import difference, holm, mean, std
+
+
+def test_mean_and_sample_deviation():
+    assert mean([2.0, 4.0, 9.0]) == 5.0
+    assert std([2.0, 4.0, 9.0]) == pytest.approx(13**0.5)
+    assert mean([]) is None
+    assert std([1.0]) is None
+
+
+def test_difference_is_scipys_paired_test_over_the_shared_seeds():
+    row = {1: 0.80, 2: 0.85, 3: 0.79, 9: 0.10}
+    reference = {3: 0.77, 1: 0.75, 2: 0.84, 8: 0.99}
+    ours = difference(row, reference)
+    theirs = scipy.stats.ttest_rel([0.80, 0.85, 0.79], [0.75, 0.84, 0.77])
+    interval = theirs.confidence_interval(0.95)
+    assert ours.n == 3
+    assert ours.p == pytest.approx(theirs.pvalue)
+    assert (ours.low, ours.high) == pytest.approx((interval.low, interval.high))
+
+
+def test_difference_by_hand():
+    # d = 1, 2, 3: mean 2, std 1, error 1/√3, t(0.975, 2) = 4.302653, so the interval is 2 ± 2.484138.
+    ours = difference({1: 1.0, 2: 2.0, 3: 3.0}, {1: 0.0, 2: 0.0, 3: 0.0})
+    assert (ours.low, ours.high) == pytest.approx((-0.484138, 4.484138), abs=1e-6)
+
+
+def test_what_cannot_be_tested():
+    assert difference({1: 1.0}, {2: 1.0}) is None
+    one = difference({1: 1.0}, {1: 0.5})
+    assert (one.n, one.mean, one.low, one.p) == (1, 0.5, None, None)
+    equal = difference({1: 0.3, 2: 0.4}, {1: 0.2, 2: 0.3})  # 0.1 twice, but for rounding
+    assert (equal.low, equal.p) == (None, None)
+
+
+def test_holm_worked_example():
+    # Holm's: sorted 0.005, 0.01, 0.03, 0.04 times 4, 3, 2, 1 is 0.02, 0.03, 0.06, 0.04; never decreasing.
+    assert holm([0.01, 0.04, None, 0.03, 0.005]) == pytest.approx([0.03, 0.06, None, 0.06, 0.02])
+    assert holm([0.6, 0.9]) == [1.0, 1.0]
+    assert holm([None]) == [None]
+
+
+@given(st.lists(st.floats(0, 1), max_size=8))
+def test_holm_lies_between_p_and_bonferroni_and_keeps_the_order(values):
+    adjusted = holm(values)
+    for p, q in zip(values, adjusted, strict=True):
+        assert p <= q <= min(1.0, len(values) * p)
+    assert [q for _, q in sorted(zip(values, adjusted, strict=True))] == sorted(adjusted)
