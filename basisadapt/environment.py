@@ -9,16 +9,13 @@ from pathlib import Path
 
 import torch
 
-from basisadapt import __version__
-
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy", "optuna", "mlflow")
+PACKAGES = ("basisadapt", "torch", "transformers", "peft", "accelerate", "datasets", "numpy", "optuna", "mlflow")
 
 
 def environment() -> dict[str, str]:
     """Names to values, all text. `git_commit` is that of the package's source, "unknown" outside a repository."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
-        "basisadapt": __version__,
         "git_commit": git_commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -29,7 +29,6 @@ def outcomes(study, values, **options):
 SOUND = [0.80, 0.85, 0.79, 0.70, 0.71, 0.75, 0.75, 0.84, 0.77]
 
 
-# ruff: noqa: E501
 TEXT = """\
 Two bases
 

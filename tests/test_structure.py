@@ -1,0 +1,51 @@
+"""The floors: a module imports only from floors below its own, and only the study room knows Optuna and MLflow."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "basisadapt"
+# Rooms from the ground up; a room may import from every floor below, and from itself.
+FLOORS = [
+    {"errors", "peft_hook"},
+    {"registry", "settings", "environment", "diagnostics"},
+    {"phi", "tasks", "backbones"},
+    {"testing", "adapter"},
+    {"methods"},
+    {"run_config"},
+    {"training"},
+    {"study"},
+]
+LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def imports():
+    """(file, room, imported module) of every import, also those inside functions."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                submodules = node.module == "basisadapt"
+                yield from ((path, room, f"basisadapt.{a.name}" if submodules else node.module) for a in node.names)
+            elif isinstance(node, ast.Import):
+                yield from ((path, room, alias.name) for alias in node.names)
+
+
+def test_every_room_has_a_floor():
+    rooms = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert rooms - {"__init__", "__pycache__", "py.typed"} == set(LEVEL)
+
+
+def test_no_arrow_points_upward():
+    for path, room, module in imports():
+        if module.startswith("basisadapt.") and room != "__init__":
+            target = module.split(".")[1]
+            if target in LEVEL and target != room:
+                assert LEVEL[target] < LEVEL[room], f"{path.name} in {room} imports {module}"
+
+
+def test_only_the_study_room_knows_optuna_and_mlflow():
+    for path, room, module in imports():
+        if module.split(".")[0] in ("optuna", "mlflow"):
+            assert room == "study", path
