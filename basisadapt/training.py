@@ -82,6 +82,8 @@ class RunResult:
 
 def plan(config: RunConfig, data_dir: Path | None = None) -> Plan:
     """Check `config` against the data's place and the model's shapes, and count. Raises InputError."""
+    if config.train.precision == "fp16" and not torch.cuda.is_available():
+        raise InputError("train.precision fp16 needs a GPU; on a CPU use fp32 or bf16")
     task = TASKS[config.task]()
     task.check(data_dir)
     backbone = backbones.find(config.backbone)
@@ -248,6 +250,7 @@ def _arguments(config: RunConfig, rows: int, headline: str, folder: Path) -> Tra
         lr_scheduler_type=train.schedule if train.schedule != "constant" else "constant_with_warmup",
         warmup_steps=train.warmup_ratio,  # below 1 it is a share of the steps
         max_grad_norm=train.max_grad_norm,
+        use_cpu=not torch.cuda.is_available(),
         bf16=train.precision == "bf16",
         fp16=train.precision == "fp16",
         seed=config.seed,
@@ -361,20 +364,20 @@ def _collapse_warnings(
     unmoved = sum(distance < 1e-3 * scale for distance in moved.values())
     constant = sum(m["stable_rank"] < 1.05 and m["dc_share"] > 0.9 for m in modules.values())
 
-    if max(unmoved, constant) <= len(modules) / 2:
-        return []
-    if (
+    literal = (
         isinstance(settings, PhiSettings)
         and settings.amplitude_init == "zero"
         and not (settings.identity_path or settings.centre)
-    ):
-        cause = (
-            "dead start: with alpha = 0 and no identity path, phi stays even on a symmetric grid, so phi'(0) = 0 and, "
-            "with B = 0, A and B get no gradient; preset=residual has no dead start"
-        )
-    else:
-        cause = "phi(0), the same on every weight, outweighs the rest; centre=true takes it out"
-    return [
-        f"collapsed: of {len(modules)} modules, A and B did not move in {unmoved}, and the update is one constant "
-        f"(stable rank 1, DC share above 0.9) in {constant}. {cause[0].upper()}{cause[1:]}."
-    ]
+    )
+    cause = (
+        "A dead start: with alpha = 0 and no identity path, phi stays even on a symmetric grid, so phi'(0) = 0 and, "
+        "with B = 0, A and B get no gradient; preset=residual has none."
+        if literal
+        else "phi(0), the same on every weight, outweighs the rest; centre=true takes it out."
+    )
+    warnings = []
+    if constant > len(modules) / 2:
+        warnings.append(f"collapsed: most updates are one constant (stable rank 1, DC share above 0.9). {cause}")
+    if unmoved > len(modules) / 2:
+        warnings.append("collapsed: A and B of most modules did not move.")
+    return warnings

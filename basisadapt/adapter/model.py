@@ -39,7 +39,7 @@ class PhiModel(BaseTuner):  # type: ignore[misc]
             return
         bank = TransferBank(self.peft_config[adapter_name], [describe(layer.name) for layer in layers])
         weight = layers[0].base_layer.weight
-        if weight.device.type != "meta":
+        if not (weight.is_meta or bank.alpha.is_meta):  # with low_cpu_mem_usage the values follow from the file
             bank.to(weight.device)
         if weight.dtype == torch.float64:
             bank.double()

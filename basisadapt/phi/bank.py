@@ -86,7 +86,8 @@ class TransferBank(nn.Module):
         self._table("grid", grid, strategy.trainable)
         self._table("raw_omega", omega, settings.learn_omega)
         self._table("alpha", alpha, True)
-        self._initialise_alpha(settings.amplitude_init, settings.interval)
+        if not self.alpha.is_meta:  # where peft makes empty modules to load into, there is nothing to initialise
+            self._initialise_alpha(settings.amplitude_init, settings.interval)
 
     def _table(self, name: str, values: Tensor, trainable: bool) -> None:
         if trainable:

@@ -92,7 +92,7 @@ def evaluator(transfer: Transfer, A: Tensor, B: Tensor, backend: str, tolerance:
     """
     dtype = compute_dtype(A)
     if backend == "auto":
-        with torch.no_grad():
+        with torch.no_grad(), _no_autocast(A):
             low, high = torch.aminmax(B.to(dtype) @ A.to(dtype))
         # The floor keeps rounding out of f' where BA is zero, as at the start: Adam would scale it up.
         radius = max(-float(low), float(high), 1e-2 / transfer.gain)
@@ -128,14 +128,20 @@ class Update:
         return self.scaling * (z + value) if self.path else self.scaling * value
 
 
+def _no_autocast(tensor: Tensor) -> torch.autocast:
+    """Autocast would run the small products behind ΔW in half precision."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
 @torch.no_grad()
 def delta_weight(A: Tensor, B: Tensor, update: Update) -> Tensor:
     """ΔW, shape (out_features, in_features), in `compute_dtype`."""
     dtype = compute_dtype(A)
     A, B = A.to(dtype), B.to(dtype)
     delta = A.new_empty(len(B), A.shape[1])
-    for rows, z in update.pieces(A, B):
-        delta[rows] = update.combine(z, update.evaluator.value(z))
+    with _no_autocast(A):
+        for rows, z in update.pieces(A, B):
+            delta[rows] = update.combine(z, update.evaluator.value(z))
     return delta
 
 
@@ -173,16 +179,21 @@ class _AdaptedLinear(torch.autograd.Function):
         ctx.has_bias = bias is not None
         delta = delta_weight(A, B, update)
         effective = (delta if weight is None else weight + delta).to(ctx.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with _no_autocast(x):
             return F.linear(x.to(ctx.dtype), effective, None if bias is None else bias.to(ctx.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        with _no_autocast(upstream[0]):
+            return _AdaptedLinear._gradients(ctx, upstream[0])
+
+    @staticmethod
+    def _gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, A, B = ctx.saved_tensors
         update: Update = ctx.update
         dtype = compute_dtype(A)
-        gradient = upstream[0].to(ctx.dtype).flatten(0, -2)
+        gradient = upstream.to(ctx.dtype).flatten(0, -2)
         dense = (gradient.T @ x.to(ctx.dtype).flatten(0, -2)).to(dtype)  # the one product no φ can avoid
 
         factor_a, factor_b = A.to(dtype), B.to(dtype)
