@@ -320,6 +320,8 @@ def phi_figure(title: str, result: RunResult) -> Figure | None:
         axes.set_title(name, fontsize=9)
         axes.grid(alpha=0.3)
         axes.tick_params(labelsize=7)
+        axes.xaxis.get_offset_text().set_fontsize(7)
+        axes.yaxis.get_offset_text().set_fontsize(7)
         axes.locator_params(axis="x", nbins=5)
         axes.ticklabel_format(scilimits=(-2, 3))
     for axes in grid[len(panels) :]:
