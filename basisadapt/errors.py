@@ -11,8 +11,12 @@ class InputError(ValueError):
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
-    """The error for a `name` that is not among the `known` names of a `kind`, with the nearest one."""
+    """The error for a `name` that is not among the `known` names of a `kind`, with the nearest one.
+
+    A long list of names is left out where there is a nearest one.
+    """
     names = sorted(known)
     nearest = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    return InputError(f"unknown {kind} {str(name)!r}{hint} (known: {', '.join(names) or 'none'})")
+    listed = f" (known: {', '.join(names) or 'none'})" if not nearest or len(names) <= 12 else ""
+    return InputError(f"unknown {kind} {str(name)!r}{hint}{listed}")

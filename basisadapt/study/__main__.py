@@ -101,6 +101,10 @@ def _run(options: argparse.Namespace, command: str) -> int:
     study = specs.resolve(study_spec, preset=options.preset, changes=options.set, seeds=_seeds(options.seeds))
 
     from basisadapt.study import engine
+    from basisadapt.tasks.task import readable_folder
+
+    if options.data_dir is not None:
+        readable_folder(options.data_dir)
 
     place = engine.Place(
         tracking_uri=options.tracking_uri,

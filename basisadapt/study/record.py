@@ -35,7 +35,7 @@ TERMINAL = {
 }  # MLflow's words
 
 # The tags that the engine reads back.
-CELL, ROW, STATUS, OWNER = "basisadapt.cell", "basisadapt.row", "basisadapt.status", "basisadapt.owner"
+CELL, ROW, STATUS, OWNER = "basisadapt.cell", "basisadapt.row", "status", "basisadapt.owner"
 HEADLINE, WARNINGS, ERROR = "basisadapt.headline", "basisadapt.warnings", "basisadapt.error"
 
 TEXT_LIMIT = 5000  # below every limit that MLflow sets for tags, parameters and notes
@@ -202,6 +202,7 @@ class Record:
             "mlflow.note.content": _cell_note(cell, result),
             "mlflow.source.git.commit": result.environment.get("git_commit", "unknown"),
             **{f"environment.{name}": value for name, value in result.environment.items()},
+            **{f"data.{name}": str(value) for name, value in result.data.items()},
         }
         self._client.log_batch(run_id, tags=[RunTag(clean(name), value[:TEXT_LIMIT]) for name, value in tags.items()])
         self._client.log_dict(run_id, {"config": cell.config.to_mapping(), **asdict(result)}, "result.json")

@@ -57,7 +57,7 @@ def test_what_a_cell_leaves_in_mlflow(home, fake, study, runs, trials):
     run, parent = runs()[0], runs(parents=True)[0]
     assert run.info.run_name == "sinc seed 1"
     assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
-    assert run.data.tags["basisadapt.status"] == "finished"
+    assert run.data.tags["status"] == "finished"
     assert run.data.tags["environment.torch"] == "2"
     assert run.data.tags["mlflow.source.git.commit"] == "abc123"
     assert run.data.params["basis"] == "sinc"
@@ -97,7 +97,7 @@ def test_a_failed_cell_is_kept_the_others_go_on_and_it_is_run_again(home, fake, 
     assert "Failed: sinc seed 2 (RuntimeError: out of memory)." in out
     assert "sinc, seed 2: failed: RuntimeError: out of memory" in err
     failed = runs()[1]
-    assert (failed.info.status, failed.data.tags["basisadapt.status"]) == ("FAILED", "failed")
+    assert (failed.info.status, failed.data.tags["status"]) == ("FAILED", "failed")
     traceback = Path(failed.info.artifact_uri.removeprefix("file://")) / "traceback.txt"
     assert "raise RuntimeError" in traceback.read_text()
     assert trials()[1].state.name == "FAIL"
@@ -116,7 +116,7 @@ def test_a_diverged_cell_counts_as_done(home, fake, study, runs, trials):
     assert "Diverged: fourier seed 3." in out
     assert study("tiny.yaml")[:2] == (1, out)
     assert len(fake.ran) == 9
-    assert runs()[5].data.tags["basisadapt.status"] == "diverged"
+    assert runs()[5].data.tags["status"] == "diverged"
     assert [trial.state.name for trial in trials()].count("FAIL") == 1
 
 
