@@ -69,8 +69,16 @@ class PhiLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         if config.factor_init == "lora":
             nn.init.zeros_(factor_b)
         self.phi_A[adapter], self.phi_B[adapter] = factor_a, factor_b
-        BaseTunerLayer._move_adapter_to_device_of_base_layer(self, adapter)
+        self._move_adapter_to_device_of_base_layer(adapter)
         BaseTunerLayer.set_adapter(self, self.active_adapters, inference_mode=config.inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Peft's word for bringing an adapter to its layer, as after loading; φ comes along."""
+        BaseTunerLayer._move_adapter_to_device_of_base_layer(self, adapter_name, device)
+        bank = self.phi_source.get(adapter_name)
+        target = device or self.base_layer.weight.device
+        if bank is not None and not (bank.alpha.is_meta or target.type == "meta"):
+            bank.to(target)
 
     def _update(self, adapter: str) -> Update:
         config = self.phi_settings[adapter]

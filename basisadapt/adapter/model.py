@@ -38,14 +38,12 @@ class PhiModel(BaseTuner):  # type: ignore[misc]
         if not layers:
             return
         bank = TransferBank(self.peft_config[adapter_name], [describe(layer.name) for layer in layers])
-        weight = layers[0].base_layer.weight
-        if not (weight.is_meta or bank.alpha.is_meta):  # with low_cpu_mem_usage the values follow from the file
-            bank.to(weight.device)
-        if weight.dtype == torch.float64:
+        if layers[0].base_layer.weight.dtype == torch.float64:
             bank.double()
         self.phi_bank[adapter_name] = bank
         for layer in layers:
             layer.phi_source[adapter_name] = bank
+        layers[0]._move_adapter_to_device_of_base_layer(adapter_name)
         self._train_banks(self.peft_config[adapter_name].inference_mode)
 
     def _layers(self, adapter: str) -> Iterator[PhiLinear]:

@@ -321,6 +321,7 @@ def test_dry_run_counts_and_leaves_nothing(folder, fake, study):
         (["tiny.yaml", "--seeds", "one"], "--seeds needs whole numbers"),
         (["tiny.yaml", "--seeds=-1"], "seeds must be whole numbers of at least 0"),
         (["tiny.yaml", "--preset", "huge"], "invalid choice: 'huge'"),
+        (["tiny.yaml", "--data-dir", "absent"], "data folder 'absent' cannot be read"),
         (["tiny.yaml", "--plugin", "absent.py"], "does not exist"),
         (["tiny.yaml", "--plugin", "broken.py"], "does not import: ZeroDivisionError"),
         (["tiny.yaml", "--plugin", "no.such.module"], "does not import: ModuleNotFoundError"),
