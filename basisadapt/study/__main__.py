@@ -169,7 +169,9 @@ def _print_table(table: Table, place: Place) -> None:
     else:
         server = "http://127.0.0.1:5000"
         print(f"  mlflow ui --backend-store-uri {shlex.quote(place.tracking_uri)}")
-    print("  " + server + Record(place.tracking_uri, table.study.spec.name).compare_path(table.run_ids))
+    record = Record(place.tracking_uri, table.study.spec.name)
+    print(f"  {server}/#/experiments/{record.experiment_id}/runs  all runs, by invocation")
+    print(f"  {server}{record.compare_path(table.run_ids)}  the cells above, compared")
     if place.output is not None:
         print(f"Written to {place.output}")
 
