@@ -7,6 +7,7 @@ project's own tests run them over every registry, so a plug-in that is installed
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 
 import torch
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from basisadapt.phi.bank import Transfer, TransferBank
 from basisadapt.phi.basis import BASES, TransferBasis
+from basisadapt.phi.choice import evaluator
 from basisadapt.phi.grids import GRIDS, GridStrategy
 from basisadapt.phi.settings import PhiSettings
 from basisadapt.phi.sharing import SHARING, AdaptedModule, SharingPolicy, rows
-from basisadapt.phi.weight import Update, adapted_linear, evaluator
+from basisadapt.phi.weight import adapted_linear
 
 COUNTS = (1, 8, 50)
 MODULES = [AdaptedModule(f"layer.{i}.{kind}", kind, i) for i in range(2) for kind in ("attention", "mlp")]
@@ -118,14 +120,15 @@ def _check_layer(transfer: Transfer) -> None:
 
     x, weight, bias, A, B = draw(2, 3, 5), draw(7, 5), draw(7), draw(3, 5), 0.1 * draw(7, 3)
     upstream = draw(2, 3, 7)
+    updated = dataclasses.replace(transfer, path=True, scaling=1.5)
 
     def plain(x: Tensor, A: Tensor, B: Tensor, *parameters: Tensor) -> Tensor:
         f = transfer.with_parameters(*parameters)
         return x @ (weight + 1.5 * (B @ A + f(B @ A))).T + bias
 
     def layer(backend: str, x: Tensor, A: Tensor, B: Tensor, *parameters: Tensor) -> Tensor:
-        update = Update(evaluator(transfer.with_parameters(*parameters), A, B, backend), True, 1.5)
-        return adapted_linear(x, weight, bias, A, B, update)
+        chosen = evaluator(updated.with_parameters(*parameters), A, B, backend)
+        return adapted_linear(x, weight, bias, A, B, chosen, backend)
 
     def with_gradients(function: object, *first: object) -> list[Tensor]:
         assert callable(function)
@@ -135,7 +138,7 @@ def _check_layer(transfer: Transfer) -> None:
         return [y, *(torch.zeros_like(t) if g is None else g for g, t in zip(grads, inputs, strict=True))]
 
     expected = with_gradients(plain)
-    for backend in ("direct", "auto"):
+    for backend in ("direct", "torch"):
         names = ("the output", "dx", "dA", "dB", "dalpha", "domega", "dgrid")
         for name, found, truth in zip(names, with_gradients(layer, backend), expected, strict=True):
             error = (found - truth).abs().max() / (1e-3 + truth.abs().max())

@@ -336,7 +336,8 @@ def _learned_phi(model: PeftModel, points: int = 65) -> dict[str, dict[str, list
         if isinstance(layer, PhiLinear):
             radius = float((layer.phi_B[ADAPTER] @ layer.phi_A[ADAPTER]).abs().max())
             if math.isfinite(radius):
-                transfer = layer.phi_source[ADAPTER].transfer(layer.name).double()
+                transfer = layer.phi_source[ADAPTER].bank.transfer(layer.name).double()
+                transfer = dataclasses.replace(transfer, path=False, scaling=1.0)
                 z = torch.linspace(-radius, radius, points, dtype=torch.float64, device=transfer.alpha.device)
                 curves[name] = {"z": z.tolist(), "phi": transfer(z).tolist()}
     return curves

@@ -7,13 +7,16 @@ from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from basisadapt.adapter.config import PhiConfig
 from basisadapt.errors import InputError
-from basisadapt.phi.bank import TransferBank
-from basisadapt.phi.weight import Update, adapted_linear, delta_weight, evaluator
+from basisadapt.phi.compiler import Compiler
+from basisadapt.phi.weight import Weight, adapted_linear, delta_weight
+
+DEQUANTISED = ("Params4bit", "Int8Params")  # classes of weights that peft can dequantise
 
 
 class PhiLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
@@ -35,16 +38,23 @@ class PhiLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 f"module {name!r} is a {type(base_layer).__name__}; φ(BA) adapts nn.Linear and Conv1D only"
             )
         self.base_layer = cast(nn.Linear, base_layer)
-        if not self.base_layer.weight.is_floating_point():
-            raise InputError(f"module {name!r} has a quantised weight; φ(BA) adapts floating-point weights only")
-        self.out_features, self.in_features = self._matrix(self.base_layer.weight).shape
+        self._quantised = not self.base_layer.weight.is_floating_point()
+        if self._quantised and type(self.base_layer.weight).__name__ not in DEQUANTISED:
+            raise InputError(
+                f"module {name!r} has a weight of dtype {self.base_layer.weight.dtype}; of the quantised ones φ(BA) "
+                "adapts those of bitsandbytes"
+            )
+        if self._quantised:
+            self.out_features, self.in_features = self.base_layer.out_features, self.base_layer.in_features
+        else:
+            self.out_features, self.in_features = self._matrix(self.base_layer.weight).shape
         self.name = name
         self.phi_A = nn.ParameterDict()
         self.phi_B = nn.ParameterDict()
         self.phi_dropout = nn.ModuleDict()
         self.phi_settings: dict[str, PhiConfig] = {}
-        # Not a submodule: the bank belongs to the model, one for all layers.
-        self.phi_source: dict[str, TransferBank] = {}
+        # Not a submodule: φ's tables belong to the model, one bank for all layers.
+        self.phi_source: dict[str, Compiler] = {}
         self.merged_adapters: list[str] = []
         self._unmerged_weight: Tensor | None = None
 
@@ -75,21 +85,18 @@ class PhiLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Peft's word for bringing an adapter to its layer, as after loading; φ comes along."""
         BaseTunerLayer._move_adapter_to_device_of_base_layer(self, adapter_name, device)
-        bank = self.phi_source.get(adapter_name)
+        source = self.phi_source.get(adapter_name)
         target = device or self.base_layer.weight.device
-        if bank is not None and not (bank.alpha.is_meta or target.type == "meta"):
-            bank.to(target)
-
-    def _update(self, adapter: str) -> Update:
-        config = self.phi_settings[adapter]
-        transfer = self.phi_source[adapter].transfer(self.name)
-        chosen = evaluator(transfer, self.phi_A[adapter], self.phi_B[adapter], config.backend, config.tolerance)
-        return Update(chosen, bool(config.identity_path), config.scaling)
+        if source is not None and not (source.bank.alpha.is_meta or target.type == "meta"):
+            source.bank.to(target)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW of one adapter in the layout of the base weight, in float32 (float64 for a float64 adapter)."""
-        return self._matrix(delta_weight(self.phi_A[adapter], self.phi_B[adapter], self._update(adapter)))
+        source = self.phi_source[adapter]
+        A, B = self.phi_A[adapter], self.phi_B[adapter]
+        return self._matrix(delta_weight(A, B, source.evaluator(self.name), source.backend(self.name)))
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The adapted layer. Several active adapters add their ΔW. Raises InputError for a batch of mixed adapters."""
         if kwargs.get("adapter_names") is not None:
@@ -104,7 +111,7 @@ class PhiLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         if fused is None:
             y = self.base_layer(x, *args, **kwargs)
         else:
-            y = self._adapted(fused, x, self._matrix(self.base_layer.weight), self.base_layer.bias)
+            y = self._adapted(fused, x, self._weight(x.dtype), self.base_layer.bias)
         for name in active:
             if name != fused:
                 y = y + self._adapted(name, self.phi_dropout[name](x), None, None).to(y.dtype)
@@ -113,15 +120,26 @@ class PhiLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def _drops(self, adapter: str) -> bool:
         return self.training and self.phi_settings[adapter].dropout > 0
 
-    def _adapted(self, adapter: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        return adapted_linear(x, weight, bias, self.phi_A[adapter], self.phi_B[adapter], self._update(adapter))
+    def _weight(self, dtype: torch.dtype) -> Weight:
+        if not self._quantised:
+            return self._matrix(self.base_layer.weight)
+        # Made anew by the backward pass: a quantised model has no room for its weights.
+        return lambda: cast(Tensor, dequantize_module_weight(self.base_layer)).to(dtype)
+
+    def _adapted(self, adapter: str, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+        source = self.phi_source[adapter]
+        evaluator, backend = source.evaluator(self.name), source.backend(self.name)
+        return adapted_linear(x, weight, bias, self.phi_A[adapter], self.phi_B[adapter], evaluator, backend)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add ΔW to the base weight; the original is kept, so that unmerge restores it bit for bit.
 
-        Raises ValueError, before anything changes, if `safe_merge` and the merged weight is not finite.
+        Raises ValueError, before anything changes, if `safe_merge` and the merged weight is not finite, and InputError
+        for a quantised weight.
         """
+        if self._quantised:
+            raise InputError(f"{self.name!r} has a quantised weight; load the base model unquantised to merge into it")
         weight = self.base_layer.weight
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter not in self.phi_A:

@@ -15,6 +15,7 @@ from basisadapt.adapter.layer import PhiLinear
 from basisadapt.adapter.peft_type import PHI, PREFIX
 from basisadapt.adapter.placement import describe
 from basisadapt.phi.bank import TransferBank
+from basisadapt.phi.compiler import Compiler
 
 
 class PhiModel(BaseTuner):  # type: ignore[misc]
@@ -37,14 +38,33 @@ class PhiModel(BaseTuner):  # type: ignore[misc]
         layers = list(self._layers(adapter_name))
         if not layers:
             return
-        bank = TransferBank(self.peft_config[adapter_name], [describe(layer.name) for layer in layers])
+        config = self.peft_config[adapter_name]
+        bank = TransferBank(config, [describe(layer.name) for layer in layers])
         if layers[0].base_layer.weight.dtype == torch.float64:
             bank.double()
         self.phi_bank[adapter_name] = bank
+        factors = {layer.name: (layer.phi_A, layer.phi_B) for layer in layers}
+        compiler = Compiler(bank, adapter_name, factors, config.backend, config.tolerance)
         for layer in layers:
-            layer.phi_source[adapter_name] = bank
+            layer.phi_source[adapter_name] = compiler
         layers[0]._move_adapter_to_device_of_base_layer(adapter_name)
-        self._train_banks(self.peft_config[adapter_name].inference_mode)
+        self._train_banks(config.inference_mode)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The adapted model. Compiles φ of all modules first, whatever has changed them since the last call."""
+        for compiler in self._compilers():
+            compiler.refresh()
+        return super().forward(*args, **kwargs)
+
+    def _compilers(self) -> Iterator[Compiler]:
+        """Those of the adapters at work."""
+        found = {}
+        for module in self.model.modules():
+            if isinstance(module, PhiLinear) and not (module.merged or module.disable_adapters):
+                for name in module.active_adapters:
+                    if name in module.phi_source and name not in found:
+                        found[name] = module.phi_source[name]
+        yield from found.values()
 
     def _layers(self, adapter: str) -> Iterator[PhiLinear]:
         for module in self.model.modules():

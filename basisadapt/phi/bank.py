@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,9 +20,11 @@ from basisadapt.phi.sharing import SHARING, AdaptedModule, rows
 
 @dataclass(frozen=True)
 class Transfer:
-    """The transfer function of one module: f(z) = (φ(g z) − c φ(0)) / g with φ(x) = Σᵢ αᵢ b(ωᵢ, x, xᵢ).
+    """The transfer function of one module: ΔW = F(BA), F(z) = s (p z + (φ(g z) − c φ(0)) / g), φ(x) = Σᵢ αᵢ b(ωᵢ, x, xᵢ).
 
-    alpha, omega, grid: shape (N,). gain g > 0; centre c.
+    alpha, omega, grid: shape (N,), or (M, N) for the functions of M modules at once. gain g > 0; centre c; identity
+    path p; scaling s. Where alpha has one dimension more than the grid, (..., N, k), there are k functions side by
+    side, which differ in their amplitudes alone.
     """
 
     basis: TransferBasis
@@ -29,6 +33,8 @@ class Transfer:
     grid: Tensor
     gain: float = 1.0
     centre: bool = False
+    path: bool = False
+    scaling: float = 1.0
 
     @property
     def parameters(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,25 +43,35 @@ class Transfer:
 
     def with_parameters(self, alpha: Tensor, omega: Tensor, grid: Tensor) -> Transfer:
         """The same function of other parameters."""
-        return Transfer(self.basis, alpha, omega, grid, self.gain, self.centre)
+        return dataclasses.replace(self, alpha=alpha, omega=omega, grid=grid)
 
     def double(self) -> Transfer:
         """The same function in float64, differentiable back to the original parameters."""
         return self.with_parameters(*(parameter.double() for parameter in self.parameters))
 
     def phi(self, x: Tensor) -> Tensor:
-        """φ(x), shape of x. Holds N values per element of x: pass few elements, or pieces.
+        """φ(x) for x of shape (..., K), (M, ..., K) for M modules; the result has that shape, and k last if there is k.
 
-        Where alpha is (N, k), k functions at once: the result is (*x.shape, k).
+        Holds N values per element of x: pass few elements, or pieces.
         """
-        return self.basis(x.unsqueeze(-1), self.omega, self.grid) @ self.alpha
+        modules = self.grid.shape[:-1]
+        points = x.reshape(*modules, -1, 1)
+        values = self.basis(points, self.omega.unsqueeze(-2), self.grid.unsqueeze(-2))
+        side_by_side = self.alpha.dim() > self.grid.dim()
+        phi = values @ (self.alpha if side_by_side else self.alpha.unsqueeze(-1))
+        return phi.reshape(*x.shape, -1) if side_by_side else phi.reshape(x.shape)
 
     def __call__(self, z: Tensor) -> Tensor:
-        """f(z), shape of z."""
+        """F(z), shapes as in `phi`."""
         phi = self.phi(self.gain * z)
         if self.centre:
-            phi = phi - self.phi(z.new_zeros(()))
-        return phi / self.gain
+            first = self.grid.shape[:-1]
+            origin = self.phi(z.new_zeros(*first, 1))
+            phi = phi - origin.reshape(*first, *[1] * (z.dim() - len(first)), *origin.shape[len(first) + 1 :])
+        f = phi / self.gain
+        if self.path:
+            f = f + z.reshape(*z.shape, *[1] * (f.dim() - z.dim()))
+        return self.scaling * f
 
 
 class TransferBank(nn.Module):
@@ -71,9 +87,10 @@ class TransferBank(nn.Module):
 
     def __init__(self, settings: PhiSettings, modules: Sequence[AdaptedModule]) -> None:
         super().__init__()
-        assert settings.gain is not None and settings.centre is not None and settings.amplitude_init is not None
+        assert settings.gain is not None and settings.amplitude_init is not None
         self.basis = BASES[settings.basis]()
-        self.gain, self.centre = settings.gain, settings.centre
+        self.gain = settings.gain
+        self._formula = settings.gain, bool(settings.centre), bool(settings.identity_path), settings.scaling
         policy, strategy = SHARING[settings.sharing](), GRIDS[settings.grid]()
         assigned = {parameter: rows(policy, parameter, modules) for parameter in ("alpha", "omega", "x")}
         count = {parameter: max(row, default=-1) + 1 for parameter, row in assigned.items()}
@@ -107,16 +124,37 @@ class TransferBank(nn.Module):
                 self.alpha[alpha] = _identity_fit(self._at(alpha, omega, x), interval)
 
     def _at(self, alpha: int, omega: int, x: int) -> Transfer:
-        bandwidth = F.softplus(self.raw_omega[omega])
-        return Transfer(self.basis, self.alpha[alpha], bandwidth, self.grid[x], self.gain, self.centre)
+        return self._transfer(self.alpha[alpha], self.raw_omega[omega], self.grid[x])
+
+    def _transfer(self, alpha: Tensor, raw_omega: Tensor, grid: Tensor) -> Transfer:
+        return Transfer(self.basis, alpha, F.softplus(raw_omega), grid, *self._formula)
 
     def transfer(self, module: str) -> Transfer:
         """The transfer function of the adapted module of that name."""
         return self._at(*self.rows[module])
 
+    def transfers(self, alpha: Tensor, raw_omega: Tensor, grid: Tensor) -> Transfer:
+        """The transfer functions of all M modules, in their order, at these tables: those of the bank, or copies."""
+        columns = zip(*self.rows.values(), strict=True)
+        tables = (alpha, raw_omega, grid)
+        return self._transfer(*(_pick(table, rows) for table, rows in zip(tables, columns, strict=True)))
+
     def trainable_count(self) -> int:
         """Trainable numbers in φ's tables."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+def _pick(table: Tensor, rows: tuple[int, ...]) -> Tensor:
+    everything = rows == tuple(range(len(table)))
+    # Indexing by a tensor, whose gradient adds up in a fixed order on a GPU too.
+    return table if everything else table[index_tensor(rows, table.device)]
+
+
+@functools.cache
+def index_tensor(rows: tuple[int, ...], device: torch.device) -> Tensor:
+    """`rows` on the device, sent there once: sending makes the host wait."""
+    with torch.inference_mode(False):
+        return torch.tensor(rows, device=device)
 
 
 def inverse_softplus(omega: float) -> float:

@@ -1,110 +1,200 @@
-"""A transfer function compiled to a short Chebyshev series on the range in use.
+"""Transfer functions compiled to short Chebyshev series on the range in use, all modules of a bank at once.
 
-f(z) ≈ Σ_d c_d T_d(z / R) for |z| ≤ R. Every element then costs about D multiply-adds, whatever N and whatever the
-basis. The coefficients are a linear image of f at D Chebyshev nodes, so autograd carries their gradients, which are
-the moments Σ_ij G_ij T_d(z_ij / R), back to α, ω and the grid. Source: Trefethen, Approximation Theory and
-Approximation Practice (2013), chapters 3, 4 and 8.
+F(z) ≈ Σ_{d<D} c_d T_d(z / R) for |z| ≤ R. Every element of a weight then costs about D multiply-adds, whatever N and
+whatever the basis. The coefficients are a linear image of F at Chebyshev nodes, so autograd carries their gradients,
+which are the moments Σ_ij G_ij T_d(z_ij / R), back to α, ω and the grid. Nothing here waits for a GPU: R and D are
+tensors. Source: Trefethen, Approximation Theory and Approximation Practice (2013), chapters 3, 4 and 8.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from basisadapt.phi.bank import Transfer
 
-DEGREES = (8, 16, 32, 64, 128)
+POINTS = (32, 64, 128)  # numbers of nodes that are tried
+LEAST_VARIATION = 1e-3  # of a slope, relative to its size: below, rounding would decide
 PEAKS = 64  # at most so many grid points are check points
-PROBE = 10  # the probe's tolerance, as a multiple: it guards gradients, not values
+
+Tables = Callable[[Tensor, Tensor, Tensor], Transfer]  # the functions of M modules, from the three tables of a bank
 
 
-def coefficients(transfer: Transfer, radius: float, tolerance: float) -> Tensor | None:
-    """The coefficients c of shape (D,), float64, with the smallest D of DEGREES that is accurate to `tolerance`.
+@dataclass(frozen=True)
+class SeriesBatch:
+    """The series of M modules.
 
-    `tolerance` is relative to the largest value on the range, and is held against f itself between the nodes and at
-    the grid points in range, where narrow functions have their peaks. A second function with other amplitudes is held
-    against PROBE times that: the gradients need every basis function resolved, also where α cancels them or is zero.
-    None if no D suffices: evaluate directly then.
+    coefficients: (M, P), float64, with gradients; the first `degree` (M,), int32, of each are what the tolerance asks.
+    radius: R, (M,). resolved: (M,), False where not even P coefficients are enough.
     """
-    reference = transfer.double()
-    index = torch.arange(len(transfer.alpha), dtype=torch.float64, device=transfer.alpha.device)
+
+    coefficients: Tensor
+    degree: Tensor
+    radius: Tensor
+    resolved: Tensor
+
+
+def compile_series(
+    tables: Tables, parameters: tuple[Tensor, Tensor, Tensor], radius: Tensor, points: int, tolerance: float
+) -> SeriesBatch:
+    """Interpolate every function at `points` nodes on [−R, R] and find the degrees; R: (M,), float64.
+
+    `tolerance` is relative to the largest value on the range. The degree keeps the sum of the coefficients that are
+    left out below it; so also for F' and for a probe, the function with other amplitudes, and its derivative: the
+    gradients need every basis function resolved, also where α cancels them or is zero.
+    """
+    coefficients = _Interpolate.apply(tables, radius, points, *parameters)  # type: ignore[no-untyped-call]
     with torch.no_grad():
-        # f is linear in α: both functions are evaluated at once, as the two columns of one.
-        both = torch.stack([reference.alpha, torch.cos(index**2)], dim=1)
-        columns = reference.with_parameters(both, reference.omega, reference.grid)
-        for degree in DEGREES:
-            error, probe_error = _errors(columns, radius, degree)
-            if error <= tolerance and probe_error <= PROBE * tolerance:
-                break
-        else:
-            return None
-    return _interpolate(reference, radius, degree)
+        both = _with_probe(tables(*(p.double() for p in parameters)))
+        degree, resolved = _degree(_interpolate(both, radius, points), radius, tolerance)
+    return SeriesBatch(coefficients, degree, radius, resolved)
 
 
-def _errors(columns: Transfer, radius: float, degree: int) -> list[float]:
-    """max |series − f| over the check points, relative to max |f|, of every column."""
-    between = radius * torch.cos(torch.linspace(0, math.pi, 2 * degree + 1, dtype=torch.float64))
-    peaks = columns.grid.detach() / columns.gain
-    peaks = peaks[peaks.abs() <= radius]
-    # A sample of them is enough, for the probe has an amplitude everywhere; so the cost grows with N and not N².
-    peaks = peaks[:: 1 + len(peaks) // PEAKS]
-    points = torch.cat([between.to(peaks.device), peaks])
-    truth = columns(points)
-    terms = signs(degree, points.device).unsqueeze(1) * _interpolate(columns, radius, degree)
-    values = basis(points, 1 / radius, scratch(degree, len(points), points))
-    error = (values.T @ terms - truth).abs().amax(0) / truth.abs().amax(0)
-    return torch.nan_to_num(error, nan=0.0).tolist()  # 0 / 0: a function that is zero is exact
+@torch.no_grad()
+def verify(
+    tables: Tables, parameters: tuple[Tensor, Tensor, Tensor], radius: Tensor, points: int, tolerance: float
+) -> Tensor:
+    """Whether the interpolant is F between the nodes too, and at grid points, where narrow functions peak; (M,)."""
+    both = _with_probe(tables(*(p.double() for p in parameters)))
+    angle = torch.linspace(0, math.pi, 2 * points + 1, dtype=torch.float64, device=radius.device)
+    # A sample of the peaks is enough, for the probe has an amplitude everywhere; so the cost grows with N and not N².
+    count = both.grid.shape[-1]
+    peaks = both.grid[:, :: 1 + count // PEAKS] / both.gain / radius.unsqueeze(1)
+    places = torch.cat([torch.cos(angle).expand(len(radius), -1), peaks.clamp(-1, 1)], dim=1)
+    truth = both(radius.unsqueeze(1) * places)
+    degrees = torch.arange(points, dtype=torch.float64, device=radius.device)
+    values = torch.cos(degrees * torch.arccos(places).unsqueeze(-1)) @ _interpolate(both, radius, points)
+    error = (values - truth).abs().amax(1)
+    return ((error <= tolerance * truth.abs().amax(1)) | ~radius.isfinite().unsqueeze(1)).all(1)
 
 
-def _interpolate(transfer: Transfer, radius: float, degree: int) -> Tensor:
-    nodes, transform = _cosine_transform(degree, transfer.alpha.device)
-    return transform @ transfer(radius * nodes)
+def _with_probe(transfer: Transfer) -> Transfer:
+    """Two functions side by side: F without its identity path, which is linear in α, and the probe.
 
-
-@functools.cache
-def _cosine_transform(degree: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The D Chebyshev nodes on [−1, 1] and the matrix that takes values there to coefficients."""
-    angle = math.pi * (torch.arange(degree, dtype=torch.float64) + 0.5) / degree
-    transform = torch.cos(torch.arange(degree, dtype=torch.float64).unsqueeze(1) * angle) * (2 / degree)
-    transform[0] /= 2
-    return torch.cos(angle).to(device), transform.to(device)
-
-
-def scratch(degree: int, count: int, like: Tensor) -> Tensor:
-    """Room for `basis` at up to `count` points: making it anew for every piece would cost as much as filling it."""
-    room = like.new_empty(degree, count)
-    room[0] = 1
-    return room
-
-
-def basis(z: Tensor, scale: float, room: Tensor) -> Tensor:
-    """±T_0(t) .. ±T_{D−1}(t) at t = scale · z, |t| ≤ 1, with the signs of `signs`; z: (n,), result: (D, n) in `room`.
-
-    The signs + + − − + + − − … turn T_d = 2t T_{d−1} − T_{d−2} into one fused multiply-add into place.
+    Without the path, since next to BA the part that trains may be small.
     """
-    values = room[:, : len(z)]
-    row = values.unbind()
-    torch.mul(z, scale, out=row[1])
-    twice = 2 * row[1]
-    for d in range(2, len(row)):
-        torch.addcmul(row[d - 2], twice, row[d - 1], value=-1 if d % 2 == 0 else 1, out=row[d])
-    return values
+    index = torch.arange(transfer.alpha.shape[-1], dtype=torch.float64, device=transfer.alpha.device)
+    probe = torch.cos(index**2).expand_as(transfer.alpha)
+    both = transfer.with_parameters(torch.stack([transfer.alpha, probe], -1), transfer.omega, transfer.grid)
+    return dataclasses.replace(both, path=False)
 
 
-@functools.cache
-def signs(degree: int, device: torch.device) -> Tensor:
-    """The signs of `basis`, shape (D,), float64."""
-    return torch.tensor([1.0 if d % 4 < 2 else -1.0 for d in range(degree)], dtype=torch.float64, device=device)
+def _interpolate(transfer: Transfer, radius: Tensor, points: int) -> Tensor:
+    """The coefficients (M, P), or (M, P, k) of k functions side by side."""
+    values = transfer(radius.unsqueeze(1) * _nodes(points, radius.device))
+    return torch.einsum("dp,mp...->md...", _cosine_transform(points, radius.device), values)
 
 
-def derivative(coefficients: Tensor) -> Tensor:
-    """The coefficients of d/dt Σ_d c_d T_d(t), shape (D,), the last one 0."""
-    c = coefficients.detach().tolist()
-    slope = [0.0] * (len(c) + 2)
-    for d in range(len(c) - 1, 0, -1):
-        slope[d - 1] = slope[d + 1] + 2 * d * c[d]
-    slope[0] /= 2
-    return coefficients.new_tensor(slope[: len(c)])
+def _degree(coefficients: Tensor, radius: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+    """The smallest D whose remainder is small for all of F, F', probe and probe'; and whether there is one.
+
+    Of coefficients that are not there, beyond P, the last quarter of those that are there bears witness.
+    """
+    points = coefficients.shape[1]
+    slopes = torch.einsum("ed,mdk->mek", _differentiation(points, radius.device), coefficients)
+    series = torch.cat([coefficients, slopes], dim=2)
+    on_nodes = torch.einsum("dp,mdk->mpk", _polynomials(points, radius.device), series)
+    size = on_nodes.abs().amax(1, keepdim=True)
+    # Of slopes it is the variation that counts: the gradient of a grid point is F' less its value at zero.
+    count = coefficients.shape[2]
+    variation = (on_nodes.amax(1, keepdim=True) - on_nodes.amin(1, keepdim=True))[..., count:]
+    size[..., count:] = torch.maximum(variation, LEAST_VARIATION * size[..., count:])
+    left_out = series.abs().flip(1).cumsum(1).flip(1)  # [D]: the sum of |c_d| for d ≥ D
+    remainder = left_out + left_out[:, points * 3 // 4].unsqueeze(1)
+    small = (remainder <= tolerance * size).all(2)
+    degree = (~small).sum(1)
+    # Where A or B is not finite no degree helps: the weights are NaN, and that is to be seen.
+    resolved = small.any(1) | ~radius.isfinite()
+    # One more, for dF/dω holds z F'.
+    return (degree + 1).clamp(2, points).int(), resolved
+
+
+class _Interpolate(torch.autograd.Function):
+    """`_interpolate`, whose backward evaluates F again: it can run many times, and holds no N values per node."""
+
+    @staticmethod
+    def forward(ctx: Any, tables: Tables, radius: Tensor, points: int, *parameters: Tensor) -> Tensor:
+        # Copies, not saved tensors: with gradient accumulation one series serves several backward passes.
+        ctx.inputs = tables, radius, points, [p.detach().double().clone() for p in parameters]
+        ctx.dtypes = [p.dtype for p in parameters]
+        return _interpolate(tables(*ctx.inputs[3]), radius, points)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        tables, radius, points, values = ctx.inputs
+        with torch.enable_grad():
+            leaves = [v.detach().requires_grad_() for v in values]
+            coefficients = _interpolate(tables(*leaves), radius, points)
+            grads = torch.autograd.grad(coefficients, leaves, upstream[0], allow_unused=True)
+        return None, None, None, *(g if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True))
+
+
+def _constant(make: Callable[[int], Tensor]) -> Callable[[int, torch.device], Tensor]:
+    """A float64 table by size and device, made once; outside inference mode, whose tensors training cannot use."""
+
+    @functools.cache
+    def made(points: int, device: torch.device) -> Tensor:
+        with torch.inference_mode(False):
+            return make(points).to(device)
+
+    return made
+
+
+@_constant
+def _nodes(points: int) -> Tensor:
+    """The Chebyshev nodes on [−1, 1], shape (P,)."""
+    return torch.cos(math.pi * (torch.arange(points, dtype=torch.float64) + 0.5) / points)
+
+
+@_constant
+def _polynomials(points: int) -> Tensor:
+    """T_d at the nodes, shape (P, P)."""
+    angle = math.pi * (torch.arange(points, dtype=torch.float64) + 0.5) / points
+    return torch.cos(torch.arange(points, dtype=torch.float64).unsqueeze(1) * angle)
+
+
+@_constant
+def _cosine_transform(points: int) -> Tensor:
+    """The matrix (P, P) that takes values at the nodes to coefficients."""
+    transform = _polynomials(points, torch.device("cpu")) * (2 / points)
+    transform[0] /= 2
+    return transform
+
+
+@_constant
+def _differentiation(points: int) -> Tensor:
+    """The matrix (P, P) from the coefficients of Σ c_d T_d(t) to those of its derivative in t."""
+    row, column = torch.meshgrid(torch.arange(points), torch.arange(points), indexing="ij")
+    matrix = (2.0 * column * ((column > row) & ((column - row) % 2 == 1))).double()
+    matrix[0] /= 2
+    return matrix
+
+
+@_constant
+def _monomials(points: int) -> Tensor:
+    """The matrix (P, P) from coefficients of T_d(t) to those of t^d."""
+    matrix = torch.zeros(points, points, dtype=torch.float64)
+    matrix[0, 0] = matrix[1, 1] = 1
+    for d in range(2, points):
+        matrix[1:, d] = 2 * matrix[:-1, d - 1]
+        matrix[:, d] -= matrix[:, d - 2]
+    return matrix
+
+
+def derivative(coefficients: Tensor, radius: Tensor) -> Tensor:
+    """The coefficients (M, P) of dF/dz as a series in T_d(z / R), the last one 0."""
+    return coefficients @ _differentiation(coefficients.shape[1], radius.device).T / radius.unsqueeze(1)
+
+
+def monomials(coefficients: Tensor, count: int) -> Tensor:
+    """The first `count` coefficients (M, count) in powers of z / R; exact where the others are zero."""
+    return coefficients[:, :count] @ _monomials(count, coefficients.device).T

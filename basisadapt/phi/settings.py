@@ -33,6 +33,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+BACKENDS = ("auto", "triton", "torch", "direct")
+
+
 # Not frozen, unlike the other settings: peft's configuration class, which PhiConfig also extends, is not.
 @dataclass(kw_only=True)
 class LowRankSettings:
@@ -77,9 +80,9 @@ class PhiSettings(LowRankSettings):
     φ(x) = x on the grid's interval) or "normal:σ". factor_init: "lora" (A Kaiming-uniform, B = 0) or "both" (B as A).
     transfer_lr: learning rate of α, ω and learned x as a ratio to the base rate. transfer_decay: decoupled weight
     decay of α, towards φ = 0. grid_seed: of the random grid; None takes the run's
-    seed, or 0 outside a run. backend: "auto" compiles φ to a series where one is
-    accurate to `tolerance` (relative to φ's largest value in use), "direct" sums the N basis functions for every
-    weight (the reference, N times slower).
+    seed, or 0 outside a run. backend: "auto" compiles φ once a step, accurate to `tolerance` (relative to the largest
+    value of ΔW), and takes fused kernels on a GPU with Triton; "triton" and "torch" choose; "direct" sums the N basis
+    functions for every weight (the reference, N times slower).
 
     Raises InputError for a name that is not registered or a value out of range. Source: paper, section 3.3.
     """
@@ -120,7 +123,7 @@ class PhiSettings(LowRankSettings):
         require(0.0 <= self.transfer_decay < math.inf, "transfer_decay", self.transfer_decay, "at least 0")
         require(self.factor_init in ("lora", "both"), "factor_init", self.factor_init, '"lora" or "both"')
         require(0.0 < self.tolerance <= 1e-2, "tolerance", self.tolerance, "above 0 and at most 0.01")
-        require(self.backend in ("auto", "direct"), "backend", self.backend, '"auto" or "direct"')
+        require(self.backend in BACKENDS, "backend", self.backend, " or ".join(f'"{name}"' for name in BACKENDS))
         require(
             _amplitude_known(self.amplitude_init),
             "amplitude_init",

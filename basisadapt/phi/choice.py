@@ -1,0 +1,151 @@
+"""Series, table or direct: which evaluator serves each module, decided by what the tolerance asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from basisadapt.phi import series
+from basisadapt.phi.bank import Transfer, index_tensor
+from basisadapt.phi.evaluators import Direct, Evaluator, Series, Table
+
+VERIFY_EVERY = 16  # compilations
+DOUBLE_TOLERANCE = 1e-11  # in float64, whatever is asked
+ROUNDING = 1 + 1e-6
+SMALLEST = 1e-2  # the smallest range, in units of φ's argument
+POWERS = 8
+
+
+class Choice:
+    """Makes the evaluators of M modules, compilation after compilation, and remembers what proved necessary.
+
+    On a CPU a series that does not reach the tolerance is replaced at once, by a table or by direct evaluation. On a
+    GPU the degree is found there, and the answer to whether there is one is read one compilation later: the host
+    never waits for the step at work.
+    """
+
+    def __init__(self) -> None:
+        self._points, self._count = series.POINTS[0], 0
+        self._verified: Tensor | None = None
+        self._cells: dict[int, int] = {}
+        self._answer: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def evaluators(
+        self, tables: series.Tables, parameters: tuple[Tensor, Tensor, Tensor], single: Callable[[int], Transfer],
+        radius: Tensor, tolerance: float, dtype: torch.dtype,
+    ) -> list[Evaluator]:  # fmt: skip
+        """One evaluator per module, for arithmetic in `dtype`.
+
+        tables, parameters: the functions of all modules at once, see `series.compile_series`; single: each alone;
+        radius: R ≥ max |BA|, (M,), float64, see `radii`.
+        """
+        tolerance = DOUBLE_TOLERANCE if dtype == torch.float64 else tolerance
+        batch, served = self._compile(tables, parameters, radius, tolerance)
+        values = batch.coefficients.detach()
+        beyond = torch.arange(values.shape[1], device=values.device) >= batch.degree.unsqueeze(1)
+        values = values.masked_fill(beyond, 0.0)
+        slopes, powers = series.derivative(values, batch.radius), series.monomials(values, POWERS)
+        parts = [t.to(dtype).unbind() for t in (1 / batch.radius, values, slopes, powers)]
+        columns = zip(batch.coefficients.unbind(), batch.degree.unbind(), *parts, strict=True)
+        return [
+            Series(*column) if ok else self._fallback(index, single(index), radius[index], tolerance, dtype)
+            for index, (ok, column) in enumerate(zip(self._read(served), columns, strict=True))
+        ]
+
+    def _compile(
+        self, tables: series.Tables, parameters: tuple[Tensor, Tensor, Tensor], radius: Tensor, tolerance: float
+    ) -> tuple[series.SeriesBatch, Tensor]:
+        """The batch of series, and which modules it serves."""
+        verify = self._count % VERIFY_EVERY == 0
+        self._count += 1
+        last = series.POINTS[-1]
+        if radius.device.type != "cpu":
+            batch = series.compile_series(tables, parameters, radius, last, tolerance)
+            if verify:
+                self._cells.clear()
+                self._verified = series.verify(tables, parameters, radius, last, tolerance)
+            assert self._verified is not None
+            return batch, batch.resolved & self._verified
+        for points in series.POINTS:
+            if points < self._points:
+                continue
+            batch = series.compile_series(tables, parameters, radius, points, tolerance)
+            if points < last and not bool(batch.resolved.all()):
+                continue
+            if verify or points > self._points:
+                self._cells.clear()
+                self._verified = series.verify(tables, parameters, radius, points, tolerance)
+                if points < last and not bool(self._verified.all()):
+                    continue
+            break
+        assert self._verified is not None
+        self._points = points
+        return batch, batch.resolved & self._verified
+
+    def _read(self, served: Tensor) -> list[bool]:
+        """`served`, on a GPU as of the compilation before, whose answer has long arrived; the first is waited for."""
+        if served.device.type == "cpu":
+            return [bool(ok) for ok in served.tolist()]
+        before = self._answer
+        here = torch.empty(served.shape, dtype=torch.bool, pin_memory=True)
+        here.copy_(served, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(served.device))
+        self._answer = here, event
+        answer, arrived = before or self._answer
+        arrived.synchronize()
+        return [bool(ok) for ok in answer.tolist()]
+
+    def _fallback(
+        self, index: int, transfer: Transfer, radius: Tensor, tolerance: float, dtype: torch.dtype
+    ) -> Evaluator:
+        """A table of the size that was found accurate when last looked at, or direct evaluation."""
+        if index in self._cells:
+            cells = self._cells[index]
+            return Table(transfer, radius, cells, dtype) if cells else Direct(transfer, dtype)
+        table = Table.fit(transfer, radius, tolerance, dtype)
+        self._cells[index] = table.cells if table else 0
+        return table or Direct(transfer, dtype)
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """What F is computed in: float64 for float64, float32 for everything narrower."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def evaluator(transfer: Transfer, A: Tensor, B: Tensor, backend: str, tolerance: float = 1e-6) -> Evaluator:
+    """The evaluator of one function on BA, made afresh."""
+    dtype = compute_dtype(A)
+    if backend == "direct":
+        return Direct(transfer, dtype)
+    alpha, omega, grid = (p.unsqueeze(0) for p in transfer.parameters)
+    radius = radii([(A, B)], transfer.gain)
+    choice, tables = Choice(), transfer.with_parameters
+    return choice.evaluators(tables, (alpha, omega, grid), lambda _: transfer, radius, tolerance, dtype)[0]
+
+
+@torch.no_grad()
+def radii(pairs: Sequence[tuple[Tensor, Tensor]], gain: float) -> Tensor:
+    """R ≥ max |BA| of every pair (A, B), shape (M,), float64: the largest row of B times the largest column of A.
+
+    At least SMALLEST / gain: that keeps rounding out of F' where BA is zero, as at the start; Adam would scale it up.
+    Equal shapes go through together, so that the launches are few.
+    """
+    largest_a = _largest([A.T for A, _ in pairs])
+    largest_b = _largest([B for _, B in pairs])
+    return (largest_a * largest_b * ROUNDING).clamp_min(SMALLEST / gain)
+
+
+def _largest(matrices: list[Tensor]) -> Tensor:
+    """The largest norm of a row of each matrix, float64."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, matrix in enumerate(matrices):
+        groups.setdefault(tuple(matrix.shape), []).append(index)
+    found = torch.empty(len(matrices), dtype=torch.float64, device=matrices[0].device)
+    for members in groups.values():
+        stacked = torch.stack([matrices[i] for i in members])
+        norms = torch.linalg.vector_norm(stacked, dim=2, dtype=compute_dtype(stacked)).amax(1)
+        found[index_tensor(tuple(members), found.device)] = norms.double()
+    return found

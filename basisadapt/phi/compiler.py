@@ -1,0 +1,87 @@
+"""The evaluators of one adapter's modules, compiled together once a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from basisadapt.phi.bank import TransferBank
+from basisadapt.phi.choice import Choice, compute_dtype, radii
+from basisadapt.phi.evaluators import Direct, Evaluator
+from basisadapt.phi.kernels import resolve_backend
+
+
+class Compiler:
+    """Keeps every module's evaluator in step with A, B and the bank's tables.
+
+    factors: of every module of the bank, by name, the dictionaries that hold A and B under the adapter's name.
+    """
+
+    def __init__(
+        self,
+        bank: TransferBank,
+        adapter: str,
+        factors: Mapping[str, tuple[nn.ParameterDict, nn.ParameterDict]],
+        backend: str,
+        tolerance: float,
+    ) -> None:
+        self.bank = bank
+        self._adapter, self._factors, self._setting, self._tolerance = adapter, factors, backend, tolerance
+        self._forget()
+
+    def _forget(self) -> None:
+        self._choice = Choice()
+        self._evaluators: dict[str, Evaluator] = {}
+        self._made_of: dict[str, tuple[Any, ...]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle keeps: not the compiled functions, which are of this moment."""
+        kept = ("bank", "_adapter", "_factors", "_setting", "_tolerance")
+        return {name: self.__dict__[name] for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As new."""
+        self.__dict__.update(state)
+        self._forget()
+
+    def backend(self, module: str) -> str:
+        """What evaluates this module: "torch", "triton" or "direct"."""
+        return resolve_backend(self._setting, self._pair(module)[0].device)
+
+    def _pair(self, module: str) -> tuple[Tensor, Tensor]:
+        in_a, in_b = self._factors[module]
+        return in_a[self._adapter], in_b[self._adapter]
+
+    def evaluator(self, module: str) -> Evaluator:
+        """The evaluator of one module; compiles all where something has changed since."""
+        if self._made_of.get(module) != self._state(module):
+            self.refresh()
+        return self._evaluators[module]
+
+    def _state(self, module: str) -> tuple[Any, ...]:
+        """What an evaluator was made of: changes with every update in place."""
+        A, B = self._pair(module)
+        tensors = (A, B, self.bank.alpha, self.bank.raw_omega, self.bank.grid)
+        versions = tuple(0 if t.is_inference() else t._version for t in tensors)
+        return (*versions, A.device, A.dtype, torch.is_grad_enabled())
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def refresh(self) -> None:
+        """Compile every module's function for the factors of this moment."""
+        pairs = [self._pair(name) for name in self._factors]
+        dtype = compute_dtype(pairs[0][0])
+        names = list(self._factors)
+        with torch.autocast(pairs[0][0].device.type, enabled=False):
+            if self._setting == "direct":
+                evaluators: list[Evaluator] = [Direct(self.bank.transfer(name), dtype) for name in names]
+            else:
+                tables = (self.bank.alpha, self.bank.raw_omega, self.bank.grid)
+                radius = radii(pairs, self.bank.gain)
+                evaluators = self._choice.evaluators(
+                    self.bank.transfers, tables, lambda i: self.bank.transfer(names[i]), radius, self._tolerance, dtype
+                )
+        self._evaluators = dict(zip(names, evaluators, strict=True))
+        self._made_of = {name: self._state(name) for name in names}

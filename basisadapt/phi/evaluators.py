@@ -1,0 +1,246 @@
+"""The ways to evaluate a transfer function F on a matrix, and to pull a gradient back through it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from basisadapt.phi.bank import Transfer
+
+CELLS = (2048, 8192, 32768)  # sizes of a table that are tried
+SLOPE = 5  # a table's tolerance for F', as a multiple: its error sits in the few cells where F'' has a kink
+FIXED_POINT = 1 << 36  # one unit of the largest gradient: room for 2^26 summands in 62 bits
+NODES_AT_ONCE = 1 << 21
+
+
+class Evaluator(ABC):
+    """F on a matrix, and its pullback. `parameters` are the tensors that gradients flow to."""
+
+    parameters: tuple[Tensor, ...]
+    width: int  # numbers held per element
+
+    def scratch(self, count: int, like: Tensor) -> Tensor:
+        """Room to work in for up to `count` elements, to be passed to the methods below."""
+        return like.new_empty(0)
+
+    @abstractmethod
+    def value(self, z: Tensor, room: Tensor) -> Tensor:
+        """F(z), shape of z."""
+
+    @abstractmethod
+    def pullback(self, z: Tensor, gradient: Tensor, room: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """F(z), gradient · F'(z), and sums over the elements from which `gradients` follow; they add up over pieces."""
+
+    def gradients(self, sums: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The gradients of Σ gradient · F(z) to the parameters."""
+        return sums
+
+
+class Series(Evaluator):
+    """One module's series of a compiled batch (see `series`).
+
+    coefficients: (P,), float64, with gradients; the first `degree` are used. values, slopes: (P,), of F and of dF/dz,
+    in the dtype of the arithmetic; powers: (8,), F in powers of z / R, right where the degree is at most 8.
+    inverse_radius: 1 / R, of one element. Everything is on the device of the weights; `degree` is read from there
+    only where this evaluator itself does the work.
+    """
+
+    def __init__(
+        self,
+        coefficients: Tensor,
+        degree: Tensor,
+        inverse_radius: Tensor,
+        values: Tensor,
+        slopes: Tensor,
+        powers: Tensor,
+    ) -> None:
+        self.parameters = (coefficients,)
+        self.degree, self.inverse_radius = degree, inverse_radius
+        self.values, self.slopes, self.powers = values, slopes, powers
+        self._known_width: int | None = None
+        self._signed: Tensor | None = None
+
+    @property
+    def width(self) -> int:  # type: ignore[override]
+        """D."""
+        if self._known_width is None:
+            self._known_width = int(self.degree)
+        return self._known_width
+
+    def _rows(self) -> Tensor:
+        """The coefficients of F and F' against `_polynomials`, shape (2, D)."""
+        if self._signed is None:
+            rows = torch.stack([self.values, self.slopes])[:, : self.width]
+            self._signed = rows * _signs(self.width, rows)
+        return self._signed
+
+    def scratch(self, count: int, like: Tensor) -> Tensor:
+        """Room for D polynomials: making it anew for every piece would cost as much as filling it."""
+        room = like.new_empty(self.width, count)
+        room[0] = 1
+        return room
+
+    def value(self, z: Tensor, room: Tensor) -> Tensor:
+        """F(z)."""
+        return (self._rows()[0] @ _polynomials(z, self.inverse_radius, room)).view_as(z)
+
+    def pullback(self, z: Tensor, gradient: Tensor, room: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """F(z), gradient · F'(z), and the moments of the gradient."""
+        polynomials = _polynomials(z, self.inverse_radius, room)
+        value, slope = (self._rows() @ polynomials).view(2, *z.shape)
+        moments = (polynomials @ gradient.flatten()).double() * _signs(self.width, self.parameters[0])
+        beyond = len(self.values) - self.width
+        return value, slope.mul_(gradient), (functional.pad(moments, (0, beyond)),)
+
+
+def _polynomials(z: Tensor, scale: Tensor, room: Tensor) -> Tensor:
+    """±T_0(t) .. ±T_{D−1}(t) at t = scale · z, |t| ≤ 1, with the signs of `_signs`; shape (D, n), in `room`.
+
+    The signs + + − − + + − − … turn T_d = 2t T_{d−1} − T_{d−2} into one fused multiply-add into place.
+    """
+    polynomials = room[:, : z.numel()]
+    row = polynomials.unbind()
+    torch.mul(z.flatten(), scale, out=row[1])
+    twice = 2 * row[1]
+    for d in range(2, len(row)):
+        torch.addcmul(row[d - 2], twice, row[d - 1], value=-1 if d % 2 == 0 else 1, out=row[d])
+    return polynomials
+
+
+def _signs(degree: int, like: Tensor) -> Tensor:
+    return like.new_tensor([1.0 if d % 4 < 2 else -1.0 for d in range(degree)])
+
+
+class Table(Evaluator):
+    """F as one cubic in each of many equal cells of [−R, R]: for functions whose series is long.
+
+    In a cell with the local coordinate s in [0, 1], F ≈ p_0 + p_1 s + p_2 s² + p_3 s³ is the cubic through F at the
+    four nearest nodes (Lagrange).
+    """
+
+    width = 12
+
+    def __init__(self, transfer: Transfer, radius: Tensor, cells: int, dtype: torch.dtype) -> None:
+        self.parameters = transfer.parameters
+        self._transfer, self._radius, self._cells = transfer.double(), radius.double(), cells
+        with torch.no_grad():
+            self._cubics = torch.cat(list(self._build(self._transfer))).to(dtype)
+        self._scale = cells / (2 * self._radius)
+
+    @staticmethod
+    def fit(transfer: Transfer, radius: Tensor, tolerance: float, dtype: torch.dtype) -> Table | None:
+        """The smallest table that is accurate to `tolerance`, relative to the largest |F|; None if there is none."""
+        for cells in CELLS:
+            table = Table(transfer, radius, cells, dtype)
+            if table.accurate(tolerance):
+                return table
+        return None
+
+    @property
+    def cells(self) -> int:
+        """How many cells there are."""
+        return self._cells
+
+    def accurate(self, tolerance: float) -> bool:
+        """Whether F and F' are within the tolerance at a point in every cell that is neither a node nor a midpoint."""
+        error = F_max = slope_error = slope_max = torch.zeros((), dtype=torch.float64, device=self._radius.device)
+        for first, cubics in zip(range(0, self._cells, self._chunk), self._build(self._transfer), strict=True):
+            s = 0.3
+            place = torch.arange(len(cubics), dtype=torch.float64, device=self._radius.device) + (first + s)
+            z = (self._radius * (2 * place / self._cells - 1)).detach().requires_grad_()
+            with torch.enable_grad():
+                truth = self._transfer(z)
+                (slope,) = torch.autograd.grad(truth.sum(), z)
+            powers = cubics.new_tensor([1, s, s**2, s**3])
+            rates = cubics.new_tensor([0, 1, 2 * s, 3 * s**2]) * (self._cells / (2 * self._radius))
+            cubics, truth = cubics.detach(), truth.detach()
+            error = torch.maximum(error, (cubics @ powers - truth).abs().max())
+            slope_error = torch.maximum(slope_error, (cubics @ rates - slope).abs().max())
+            F_max, slope_max = torch.maximum(F_max, truth.abs().max()), torch.maximum(slope_max, slope.abs().max())
+        return bool((error <= tolerance * F_max) & (slope_error <= SLOPE * tolerance * slope_max))
+
+    @property
+    def _chunk(self) -> int:
+        return max(1, NODES_AT_ONCE // self._transfer.grid.shape[-1])
+
+    def _build(self, transfer: Transfer) -> list[Tensor]:
+        """The cubics (n, 4) of successive chunks of cells."""
+        return [self._some(transfer, first) for first in range(0, self._cells, self._chunk)]
+
+    def _some(self, transfer: Transfer, first: int) -> Tensor:
+        count = min(self._chunk, self._cells - first)
+        node = torch.arange(first - 1, first + count + 2, dtype=torch.float64, device=self._radius.device)
+        values = transfer(self._radius * (2 * node / self._cells - 1))
+        # Lagrange's cubic through s = −1, 0, 1, 2, in powers of s.
+        lagrange = values.new_tensor(
+            [[0, 1, 0, 0], [-1 / 3, -1 / 2, 1, -1 / 6], [1 / 2, -1, 1 / 2, 0], [-1 / 6, 1 / 2, -1 / 2, 1 / 6]]
+        )
+        return values.unfold(0, 4, 1) @ lagrange.T
+
+    def _locate(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The cell of each element and the place in it."""
+        place = z.double() * self._scale + self._cells / 2  # float32 would round by a part of a cell
+        cell = place.nan_to_num(0.0).long().clamp_(0, self._cells - 1)
+        return cell, (place - cell).to(z.dtype)
+
+    def value(self, z: Tensor, room: Tensor) -> Tensor:
+        """F(z)."""
+        cell, s = self._locate(z)
+        p = self._cubics[cell].unbind(-1)
+        return p[0] + s * (p[1] + s * (p[2] + s * p[3]))
+
+    def pullback(self, z: Tensor, gradient: Tensor, room: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """F(z), gradient · F'(z), and Σ gradient · s^k in every cell."""
+        cell, s = self._locate(z)
+        p = self._cubics[cell].unbind(-1)
+        value = p[0] + s * (p[1] + s * (p[2] + s * p[3]))
+        slope = (p[1] + s * (2 * p[2] + s * (3 * p[3]))) * self._scale.to(z.dtype)
+        # Whole numbers add up to the same sum in every order, so that the result repeats bit for bit on a GPU too.
+        unit = FIXED_POINT / gradient.abs().max().double().clamp_min(1e-300)
+        sums = torch.zeros(4, self._cells, dtype=torch.int64, device=z.device)
+        weighted, place = gradient.double() * unit, s.double()
+        for row in sums:
+            row.index_add_(0, cell.flatten(), weighted.nan_to_num().round().long().flatten())
+            weighted = weighted * place
+        return value, slope * gradient, (sums.double().T / unit,)
+
+    def gradients(self, sums: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Through the cubics to α, ω and the grid, some cells at a time."""
+        totals = [torch.zeros_like(p) for p in self._transfer.parameters]
+        for first in range(0, self._cells, self._chunk):
+            with torch.enable_grad():
+                leaves = [p.detach().requires_grad_() for p in self._transfer.parameters]
+                cubics = self._some(self._transfer.with_parameters(*leaves), first)
+                upstream = sums[0][first : first + len(cubics)]
+                grads = torch.autograd.grad(cubics, leaves, upstream, allow_unused=True)
+            for total, grad in zip(totals, grads, strict=True):
+                total += 0 if grad is None else grad
+        return tuple(totals)
+
+
+class Direct(Evaluator):
+    """F from its N basis functions: the reference that every faster evaluator is tested against."""
+
+    def __init__(self, transfer: Transfer, dtype: torch.dtype) -> None:
+        self.parameters = transfer.parameters
+        self.width = 4 * len(transfer.alpha)
+        self._transfer = transfer.with_parameters(*(p.detach().to(dtype) for p in transfer.parameters))
+
+    def value(self, z: Tensor, room: Tensor) -> Tensor:
+        """F(z)."""
+        return self._transfer(z)
+
+    def pullback(self, z: Tensor, gradient: Tensor, room: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """F(z), gradient · F'(z), and the gradients to α, ω and the grid, by autograd over this piece alone."""
+        with torch.enable_grad():
+            inputs = [t.detach().requires_grad_() for t in (z, *self._transfer.parameters)]
+            value = self._transfer.with_parameters(*inputs[1:])(inputs[0])
+            slope, *rest = torch.autograd.grad(value, inputs, gradient, allow_unused=True)
+        grads = tuple(
+            torch.zeros_like(p, dtype=torch.float64) if g is None else g.double()
+            for g, p in zip(rest, inputs[1:], strict=True)
+        )
+        return value.detach(), torch.zeros_like(z) if slope is None else slope, grads

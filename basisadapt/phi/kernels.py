@@ -1,0 +1,95 @@
+"""W + F(BA) and its pullback: in pieces that fit a cache, on any device; on a GPU by fused kernels (kernels_triton).
+
+Nothing larger than one weight matrix is ever held.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from basisadapt.errors import InputError
+from basisadapt.phi.evaluators import Evaluator, Series
+
+PIECE = {"cpu": 1 << 19}  # numbers held per piece: about what a core's cache holds
+PIECE_ELSEWHERE = 1 << 26  # large enough that a GPU is busy
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def resolve_backend(backend: str, device: torch.device) -> str:
+    """What "auto" means on `device`. Raises InputError if "triton" is asked for where it cannot run."""
+    if backend == "auto":
+        return "triton" if device.type == "cuda" and has_triton() else "torch"
+    if backend == "triton" and not (device.type == "cuda" and has_triton()):
+        missing = "the triton package" if device.type == "cuda" else f"a CUDA device, and the weights are on {device}"
+        raise InputError(f'backend "triton" needs {missing}; "auto" takes what there is')
+    return backend
+
+
+def _fused(evaluator: Evaluator, A: Tensor, backend: str) -> bool:
+    return backend == "triton" and isinstance(evaluator, Series) and A.dtype == torch.float32
+
+
+def effective_weight(
+    weight: Tensor | None, A: Tensor, B: Tensor, evaluator: Evaluator, dtype: torch.dtype, backend: str
+) -> Tensor:
+    """W + F(BA), or F(BA) where `weight` is None, formed in the dtype of A and B and rounded once to `dtype`."""
+    if _fused(evaluator, A, backend):
+        from basisadapt.phi import kernels_triton
+
+        assert isinstance(evaluator, Series)
+        return kernels_triton.effective_weight(weight, A, B, evaluator, dtype)
+    effective = A.new_empty(len(B), A.shape[1], dtype=dtype)
+    for rows, z, room in _pieces(A, B, evaluator):
+        _place(effective, rows, weight, evaluator.value(z, room))
+    return effective
+
+
+def pull_back(
+    dense: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, evaluator: Evaluator, backend: str
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    """W + F(BA) in the dtype of `dense`, and the gradients to A, B and F's parameters, from G = dL/d(W + F(BA)).
+
+    dense: G, (out_features, in_features); overwritten where that saves memory.
+    """
+    if _fused(evaluator, A, backend):
+        from basisadapt.phi import kernels_triton
+
+        assert isinstance(evaluator, Series)
+        return kernels_triton.pull_back(dense, weight, A, B, evaluator)
+    effective = torch.empty_like(dense)
+    grad_a, grad_b = torch.zeros_like(A), torch.empty_like(B)
+    totals: list[Tensor] = []
+    for rows, z, room in _pieces(A, B, evaluator):
+        value, piece, sums = evaluator.pullback(z, dense[rows].to(A.dtype), room)
+        _place(effective, rows, weight, value)
+        grad_a.addmm_(B[rows].T, piece)
+        grad_b[rows] = piece @ A.T
+        totals = [total + new for total, new in zip(totals, sums, strict=True)] if totals else list(sums)
+    return effective, grad_a, grad_b, evaluator.gradients(tuple(totals))
+
+
+def _pieces(A: Tensor, B: Tensor, evaluator: Evaluator) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Row ranges of BA, BA there, and the evaluator's room, which all pieces share."""
+    size = PIECE.get(A.device.type, PIECE_ELSEWHERE)
+    step = min(len(B), max(1, size // (evaluator.width * A.shape[1])))
+    room = evaluator.scratch(step * A.shape[1], A)
+    for start in range(0, len(B), step):
+        rows = slice(start, start + step)
+        yield rows, B[rows] @ A, room
+
+
+def _place(effective: Tensor, rows: slice, weight: Tensor | None, delta: Tensor) -> None:
+    if weight is None:
+        effective[rows] = delta
+    else:
+        torch.add(weight[rows], delta, out=effective[rows])
