@@ -19,7 +19,7 @@ from basisadapt.phi.choice import evaluator
 from basisadapt.phi.grids import GRIDS, GridStrategy
 from basisadapt.phi.settings import PhiSettings
 from basisadapt.phi.sharing import SHARING, AdaptedModule, SharingPolicy, rows
-from basisadapt.phi.weight import adapted_linear
+from basisadapt.phi.weight import Execution, adapted_linear
 
 COUNTS = (1, 8, 50)
 MODULES = [AdaptedModule(f"layer.{i}.{kind}", kind, i) for i in range(2) for kind in ("attention", "mlp")]
@@ -128,7 +128,7 @@ def _check_layer(transfer: Transfer) -> None:
 
     def layer(backend: str, x: Tensor, A: Tensor, B: Tensor, *parameters: Tensor) -> Tensor:
         chosen = evaluator(updated.with_parameters(*parameters), A, B, backend)
-        return adapted_linear(x, weight, bias, A, B, chosen, backend)
+        return adapted_linear(x, weight, bias, A, B, chosen, Execution(backend))
 
     def with_gradients(function: object, *first: object) -> list[Tensor]:
         assert callable(function)

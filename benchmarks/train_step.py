@@ -1,101 +1,289 @@
-"""One training step of MiniLM (batch 16 × 32 tokens, r = 4) under LoRA, φ(BA) compiled and φ(BA) direct, in one run.
+"""One training step under φ(BA) and its rivals, in one run: forward, backward and AdamW, dropout off.
 
-    python benchmarks/train_step.py [--rounds 7]
+    python benchmarks/train_step.py minilm                      # on a CPU: against LoRA and the direct path
+    python benchmarks/train_step.py qwen2-0.5b --rank 16        # on a GPU, random weights in bfloat16
+    python benchmarks/train_step.py llama3-8b --batch 4 --checkpointing
 
-Forward, backward and AdamW; dropout off. The methods take turns, so that a slow moment of the machine hits all; the
-figure is the median over rounds of the ratio to LoRA's step in the same round. A and B are set to the size that
-training gives them, φ's amplitudes are drawn. Before anything is timed, the compiled layer is held against the direct
-one: where they differ, the error is printed and no time.
+The methods take turns; each turn begins with a step that is not timed. The figure is the median over rounds of the
+ratio to LoRA's step in the same round; on a GPU also tokens per second and the peak of allocated memory. A and B are
+set to the size that training gives them, φ's amplitudes are drawn. Before anything is timed, the compiled layer is
+held against the direct one: where they differ, the error is printed and no time.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
+import re
 import statistics
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from basisadapt import backbones
+from basisadapt.adapter import PhiConfig
+from basisadapt.adapter.placement import target_pattern
 from basisadapt.environment import environment
-from basisadapt.run_config import RunConfig
-from basisadapt.training import attach
 
-METHODS = {
-    "LoRA (peft)": ("lora", {}),
-    "phi, N = 8": ("phi", {"num_basis": 8}),
-    "phi, N = 50": ("phi", {"num_basis": 50}),
-    "phi, N = 512": ("phi", {"num_basis": 512}),
-    "phi direct, N = 50": ("phi", {"num_basis": 50, "backend": "direct"}),
-}
-SLOW = "phi direct, N = 50"
-BATCH, TOKENS, LABELS = 16, 32, 10
+LABELS = 10
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained: a backbone, batch × tokens, rank."""
+
+    backbone: str
+    batch: int
+    tokens: int
+    rank: int
+    checkpointing: bool = False
+    device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def base(self) -> PreTrainedModel:
+        """The model: MiniLM with its weights and a classifier, the others with random weights in bfloat16."""
+        torch.manual_seed(0)
+        if self.backbone == "minilm":
+            model = backbones.load(backbones.find("minilm"), LABELS)[0].to(self.device)
+        else:
+            config = AutoConfig.for_model(**(backbones.find(self.backbone).shapes or {}))
+            with self.device:
+                model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        if self.checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model.train()
+
+    def inputs(self) -> dict[str, Tensor]:
+        """Random tokens and labels."""
+        generator = torch.Generator().manual_seed(1)
+        tokens = torch.randint(1000, 30000, (self.batch, self.tokens), generator=generator).to(self.device)
+        labels = torch.randint(0, LABELS, (self.batch,), generator=generator).to(self.device)
+        return {"input_ids": tokens, "labels": labels if self.backbone == "minilm" else tokens}
+
+
+def rivals(case: Case) -> dict[str, Any]:
+    """peft configurations by name; None is full fine-tuning."""
+    import peft
+
+    task = {"task_type": "SEQ_CLS" if case.backbone == "minilm" else "CAUSAL_LM"}
+    common = {**task, "target_modules": target_pattern("all")}
+    lora = {**common, "r": case.rank, "lora_alpha": case.rank}
+    phi = {**task, "r": case.rank}
+    methods: dict[str, Any] = {
+        "LoRA (peft)": peft.LoraConfig(**lora),
+        "phi, N = 8": PhiConfig(**phi, num_basis=8),
+        "phi, N = 50": PhiConfig(**phi, num_basis=50),
+        "phi, N = 512": PhiConfig(**phi, num_basis=512),
+    }
+    if case.device.type == "cpu":
+        return {**methods, "phi direct, N = 50": PhiConfig(**phi, num_basis=50, backend="direct")}
+    return {
+        **methods,
+        "phi, N = 50, fp8 dense gradient": PhiConfig(**phi, num_basis=50, dense_gradient="fp8"),
+        "phi, N = 50, sketch of 4 tokens": PhiConfig(**phi, num_basis=50, dense_gradient="sketch:4"),
+        "LoRA, dropout 0.05": peft.LoraConfig(**lora, lora_dropout=0.05),
+        "DoRA": peft.LoraConfig(**lora, use_dora=True),
+        "VeRA": peft.VeraConfig(**common, r=case.rank, vera_dropout=0.0),
+        "RandLoRA": peft.RandLoraConfig(**common, r=case.rank, randlora_dropout=0.0),
+        "full fine-tuning": None,
+    }
 
 
 class Step:
     """A model with a method's adapter, and one training step of it."""
 
-    def __init__(self, method: str, adapter: dict[str, object]) -> None:
-        base, _ = backbones.load(backbones.find("minilm"), LABELS)
-        torch.manual_seed(0)
-        config = RunConfig.from_mapping({"method": method, "adapter": {"r": 4, **adapter}})
-        self.model = attach(base, config).train()
-        for module in self.model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
+    def __init__(self, case: Case, base: PreTrainedModel, method: Any) -> None:
+        import peft
+
+        self.model: nn.Module = base
+        if method is not None:
+            torch.manual_seed(0)
+            self.model = peft.get_peft_model(base, method).train()
+        if case.checkpointing and method is not None:
+            base.enable_input_require_grads()
         self._as_after_training()
         trainable = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trainable, lr=1e-6)
-        generator = torch.Generator().manual_seed(1)
-        self.inputs = torch.randint(1000, 30000, (BATCH, TOKENS), generator=generator)
-        self.labels = torch.randint(0, LABELS, (BATCH,), generator=generator)
+        self.count = sum(p.numel() for p in trainable)
+        self.optimizer = torch.optim.AdamW(trainable, lr=1e-6, foreach=True)
+        self.inputs = case.inputs()
 
     @torch.no_grad()
     def _as_after_training(self) -> None:
         generator = torch.Generator().manual_seed(2)
         for name, parameter in self.model.named_parameters():
-            if "_B" in name:
+            if "phi_B" in name or "lora_B" in name:
                 parameter.copy_(0.03 * torch.randn(parameter.shape, generator=generator))
             elif name.endswith(".alpha"):
                 scale = 0.5 / parameter.shape[-1]
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
 
-    def __call__(self) -> torch.Tensor:
-        """Forward, backward, AdamW; the logits."""
-        output = self.model(input_ids=self.inputs, labels=self.labels)
-        output.loss.backward()
+    def __call__(self) -> Tensor:
+        """Forward, backward, AdamW; the loss."""
+        loss: Tensor = self.model(**self.inputs).loss
+        loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return output.logits.detach()
+        return loss.detach()
+
+
+@dataclass
+class Result:
+    """What was measured of one method."""
+
+    seconds: list[float] = field(default_factory=list)
+    peak: float = 0.0
+    trainable: int = 0
+    loss: float = 0.0
+
+
+def timed(step: Step, device: torch.device, steps: int) -> float:
+    """Seconds per step, after one that is not timed."""
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(steps):
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - began) / steps
+
+
+@contextlib.contextmanager
+def attached(case: Case, base: PreTrainedModel, method: Any) -> Iterator[Step]:
+    """A step of the shared base model; the adapter is gone afterwards, the base as before."""
+    for parameter in base.parameters():
+        parameter.requires_grad_(method is None)
+    step = Step(case, base, method)
+    try:
+        yield step
+    finally:
+        if method is not None:
+            step.model.unload()
+        del step
+        gc.collect()
+        if case.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def check(case: Case, base: PreTrainedModel) -> float:
+    """The largest difference of logits between the compiled and the direct layer, relative to the largest logit."""
+    outputs = []
+    inputs = {name: value[:1, :16] if value.dim() == 2 else value[:1] for name, value in case.inputs().items()}
+    task = "SEQ_CLS" if case.backbone == "minilm" else "CAUSAL_LM"
+    for backend in ("auto", "direct"):
+        method = PhiConfig(task_type=task, r=case.rank, num_basis=8, backend=backend)
+        with attached(case, base, method) as step, torch.no_grad():
+            outputs.append(step.model(**inputs).logits.float())
+    return ((outputs[0] - outputs[1]).abs().max() / outputs[1].abs().max()).item()
+
+
+def measure(case: Case, rounds: int, steps: int) -> dict[str, Result]:
+    """All methods in turn, `rounds` times; the base model is shared, so that its weights are there once."""
+    base = case.base()
+    error = check(case, base)
+    limit = 1e-4 if case.backbone == "minilm" else 5e-2  # bfloat16 rounds W + φ(BA) differently in few places
+    print(f"\nlargest difference of logits, compiled and direct, relative to the largest: {error:.1e}")
+    if not error <= limit:
+        raise SystemExit("wrong value: nothing is timed")
+    results = {name: Result() for name in rivals(case)}
+    for _ in range(rounds):
+        for name, method in rivals(case).items():
+            result = results[name]
+            if case.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            try:
+                with attached(case, base, method) as step:
+                    result.seconds.append(timed(step, case.device, steps))
+                    result.trainable, result.loss = step.count, step().item()
+            except (torch.OutOfMemoryError, ValueError, RuntimeError) as problem:
+                print(f"{name}: {type(problem).__name__}: {str(problem).splitlines()[0]}")
+                results[name].seconds.append(float("nan"))
+            if case.device.type == "cuda":
+                result.peak = max(result.peak, torch.cuda.max_memory_allocated() / 2**30)
+    return results
+
+
+def products_bound(case: Case, rate: float) -> float:
+    """Seconds that the matrix products of the adapted layers alone take at `rate`: forward, its recomputation where
+    there is checkpointing, dX and the dense gradient; attention and the vocabulary's layer not counted."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**backbones.find(case.backbone).shapes))
+    pattern = re.compile(target_pattern("all"))
+    adapted = sum(m.weight.numel() for name, m in model.named_modules() if pattern.fullmatch(name))
+    passes = 4 if case.checkpointing else 3
+    return 2 * case.batch * case.tokens * adapted * passes / rate
+
+
+def report(case: Case, results: dict[str, Result]) -> None:
+    """The table."""
+    lora = results["LoRA (peft)"]
+    on_gpu = case.device.type == "cuda"
+    more = " tokens/s | peak GiB | trainable |" if on_gpu else ""
+    print(f"\n| method | step / LoRA's step, median | min | max |{more}")
+    print("|---|---:|---:|---:|" + ("---:|---:|---:|" if on_gpu else ""))
+    for name, result in results.items():
+        ratios = [a / b for a, b in zip(result.seconds, lora.seconds, strict=True)]
+        rate = case.batch * case.tokens / statistics.median(result.seconds)
+        more = f" {rate:,.0f} | {result.peak:.2f} | {result.trainable:,} |" if on_gpu else ""
+        print(f"| {name} | {statistics.median(ratios):.2f} | {min(ratios):.2f} | {max(ratios):.2f} |{more}")
+    ratios = [a / b for a, b in zip(results["phi, N = 512"].seconds, results["phi, N = 8"].seconds, strict=True)]
+    print(f"\nN = 512 / N = 8: {statistics.median(ratios):.3f}")
+    if "phi direct, N = 50" in results:
+        pairs = zip(results["phi direct, N = 50"].seconds, results["phi, N = 50"].seconds, strict=True)
+        print(f"direct / compiled at N = 50: {statistics.median(a / b for a, b in pairs):.1f}")
+
+
+def gemm_rate() -> float:
+    """Multiply-adds × 2 per second of a large bfloat16 product on random data."""
+    left, right = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        left @ right
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(10):
+        left @ right
+    torch.cuda.synchronize()
+    return 10 * 2 * 8192**3 / (time.perf_counter() - began)
 
 
 def main() -> None:
     """Check, then time."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    rounds = parser.parse_args().rounds
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("backbone", choices=["minilm", "qwen2-0.5b", "llama3-8b"])
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--tokens", type=int)
+    parser.add_argument("--rank", type=int)
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=2)
+    given = parser.parse_args()
+    small = given.backbone == "minilm"
+    case = Case(
+        given.backbone, given.batch, given.tokens or (32 if small else 512), given.rank or (4 if small else 16),
+        given.checkpointing,
+    )  # fmt: skip
     for name, value in environment().items():
         print(f"{name}: {value}")
-
-    steps = {name: Step(*settings) for name, settings in METHODS.items()}
-    first = {name: step() for name, step in steps.items()}
-    error = (first["phi, N = 50"] - first[SLOW]).abs().max().item()
-    print(f"\nlargest difference of logits, compiled and direct: {error:.1e}")
-    if error > 1e-4:
-        raise SystemExit("wrong value: nothing is timed")
-
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            began = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - began)
-    print("\n| method | step / LoRA's step, median | min | max |\n|---|---:|---:|---:|")
-    for name, values in seconds.items():
-        ratios = [value / lora for value, lora in zip(values, seconds["LoRA (peft)"], strict=True)]
-        print(f"| {name} | {statistics.median(ratios):.2f} | {min(ratios):.2f} | {max(ratios):.2f} |")
-    compiled, direct = (statistics.median(seconds[name]) for name in ("phi, N = 50", SLOW))
-    print(f"\ndirect / compiled at N = 50: {direct / compiled:.1f}")
+    print(f"\n{case}")
+    results = measure(case, given.rounds, given.steps)
+    report(case, results)
+    if case.device.type == "cuda":
+        rate = gemm_rate()
+        bound = products_bound(case, rate)
+        phi = statistics.median(results["phi, N = 50"].seconds)
+        print(
+            f"products of the adapted layers at the measured {rate / 1e12:.0f} TFLOP/s: {bound * 1e3:.0f} ms, "
+            f"{bound / phi:.0%} of phi's step"
+        )
 
 
 if __name__ == "__main__":

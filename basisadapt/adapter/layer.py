@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from basisadapt.adapter.config import PhiConfig
 from basisadapt.errors import InputError
 from basisadapt.phi.compiler import Compiler
-from basisadapt.phi.weight import Weight, adapted_linear, delta_weight
+from basisadapt.phi.weight import Execution, Weight, adapted_linear, delta_weight
 
 DEQUANTISED = ("Params4bit", "Int8Params")  # classes of weights that peft can dequantise
 
@@ -128,8 +128,9 @@ class PhiLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def _adapted(self, adapter: str, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         source = self.phi_source[adapter]
-        evaluator, backend = source.evaluator(self.name), source.backend(self.name)
-        return adapted_linear(x, weight, bias, self.phi_A[adapter], self.phi_B[adapter], evaluator, backend)
+        execution = Execution(source.backend(self.name), self.phi_settings[adapter].dense_gradient)
+        A, B = self.phi_A[adapter], self.phi_B[adapter]
+        return adapted_linear(x, weight, bias, A, B, source.evaluator(self.name), execution)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -20,11 +20,11 @@ from basisadapt.phi.sharing import SHARING, AdaptedModule, rows
 
 @dataclass(frozen=True)
 class Transfer:
-    """The transfer function of one module: ΔW = F(BA), F(z) = s (p z + (φ(g z) − c φ(0)) / g), φ(x) = Σᵢ αᵢ b(ωᵢ, x, xᵢ).
+    """The transfer function of one module: ΔW = F(BA) with F(z) = s (p z + (φ(g z) − c φ(0)) / g).
 
-    alpha, omega, grid: shape (N,), or (M, N) for the functions of M modules at once. gain g > 0; centre c; identity
-    path p; scaling s. Where alpha has one dimension more than the grid, (..., N, k), there are k functions side by
-    side, which differ in their amplitudes alone.
+    φ(x) = Σᵢ αᵢ b(ωᵢ, x, xᵢ). alpha, omega, grid: shape (N,), or (M, N) for the functions of M modules at once. gain
+    g > 0; centre c; identity path p; scaling s. Where alpha has one dimension more than the grid, (..., N, k), there
+    are k functions side by side, which differ in their amplitudes alone.
     """
 
     basis: TransferBasis

@@ -15,7 +15,7 @@ VERIFY_EVERY = 16  # compilations
 DOUBLE_TOLERANCE = 1e-11  # in float64, whatever is asked
 ROUNDING = 1 + 1e-6
 SMALLEST = 1e-2  # the smallest range, in units of φ's argument
-POWERS = 8
+POWERS = 16  # monomials are well conditioned for short series only
 
 
 class Choice:

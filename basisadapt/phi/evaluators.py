@@ -43,7 +43,7 @@ class Series(Evaluator):
     """One module's series of a compiled batch (see `series`).
 
     coefficients: (P,), float64, with gradients; the first `degree` are used. values, slopes: (P,), of F and of dF/dz,
-    in the dtype of the arithmetic; powers: (8,), F in powers of z / R, right where the degree is at most 8.
+    in the dtype of the arithmetic; powers: (16,), F in powers of z / R, right where the degree is at most 16.
     inverse_radius: 1 / R, of one element. Everything is on the device of the weights; `degree` is read from there
     only where this evaluator itself does the work.
     """

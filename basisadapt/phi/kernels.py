@@ -15,7 +15,7 @@ from torch import Tensor
 from basisadapt.errors import InputError
 from basisadapt.phi.evaluators import Evaluator, Series
 
-PIECE = {"cpu": 1 << 19}  # numbers held per piece: about what a core's cache holds
+PIECE = {"cpu": 1 << 20}  # numbers held per piece: about what a core's cache holds
 PIECE_ELSEWHERE = 1 << 26  # large enough that a GPU is busy
 
 

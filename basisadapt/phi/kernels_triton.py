@@ -86,6 +86,8 @@ def _form(
         if HORNER:
             if degree <= GROUP:
                 value = _horner(t, powers, GROUP)
+            elif degree <= 2 * GROUP:
+                value = _horner(t, powers, 2 * GROUP)
             else:
                 value = _clenshaw(t, values, degree, GROUP)
         else:
@@ -176,9 +178,13 @@ def pull_back(
     dense: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, series: Series
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
     """As `kernels.pull_back`; `dense` is overwritten."""
+    return effective_weight(weight, A, B, series, dense.dtype), *gradients(dense, A, B, series)
+
+
+def gradients(dense: Tensor, A: Tensor, B: Tensor, series: Series) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """The gradients to A, B and the coefficients; `dense` is overwritten."""
     A, B, dense = A.contiguous(), B.contiguous(), dense.contiguous()
     (r, n), m = A.shape, len(B)
-    effective = effective_weight(weight, A, B, series, dense.dtype)
     grid, tiles = _grid(m, n, PULL_TILE)
     count = len(series.values)
     moments = torch.empty(grid[0] * grid[1], count, device=A.device)
@@ -188,7 +194,7 @@ def pull_back(
             GROUPS=count // GROUP, **_shared(A, PULL_TILE, tiles, dense.dtype),
         )  # fmt: skip
     grad_b, grad_a = _thin_product(dense, A.T), _thin_product(dense.T, B).T
-    return effective, grad_a, grad_b, (moments.sum(0, dtype=torch.float64),)
+    return grad_a, grad_b, (moments.sum(0, dtype=torch.float64),)
 
 
 def _thin_product(wide: Tensor, thin: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from basisadapt.errors import InputError, unknown
+from basisadapt.phi.dense_gradient import is_known
 
 PRESETS: dict[str, dict[str, Any]] = {
     # The published recipe, taken literally (paper, section 3.3 and Table 10).
@@ -82,7 +83,8 @@ class PhiSettings(LowRankSettings):
     decay of α, towards φ = 0. grid_seed: of the random grid; None takes the run's
     seed, or 0 outside a run. backend: "auto" compiles φ once a step, accurate to `tolerance` (relative to the largest
     value of ΔW), and takes fused kernels on a GPU with Triton; "triton" and "torch" choose; "direct" sums the N basis
-    functions for every weight (the reference, N times slower).
+    functions for every weight (the reference, N times slower). dense_gradient: of the one product no elementwise φ
+    avoids: "exact", "fp8" (8-bit operands) or "sketch:K" (K tokens added up under random signs; unbiased).
 
     Raises InputError for a name that is not registered or a value out of range. Source: paper, section 3.3.
     """
@@ -105,6 +107,7 @@ class PhiSettings(LowRankSettings):
     transfer_decay: float = 0.0
     backend: str = "auto"
     tolerance: float = 1e-6
+    dense_gradient: str = "exact"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -124,6 +127,8 @@ class PhiSettings(LowRankSettings):
         require(self.factor_init in ("lora", "both"), "factor_init", self.factor_init, '"lora" or "both"')
         require(0.0 < self.tolerance <= 1e-2, "tolerance", self.tolerance, "above 0 and at most 0.01")
         require(self.backend in BACKENDS, "backend", self.backend, " or ".join(f'"{name}"' for name in BACKENDS))
+        known = '"exact", "fp8" or "sketch:K" with K of at least 2'
+        require(is_known(self.dense_gradient), "dense_gradient", self.dense_gradient, known)
         require(
             _amplitude_known(self.amplitude_init),
             "amplitude_init",

@@ -6,6 +6,7 @@ W + F(BA) exists only while a layer is at work: the forward pass saves x, A and 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from basisadapt.phi import kernels
 from basisadapt.phi.choice import compute_dtype
+from basisadapt.phi.dense_gradient import dense_gradient
 from basisadapt.phi.evaluators import Evaluator
 
 Weight = Tensor | Callable[[], Tensor] | None  # W; or how to make it, for a quantised one; or none, for F(BA) alone
@@ -28,8 +30,16 @@ def delta_weight(A: Tensor, B: Tensor, evaluator: Evaluator, backend: str) -> Te
         return kernels.effective_weight(None, A.to(dtype), B.to(dtype), evaluator, dtype, backend)
 
 
+@dataclass(frozen=True)
+class Execution:
+    """How the work is done, not what: see `kernels.resolve_backend` and `dense_gradient`."""
+
+    backend: str
+    dense_gradient: str = "exact"
+
+
 def adapted_linear(
-    x: Tensor, weight: Weight, bias: Tensor | None, A: Tensor, B: Tensor, evaluator: Evaluator, backend: str
+    x: Tensor, weight: Weight, bias: Tensor | None, A: Tensor, B: Tensor, evaluator: Evaluator, execution: Execution
 ) -> Tensor:
     """x (W + F(BA))ᵀ + b, or x F(BA)ᵀ + b where `weight` is None, differentiable in everything but a made weight.
 
@@ -39,7 +49,7 @@ def adapted_linear(
     """
     made, tensor = (weight, None) if callable(weight) else (None, weight)
     result: Tensor = _AdaptedLinear.apply(  # type: ignore[no-untyped-call]
-        x, tensor, bias, A, B, made, evaluator, backend, *evaluator.parameters
+        x, tensor, bias, A, B, made, evaluator, execution, *evaluator.parameters
     )
     return result
 
@@ -60,17 +70,19 @@ class _AdaptedLinear(torch.autograd.Function):
         B: Tensor,
         made: Callable[[], Tensor] | None,
         evaluator: Evaluator,
-        backend: str,
+        execution: Execution,
         *parameters: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, A, B)
-        ctx.made, ctx.evaluator, ctx.backend, ctx.has_bias = made, evaluator, backend, bias is not None
+        ctx.made, ctx.evaluator, ctx.execution, ctx.has_bias = made, evaluator, execution, bias is not None
         weight = made() if made else weight
         autocast = torch.is_autocast_enabled(x.device.type)
         ctx.dtype = torch.get_autocast_dtype(x.device.type) if autocast else (x if weight is None else weight).dtype
         dtype = compute_dtype(A)
         with _no_autocast(x):
-            effective = kernels.effective_weight(weight, A.to(dtype), B.to(dtype), evaluator, ctx.dtype, backend)
+            effective = kernels.effective_weight(
+                weight, A.to(dtype), B.to(dtype), evaluator, ctx.dtype, execution.backend
+            )
             return F.linear(x.to(ctx.dtype), effective, None if bias is None else bias.to(ctx.dtype))
 
     @staticmethod
@@ -84,10 +96,10 @@ class _AdaptedLinear(torch.autograd.Function):
         x, weight, A, B = ctx.saved_tensors
         dtype = compute_dtype(A)
         gradient = upstream.to(ctx.dtype).flatten(0, -2)
-        dense = gradient.T @ x.to(ctx.dtype).flatten(0, -2)  # the one product no φ can avoid
+        dense = dense_gradient(gradient, x.to(ctx.dtype).flatten(0, -2), ctx.execution.dense_gradient)
         grad_weight = dense.to(weight.dtype, copy=True) if ctx.needs_input_grad[1] else None
         effective, grad_a, grad_b, grads = kernels.pull_back(
-            dense, ctx.made() if ctx.made else weight, A.to(dtype), B.to(dtype), ctx.evaluator, ctx.backend
+            dense, ctx.made() if ctx.made else weight, A.to(dtype), B.to(dtype), ctx.evaluator, ctx.execution.backend
         )
         grad_x = (gradient @ effective).view(x.shape).to(x.dtype) if ctx.needs_input_grad[0] else None
         grad_bias = gradient.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None

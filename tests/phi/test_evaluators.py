@@ -15,7 +15,7 @@ from basisadapt.phi.basis import BASES, TransferBasis
 from basisadapt.phi.choice import Choice, evaluator, radii
 from basisadapt.phi.evaluators import Direct, Series, Table
 from basisadapt.phi.grids import GRIDS
-from basisadapt.phi.weight import adapted_linear
+from basisadapt.phi.weight import Execution, adapted_linear
 
 FIVE = ["sinc", "gaussian_rbf", "bspline", "fourier", "polynomial"]
 DEVICES = [("cpu", "torch")]
@@ -60,7 +60,7 @@ def evaluate(transfer, A, B, x, weight, upstream, device, backend, dtype, tolera
     chosen = evaluator(transfer.with_parameters(*inputs[3:]), inputs[1], inputs[2], backend, tolerance)
     base = None if weight is None else weight.to(device, dtype)
     torch.full((4 * A.shape[1] * len(B),), float("nan"), device=device, dtype=dtype)  # what is not written is seen
-    y = adapted_linear(inputs[0], base, None, inputs[1], inputs[2], chosen, backend)
+    y = adapted_linear(inputs[0], base, None, inputs[1], inputs[2], chosen, Execution(backend))
     grads = torch.autograd.grad(y, inputs, upstream.to(device, y.dtype), allow_unused=True)
     found = [y.detach(), *(torch.zeros_like(t) if g is None else g for g, t in zip(grads, inputs, strict=True))]
     return chosen, [part.double().cpu() for part in found]
@@ -141,7 +141,11 @@ def test_half_precision_weights_lose_what_rounding_loses(device, backend, dtype)
     on_device = transfer.with_parameters(*leaves(transfer.parameters, device, torch.float32))
     weight = torch.randn(130, 70, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     eye = torch.eye(70, device=device, dtype=dtype)
-    y = adapted_linear(eye, weight, None, A, B, evaluator(on_device, A, B, backend), backend).T.double().cpu()
+    y = (
+        adapted_linear(eye, weight, None, A, B, evaluator(on_device, A, B, backend), Execution(backend))
+        .T.double()
+        .cpu()
+    )
     exact = weight.double().cpu() + transfer((B.double() @ A.double()).cpu())
     assert (y - exact).norm() <= 1.01 * (exact.to(dtype).double() - exact).norm()
 
@@ -158,7 +162,9 @@ def test_gradients_with_half_precision_weights(device, backend):
     _, truth = evaluate(transfer, A, B, x, weight, upstream, "cpu", "direct", torch.float64)
     inputs = leaves((A, B, *transfer.parameters), device, torch.float32)
     chosen = evaluator(transfer.with_parameters(*inputs[2:]), *inputs[:2], backend)
-    y = adapted_linear(x.to(device).bfloat16(), weight.to(device).bfloat16(), None, *inputs[:2], chosen, backend)
+    y = adapted_linear(
+        x.to(device).bfloat16(), weight.to(device).bfloat16(), None, *inputs[:2], chosen, Execution(backend)
+    )
     found = torch.autograd.grad(y, inputs, upstream.to(device).bfloat16())
     for part, expected in zip(found, truth[2:], strict=True):
         assert part.dtype == torch.float32
@@ -263,5 +269,5 @@ def test_non_finite_factors_give_non_finite_weights():
         A[0, 0] = bad
         transfer = make("sinc", 4)
         transfer = transfer.with_parameters(*(p.float() for p in transfer.parameters))
-        y = adapted_linear(torch.ones(1, 5), None, None, A, B, evaluator(transfer, A, B, "torch"), "torch")
+        y = adapted_linear(torch.ones(1, 5), None, None, A, B, evaluator(transfer, A, B, "torch"), Execution("torch"))
         assert not y.isfinite().all()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from basisadapt.phi.choice import evaluator
-from basisadapt.phi.weight import adapted_linear, delta_weight
+from basisadapt.phi.weight import Execution, adapted_linear, delta_weight
 from tests.phi.test_evaluators import factors, make
 
 BACKEND = "torch"
@@ -22,7 +22,7 @@ def test_weight_dtypes_and_strides(weight_dtype):
     A, B = factors(9, 7, 2, 0.3)
     base = torch.randn(7, 9, generator=torch.Generator().manual_seed(0)).to(weight_dtype)
     x = torch.randn(3, 7).to(weight_dtype)
-    y = adapted_linear(x, base.T, None, A, B, chosen(A, B), BACKEND)
+    y = adapted_linear(x, base.T, None, A, B, chosen(A, B), Execution(BACKEND))
     assert y.dtype == weight_dtype
     dense = (base.T.double() + delta_weight(A, B, chosen(A, B), BACKEND).double()).to(weight_dtype)
     torch.testing.assert_close(y, torch.nn.functional.linear(x, dense))
@@ -33,7 +33,7 @@ def test_autocast():
     generator = torch.Generator().manual_seed(0)
     base, x = torch.randn(9, 7, generator=generator), torch.randn(3, 7, generator=generator).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = adapted_linear(x, base, torch.zeros(9), A, B, chosen(A, B), BACKEND)
+        y = adapted_linear(x, base, torch.zeros(9), A, B, chosen(A, B), Execution(BACKEND))
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
     assert x.grad.dtype == A.grad.dtype == torch.float32
@@ -54,8 +54,8 @@ def test_a_weight_that_is_made_when_needed_and_one_that_trains():
         return base.detach()
 
     inputs = [t.clone().requires_grad_() for t in (x, A, B)]
-    given = adapted_linear(inputs[0], base, bias, *inputs[1:], chosen(A, B), BACKEND)
-    on_demand = adapted_linear(inputs[0], make_weight, bias, *inputs[1:], chosen(A, B), BACKEND)
+    given = adapted_linear(inputs[0], base, bias, *inputs[1:], chosen(A, B), Execution(BACKEND))
+    on_demand = adapted_linear(inputs[0], make_weight, bias, *inputs[1:], chosen(A, B), Execution(BACKEND))
     assert torch.equal(given, on_demand)
     upstream = torch.randn(3, 9, generator=torch.Generator().manual_seed(2))
     of_base, *expected = torch.autograd.grad(given, [base, bias, *inputs], upstream)
@@ -79,7 +79,7 @@ def test_gradcheck_through_a_series():
 
     def layer(x, weight, bias, A, B, *parameters):
         made = evaluator(transfer.with_parameters(*parameters), A, B, BACKEND)
-        return adapted_linear(x, weight, bias, A, B, made, BACKEND)
+        return adapted_linear(x, weight, bias, A, B, made, Execution(BACKEND))
 
     parameters = [p.requires_grad_() for p in transfer.parameters]
     assert torch.autograd.gradcheck(layer, [*inputs, *parameters], rtol=1e-4, atol=1e-6)
