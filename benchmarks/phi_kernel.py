@@ -18,7 +18,7 @@ from triton import cdiv, jit, testing
 from triton import language as tl
 
 from basisadapt.environment import environment
-from basisadapt.phi import kernels_triton
+from basisadapt.phi import kernels_triton, series
 from basisadapt.phi.bank import Transfer
 from basisadapt.phi.bases import Sinc
 from basisadapt.phi.choice import evaluator
@@ -108,13 +108,10 @@ def with_degree(bench: Bench, degree: int) -> tuple[Series, torch.Tensor]:
     generator = torch.Generator(device="cuda").manual_seed(degree)
     drawn = 0.01 * torch.randn(128, generator=generator, device="cuda", dtype=torch.float64) * falling
     coefficients = torch.where(torch.arange(128, device="cuda") < degree, drawn, 0.0)
-    from basisadapt.phi import series
-
-    radius = (1 / base.inverse_radius.double()).reshape(1)
-    slopes = series.derivative(coefficients.unsqueeze(0), radius)[0].float()
-    powers = series.monomials(coefficients.unsqueeze(0), 16)[0].float()
-    length = torch.tensor(degree, dtype=torch.int32, device="cuda")
-    made = Series(coefficients, length, base.inverse_radius, coefficients.float(), slopes, powers)
+    radius = 1 / base.packed[1:2].double()
+    length = torch.tensor([degree], dtype=torch.int32, device="cuda")
+    batch = series.SeriesBatch(coefficients.unsqueeze(0), length, radius, length > 0)
+    made = Series(coefficients, series.pack(batch)[0].float())
     t = (bench.B[:ROWS].double() @ bench.A.double()) / radius
     polynomials = torch.cos(torch.arange(degree, device="cuda").double().view(-1, 1, 1) * torch.arccos(t))
     return made, bench.weight[:ROWS].double() + torch.einsum("d,dmn->mn", coefficients[:degree], polynomials)
@@ -131,7 +128,7 @@ def check_gradients(bench: Bench, transfer: Transfer, chosen: Series) -> float:
 
     of_rows = (bench.gradient[:ROWS].double() * slope(B[:ROWS] @ A)) @ A.T
     of_columns = B.T @ (bench.gradient[:, :ROWS].double() * slope(B @ A[:, :ROWS]))
-    t = (B @ A) * chosen.inverse_radius.double()
+    t = (B @ A) * chosen.packed[1].double()
     some = torch.stack([(bench.gradient.double() * torch.cos(d * torch.arccos(t))).sum() for d in (0, 1, 5)])
     pairs = ((grad_b[:ROWS], of_rows), (grad_a[:, :ROWS], of_columns), (moments[[0, 1, 5]], some))
     return max(((found.double() - truth).norm() / truth.norm()).item() for found, truth in pairs)
@@ -163,7 +160,7 @@ def main() -> None:
         chosen = evaluator(transfer, bench.A, bench.B, "triton")
         assert isinstance(chosen, Series)
         run = lambda chosen=chosen: effective_weight(bench.weight, bench.A, bench.B, chosen, torch.bfloat16, "triton")  # noqa: E731
-        compiled[num] = forward_row(bench, f"sinc, N = {num}", run, bench.truth(transfer), int(chosen.degree))
+        compiled[num] = forward_row(bench, f"sinc, N = {num}", run, bench.truth(transfer), chosen.width)
     for degree in (8, 16, 32, 64, 128):
         chosen, truth = with_degree(bench, degree)
         run = lambda chosen=chosen: effective_weight(bench.weight, bench.A, bench.B, chosen, torch.bfloat16, "triton")  # noqa: E731
@@ -201,14 +198,14 @@ def main() -> None:
         assert isinstance(chosen, Series)
         error = check_gradients(bench, transfer, chosen)
         if not error <= 1e-2:
-            print(f"| dA, dB and moments, N = {num} | {int(chosen.degree)} | wrong: error {error:.1e} | | |")
+            print(f"| dA, dB and moments, N = {num} | {chosen.width} | wrong: error {error:.1e} | | |")
             continue
         work = bench.gradient.clone()
         time = seconds(lambda: kernels_triton.gradients(work.copy_(bench.gradient), bench.A, bench.B, chosen))  # noqa: B023
         refill = seconds(lambda: work.copy_(bench.gradient))  # noqa: B023
         time -= refill
         print(
-            f"| dA, dB and moments, N = {num} | {int(chosen.degree)} | {time * 1e6:.0f} µs "
+            f"| dA, dB and moments, N = {num} | {chosen.width} | {time * 1e6:.0f} µs "
             f"| {time / bench.bound:.2f} | {error:.1e} |"
         )
 

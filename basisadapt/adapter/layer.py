@@ -96,9 +96,16 @@ class PhiLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         A, B = self.phi_A[adapter], self.phi_B[adapter]
         return self._matrix(delta_weight(A, B, source.evaluator(self.name), source.backend(self.name)))
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The adapted layer. Several active adapters add their ΔW. Raises InputError for a batch of mixed adapters."""
+        run = self._outside_graphs if torch.compiler.is_compiling() else self._forward
+        return cast(Tensor, run(x, *args, **kwargs))
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _outside_graphs(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self._forward(x, *args, **kwargs)
+
+    def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if kwargs.get("adapter_names") is not None:
             raise InputError("φ(BA) does not support batches of mixed adapters (adapter_names)")
         if self.disable_adapters and self.merged:

@@ -15,7 +15,6 @@ VERIFY_EVERY = 16  # compilations
 DOUBLE_TOLERANCE = 1e-11  # in float64, whatever is asked
 ROUNDING = 1 + 1e-6
 SMALLEST = 1e-2  # the smallest range, in units of φ's argument
-POWERS = 16  # monomials are well conditioned for short series only
 
 
 class Choice:
@@ -43,12 +42,7 @@ class Choice:
         """
         tolerance = DOUBLE_TOLERANCE if dtype == torch.float64 else tolerance
         batch, served = self._compile(tables, parameters, radius, tolerance)
-        values = batch.coefficients.detach()
-        beyond = torch.arange(values.shape[1], device=values.device) >= batch.degree.unsqueeze(1)
-        values = values.masked_fill(beyond, 0.0)
-        slopes, powers = series.derivative(values, batch.radius), series.monomials(values, POWERS)
-        parts = [t.to(dtype).unbind() for t in (1 / batch.radius, values, slopes, powers)]
-        columns = zip(batch.coefficients.unbind(), batch.degree.unbind(), *parts, strict=True)
+        columns = zip(batch.coefficients.unbind(), series.pack(batch).to(dtype).unbind(), strict=True)
         return [
             Series(*column) if ok else self._fallback(index, single(index), radius[index], tolerance, dtype)
             for index, (ok, column) in enumerate(zip(self._read(served), columns, strict=True))

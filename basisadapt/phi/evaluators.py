@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from basisadapt.phi import series
 from basisadapt.phi.bank import Transfer
 
 CELLS = (2048, 8192, 32768)  # sizes of a table that are tried
@@ -40,26 +41,16 @@ class Evaluator(ABC):
 
 
 class Series(Evaluator):
-    """One module's series of a compiled batch (see `series`).
+    """One module's series of a compiled batch.
 
-    coefficients: (P,), float64, with gradients; the first `degree` are used. values, slopes: (P,), of F and of dF/dz,
-    in the dtype of the arithmetic; powers: (16,), F in powers of z / R, right where the degree is at most 16.
-    inverse_radius: 1 / R, of one element. Everything is on the device of the weights; `degree` is read from there
-    only where this evaluator itself does the work.
+    coefficients: (P,), float64, with gradients; the first D are used. packed: (PACKED,), the same in the dtype of the
+    arithmetic, and what belongs to it, in the layout of `series.pack`; on the device of the weights, from where D is
+    read only if this evaluator itself does the work.
     """
 
-    def __init__(
-        self,
-        coefficients: Tensor,
-        degree: Tensor,
-        inverse_radius: Tensor,
-        values: Tensor,
-        slopes: Tensor,
-        powers: Tensor,
-    ) -> None:
+    def __init__(self, coefficients: Tensor, packed: Tensor) -> None:
         self.parameters = (coefficients,)
-        self.degree, self.inverse_radius = degree, inverse_radius
-        self.values, self.slopes, self.powers = values, slopes, powers
+        self.packed = packed
         self._known_width: int | None = None
         self._signed: Tensor | None = None
 
@@ -67,14 +58,14 @@ class Series(Evaluator):
     def width(self) -> int:  # type: ignore[override]
         """D."""
         if self._known_width is None:
-            self._known_width = int(self.degree)
+            self._known_width = int(self.packed[0])
         return self._known_width
 
     def _rows(self) -> Tensor:
         """The coefficients of F and F' against `_polynomials`, shape (2, D)."""
         if self._signed is None:
-            rows = torch.stack([self.values, self.slopes])[:, : self.width]
-            self._signed = rows * _signs(self.width, rows)
+            rows = [self.packed[start : start + self.width] for start in (series.VALUES, series.SLOPES)]
+            self._signed = torch.stack(rows) * _signs(self.width, self.packed)
         return self._signed
 
     def scratch(self, count: int, like: Tensor) -> Tensor:
@@ -85,14 +76,14 @@ class Series(Evaluator):
 
     def value(self, z: Tensor, room: Tensor) -> Tensor:
         """F(z)."""
-        return (self._rows()[0] @ _polynomials(z, self.inverse_radius, room)).view_as(z)
+        return (self._rows()[0] @ _polynomials(z, self.packed[1], room)).view_as(z)
 
     def pullback(self, z: Tensor, gradient: Tensor, room: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """F(z), gradient · F'(z), and the moments of the gradient."""
-        polynomials = _polynomials(z, self.inverse_radius, room)
+        polynomials = _polynomials(z, self.packed[1], room)
         value, slope = (self._rows() @ polynomials).view(2, *z.shape)
         moments = (polynomials @ gradient.flatten()).double() * _signs(self.width, self.parameters[0])
-        beyond = len(self.values) - self.width
+        beyond = len(self.parameters[0]) - self.width
         return value, slope.mul_(gradient), (functional.pad(moments, (0, beyond)),)
 
 

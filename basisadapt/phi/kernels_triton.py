@@ -2,45 +2,59 @@
 
 BA is formed tile by tile on the tensor cores and never stored. The degree of the series is read on the GPU, so no
 kernel is compiled per degree and the host need not know it. Sums over tiles are stored per program and added in a
-fixed order: the result repeats bit for bit.
+fixed order: the result repeats bit for bit. A series comes as one row of numbers (see `evaluators.Series.packed`), and
+what is the same everywhere is a constant of the module: every argument costs the host time at each launch.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from basisadapt.phi import series as layout
 from basisadapt.phi.evaluators import Series
 
-GROUP = 8  # degrees per turn of the loops, whose coefficients beyond the degree are zero
+GROUP = tl.constexpr(8)  # degrees per turn of the loops; the coefficients beyond the degree are zero
+TERMS = tl.constexpr(layout.POINTS[-1])
+VALUES, SLOPES, POWERS = (tl.constexpr(at) for at in (layout.VALUES, layout.SLOPES, layout.POWERS))
+# Rows and columns of a tile: few numbers per thread, so that many warps fit.
+FORM_ROWS, FORM_COLUMNS = tl.constexpr(16), tl.constexpr(128)
+PULL_ROWS, PULL_COLUMNS = tl.constexpr(64), tl.constexpr(32)
 BLOCK_R = 64  # columns of B per product
-FORM_TILE, PULL_TILE = (16, 128), (64, 32)  # rows and columns: few numbers per thread, so that many warps fit
 ROWS_OF_TILES = 8  # per program, which keeps its columns of A
 ENOUGH_PROGRAMS = 2048
 
 
 @triton.jit
+def _columns_of(A, cols, n, r, start, BR: tl.constexpr):
+    k = start + tl.arange(0, BR)
+    return tl.load(
+        A + k[:, None].to(tl.int64) * n + cols[None, :], mask=(k < r)[:, None] & (cols < n)[None, :], other=0.0
+    )
+
+
+@triton.jit
+def _rows_of(B, rows, m, r, start, BR: tl.constexpr):
+    k = start + tl.arange(0, BR)
+    return tl.load(
+        B + rows[:, None].to(tl.int64) * r + k[None, :], mask=(rows < m)[:, None] & (k < r)[None, :], other=0.0
+    )
+
+
+@triton.jit
 def _factor_product(
-    A, B, a_first, rows, cols, m, n, r, inverse_radius,
-    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """t = BA / R on one tile; a_first: the first BR rows of A there."""
-    k = tl.arange(0, BR)
-    in_rows = (rows < m)[:, None]
-    b = tl.load(B + rows[:, None].to(tl.int64) * r + k[None, :], mask=in_rows & (k < r)[None, :], other=0.0)
-    t = tl.dot(b * inverse_radius, a_first, input_precision=PRECISION)
+    A, B, a, rows, cols, m, n, r, scale, BR: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr
+):
+    """t = BA / R on one tile; a: the first BR rows of A there."""
+    t = tl.dot(_rows_of(B, rows, m, r, 0, BR) * scale, a, input_precision=PRECISION)
     if not ONE_BLOCK:
         for start in range(BR, r, BR):
-            k = start + tl.arange(0, BR)
-            a = tl.load(
-                A + k[:, None].to(tl.int64) * n + cols[None, :], mask=(k < r)[:, None] & (cols < n)[None, :], other=0.0
-            )
-            b = tl.load(B + rows[:, None].to(tl.int64) * r + k[None, :], mask=in_rows & (k < r)[None, :], other=0.0)
-            t = tl.dot(b * inverse_radius, a, t, input_precision=PRECISION)
+            b = _rows_of(B, rows, m, r, start, BR) * scale
+            t = tl.dot(b, _columns_of(A, cols, n, r, start, BR), t, input_precision=PRECISION)
     return t
 
 
@@ -53,7 +67,7 @@ def _horner(t, powers, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _clenshaw(t, values, degree, GROUP: tl.constexpr):
+def _clenshaw(t, values, degree):
     twice = t + t
     one = tl.zeros_like(t)
     two = tl.zeros_like(t)
@@ -67,110 +81,98 @@ def _clenshaw(t, values, degree, GROUP: tl.constexpr):
     return one - t * two
 
 
-@triton.jit(do_not_specialize_on_alignment=["degree", "inverse_radius"])
+@triton.jit
 def _form(
-    W, OUT, A, B, values, powers, degree, inverse_radius, m, n, r, stride_m, stride_n,
-    HAS_WEIGHT: tl.constexpr, HORNER: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
-    TILES: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
+    W, OUT, A, B, SERIES, m, n, r, stride_m, stride_n,
+    HAS_WEIGHT: tl.constexpr, BR: tl.constexpr, TILES: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    cols = tl.program_id(0) * BN + tl.arange(0, BN)
-    k = tl.arange(0, BR)
-    a = tl.load(A + k[:, None].to(tl.int64) * n + cols[None, :], mask=(k < r)[:, None] & (cols < n)[None, :], other=0.0)
-    degree = tl.load(degree)
-    scale = tl.load(inverse_radius)
+    cols = tl.program_id(0) * FORM_COLUMNS + tl.arange(0, FORM_COLUMNS)
+    a = _columns_of(A, cols, n, r, 0, BR)
+    degree = tl.load(SERIES).to(tl.int32)
+    scale = tl.load(SERIES + 1)
     for i in tl.range(TILES, num_stages=2):
-        rows = (tl.program_id(1) * TILES + i) * BM + tl.arange(0, BM)
+        rows = (tl.program_id(1) * TILES + i) * FORM_ROWS + tl.arange(0, FORM_ROWS)
         inside = (rows < m)[:, None] & (cols < n)[None, :]
         row = rows[:, None].to(tl.int64)
-        t = _factor_product(A, B, a, rows, cols, m, n, r, scale, BM, BN, BR, ONE_BLOCK, PRECISION)
-        if HORNER:
-            if degree <= GROUP:
-                value = _horner(t, powers, GROUP)
-            elif degree <= 2 * GROUP:
-                value = _horner(t, powers, 2 * GROUP)
-            else:
-                value = _clenshaw(t, values, degree, GROUP)
+        t = _factor_product(A, B, a, rows, cols, m, n, r, scale, BR, ONE_BLOCK, PRECISION)
+        if OUT.dtype.element_ty == tl.float32:
+            value = _clenshaw(t, SERIES + VALUES, degree)
+        # In powers of t the same polynomial is less exact, by less than half precision sees.
+        elif degree <= GROUP:
+            value = _horner(t, SERIES + POWERS, GROUP)
+        elif degree <= 2 * GROUP:
+            value = _horner(t, SERIES + POWERS, 2 * GROUP)
         else:
-            value = _clenshaw(t, values, degree, GROUP)
+            value = _clenshaw(t, SERIES + VALUES, degree)
         if HAS_WEIGHT:
-            value += tl.load(W + row * stride_m + cols[None, :].to(tl.int64) * stride_n, mask=inside, other=0.0).to(
-                tl.float32
-            )
+            place = W + row * stride_m + cols[None, :].to(tl.int64) * stride_n
+            value += tl.load(place, mask=inside, other=0.0).to(tl.float32)
         tl.store(OUT + row * n + cols[None, :], value.to(OUT.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize_on_alignment=["degree", "inverse_radius"])
+@triton.jit
 def _pull(
-    G, A, B, slopes, degree, inverse_radius, MOMENTS, m, n, r,
-    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, TILES: tl.constexpr, ONE_BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    G, A, B, SERIES, MOMENTS, m, n, r,
+    BR: tl.constexpr, TILES: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """G becomes G F'(z); Σ G T_d(t) of this program's tiles goes to its row of MOMENTS."""
-    cols = tl.program_id(0) * BN + tl.arange(0, BN)
-    k = tl.arange(0, BR)
-    a = tl.load(A + k[:, None].to(tl.int64) * n + cols[None, :], mask=(k < r)[:, None] & (cols < n)[None, :], other=0.0)
-    groups = (tl.load(degree) + GROUP - 1) // GROUP
-    scale = tl.load(inverse_radius)
+    cols = tl.program_id(0) * PULL_COLUMNS + tl.arange(0, PULL_COLUMNS)
+    a = _columns_of(A, cols, n, r, 0, BR)
+    groups = (tl.load(SERIES).to(tl.int32) + GROUP - 1) // GROUP
+    scale = tl.load(SERIES + 1)
     in_group = tl.arange(0, GROUP)[None, :]
-    moments = tl.zeros((GROUPS, GROUP), tl.float32)
+    group = tl.arange(0, TERMS // GROUP)[:, None]
+    moments = tl.zeros((TERMS // GROUP, GROUP), tl.float32)
     for i in range(TILES):
-        rows = (tl.program_id(1) * TILES + i) * BM + tl.arange(0, BM)
+        rows = (tl.program_id(1) * TILES + i) * PULL_ROWS + tl.arange(0, PULL_ROWS)
         inside = (rows < m)[:, None] & (cols < n)[None, :]
         place = G + rows[:, None].to(tl.int64) * n + cols[None, :]
         gradient = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-        t = _factor_product(A, B, a, rows, cols, m, n, r, scale, BM, BN, BR, ONE_BLOCK, PRECISION)
+        t = _factor_product(A, B, a, rows, cols, m, n, r, scale, BR, ONE_BLOCK, PRECISION)
         twice = t + t
         one = t  # T_{-1} = T_1, and T_{-2} = T_2
         two = twice * t - 1.0
         slope = tl.zeros_like(t)
         for g in range(groups):
-            partial = tl.zeros((BM, GROUP), tl.float32)
+            partial = tl.zeros((PULL_ROWS, GROUP), tl.float32)
             for d in tl.static_range(GROUP):
                 new = twice * one - two
                 two = one
                 one = new
-                slope += tl.load(slopes + g * GROUP + d) * new
+                slope += tl.load(SERIES + SLOPES + g * GROUP + d) * new
                 # Along rows first: a row of the tile lives in one warp.
                 partial += tl.where(in_group == d, tl.sum(gradient * new, axis=1)[:, None], 0.0)
-            moments += tl.where(tl.arange(0, GROUPS)[:, None] == g, tl.sum(partial, axis=0)[None, :], 0.0)
+            moments += tl.where(group == g, tl.sum(partial, axis=0)[None, :], 0.0)
         tl.store(place, (gradient * slope).to(G.dtype.element_ty), mask=inside)
     program = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
-    at = tl.arange(0, GROUPS)[:, None] * GROUP + in_group
-    tl.store(MOMENTS + program * GROUPS * GROUP + at, moments)
+    tl.store(MOMENTS + program * TERMS + group * GROUP + in_group, moments)
 
 
-def _grid(m: int, n: int, tile: tuple[int, int]) -> tuple[tuple[int, int], int]:
-    """The grid of programs, and how many tiles each has."""
-    rows, cols = triton.cdiv(m, tile[0]), triton.cdiv(n, tile[1])
-    tiles = ROWS_OF_TILES if rows * cols >= ROWS_OF_TILES * ENOUGH_PROGRAMS else 1
-    return (cols, triton.cdiv(rows, tiles)), tiles
-
-
-def _shared(A: Tensor, tile: tuple[int, int], tiles: int, dtype: torch.dtype) -> dict[str, Any]:
-    block = min(BLOCK_R, max(16, triton.next_power_of_2(len(A))))
-    # Half precision of the result forgives what one TF32 product rounds; before Ampere there is none.
-    precision = "tf32x3" if dtype == torch.float32 else "tf32"
-    if torch.cuda.get_device_capability(A.device) < (8, 0):
+@functools.cache
+def _plan(
+    m: int, n: int, r: int, tile: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> tuple[tuple[int, int], dict[str, object]]:
+    """The grid of programs, and the constants of a kernel."""
+    rows, columns = triton.cdiv(m, tile[0]), triton.cdiv(n, tile[1])
+    tiles = ROWS_OF_TILES if rows * columns >= ROWS_OF_TILES * ENOUGH_PROGRAMS else 1
+    block = min(BLOCK_R, max(16, triton.next_power_of_2(r)))
+    # Three products of halves of the numbers are nearly one in float32; before Ampere there is no such unit.
+    precision = "tf32x3" if dtype == torch.float32 else "bf16x3"
+    if torch.cuda.get_device_capability(device) < (8, 0):
         precision = "ieee"
-    return {
-        "BM": tile[0], "BN": tile[1], "BR": block, "TILES": tiles, "ONE_BLOCK": len(A) <= block,
-        "PRECISION": precision, "GROUP": GROUP,
-    }  # fmt: skip
+    grid = columns, triton.cdiv(rows, tiles)
+    return grid, {"BR": block, "TILES": tiles, "ONE_BLOCK": r <= block, "PRECISION": precision}
 
 
 def effective_weight(weight: Tensor | None, A: Tensor, B: Tensor, series: Series, dtype: torch.dtype) -> Tensor:
     """As `kernels.effective_weight`."""
     A, B = A.contiguous(), B.contiguous()
-    (r, n), m = A.shape, len(B)
+    (r, n), m = A.shape, B.shape[0]
     out = torch.empty(m, n, dtype=dtype, device=A.device)
-    grid, tiles = _grid(m, n, FORM_TILE)
-    strides = (0, 0) if weight is None else weight.stride()
+    grid, constants = _plan(m, n, r, (FORM_ROWS.value, FORM_COLUMNS.value), dtype, A.device)
+    W, strides = (out, (n, 1)) if weight is None else (weight, weight.stride())
     with torch.cuda.device(A.device):
-        _form[grid](
-            out if weight is None else weight, out, A, B, series.values, series.powers, series.degree,
-            series.inverse_radius, m, n, r, *strides, HAS_WEIGHT=weight is not None, HORNER=dtype != torch.float32,
-            **_shared(A, FORM_TILE, tiles, dtype),
-        )  # fmt: skip
+        _form[grid](W, out, A, B, series.packed, m, n, r, *strides, HAS_WEIGHT=weight is not None, **constants)
     return out
 
 
@@ -184,24 +186,14 @@ def pull_back(
 def gradients(dense: Tensor, A: Tensor, B: Tensor, series: Series) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """The gradients to A, B and the coefficients; `dense` is overwritten."""
     A, B, dense = A.contiguous(), B.contiguous(), dense.contiguous()
-    (r, n), m = A.shape, len(B)
-    grid, tiles = _grid(m, n, PULL_TILE)
-    count = len(series.values)
-    moments = torch.empty(grid[0] * grid[1], count, device=A.device)
+    (r, n), m = A.shape, B.shape[0]
+    grid, constants = _plan(m, n, r, (PULL_ROWS.value, PULL_COLUMNS.value), dense.dtype, A.device)
+    moments = torch.empty(grid[0] * grid[1], TERMS.value, device=A.device)
     with torch.cuda.device(A.device):
-        _pull[grid](
-            dense, A, B, series.slopes, series.degree, series.inverse_radius, moments, m, n, r,
-            GROUPS=count // GROUP, **_shared(A, PULL_TILE, tiles, dense.dtype),
-        )  # fmt: skip
-    grad_b, grad_a = _thin_product(dense, A.T), _thin_product(dense.T, B).T
+        _pull[grid](dense, A, B, series.packed, moments, m, n, r, **constants)
+    if dense.dtype == torch.float32:
+        grad_a, grad_b = B.T @ dense, dense @ A.T
+    else:
+        grad_a = torch.mm(B.to(dense.dtype).T, dense, out_dtype=torch.float32)
+        grad_b = torch.mm(dense, A.to(dense.dtype).T, out_dtype=torch.float32)
     return grad_a, grad_b, (moments.sum(0, dtype=torch.float64),)
-
-
-def _thin_product(wide: Tensor, thin: Tensor) -> Tensor:
-    """wide @ thin in float32. A half-precision `wide` meets `thin` as a sum of two halves, so that little is lost."""
-    if wide.dtype == torch.float32:
-        return wide @ thin
-    high = thin.to(wide.dtype)
-    low = (thin - high.float()).to(wide.dtype)
-    both: Tensor = torch.mm(wide, torch.cat([high, low], dim=1), out_dtype=torch.float32)
-    return both[:, : thin.shape[1]] + both[:, thin.shape[1] :]

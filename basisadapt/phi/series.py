@@ -22,6 +22,12 @@ from torch.autograd.function import once_differentiable
 from basisadapt.phi.bank import Transfer
 
 POINTS = (32, 64, 128)  # numbers of nodes that are tried
+# The layout of a packed series: degree, 1 / R, and from these places on the coefficients of F and of dF/dz as series in
+# T_d(z / R), and of F in powers of z / R.
+POWER_COUNT = 16  # monomials are well conditioned for short series only
+POWERS, VALUES = 2, 2 + POWER_COUNT
+SLOPES = VALUES + POINTS[-1]
+PACKED = SLOPES + POINTS[-1]
 LEAST_VARIATION = 1e-3  # of a slope, relative to its size: below, rounding would decide
 PEAKS = 64  # at most so many grid points are check points
 
@@ -190,11 +196,17 @@ def _monomials(points: int) -> Tensor:
     return matrix
 
 
-def derivative(coefficients: Tensor, radius: Tensor) -> Tensor:
-    """The coefficients (M, P) of dF/dz as a series in T_d(z / R), the last one 0."""
-    return coefficients @ _differentiation(coefficients.shape[1], radius.device).T / radius.unsqueeze(1)
-
-
-def monomials(coefficients: Tensor, count: int) -> Tensor:
-    """The first `count` coefficients (M, count) in powers of z / R; exact where the others are zero."""
-    return coefficients[:, :count] @ _monomials(count, coefficients.device).T
+@torch.no_grad()
+def pack(batch: SeriesBatch) -> Tensor:
+    """All series as rows of numbers, (M, PACKED), float64, zero beyond the degree; powers for short series only."""
+    points = batch.coefficients.shape[1]
+    beyond = torch.arange(points, device=batch.radius.device) >= batch.degree.unsqueeze(1)
+    values = batch.coefficients.masked_fill(beyond, 0.0)
+    slopes = values @ _differentiation(points, batch.radius.device).T / batch.radius.unsqueeze(1)
+    powers = values[:, :POWER_COUNT] @ _monomials(POWER_COUNT, batch.radius.device).T
+    packed = values.new_zeros(len(values), PACKED)
+    packed[:, 0], packed[:, 1] = batch.degree, 1 / batch.radius
+    packed[:, POWERS : POWERS + POWER_COUNT] = powers
+    packed[:, VALUES : VALUES + points] = values
+    packed[:, SLOPES : SLOPES + points] = slopes
+    return packed

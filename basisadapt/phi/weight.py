@@ -6,6 +6,7 @@ W + F(BA) exists only while a layer is at work: the forward pass saves x, A and 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,9 +55,10 @@ def adapted_linear(
     return result
 
 
-def _no_autocast(tensor: Tensor) -> torch.autocast:
+def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """Autocast would run the small products behind F(BA) in half precision."""
-    return torch.autocast(tensor.device.type, enabled=False)
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 class _AdaptedLinear(torch.autograd.Function):

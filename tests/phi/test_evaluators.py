@@ -66,13 +66,18 @@ def evaluate(transfer, A, B, x, weight, upstream, device, backend, dtype, tolera
     return chosen, [part.double().cpu() for part in found]
 
 
-def magnitudes(transfer, A, B, dense):
-    """Σ |G_ij| max |∂F/∂p| for α, ω and the grid: float32 knows a function to an eps of its largest value on the range,
-    and the gradients are sums over such values, which may cancel."""
-    z = (radii([(A, B)], 1.0) * torch.linspace(-1, 1, 401, dtype=torch.float64)).reshape(-1, 1)
+def magnitudes(transfer, A, B, x, upstream):
+    """What y and the gradients would be if F, F' and ∂F/∂p had their largest values on the range everywhere and nothing
+    cancelled: float32 knows a function to an eps of its largest value, and all of these are sums over such values."""
+    z = (radii([(A, B)], 1.0) * torch.linspace(-1, 1, 401, dtype=torch.float64)).reshape(-1, 1).requires_grad_()
     each = [p.expand(len(z), -1).clone().requires_grad_() for p in transfer.parameters]
-    grads = torch.autograd.grad(transfer.with_parameters(*each)(z).sum(), each, allow_unused=True)
-    return [torch.zeros(()) if g is None else dense.abs().sum() * g.abs().amax(0).norm() for g in grads]
+    values = transfer.with_parameters(*each)(z)
+    grads = torch.autograd.grad(values.sum(), [z, *each], allow_unused=True)
+    value, slope, *rest = (torch.zeros(()) if g is None else g.abs().amax(0).norm() for g in (values, *grads))
+    dense, all_ones = upstream.T @ x, x.new_ones(len(B), A.shape[1])
+    sizes = [value * (x.abs() @ all_ones.T).norm(), value * (upstream.abs() @ all_ones).norm()]
+    sizes += [slope * (B.abs().T @ dense.abs()).norm(), slope * (dense.abs() @ A.abs().T).norm()]
+    return sizes + [dense.abs().sum() * size for size in rest]
 
 
 def check(transfer, A, B, x, device, backend, weight=None):
@@ -82,8 +87,7 @@ def check(transfer, A, B, x, device, backend, weight=None):
     _, truth = evaluate(transfer, A, B, *exactly)
     noise = 2.0**-23 * (2 * torch.rand(A.shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64) - 1)
     _, shaken = evaluate(transfer, A.double() * (1 + noise), B, *exactly)
-    dense = upstream.double().T @ x.double()
-    summed = [0.0, 0.0, 0.0, 0.0, *magnitudes(transfer, A, B, dense)]
+    summed = magnitudes(transfer, A, B, x, upstream)
     names = ("y", "dx", "dA", "dB", "dalpha", "domega", "dgrid")
     for name, part, expected, size, moved in zip(names, found, truth, summed, shaken, strict=True):
         bound = 1e-5 * expected.norm() + 1e-6 * size + 3 * (moved - expected).norm() + 1e-30

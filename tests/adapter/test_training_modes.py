@@ -1,0 +1,212 @@
+"""The ways a model may be trained: checkpointing, accumulation, compilation, several processes, quantised weights."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from basisadapt import InputError, PhiConfig
+from tests.conftest import randomise
+
+LABELS = torch.tensor([0, 1, 2, 0])
+
+
+def adapted(base, **settings):
+    torch.manual_seed(0)
+    config = PhiConfig(task_type="SEQ_CLS", r=3, num_basis=10, gain=2.0, **settings)
+    model = get_peft_model(copy.deepcopy(base), config)
+    randomise(model)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model.train()
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def backward(model, tokens, rows=slice(None)):
+    model(input_ids=tokens[rows], labels=LABELS[rows]).loss.backward()
+
+
+@pytest.fixture
+def expected(bert, tokens):
+    model = adapted(bert)
+    backward(model, tokens)
+    return gradients(model)
+
+
+def assert_close(found, truth):
+    assert found.keys() == truth.keys()
+    for name in truth:
+        torch.testing.assert_close(found[name], truth[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_of_both_kinds(reentrant, bert, tokens, expected):
+    model = adapted(bert)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    backward(model, tokens)
+    assert_close(gradients(model), expected)
+
+
+def test_gradient_accumulation(bert, tokens, expected):
+    model = adapted(bert)
+    for rows in (slice(0, 2), slice(2, 4)):
+        backward(model, tokens, rows)
+    assert_close({name: g / 2 for name, g in gradients(model).items()}, expected)
+
+
+def test_two_forward_passes_then_two_backward_passes(bert, tokens, expected):
+    model = adapted(bert)
+    losses = [model(input_ids=tokens[rows], labels=LABELS[rows]).loss for rows in (slice(0, 2), slice(2, 4))]
+    for loss in losses:
+        loss.backward()
+    assert_close({name: g / 2 for name, g in gradients(model).items()}, expected)
+
+
+def test_a_part_of_the_model_called_alone_follows_every_update(bert, tokens):
+    """No pass through the whole model tells φ that A, B or its tables have changed."""
+    model = adapted(bert)
+    encoder = model.base_model.model.bert
+    for parameter in ("phi_A", "phi_B", "alpha", "raw_omega"):
+        before = encoder(input_ids=tokens).last_hidden_state
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if parameter in name:
+                    p.mul_(1.5)
+        after = encoder(input_ids=tokens).last_hidden_state
+        assert not torch.equal(before, after), parameter
+        backward(model, tokens)  # compiles anew, whatever was seen
+        assert torch.equal(after, encoder(input_ids=tokens).last_hidden_state), parameter
+
+
+def test_an_evaluation_in_between_changes_nothing(bert, tokens, expected):
+    model = adapted(bert)
+    loss = model(input_ids=tokens, labels=LABELS).loss
+    with torch.inference_mode():
+        model(input_ids=tokens)
+    with torch.no_grad():
+        model(input_ids=tokens)
+    loss.backward()
+    assert_close(gradients(model), expected)
+    model.zero_grad()
+    backward(model, tokens)
+    assert_close(gradients(model), expected)
+
+
+def test_a_copy_is_independent(bert, tokens, expected):
+    model = adapted(bert)
+    backward(model, tokens)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    other.zero_grad()
+    backward(other, tokens)
+    assert_close(gradients(other), expected)
+
+
+def test_every_backend_has_the_same_gradients(bert, tokens, expected):
+    for backend in ("torch", "direct"):
+        model = adapted(bert, backend=backend)
+        backward(model, tokens)
+        assert_close(gradients(model), expected)
+
+
+def test_a_backend_that_cannot_run_is_refused(bert, tokens):
+    with pytest.raises(InputError, match='backend "triton" needs a CUDA device'):
+        adapted(bert, backend="triton")(input_ids=tokens)
+
+
+@pytest.mark.parametrize("method", ["fp8", "sketch:3"])
+def test_an_estimated_dense_gradient_is_close_or_right_on_average(method, bert, tokens, expected):
+    model = adapted(bert, dense_gradient=method)
+    passes = 1 if method == "fp8" else 200
+    for _ in range(passes):
+        backward(model, tokens)
+    for name, truth in expected.items():
+        # On average: the error falls with the root of the number of passes.
+        found = model.get_parameter(name).grad / passes
+        assert (found - truth).norm() <= 0.4 * truth.norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("method", ["sketch", "sketch:1", "sketch:x", "fp16"])
+def test_an_unknown_dense_gradient_is_refused(method):
+    with pytest.raises(InputError, match="dense_gradient"):
+        PhiConfig(dense_gradient=method)
+
+
+def test_torch_compile_leaves_the_layers_out(bert, tokens, expected):
+    """φ's layers break the graph: the rest is compiled around them."""
+    model = adapted(bert)
+    compiled = torch.compile(model, backend="aot_eager")
+    compiled(input_ids=tokens, labels=LABELS).loss.backward()
+    assert_close(gradients(model), expected)
+
+
+WORKER = """
+import os, sys, torch
+from torch.nn.parallel import DistributedDataParallel
+from tests.adapter.test_training_modes import LABELS, adapted, gradients
+from tests.conftest import tiny
+rank = int(sys.argv[1])
+torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+torch.set_num_threads(1)
+tokens = torch.randint(1, 60, (4, 7), generator=torch.Generator().manual_seed(1))
+model = adapted(tiny("bert"))
+rows = slice(2 * rank, 2 * rank + 2)
+parallel = DistributedDataParallel(model)
+parallel(input_ids=tokens[rows], labels=LABELS[rows]).loss.backward()
+if rank == 0:
+    from safetensors.torch import save_file
+    save_file({name: g.contiguous() for name, g in gradients(model).items()}, sys.argv[3])
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_average_their_gradients(expected, tmp_path):
+    from safetensors.torch import load_file
+
+    found = tmp_path / "gradients.safetensors"
+    environment = {**os.environ, "USE_LIBUV": "0", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", WORKER]
+    workers = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "meeting"), str(found)], env=environment)
+        for rank in range(2)
+    ]
+    assert [worker.wait(timeout=240) for worker in workers] == [0, 0]
+    assert_close(load_file(found), expected)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+def test_four_bit_weights(bert, tokens):
+    """Training over quantised weights is training over the weights that they stand for."""
+    import bitsandbytes as bnb
+    from peft.utils.integrations import dequantize_module_weight
+
+    quantised, plain = copy.deepcopy(bert), copy.deepcopy(bert)
+    for name, module in bert.bert.encoder.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            small = bnb.nn.Linear4bit(module.in_features, module.out_features, compute_dtype=torch.float32)
+            small.load_state_dict(module.state_dict())
+            small = small.to("cpu")
+            parent, _, child = name.rpartition(".")
+            setattr(quantised.bert.encoder.get_submodule(parent), child, small)
+            with torch.no_grad():
+                plain.bert.encoder.get_submodule(name).weight.copy_(dequantize_module_weight(small))
+    models = [adapted(base) for base in (quantised, plain)]
+    for model in models:
+        backward(model, tokens)
+    assert_close(gradients(models[0]), gradients(models[1]))
+    with pytest.raises(InputError, match="quantised"):
+        models[0].merge_adapter()
