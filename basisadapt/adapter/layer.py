@@ -94,7 +94,7 @@ class PhiLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """ΔW of one adapter in the layout of the base weight, in float32 (float64 for a float64 adapter)."""
         source = self.phi_source[adapter]
         A, B = self.phi_A[adapter], self.phi_B[adapter]
-        return self._matrix(delta_weight(A, B, source.evaluator(self.name), source.backend(self.name)))
+        return self._matrix(delta_weight(A, B, source.evaluator(self.name, A, B), source.backend(A.device)))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The adapted layer. Several active adapters add their ΔW. Raises InputError for a batch of mixed adapters."""
@@ -135,9 +135,9 @@ class PhiLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def _adapted(self, adapter: str, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         source = self.phi_source[adapter]
-        execution = Execution(source.backend(self.name), self.phi_settings[adapter].dense_gradient)
         A, B = self.phi_A[adapter], self.phi_B[adapter]
-        return adapted_linear(x, weight, bias, A, B, source.evaluator(self.name), execution)
+        execution = Execution(source.backend(A.device), self.phi_settings[adapter].dense_gradient)
+        return adapted_linear(x, weight, bias, A, B, source.evaluator(self.name, A, B), execution)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -33,7 +33,7 @@ class Compiler:
         self._forget()
 
     def _forget(self) -> None:
-        self._choice = Choice()
+        self._choice, self._device = Choice(), torch.device("cpu")
         self._evaluators: dict[str, Evaluator] = {}
         self._made_of: dict[str, tuple[Any, ...]] = {}
 
@@ -47,23 +47,22 @@ class Compiler:
         self.__dict__.update(state)
         self._forget()
 
-    def backend(self, module: str) -> str:
-        """What evaluates this module: "torch", "triton" or "direct"."""
-        return resolve_backend(self._setting, self._pair(module)[0].device)
+    def backend(self, device: torch.device) -> str:
+        """What evaluates modules there: "torch", "triton" or "direct". Raises InputError if it cannot."""
+        return resolve_backend(self._setting, device)
 
     def _pair(self, module: str) -> tuple[Tensor, Tensor]:
         in_a, in_b = self._factors[module]
         return in_a[self._adapter], in_b[self._adapter]
 
-    def evaluator(self, module: str) -> Evaluator:
-        """The evaluator of one module; compiles all where something has changed since."""
-        if self._made_of.get(module) != self._state(module):
+    def evaluator(self, module: str, A: Tensor, B: Tensor) -> Evaluator:
+        """The evaluator of one module with these factors; compiles all where something has changed since."""
+        if self._made_of.get(module) != self._state(A, B):
             self.refresh()
         return self._evaluators[module]
 
-    def _state(self, module: str) -> tuple[Any, ...]:
+    def _state(self, A: Tensor, B: Tensor) -> tuple[Any, ...]:
         """What an evaluator was made of: changes with every update in place."""
-        A, B = self._pair(module)
         tensors = (A, B, self.bank.alpha, self.bank.raw_omega, self.bank.grid)
         versions = tuple(0 if t.is_inference() else t._version for t in tensors)
         return (*versions, A.device, A.dtype, torch.is_grad_enabled())
@@ -71,10 +70,12 @@ class Compiler:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def refresh(self) -> None:
         """Compile every module's function for the factors of this moment."""
-        pairs = [self._pair(name) for name in self._factors]
-        dtype = compute_dtype(pairs[0][0])
         names = list(self._factors)
-        with torch.autocast(pairs[0][0].device.type, enabled=False):
+        pairs = [self._pair(name) for name in names]
+        dtype, device = compute_dtype(pairs[0][0]), pairs[0][0].device
+        if device != self._device:
+            self._choice, self._device = Choice(), device
+        with torch.autocast(device.type, enabled=False):
             if self._setting == "direct":
                 evaluators: list[Evaluator] = [Direct(self.bank.transfer(name), dtype) for name in names]
             else:
@@ -84,4 +85,4 @@ class Compiler:
                     self.bank.transfers, tables, lambda i: self.bank.transfer(names[i]), radius, self._tolerance, dtype
                 )
         self._evaluators = dict(zip(names, evaluators, strict=True))
-        self._made_of = {name: self._state(name) for name in names}
+        self._made_of = {name: self._state(*pair) for name, pair in zip(names, pairs, strict=True)}

@@ -9,6 +9,7 @@ what is the same everywhere is a constant of the module: every argument costs th
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -111,15 +112,57 @@ def _form(
 
 
 @triton.jit
+def _eight(gradient, twice, one, two, slope, slopes, s0, s1, s2, s3, s4, s5, s6, s7):
+    """Eight more terms: F' grows by them, the sums along rows of gradient · T_d by the tile's."""
+    p0 = twice * one - two
+    p1 = twice * p0 - one
+    p2 = twice * p1 - p0
+    p3 = twice * p2 - p1
+    p4 = twice * p3 - p2
+    p5 = twice * p4 - p3
+    p6 = twice * p5 - p4
+    p7 = twice * p6 - p5
+    slope += tl.load(slopes) * p0 + tl.load(slopes + 1) * p1 + tl.load(slopes + 2) * p2 + tl.load(slopes + 3) * p3
+    slope += tl.load(slopes + 4) * p4 + tl.load(slopes + 5) * p5 + tl.load(slopes + 6) * p6 + tl.load(slopes + 7) * p7
+    s0 += tl.sum(gradient * p0, axis=1)
+    s1 += tl.sum(gradient * p1, axis=1)
+    s2 += tl.sum(gradient * p2, axis=1)
+    s3 += tl.sum(gradient * p3, axis=1)
+    s4 += tl.sum(gradient * p4, axis=1)
+    s5 += tl.sum(gradient * p5, axis=1)
+    s6 += tl.sum(gradient * p6, axis=1)
+    s7 += tl.sum(gradient * p7, axis=1)
+    return p7, p6, slope, s0, s1, s2, s3, s4, s5, s6, s7
+
+
+@triton.jit
+def _at(in_group, group, g, s0, s1, s2, s3, s4, s5, s6, s7):
+    """The eight sums at their places in the table of moments."""
+    low = tl.where(in_group == 0, tl.sum(s0), 0.0) + tl.where(in_group == 1, tl.sum(s1), 0.0)
+    low += tl.where(in_group == 2, tl.sum(s2), 0.0) + tl.where(in_group == 3, tl.sum(s3), 0.0)
+    low += tl.where(in_group == 4, tl.sum(s4), 0.0) + tl.where(in_group == 5, tl.sum(s5), 0.0)
+    low += tl.where(in_group == 6, tl.sum(s6), 0.0) + tl.where(in_group == 7, tl.sum(s7), 0.0)
+    return tl.where(group == g, low, 0.0)
+
+
+@triton.jit
 def _pull(
     G, A, B, SERIES, MOMENTS, m, n, r,
     BR: tl.constexpr, TILES: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """G becomes G F'(z); Σ G T_d(t) of this program's tiles goes to its row of MOMENTS."""
+    """G becomes G F'(z); Σ G T_d(t) of this program's tiles goes to its row of MOMENTS.
+
+    Along the rows of a tile sums are cheap, for a row lives in one warp; across rows they are taken once per program
+    where the series is short, else once per tile and eight terms.
+    """
     cols = tl.program_id(0) * PULL_COLUMNS + tl.arange(0, PULL_COLUMNS)
     a = _columns_of(A, cols, n, r, 0, BR)
     groups = (tl.load(SERIES).to(tl.int32) + GROUP - 1) // GROUP
     scale = tl.load(SERIES + 1)
+    program = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
+    nothing = tl.zeros((PULL_ROWS,), tl.float32)
+    s0, s1, s2, s3, s4, s5, s6, s7 = nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing
+    u0, u1, u2, u3, u4, u5, u6, u7 = nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing
     in_group = tl.arange(0, GROUP)[None, :]
     group = tl.arange(0, TERMS // GROUP)[:, None]
     moments = tl.zeros((TERMS // GROUP, GROUP), tl.float32)
@@ -133,26 +176,33 @@ def _pull(
         one = t  # T_{-1} = T_1, and T_{-2} = T_2
         two = twice * t - 1.0
         slope = tl.zeros_like(t)
-        for g in range(groups):
+        one, two, slope, s0, s1, s2, s3, s4, s5, s6, s7 = _eight(
+            gradient, twice, one, two, slope, SERIES + SLOPES, s0, s1, s2, s3, s4, s5, s6, s7
+        )
+        if groups > 1:
+            one, two, slope, u0, u1, u2, u3, u4, u5, u6, u7 = _eight(
+                gradient, twice, one, two, slope, SERIES + SLOPES + GROUP, u0, u1, u2, u3, u4, u5, u6, u7
+            )
+        for g in range(2, groups):
             partial = tl.zeros((PULL_ROWS, GROUP), tl.float32)
             for d in tl.static_range(GROUP):
                 new = twice * one - two
                 two = one
                 one = new
                 slope += tl.load(SERIES + SLOPES + g * GROUP + d) * new
-                # Along rows first: a row of the tile lives in one warp.
                 partial += tl.where(in_group == d, tl.sum(gradient * new, axis=1)[:, None], 0.0)
             moments += tl.where(group == g, tl.sum(partial, axis=0)[None, :], 0.0)
         tl.store(place, (gradient * slope).to(G.dtype.element_ty), mask=inside)
-    program = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
+    moments += _at(in_group, group, 0, s0, s1, s2, s3, s4, s5, s6, s7)
+    moments += _at(in_group, group, 1, u0, u1, u2, u3, u4, u5, u6, u7)
     tl.store(MOMENTS + program * TERMS + group * GROUP + in_group, moments)
 
 
 @functools.cache
 def _plan(
     m: int, n: int, r: int, tile: tuple[int, int], dtype: torch.dtype, device: torch.device
-) -> tuple[tuple[int, int], dict[str, object]]:
-    """The grid of programs, and the constants of a kernel."""
+) -> tuple[tuple[int, int, int], tuple[int, int, bool, str]]:
+    """The grid of programs, and the constants BR, TILES, ONE_BLOCK and PRECISION of a kernel."""
     rows, columns = triton.cdiv(m, tile[0]), triton.cdiv(n, tile[1])
     tiles = ROWS_OF_TILES if rows * columns >= ROWS_OF_TILES * ENOUGH_PROGRAMS else 1
     block = min(BLOCK_R, max(16, triton.next_power_of_2(r)))
@@ -160,8 +210,29 @@ def _plan(
     precision = "tf32x3" if dtype == torch.float32 else "bf16x3"
     if torch.cuda.get_device_capability(device) < (8, 0):
         precision = "ieee"
-    grid = columns, triton.cdiv(rows, tiles)
-    return grid, {"BR": block, "TILES": tiles, "ONE_BLOCK": r <= block, "PRECISION": precision}
+    return (columns, triton.cdiv(rows, tiles), 1), (block, tiles, r <= block, precision)
+
+
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def _launch(kernel: Any, grid: tuple[int, int, int], tensors: tuple[Tensor, ...], *rest: Any) -> None:
+    """`kernel[grid](*tensors, *rest)`, without looking up again what was compiled for such arguments.
+
+    Triton compiles per dtype, per alignment of pointers and per divisibility of numbers: the key holds all of them. Its
+    own look-up takes longer than a small layer's work.
+    """
+    device = tensors[0].device
+    if device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return _launch(kernel, grid, tensors, *rest)
+    key = (kernel, device, rest, *((t.dtype, t.data_ptr() % 16 == 0) for t in tensors))
+    compiled = _compiled.get(key)
+    if compiled is None:
+        _compiled[key] = kernel[grid](*tensors, *rest)
+    else:
+        compiled[grid](*tensors, *rest)
+    return None
 
 
 def effective_weight(weight: Tensor | None, A: Tensor, B: Tensor, series: Series, dtype: torch.dtype) -> Tensor:
@@ -171,8 +242,7 @@ def effective_weight(weight: Tensor | None, A: Tensor, B: Tensor, series: Series
     out = torch.empty(m, n, dtype=dtype, device=A.device)
     grid, constants = _plan(m, n, r, (FORM_ROWS.value, FORM_COLUMNS.value), dtype, A.device)
     W, strides = (out, (n, 1)) if weight is None else (weight, weight.stride())
-    with torch.cuda.device(A.device):
-        _form[grid](W, out, A, B, series.packed, m, n, r, *strides, HAS_WEIGHT=weight is not None, **constants)
+    _launch(_form, grid, (W, out, A, B, series.packed), m, n, r, *strides, weight is not None, *constants)
     return out
 
 
@@ -189,8 +259,7 @@ def gradients(dense: Tensor, A: Tensor, B: Tensor, series: Series) -> tuple[Tens
     (r, n), m = A.shape, B.shape[0]
     grid, constants = _plan(m, n, r, (PULL_ROWS.value, PULL_COLUMNS.value), dense.dtype, A.device)
     moments = torch.empty(grid[0] * grid[1], TERMS.value, device=A.device)
-    with torch.cuda.device(A.device):
-        _pull[grid](dense, A, B, series.packed, moments, m, n, r, **constants)
+    _launch(_pull, grid, (dense, A, B, series.packed, moments), m, n, r, *constants)
     if dense.dtype == torch.float32:
         grad_a, grad_b = B.T @ dense, dense @ A.T
     else:

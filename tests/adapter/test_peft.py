@@ -167,7 +167,7 @@ def test_residual_starts_exactly_as_lora(bert, tokens):
     names = r".*layer\.\d+\..*(query|key|value|dense)"
     phi, phi_logits = first_step(PhiConfig(preset="residual", r=3, target_modules=names))
     lora, lora_logits = first_step(LoraConfig(r=3, lora_alpha=3, target_modules=names))
-    assert torch.equal(phi_logits, lora_logits)
+    torch.testing.assert_close(phi_logits, lora_logits, rtol=1e-13, atol=1e-15)  # all but the rounding of F(0) = 0
     gradients = {
         n.replace("lora_", "phi_").replace(".weight", ""): p.grad for n, p in lora.named_parameters() if p.requires_grad
     }
