@@ -61,6 +61,11 @@ def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in `dtype`; asking first is cheaper than converting to what it is."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+
+
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -75,7 +80,9 @@ class _AdaptedLinear(torch.autograd.Function):
         execution: Execution,
         *parameters: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, A, B)
+        # A frozen weight is kept outside: checkpointing would pack and unpack it, layer after layer, for nothing.
+        ctx.frozen = None if weight is None or weight.requires_grad else weight
+        ctx.save_for_backward(x, A, B, None if ctx.frozen is not None else weight)
         ctx.made, ctx.evaluator, ctx.execution, ctx.has_bias = made, evaluator, execution, bias is not None
         weight = made() if made else weight
         autocast = torch.is_autocast_enabled(x.device.type)
@@ -83,9 +90,9 @@ class _AdaptedLinear(torch.autograd.Function):
         dtype = compute_dtype(A)
         with _no_autocast(x):
             effective = kernels.effective_weight(
-                weight, A.to(dtype), B.to(dtype), evaluator, ctx.dtype, execution.backend
+                weight, _as(A, dtype), _as(B, dtype), evaluator, ctx.dtype, execution.backend
             )
-            return F.linear(x.to(ctx.dtype), effective, None if bias is None else bias.to(ctx.dtype))
+            return F.linear(_as(x, ctx.dtype), effective, None if bias is None else _as(bias, ctx.dtype))
 
     @staticmethod
     @once_differentiable
@@ -95,15 +102,16 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, A, B = ctx.saved_tensors
+        x, A, B, weight = ctx.saved_tensors
         dtype = compute_dtype(A)
-        gradient = upstream.to(ctx.dtype).flatten(0, -2)
-        dense = dense_gradient(gradient, x.to(ctx.dtype).flatten(0, -2), ctx.execution.dense_gradient)
+        gradient = _as(upstream, ctx.dtype).flatten(0, -2)
+        dense = dense_gradient(gradient, _as(x, ctx.dtype).flatten(0, -2), ctx.execution.dense_gradient)
         grad_weight = dense.to(weight.dtype, copy=True) if ctx.needs_input_grad[1] else None
+        base = ctx.made() if ctx.made else weight if ctx.frozen is None else ctx.frozen
         effective, grad_a, grad_b, grads = kernels.pull_back(
-            dense, ctx.made() if ctx.made else weight, A.to(dtype), B.to(dtype), ctx.evaluator, ctx.execution.backend
+            dense, base, _as(A, dtype), _as(B, dtype), ctx.evaluator, ctx.execution.backend
         )
-        grad_x = (gradient @ effective).view(x.shape).to(x.dtype) if ctx.needs_input_grad[0] else None
+        grad_x = _as((gradient @ effective).view(x.shape), x.dtype) if ctx.needs_input_grad[0] else None
         grad_bias = gradient.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
-        rest = [g.to(p.dtype) for g, p in zip(grads, ctx.evaluator.parameters, strict=True)]
-        return grad_x, grad_weight, grad_bias, grad_a.to(A.dtype), grad_b.to(B.dtype), None, None, None, *rest
+        rest = [_as(g, p.dtype) for g, p in zip(grads, ctx.evaluator.parameters, strict=True)]
+        return grad_x, grad_weight, grad_bias, _as(grad_a, A.dtype), _as(grad_b, B.dtype), None, None, None, *rest
