@@ -4,7 +4,7 @@
     python benchmarks/train_step.py qwen2-0.5b --rank 16        # on a GPU, random weights in bfloat16
     python benchmarks/train_step.py llama3-8b --batch 4 --checkpointing
 
-The methods take turns; each turn begins with a step that is not timed. The figure is the median over rounds of the
+The methods take turns; each turn begins with two steps that are not timed. The figure is the median over rounds of the
 ratio to LoRA's step in the same round; on a GPU also tokens per second and the peak of allocated memory. A and B are
 set to the size that training gives them, φ's amplitudes are drawn. Before anything is timed, the compiled layer is
 held against the direct one: where they differ, the error is printed and no time.
@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import gc
+import math
 import re
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -144,8 +146,9 @@ class Result:
     loss: float = 0.0
 
 
-def timed(step: Step, device: torch.device, steps: int) -> float:
-    """Seconds per step, after one that is not timed."""
+def timed(step: Callable[[], object], device: torch.device, steps: int) -> float:
+    """Seconds per step, after two that are not timed."""
+    step()
     step()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -186,18 +189,17 @@ def check(case: Case, base: PreTrainedModel) -> float:
     return ((outputs[0] - outputs[1]).abs().max() / outputs[1].abs().max()).item()
 
 
-def measure(case: Case, rounds: int, steps: int) -> dict[str, Result]:
-    """All methods in turn, `rounds` times; the base model is shared, so that its weights are there once."""
-    base = case.base()
+def measure(case: Case, base: PreTrainedModel, only: list[str], rounds: int, steps: int) -> dict[str, Result]:
+    """The methods in turn, `rounds` times; the base model is shared, so that its weights are there once."""
     error = check(case, base)
     limit = 1e-4 if case.backbone == "minilm" else 5e-2  # bfloat16 rounds W + φ(BA) differently in few places
     print(f"\nlargest difference of logits, compiled and direct, relative to the largest: {error:.1e}")
     if not error <= limit:
         raise SystemExit("wrong value: nothing is timed")
-    results = {name: Result() for name in rivals(case)}
+    results = {name: Result() for name in rivals(case) if any(word in name for word in ["LoRA (peft)", *only])}
     for _ in range(rounds):
-        for name, method in rivals(case).items():
-            result = results[name]
+        for name, result in results.items():
+            method = rivals(case)[name]
             if case.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             try:
@@ -235,11 +237,39 @@ def report(case: Case, results: dict[str, Result]) -> None:
         rate = case.batch * case.tokens / statistics.median(result.seconds)
         more = f" {rate:,.0f} | {result.peak:.2f} | {result.trainable:,} |" if on_gpu else ""
         print(f"| {name} | {statistics.median(ratios):.2f} | {min(ratios):.2f} | {max(ratios):.2f} |{more}")
-    ratios = [a / b for a, b in zip(results["phi, N = 512"].seconds, results["phi, N = 8"].seconds, strict=True)]
-    print(f"\nN = 512 / N = 8: {statistics.median(ratios):.3f}")
+    if {"phi, N = 512", "phi, N = 8"} <= set(results):
+        pairs = zip(results["phi, N = 512"].seconds, results["phi, N = 8"].seconds, strict=True)
+        print(f"\nN = 512 / N = 8: {statistics.median(a / b for a, b in pairs):.3f}")
     if "phi direct, N = 50" in results:
         pairs = zip(results["phi direct, N = 50"].seconds, results["phi, N = 50"].seconds, strict=True)
         print(f"direct / compiled at N = 50: {statistics.median(a / b for a, b in pairs):.1f}")
+
+
+def merged_inference(case: Case, base: PreTrainedModel) -> None:
+    """The forward pass of the plain model, and of the same model with φ(BA) merged into it."""
+    import peft
+
+    tokens = case.inputs()["input_ids"]
+    plain = base.eval()
+    task = "SEQ_CLS" if case.backbone == "minilm" else "CAUSAL_LM"
+    phi = PhiConfig(task_type=task, r=case.rank, num_basis=50)
+    merged = peft.get_peft_model(copy.deepcopy(base), phi).merge_and_unload().eval()
+    kinds = [{name: type(module) for name, module in model.named_modules()} for model in (plain, merged)]
+    assert kinds[0] == kinds[1], "a merged model has other modules than the plain one"
+
+    @torch.no_grad()
+    def run(model: PreTrainedModel) -> tuple[float, float]:
+        if case.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        seconds = timed(lambda: model(input_ids=tokens), case.device, 5)
+        used = torch.cuda.max_memory_allocated() - before if case.device.type == "cuda" else 0
+        return seconds, used / 2**30
+
+    rounds = [(run(plain), run(merged)) for _ in range(5)]
+    ratio = statistics.median(second[0] / first[0] for first, second in rounds)
+    print(f"merged inference: {ratio:.3f} × the plain model's time", end="")
+    print(f"; working memory {rounds[-1][1][1]:.2f} GiB, plain {rounds[-1][0][1]:.2f}" if rounds[0][0][1] else "")
 
 
 def gemm_rate() -> float:
@@ -263,6 +293,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--rank", type=int)
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--methods", default="", help="parts of names, separated by semicolons; LoRA is always there")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2)
     given = parser.parse_args()
@@ -274,12 +305,14 @@ def main() -> None:
     for name, value in environment().items():
         print(f"{name}: {value}")
     print(f"\n{case}")
-    results = measure(case, given.rounds, given.steps)
+    base = case.base()
+    results = measure(case, base, given.methods.split(";"), given.rounds, given.steps)
     report(case, results)
+    merged_inference(case, base)
     if case.device.type == "cuda":
         rate = gemm_rate()
         bound = products_bound(case, rate)
-        phi = statistics.median(results["phi, N = 50"].seconds)
+        phi = statistics.median(results["phi, N = 50"].seconds if "phi, N = 50" in results else [math.nan])
         print(
             f"products of the adapted layers at the measured {rate / 1e12:.0f} TFLOP/s: {bound * 1e3:.0f} ms, "
             f"{bound / phi:.0%} of phi's step"

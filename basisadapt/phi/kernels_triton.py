@@ -21,10 +21,12 @@ from basisadapt.phi.evaluators import Series
 
 GROUP = tl.constexpr(8)  # degrees per turn of the loops; the coefficients beyond the degree are zero
 TERMS = tl.constexpr(layout.POINTS[-1])
-VALUES, SLOPES, POWERS = (tl.constexpr(at) for at in (layout.VALUES, layout.SLOPES, layout.POWERS))
+SHORT = tl.constexpr(layout.POWER_COUNT)  # up to so many terms in powers, where the result is in half precision
+VALUES, SLOPES = tl.constexpr(layout.VALUES), tl.constexpr(layout.SLOPES)
+POWERS, SLOPE_POWERS = tl.constexpr(layout.POWERS), tl.constexpr(layout.SLOPE_POWERS)
 # Rows and columns of a tile: few numbers per thread, so that many warps fit.
 FORM_ROWS, FORM_COLUMNS = tl.constexpr(16), tl.constexpr(128)
-PULL_ROWS, PULL_COLUMNS = tl.constexpr(64), tl.constexpr(32)
+PULL_ROWS, PULL_COLUMNS = tl.constexpr(64), tl.constexpr(64)
 BLOCK_R = 64  # columns of B per product
 ROWS_OF_TILES = 8  # per program, which keeps its columns of A
 ENOUGH_PROGRAMS = 2048
@@ -101,8 +103,8 @@ def _form(
         # In powers of t the same polynomial is less exact, by less than half precision sees.
         elif degree <= GROUP:
             value = _horner(t, SERIES + POWERS, GROUP)
-        elif degree <= 2 * GROUP:
-            value = _horner(t, SERIES + POWERS, 2 * GROUP)
+        elif degree <= SHORT:
+            value = _horner(t, SERIES + POWERS, SHORT)
         else:
             value = _clenshaw(t, SERIES + VALUES, degree)
         if HAS_WEIGHT:
@@ -112,90 +114,115 @@ def _form(
 
 
 @triton.jit
-def _eight(gradient, twice, one, two, slope, slopes, s0, s1, s2, s3, s4, s5, s6, s7):
-    """Eight more terms: F' grows by them, the sums along rows of gradient · T_d by the tile's."""
-    p0 = twice * one - two
-    p1 = twice * p0 - one
-    p2 = twice * p1 - p0
-    p3 = twice * p2 - p1
-    p4 = twice * p3 - p2
-    p5 = twice * p4 - p3
-    p6 = twice * p5 - p4
-    p7 = twice * p6 - p5
-    slope += tl.load(slopes) * p0 + tl.load(slopes + 1) * p1 + tl.load(slopes + 2) * p2 + tl.load(slopes + 3) * p3
-    slope += tl.load(slopes + 4) * p4 + tl.load(slopes + 5) * p5 + tl.load(slopes + 6) * p6 + tl.load(slopes + 7) * p7
-    s0 += tl.sum(gradient * p0, axis=1)
-    s1 += tl.sum(gradient * p1, axis=1)
-    s2 += tl.sum(gradient * p2, axis=1)
-    s3 += tl.sum(gradient * p3, axis=1)
-    s4 += tl.sum(gradient * p4, axis=1)
-    s5 += tl.sum(gradient * p5, axis=1)
-    s6 += tl.sum(gradient * p6, axis=1)
-    s7 += tl.sum(gradient * p7, axis=1)
-    return p7, p6, slope, s0, s1, s2, s3, s4, s5, s6, s7
-
-
-@triton.jit
-def _at(in_group, group, g, s0, s1, s2, s3, s4, s5, s6, s7):
-    """The eight sums at their places in the table of moments."""
-    low = tl.where(in_group == 0, tl.sum(s0), 0.0) + tl.where(in_group == 1, tl.sum(s1), 0.0)
-    low += tl.where(in_group == 2, tl.sum(s2), 0.0) + tl.where(in_group == 3, tl.sum(s3), 0.0)
-    low += tl.where(in_group == 4, tl.sum(s4), 0.0) + tl.where(in_group == 5, tl.sum(s5), 0.0)
-    low += tl.where(in_group == 6, tl.sum(s6), 0.0) + tl.where(in_group == 7, tl.sum(s7), 0.0)
-    return tl.where(group == g, low, 0.0)
-
-
-@triton.jit
 def _pull(
-    G, A, B, SERIES, MOMENTS, m, n, r,
+    G, A, B, SERIES, MOMENTS, m, n, r, ABOVE: tl.constexpr,
     BR: tl.constexpr, TILES: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """G becomes G F'(z); Σ G T_d(t) of this program's tiles goes to its row of MOMENTS.
 
-    Along the rows of a tile sums are cheap, for a row lives in one warp; across rows they are taken once per program
-    where the series is short, else once per tile and eight terms.
+    For series of more than ABOVE terms: the others `_pull_short` has done.
     """
-    cols = tl.program_id(0) * PULL_COLUMNS + tl.arange(0, PULL_COLUMNS)
-    a = _columns_of(A, cols, n, r, 0, BR)
-    groups = (tl.load(SERIES).to(tl.int32) + GROUP - 1) // GROUP
-    scale = tl.load(SERIES + 1)
-    program = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
-    nothing = tl.zeros((PULL_ROWS,), tl.float32)
-    s0, s1, s2, s3, s4, s5, s6, s7 = nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing
-    u0, u1, u2, u3, u4, u5, u6, u7 = nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing
-    in_group = tl.arange(0, GROUP)[None, :]
-    group = tl.arange(0, TERMS // GROUP)[:, None]
-    moments = tl.zeros((TERMS // GROUP, GROUP), tl.float32)
-    for i in range(TILES):
-        rows = (tl.program_id(1) * TILES + i) * PULL_ROWS + tl.arange(0, PULL_ROWS)
-        inside = (rows < m)[:, None] & (cols < n)[None, :]
-        place = G + rows[:, None].to(tl.int64) * n + cols[None, :]
-        gradient = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-        t = _factor_product(A, B, a, rows, cols, m, n, r, scale, BR, ONE_BLOCK, PRECISION)
-        twice = t + t
-        one = t  # T_{-1} = T_1, and T_{-2} = T_2
-        two = twice * t - 1.0
-        slope = tl.zeros_like(t)
-        one, two, slope, s0, s1, s2, s3, s4, s5, s6, s7 = _eight(
-            gradient, twice, one, two, slope, SERIES + SLOPES, s0, s1, s2, s3, s4, s5, s6, s7
-        )
-        if groups > 1:
-            one, two, slope, u0, u1, u2, u3, u4, u5, u6, u7 = _eight(
-                gradient, twice, one, two, slope, SERIES + SLOPES + GROUP, u0, u1, u2, u3, u4, u5, u6, u7
-            )
-        for g in range(2, groups):
-            partial = tl.zeros((PULL_ROWS, GROUP), tl.float32)
-            for d in tl.static_range(GROUP):
-                new = twice * one - two
-                two = one
-                one = new
-                slope += tl.load(SERIES + SLOPES + g * GROUP + d) * new
-                partial += tl.where(in_group == d, tl.sum(gradient * new, axis=1)[:, None], 0.0)
-            moments += tl.where(group == g, tl.sum(partial, axis=0)[None, :], 0.0)
-        tl.store(place, (gradient * slope).to(G.dtype.element_ty), mask=inside)
-    moments += _at(in_group, group, 0, s0, s1, s2, s3, s4, s5, s6, s7)
-    moments += _at(in_group, group, 1, u0, u1, u2, u3, u4, u5, u6, u7)
-    tl.store(MOMENTS + program * TERMS + group * GROUP + in_group, moments)
+    degree = tl.load(SERIES).to(tl.int32)
+    if degree > ABOVE:
+        cols = tl.program_id(0) * PULL_COLUMNS + tl.arange(0, PULL_COLUMNS)
+        a = _columns_of(A, cols, n, r, 0, BR)
+        groups = (degree + GROUP - 1) // GROUP
+        scale = tl.load(SERIES + 1)
+        in_group = tl.arange(0, GROUP)[None, :]
+        group = tl.arange(0, TERMS // GROUP)[:, None]
+        moments = tl.zeros((TERMS // GROUP, GROUP), tl.float32)
+        for i in range(TILES):
+            rows = (tl.program_id(1) * TILES + i) * PULL_ROWS + tl.arange(0, PULL_ROWS)
+            inside = (rows < m)[:, None] & (cols < n)[None, :]
+            place = G + rows[:, None].to(tl.int64) * n + cols[None, :]
+            gradient = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+            t = _factor_product(A, B, a, rows, cols, m, n, r, scale, BR, ONE_BLOCK, PRECISION)
+            twice = t + t
+            one = t  # T_{-1} = T_1, and T_{-2} = T_2
+            two = twice * t - 1.0
+            slope = tl.zeros_like(t)
+            for g in range(groups):
+                partial = tl.zeros((PULL_ROWS, GROUP), tl.float32)
+                for d in tl.static_range(GROUP):
+                    new = twice * one - two
+                    two = one
+                    one = new
+                    slope += tl.load(SERIES + SLOPES + g * GROUP + d) * new
+                    # Along rows first: a row of the tile lives in one warp.
+                    partial += tl.where(in_group == d, tl.sum(gradient * new, axis=1)[:, None], 0.0)
+                moments += tl.where(group == g, tl.sum(partial, axis=0)[None, :], 0.0)
+            tl.store(place, (gradient * slope).to(G.dtype.element_ty), mask=inside)
+        program = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
+        tl.store(MOMENTS + program * (TERMS + SHORT) + group * GROUP + in_group, moments)
+
+
+@triton.jit
+def _eight_powers(power, t, s0, s1, s2, s3, s4, s5, s6, s7):
+    """Sums along rows of power, power · t, .., added to those of earlier tiles; and power · t⁸."""
+    s0 += tl.sum(power, axis=1)
+    power *= t
+    s1 += tl.sum(power, axis=1)
+    power *= t
+    s2 += tl.sum(power, axis=1)
+    power *= t
+    s3 += tl.sum(power, axis=1)
+    power *= t
+    s4 += tl.sum(power, axis=1)
+    power *= t
+    s5 += tl.sum(power, axis=1)
+    power *= t
+    s6 += tl.sum(power, axis=1)
+    power *= t
+    s7 += tl.sum(power, axis=1)
+    return power * t, s0, s1, s2, s3, s4, s5, s6, s7
+
+
+@triton.jit
+def _store_eight(place, s0, s1, s2, s3, s4, s5, s6, s7):
+    tl.store(place, tl.sum(s0))
+    tl.store(place + 1, tl.sum(s1))
+    tl.store(place + 2, tl.sum(s2))
+    tl.store(place + 3, tl.sum(s3))
+    tl.store(place + 4, tl.sum(s4))
+    tl.store(place + 5, tl.sum(s5))
+    tl.store(place + 6, tl.sum(s6))
+    tl.store(place + 7, tl.sum(s7))
+
+
+@triton.jit
+def _pull_short(
+    G, A, B, SERIES, MOMENTS, m, n, r,
+    BR: tl.constexpr, TILES: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """As `_pull` for at most SHORT terms, and with Σ G t^k instead, behind the moments: half the work per term.
+
+    In powers of t the same gradient is less exact, by less than half precision sees.
+    """
+    degree = tl.load(SERIES).to(tl.int32)
+    if degree <= SHORT:
+        cols = tl.program_id(0) * PULL_COLUMNS + tl.arange(0, PULL_COLUMNS)
+        a = _columns_of(A, cols, n, r, 0, BR)
+        scale = tl.load(SERIES + 1)
+        nothing = tl.zeros((PULL_ROWS,), tl.float32)
+        s0, s1, s2, s3, s4, s5, s6, s7 = nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing
+        u0, u1, u2, u3, u4, u5, u6, u7 = nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing
+        for i in range(TILES):
+            rows = (tl.program_id(1) * TILES + i) * PULL_ROWS + tl.arange(0, PULL_ROWS)
+            inside = (rows < m)[:, None] & (cols < n)[None, :]
+            place = G + rows[:, None].to(tl.int64) * n + cols[None, :]
+            gradient = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+            t = _factor_product(A, B, a, rows, cols, m, n, r, scale, BR, ONE_BLOCK, PRECISION)
+            power, s0, s1, s2, s3, s4, s5, s6, s7 = _eight_powers(gradient, t, s0, s1, s2, s3, s4, s5, s6, s7)
+            if degree <= GROUP:
+                slope = _horner(t, SERIES + SLOPE_POWERS, GROUP)
+            else:
+                power, u0, u1, u2, u3, u4, u5, u6, u7 = _eight_powers(power, t, u0, u1, u2, u3, u4, u5, u6, u7)
+                slope = _horner(t, SERIES + SLOPE_POWERS, SHORT)
+            tl.store(place, (gradient * slope).to(G.dtype.element_ty), mask=inside)
+        program = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
+        behind = MOMENTS + program * (TERMS + SHORT) + TERMS
+        _store_eight(behind, s0, s1, s2, s3, s4, s5, s6, s7)
+        _store_eight(behind + GROUP, u0, u1, u2, u3, u4, u5, u6, u7)
 
 
 @functools.cache
@@ -258,11 +285,16 @@ def gradients(dense: Tensor, A: Tensor, B: Tensor, series: Series) -> tuple[Tens
     A, B, dense = A.contiguous(), B.contiguous(), dense.contiguous()
     (r, n), m = A.shape, B.shape[0]
     grid, constants = _plan(m, n, r, (PULL_ROWS.value, PULL_COLUMNS.value), dense.dtype, A.device)
-    moments = torch.empty(grid[0] * grid[1], TERMS.value, device=A.device)
-    _launch(_pull, grid, (dense, A, B, series.packed, moments), m, n, r, *constants)
-    if dense.dtype == torch.float32:
+    sums = torch.zeros(grid[0] * grid[1], TERMS.value + SHORT.value, device=A.device)
+    exact = dense.dtype == torch.float32
+    # Which of the two has work is known on the GPU alone; the other returns at once.
+    if not exact:
+        _launch(_pull_short, grid, (dense, A, B, series.packed, sums), m, n, r, *constants)
+    _launch(_pull, grid, (dense, A, B, series.packed, sums), m, n, r, 0 if exact else SHORT.value, *constants)
+    moments = sums.sum(0, dtype=torch.float64) @ layout.to_moments(TERMS.value, A.device)
+    if exact:
         grad_a, grad_b = B.T @ dense, dense @ A.T
     else:
         grad_a = torch.mm(B.to(dense.dtype).T, dense, out_dtype=torch.float32)
         grad_b = torch.mm(dense, A.to(dense.dtype).T, out_dtype=torch.float32)
-    return grad_a, grad_b, (moments.sum(0, dtype=torch.float64),)
+    return grad_a, grad_b, (moments,)

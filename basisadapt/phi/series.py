@@ -23,9 +23,10 @@ from basisadapt.phi.bank import Transfer
 
 POINTS = (32, 64, 128)  # numbers of nodes that are tried
 # The layout of a packed series: degree, 1 / R, and from these places on the coefficients of F and of dF/dz as series in
-# T_d(z / R), and of F in powers of z / R.
+# T_d(z / R), and of both in powers of z / R.
 POWER_COUNT = 16  # monomials are well conditioned for short series only
-POWERS, VALUES = 2, 2 + POWER_COUNT
+POWERS, SLOPE_POWERS = 2, 2 + POWER_COUNT
+VALUES = SLOPE_POWERS + POWER_COUNT
 SLOPES = VALUES + POINTS[-1]
 PACKED = SLOPES + POINTS[-1]
 LEAST_VARIATION = 1e-3  # of a slope, relative to its size: below, rounding would decide
@@ -203,10 +204,19 @@ def pack(batch: SeriesBatch) -> Tensor:
     beyond = torch.arange(points, device=batch.radius.device) >= batch.degree.unsqueeze(1)
     values = batch.coefficients.masked_fill(beyond, 0.0)
     slopes = values @ _differentiation(points, batch.radius.device).T / batch.radius.unsqueeze(1)
-    powers = values[:, :POWER_COUNT] @ _monomials(POWER_COUNT, batch.radius.device).T
+    to_powers = _monomials(POWER_COUNT, batch.radius.device).T
     packed = values.new_zeros(len(values), PACKED)
     packed[:, 0], packed[:, 1] = batch.degree, 1 / batch.radius
-    packed[:, POWERS : POWERS + POWER_COUNT] = powers
+    packed[:, POWERS : POWERS + POWER_COUNT] = values[:, :POWER_COUNT] @ to_powers
+    packed[:, SLOPE_POWERS : SLOPE_POWERS + POWER_COUNT] = slopes[:, :POWER_COUNT] @ to_powers
     packed[:, VALUES : VALUES + points] = values
     packed[:, SLOPES : SLOPES + points] = slopes
     return packed
+
+
+@_constant
+def to_moments(points: int) -> Tensor:
+    """The matrix (P + POWER_COUNT, P) that takes Σ G T_d(t) and, behind them, Σ G t^k to all of Σ G T_d(t)."""
+    of_powers = torch.zeros(POWER_COUNT, points, dtype=torch.float64)
+    of_powers[:, :POWER_COUNT] = _monomials(POWER_COUNT, torch.device("cpu"))
+    return torch.cat([torch.eye(points, dtype=torch.float64), of_powers])
