@@ -2,7 +2,7 @@
 
     python benchmarks/train_step.py minilm                      # on a CPU: against LoRA and the direct path
     python benchmarks/train_step.py qwen2-0.5b --rank 16        # on a GPU, random weights in bfloat16
-    python benchmarks/train_step.py llama3-8b --batch 4 --checkpointing
+    python benchmarks/train_step.py llama3-8b --batch 4 --checkpointing --graph
 
 The methods take turns; each turn begins with two steps that are not timed. The figure is the median over rounds of the
 ratio to LoRA's step in the same round; on a GPU also tokens per second and the peak of allocated memory. A and B are
@@ -45,6 +45,7 @@ class Case:
     tokens: int
     rank: int
     checkpointing: bool = False
+    graph: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
     def base(self) -> PreTrainedModel:
@@ -60,7 +61,8 @@ class Case:
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
         if self.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            # The states of random numbers cannot be read while a graph is captured; without dropout nobody needs them.
+            model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": not self.graph})
         return model.train()
 
     def inputs(self) -> dict[str, Tensor]:
@@ -89,8 +91,8 @@ def rivals(case: Case) -> dict[str, Any]:
         return {**methods, "phi direct, N = 50": PhiConfig(**phi, num_basis=50, backend="direct")}
     return {
         **methods,
-        "phi, N = 50, fp8 dense gradient": PhiConfig(**phi, num_basis=50, dense_gradient="fp8"),
-        "phi, N = 50, sketch of 4 tokens": PhiConfig(**phi, num_basis=50, dense_gradient="sketch:4"),
+        "phi, fp8 dense gradient": PhiConfig(**phi, num_basis=50, dense_gradient="fp8"),
+        "phi, sketch of 4 tokens": PhiConfig(**phi, num_basis=50, dense_gradient="sketch:4"),
         "LoRA, dropout 0.05": peft.LoraConfig(**lora, lora_dropout=0.05),
         "DoRA": peft.LoraConfig(**lora, use_dora=True),
         "VeRA": peft.VeraConfig(**common, r=case.rank, vera_dropout=0.0),
@@ -114,7 +116,7 @@ class Step:
         self._as_after_training()
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.count = sum(p.numel() for p in trainable)
-        self.optimizer = torch.optim.AdamW(trainable, lr=1e-6, foreach=True)
+        self.optimizer = torch.optim.AdamW(trainable, lr=1e-6, foreach=True, capturable=case.graph)
         self.inputs = case.inputs()
 
     @torch.no_grad()
@@ -136,11 +138,31 @@ class Step:
         return loss.detach()
 
 
+def captured(step: Step) -> Callable[[], Tensor]:
+    """The step as one CUDA graph: the host launches it, and nothing else."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return loss
+
+    return replay
+
+
 @dataclass
 class Result:
     """What was measured of one method."""
 
     seconds: list[float] = field(default_factory=list)
+    busy: float = 0.0  # seconds of a step in which the GPU computes; the rest it waits for the host
     peak: float = 0.0
     trainable: int = 0
     loss: float = 0.0
@@ -158,6 +180,14 @@ def timed(step: Callable[[], object], device: torch.device, steps: int) -> float
     if device.type == "cuda":
         torch.cuda.synchronize()
     return (time.perf_counter() - began) / steps
+
+
+def busy(step: Callable[[], object]) -> float:
+    """Seconds of kernels in one step."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
 
 
 @contextlib.contextmanager
@@ -204,13 +234,15 @@ def measure(case: Case, base: PreTrainedModel, only: list[str], rounds: int, ste
                 torch.cuda.reset_peak_memory_stats()
             try:
                 with attached(case, base, method) as step:
-                    result.seconds.append(timed(step, case.device, steps))
-                    result.trainable, result.loss = step.count, step().item()
+                    run = captured(step) if case.graph else step
+                    result.seconds.append(timed(run, case.device, steps))
+                    result.trainable, result.loss = step.count, run().item()
+                    if case.device.type == "cuda":
+                        result.peak = max(result.peak, torch.cuda.max_memory_allocated() / 2**30)
+                        result.busy = result.busy or busy(run)
             except (torch.OutOfMemoryError, ValueError, RuntimeError) as problem:
                 print(f"{name}: {type(problem).__name__}: {str(problem).splitlines()[0]}")
                 results[name].seconds.append(float("nan"))
-            if case.device.type == "cuda":
-                result.peak = max(result.peak, torch.cuda.max_memory_allocated() / 2**30)
     return results
 
 
@@ -229,13 +261,13 @@ def report(case: Case, results: dict[str, Result]) -> None:
     """The table."""
     lora = results["LoRA (peft)"]
     on_gpu = case.device.type == "cuda"
-    more = " tokens/s | peak GiB | trainable |" if on_gpu else ""
+    more = " tokens/s | GPU busy, ms | peak GiB | trainable |" if on_gpu else ""
     print(f"\n| method | step / LoRA's step, median | min | max |{more}")
-    print("|---|---:|---:|---:|" + ("---:|---:|---:|" if on_gpu else ""))
+    print("|---|---:|---:|---:|" + ("---:|---:|---:|---:|" if on_gpu else ""))
     for name, result in results.items():
         ratios = [a / b for a, b in zip(result.seconds, lora.seconds, strict=True)]
         rate = case.batch * case.tokens / statistics.median(result.seconds)
-        more = f" {rate:,.0f} | {result.peak:.2f} | {result.trainable:,} |" if on_gpu else ""
+        more = f" {rate:,.0f} | {result.busy * 1e3:.0f} | {result.peak:.2f} | {result.trainable:,} |" if on_gpu else ""
         print(f"| {name} | {statistics.median(ratios):.2f} | {min(ratios):.2f} | {max(ratios):.2f} |{more}")
     if {"phi, N = 512", "phi, N = 8"} <= set(results):
         pairs = zip(results["phi, N = 512"].seconds, results["phi, N = 8"].seconds, strict=True)
@@ -293,6 +325,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--rank", type=int)
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--graph", action="store_true", help="every method's step as one CUDA graph")
     parser.add_argument("--methods", default="", help="parts of names, separated by semicolons; LoRA is always there")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2)
@@ -300,7 +333,7 @@ def main() -> None:
     small = given.backbone == "minilm"
     case = Case(
         given.backbone, given.batch, given.tokens or (32 if small else 512), given.rank or (4 if small else 16),
-        given.checkpointing,
+        given.checkpointing, given.graph,
     )  # fmt: skip
     for name, value in environment().items():
         print(f"{name}: {value}")

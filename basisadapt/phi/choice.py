@@ -22,7 +22,8 @@ class Choice:
 
     On a CPU a series that does not reach the tolerance is replaced at once, by a table or by direct evaluation. On a
     GPU the degree is found there, and the answer to whether there is one is read one compilation later: the host
-    never waits for the step at work.
+    never waits for the step at work. A CUDA graph keeps the evaluators that served when it was captured; the degrees of
+    its series still follow the parameters.
     """
 
     def __init__(self) -> None:
@@ -52,8 +53,8 @@ class Choice:
         self, tables: series.Tables, parameters: tuple[Tensor, Tensor, Tensor], radius: Tensor, tolerance: float
     ) -> tuple[series.SeriesBatch, Tensor]:
         """The batch of series, and which modules it serves."""
-        verify = self._count % VERIFY_EVERY == 0
-        self._count += 1
+        verify = self._count % VERIFY_EVERY == 0 and not _capturing(radius)
+        self._count += not _capturing(radius)
         last = series.POINTS[-1]
         if radius.device.type != "cpu":
             batch = series.compile_series(tables, parameters, radius, last, tolerance)
@@ -83,6 +84,8 @@ class Choice:
         if served.device.type == "cpu":
             return [bool(ok) for ok in served.tolist()]
         before = self._answer
+        if _capturing(served) and before:
+            return [bool(ok) for ok in before[0].tolist()]
         here = torch.empty(served.shape, dtype=torch.bool, pin_memory=True)
         here.copy_(served, non_blocking=True)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -102,6 +105,11 @@ class Choice:
         table = Table.fit(transfer, radius, tolerance, dtype)
         self._cells[index] = table.cells if table else 0
         return table or Direct(transfer, dtype)
+
+
+def _capturing(tensor: Tensor) -> bool:
+    """Whether what is done now goes into a CUDA graph."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:

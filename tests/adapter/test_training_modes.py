@@ -210,3 +210,33 @@ def test_four_bit_weights(bert, tokens):
     assert_close(gradients(models[0]), gradients(models[1]))
     with pytest.raises(InputError, match="quantised"):
         models[0].merge_adapter()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_graph(bert, tokens):
+    """A captured step trains as an eager one does, the degrees of its series with it."""
+    models = [adapted(bert).cuda() for _ in range(2)]
+    optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.05) for m in models]
+    inputs = {"input_ids": tokens.cuda(), "attention_mask": torch.ones_like(tokens).cuda(), "labels": LABELS.cuda()}
+
+    def step(which):
+        loss = models[which](**inputs).loss
+        loss.backward()
+        optimizers[which].step()
+        optimizers[which].zero_grad()
+        return loss
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(0)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step(0)
+    for _ in range(3):
+        step(1)
+    for _ in range(5):
+        graph.replay()
+        torch.testing.assert_close(loss, step(1), rtol=1e-4, atol=1e-5)
