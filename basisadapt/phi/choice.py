@@ -42,17 +42,17 @@ class Choice:
         radius: R ≥ max |BA|, (M,), float64, see `radii`.
         """
         tolerance = DOUBLE_TOLERANCE if dtype == torch.float64 else tolerance
-        batch, served = self._compile(tables, parameters, radius, tolerance)
+        batch, degrees = self._compile(tables, parameters, radius, tolerance)
         columns = zip(batch.coefficients.unbind(), series.pack(batch).to(dtype).unbind(), strict=True)
         return [
-            Series(*column) if ok else self._fallback(index, single(index), radius[index], tolerance, dtype)
-            for index, (ok, column) in enumerate(zip(self._read(served), columns, strict=True))
+            Series(*column, degree) if degree else self._fallback(index, single(index), radius[index], tolerance, dtype)
+            for index, (degree, column) in enumerate(zip(self._read(degrees), columns, strict=True))
         ]
 
     def _compile(
         self, tables: series.Tables, parameters: tuple[Tensor, Tensor, Tensor], radius: Tensor, tolerance: float
     ) -> tuple[series.SeriesBatch, Tensor]:
-        """The batch of series, and which modules it serves."""
+        """The batch of series, and their degrees, zero for the modules that it does not serve."""
         verify = self._count % VERIFY_EVERY == 0 and not _capturing(radius)
         self._count += not _capturing(radius)
         last = series.POINTS[-1]
@@ -62,7 +62,7 @@ class Choice:
                 self._cells.clear()
                 self._verified = series.verify(tables, parameters, radius, last, tolerance)
             assert self._verified is not None
-            return batch, batch.resolved & self._verified
+            return batch, batch.degree * (batch.resolved & self._verified)
         for points in series.POINTS:
             if points < self._points:
                 continue
@@ -77,23 +77,23 @@ class Choice:
             break
         assert self._verified is not None
         self._points = points
-        return batch, batch.resolved & self._verified
+        return batch, batch.degree * (batch.resolved & self._verified)
 
-    def _read(self, served: Tensor) -> list[bool]:
-        """`served`, on a GPU as of the compilation before, whose answer has long arrived; the first is waited for."""
-        if served.device.type == "cpu":
-            return [bool(ok) for ok in served.tolist()]
+    def _read(self, degrees: Tensor) -> list[int]:
+        """`degrees`, on a GPU as of the compilation before, whose answer has long arrived; the first is waited for."""
+        if degrees.device.type == "cpu":
+            return _whole(degrees)
         before = self._answer
-        if _capturing(served) and before:
-            return [bool(ok) for ok in before[0].tolist()]
-        here = torch.empty(served.shape, dtype=torch.bool, pin_memory=True)
-        here.copy_(served, non_blocking=True)
+        if _capturing(degrees) and before:
+            return _whole(before[0])
+        here = torch.empty(degrees.shape, dtype=degrees.dtype, pin_memory=True)
+        here.copy_(degrees, non_blocking=True)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(served.device))
+        event.record(torch.cuda.current_stream(degrees.device))
         self._answer = here, event
         answer, arrived = before or self._answer
         arrived.synchronize()
-        return [bool(ok) for ok in answer.tolist()]
+        return _whole(answer)
 
     def _fallback(
         self, index: int, transfer: Transfer, radius: Tensor, tolerance: float, dtype: torch.dtype
@@ -105,6 +105,10 @@ class Choice:
         table = Table.fit(transfer, radius, tolerance, dtype)
         self._cells[index] = table.cells if table else 0
         return table or Direct(transfer, dtype)
+
+
+def _whole(numbers: Tensor) -> list[int]:
+    return [int(number) for number in numbers.tolist()]
 
 
 def _capturing(tensor: Tensor) -> bool:

@@ -43,14 +43,16 @@ class Evaluator(ABC):
 class Series(Evaluator):
     """One module's series of a compiled batch.
 
-    coefficients: (P,), float64, with gradients; the first D are used. packed: (PACKED,), the same in the dtype of the
-    arithmetic, and what belongs to it, in the layout of `series.pack`; on the device of the weights, from where D is
-    read only if this evaluator itself does the work.
+    coefficients: (P + POWER_COUNT,), float64, with gradients: those of T_d(z / R), of which the first D are used, and
+    behind them those of powers (see `series.with_powers`); a gradient may come to either. packed: (PACKED,), the same
+    in the dtype of the arithmetic, and what belongs to it, in the layout of `series.pack`; on the device of the
+    weights, from where D is read only if this evaluator itself does the work. expected: what D is likely to be, known
+    without asking a GPU.
     """
 
-    def __init__(self, coefficients: Tensor, packed: Tensor) -> None:
+    def __init__(self, coefficients: Tensor, packed: Tensor, expected: int) -> None:
         self.parameters = (coefficients,)
-        self.packed = packed
+        self.packed, self.expected = packed, expected
         self._known_width: int | None = None
         self._signed: Tensor | None = None
 

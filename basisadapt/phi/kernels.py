@@ -55,23 +55,24 @@ def effective_weight(
 
 
 def pull_back(
-    dense: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, evaluator: Evaluator, backend: str
-) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-    """W + F(BA) in the dtype of `dense`, and the gradients to A, B and F's parameters, from G = dL/d(W + F(BA)).
+    dense: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, evaluator: Evaluator, backend: str, form: bool = True
+) -> tuple[Tensor | None, Tensor, Tensor, tuple[Tensor, ...]]:
+    """W + F(BA) in the dtype of `dense`, if `form`, and the gradients to A, B and F's parameters.
 
-    dense: G, (out_features, in_features); overwritten where that saves memory.
+    dense: G = dL/d(W + F(BA)), (out_features, in_features).
     """
     if _fused(evaluator, A, backend):
         from basisadapt.phi import kernels_triton
 
         assert isinstance(evaluator, Series)
-        return kernels_triton.pull_back(dense, weight, A, B, evaluator)
-    effective = torch.empty_like(dense)
+        return kernels_triton.pull_back(dense, weight, A, B, evaluator, form)
+    effective = torch.empty_like(dense) if form else None
     grad_a, grad_b = torch.zeros_like(A), torch.empty_like(B)
     totals: list[Tensor] = []
     for rows, z, room in _pieces(A, B, evaluator):
         value, piece, sums = evaluator.pullback(z, dense[rows].to(A.dtype), room)
-        _place(effective, rows, weight, value)
+        if effective is not None:
+            _place(effective, rows, weight, value)
         grad_a.addmm_(B[rows].T, piece)
         grad_b[rows] = piece @ A.T
         totals = [total + new for total, new in zip(totals, sums, strict=True)] if totals else list(sums)

@@ -22,10 +22,11 @@ from basisadapt.phi.evaluators import Series
 
 GROUP = tl.constexpr(8)  # degrees per turn of the loops; the coefficients beyond the degree are zero
 TERMS = tl.constexpr(layout.POINTS[-1])
-SHORT = tl.constexpr(layout.POWER_COUNT)  # up to so many terms in powers, where the result is in half precision
+POWER_COUNT = tl.constexpr(layout.POWER_COUNT)
 VALUES, SLOPES = tl.constexpr(layout.VALUES), tl.constexpr(layout.SLOPES)
 POWERS, SLOPE_POWERS = tl.constexpr(layout.POWERS), tl.constexpr(layout.SLOPE_POWERS)
-STEP = tl.constexpr(4)  # of the number of powers
+STEP = tl.constexpr(4)  # powers of t that are kept at once
+FEWEST = 6  # powers for which a kernel is compiled; from there in twos
 BLOCK_R = 64  # columns of B per product
 ROWS_OF_TILES = 8  # per program, which keeps its columns of A
 ENOUGH_PROGRAMS = 2048
@@ -49,14 +50,14 @@ def _rows_of(B, rows, m, r, start, BR: tl.constexpr):
 
 @triton.jit
 def _factor_product(
-    A, B, a, rows, cols, m, n, r, scale, BR: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr
+    A, B, a, b, rows, cols, m, n, r, scale, BR: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """t = BA / R on one tile; a: the first BR rows of A there."""
-    t = tl.dot(_rows_of(B, rows, m, r, 0, BR) * scale, a, input_precision=PRECISION)
+    """t = BA / R on one tile; a, b: the first BR rows of A and columns of B there."""
+    t = tl.dot(b * scale, a, input_precision=PRECISION)
     if not ONE_BLOCK:
         for start in range(BR, r, BR):
-            b = _rows_of(B, rows, m, r, start, BR) * scale
-            t = tl.dot(b, _columns_of(A, cols, n, r, start, BR), t, input_precision=PRECISION)
+            more = _rows_of(B, rows, m, r, start, BR) * scale
+            t = tl.dot(more, _columns_of(A, cols, n, r, start, BR), t, input_precision=PRECISION)
     return t
 
 
@@ -107,7 +108,8 @@ def _form_by(
         rows = (tl.program_id(1) * TILES + i) * ROWS + tl.arange(0, ROWS)
         inside = (rows < m)[:, None] & (cols < n)[None, :]
         row = rows[:, None].to(tl.int64)
-        t = _factor_product(A, B, a, rows, cols, m, n, r, scale, BR, ONE_BLOCK, PRECISION)
+        b = _rows_of(B, rows, m, r, 0, BR)
+        t = _factor_product(A, B, a, b, rows, cols, m, n, r, scale, BR, ONE_BLOCK, PRECISION)
         value = _horner(t, c, COUNT) if COUNT else _clenshaw(t, SERIES + VALUES, degree)
         if HAS_WEIGHT:
             place = W + row * stride_m + cols[None, :].to(tl.int64) * stride_n
@@ -117,144 +119,229 @@ def _form_by(
 
 @triton.jit
 def _form(
-    W, OUT, A, B, SERIES, m, n, r, stride_m, stride_n, HAS_WEIGHT: tl.constexpr,
+    W, OUT, A, B, SERIES, m, n, r, stride_m, stride_n, COUNT: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     BR: tl.constexpr, TILES: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """W + F(BA)."""
-    degree = tl.load(SERIES).to(tl.int32)
-    # In powers of t the same polynomial is less exact, by less than half precision sees.
-    if (OUT.dtype.element_ty == tl.float32) | (degree > SHORT):
+    if tl.load(SERIES).to(tl.int32) <= COUNT:
         _form_by(
-            0, W, OUT, A, B, SERIES, m, n, r, stride_m, stride_n, HAS_WEIGHT,
-            ROWS, COLUMNS, BR, TILES, ONE_BLOCK, PRECISION,
-        )  # fmt: skip
-    elif degree > 3 * STEP:
-        _form_by(
-            4 * STEP, W, OUT, A, B, SERIES, m, n, r, stride_m, stride_n, HAS_WEIGHT,
-            ROWS, COLUMNS, BR, TILES, ONE_BLOCK, PRECISION,
-        )  # fmt: skip
-    elif degree > 2 * STEP:
-        _form_by(
-            3 * STEP, W, OUT, A, B, SERIES, m, n, r, stride_m, stride_n, HAS_WEIGHT,
+            COUNT, W, OUT, A, B, SERIES, m, n, r, stride_m, stride_n, HAS_WEIGHT,
             ROWS, COLUMNS, BR, TILES, ONE_BLOCK, PRECISION,
         )  # fmt: skip
     else:
         _form_by(
-            2 * STEP, W, OUT, A, B, SERIES, m, n, r, stride_m, stride_n, HAS_WEIGHT,
+            0, W, OUT, A, B, SERIES, m, n, r, stride_m, stride_n, HAS_WEIGHT,
             ROWS, COLUMNS, BR, TILES, ONE_BLOCK, PRECISION,
         )  # fmt: skip
 
 
 @triton.jit
-def _pull(
-    G, A, B, SERIES, SUMS, m, n, r, programs, ABOVE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    BR: tl.constexpr, TILES: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """G becomes G F'(z); Σ G T_d(t) of this program's tiles goes to its column of SUMS.
-
-    For series of more than ABOVE terms: the others `_pull_short` has done.
-    """
-    degree = tl.load(SERIES).to(tl.int32)
-    if degree > ABOVE:
-        cols = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-        a = _columns_of(A, cols, n, r, 0, BR)
-        groups = (degree + GROUP - 1) // GROUP
-        scale = tl.load(SERIES + 1)
-        in_group = tl.arange(0, GROUP)[None, :]
-        group = tl.arange(0, TERMS // GROUP)[:, None]
-        moments = tl.zeros((TERMS // GROUP, GROUP), tl.float32)
-        for i in range(TILES):
-            rows = (tl.program_id(1) * TILES + i) * ROWS + tl.arange(0, ROWS)
-            inside = (rows < m)[:, None] & (cols < n)[None, :]
-            place = G + rows[:, None].to(tl.int64) * n + cols[None, :]
-            gradient = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-            t = _factor_product(A, B, a, rows, cols, m, n, r, scale, BR, ONE_BLOCK, PRECISION)
-            twice = t + t
-            one = t  # T_{-1} = T_1, and T_{-2} = T_2
-            two = twice * t - 1.0
-            slope = tl.zeros_like(t)
-            for g in range(groups):
-                partial = tl.zeros((ROWS, GROUP), tl.float32)
-                for d in tl.static_range(GROUP):
-                    new = twice * one - two
-                    two = one
-                    one = new
-                    slope += tl.load(SERIES + SLOPES + g * GROUP + d) * new
-                    # Along rows first: a row of the tile lives in one warp.
-                    partial += tl.where(in_group == d, tl.sum(gradient * new, axis=1)[:, None], 0.0)
-                moments += tl.where(group == g, tl.sum(partial, axis=0)[None, :], 0.0)
-            tl.store(place, (gradient * slope).to(G.dtype.element_ty), mask=inside)
-        program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        tl.store(SUMS + (group * GROUP + in_group) * programs + program, moments)
+def _lane_sums(x):
+    """Sums over the numbers that one thread holds, where x lies as the result of a product does: nothing is moved."""
+    parts = tl.reshape(x, (x.shape[0] // 16, 2, 8, x.shape[1] // 8, 4, 2))
+    return tl.sum(tl.sum(tl.sum(parts, 5), 3), 1)
 
 
 @triton.jit
-def _pull_by(
-    COUNT: tl.constexpr, G, A, B, SERIES, SUMS, m, n, r, programs, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    BR: tl.constexpr, TILES: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+def _slopes(t, SERIES, c, degree, COUNT: tl.constexpr):
+    """R F'(z), by powers or by Clenshaw's recurrence; c: the coefficients of the powers."""
+    return _horner(t, c, COUNT) if COUNT else _clenshaw(t, SERIES + SLOPES, degree)
+
+
+@triton.jit
+def _power_sums(sums, g0, t, COUNT: tl.constexpr):
+    """sums + Σ G t^k for k < COUNT: each a product of G t^i, i < STEP, and a power of t^STEP."""
+    square = t * t
+    g1 = g0 * t
+    g = (g0, g1, g0 * square, g1 * square)
+    factor = square * square
+    power = factor
+    found = (sums[0] + _lane_sums(g0),)
+    for k in tl.static_range(1, COUNT):
+        if k < STEP:
+            found = found + (sums[k] + _lane_sums(g[k]),)
+        else:
+            if k > STEP and k % STEP == 0:
+                power *= factor
+            found = found + (sums[k] + _lane_sums(g[k % STEP] * power),)
+    return found
+
+
+@triton.jit
+def _moments(moments, gradient, t, degree, group, in_group):
+    """moments + Σ G T_d(t), by the recurrence of T."""
+    twice = t + t
+    one = t  # T_{-1} = T_1, and T_{-2} = T_2
+    two = twice * t - 1.0
+    for g in range((degree + GROUP - 1) // GROUP):
+        partial = tl.zeros((t.shape[0], GROUP), tl.float32)
+        for d in tl.static_range(GROUP):
+            new = twice * one - two
+            two = one
+            one = new
+            partial += tl.where(in_group == d, tl.sum(gradient * new, axis=1)[:, None], 0.0)
+        moments += tl.where(group == g, tl.sum(partial, axis=0)[None, :], 0.0)
+    return moments
+
+
+@triton.jit
+def _pull_rows_by(
+    COUNT: tl.constexpr, G, W, OUT, A, B, SERIES, SCRATCH, m, n, r, stride_m, stride_n, tiles, programs,
+    FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BR: tl.constexpr,
+    ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """By COUNT powers of t. Σ G t^k is the sum of products of G t^i, i < STEP, and a power of t^STEP."""
+    """By COUNT powers of t; 0: by recurrences."""
+    degree = tl.load(SERIES).to(tl.int32)
     scale = tl.load(SERIES + 1)
-    c = _coefficients(SERIES + SLOPE_POWERS, COUNT)
-    cols = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    a = _columns_of(A, cols, n, r, 0, BR)
-    sums = (tl.zeros((ROWS,), tl.float32),)
+    values = _coefficients(SERIES + POWERS, COUNT)
+    slopes = _coefficients(SERIES + SLOPE_POWERS, COUNT)
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    block = tl.program_id(2) * BR
+    row = rows[:, None].to(tl.int64)
+    b = _rows_of(B, rows, m, r, 0, BR)
+    grad_b = tl.zeros((ROWS, BR), tl.float32)
+    in_group = tl.arange(0, GROUP)[None, :]
+    group = tl.arange(0, TERMS // GROUP)[:, None]
+    moments = tl.zeros((TERMS // GROUP, GROUP), tl.float32)
+    sums = (tl.zeros((ROWS // 16, 8, 4), tl.float32),)
     for _ in tl.static_range(1, COUNT):
-        sums = sums + (tl.zeros((ROWS,), tl.float32),)
-    for tile in range(TILES):
-        rows = (tl.program_id(1) * TILES + tile) * ROWS + tl.arange(0, ROWS)
+        sums = sums + (tl.zeros((ROWS // 16, 8, 4), tl.float32),)
+    for i in range(tiles):
+        cols = (tl.program_id(0) * tiles + i) * COLUMNS + tl.arange(0, COLUMNS)
+        inside = (rows < m)[:, None] & (cols < n)[None, :]
+        gradient = tl.load(G + row * n + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+        a = _columns_of(A, cols, n, r, 0, BR)
+        t = _factor_product(A, B, a, b, rows, cols, m, n, r, scale, BR, ONE_BLOCK, PRECISION)
+        if FORM:
+            value = _horner(t, values, COUNT) if COUNT else _clenshaw(t, SERIES + VALUES, degree)
+            if HAS_WEIGHT:
+                place = W + row * stride_m + cols[None, :].to(tl.int64) * stride_n
+                value += tl.load(place, mask=inside, other=0.0).to(tl.float32)
+            tl.store(OUT + row * n + cols[None, :], value.to(OUT.dtype.element_ty), mask=inside)
+        pulled = (gradient * _slopes(t, SERIES, slopes, degree, COUNT)).to(G.dtype.element_ty)
+        if not ONE_BLOCK:
+            a = _columns_of(A, cols, n, r, block, BR)
+        grad_b = tl.dot(pulled, tl.trans(a.to(G.dtype.element_ty)), grad_b, input_precision=PRECISION)
+        if COUNT:
+            sums = _power_sums(sums, gradient, t, COUNT)
+        else:
+            moments = _moments(moments, gradient, t, degree, group, in_group)
+    k = block + tl.arange(0, BR)[None, :]
+    parts = SCRATCH + (TERMS + POWER_COUNT) * programs
+    tl.store(parts + (tl.program_id(0) * m + row) * r + k, grad_b, mask=(rows < m)[:, None] & (k < r))
+    if tl.program_id(2) == 0:
+        program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        if COUNT:
+            for d in tl.static_range(COUNT):
+                tl.store(SCRATCH + (TERMS + d) * programs + program, tl.sum(tl.sum(tl.sum(sums[d], 2), 1), 0))
+        else:
+            tl.store(SCRATCH + (group * GROUP + in_group) * programs + program, moments)
+
+
+@triton.jit(do_not_specialize=["tiles", "programs"])
+def _pull_rows(
+    G, W, OUT, A, B, SERIES, SCRATCH, m, n, r, stride_m, stride_n, tiles, programs,
+    COUNT: tl.constexpr, FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BR: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(G F'(z)) Aᵀ over a block of rows and some columns; W + F(z) there; and into a column of the scratch the sums
+    Σ G T_d(t) or, behind, Σ G t^k."""
+    if tl.load(SERIES).to(tl.int32) <= COUNT:
+        _pull_rows_by(
+            COUNT, G, W, OUT, A, B, SERIES, SCRATCH, m, n, r, stride_m, stride_n, tiles, programs,
+            FORM, HAS_WEIGHT, ROWS, COLUMNS, BR, ONE_BLOCK, PRECISION,
+        )  # fmt: skip
+    else:
+        _pull_rows_by(
+            0, G, W, OUT, A, B, SERIES, SCRATCH, m, n, r, stride_m, stride_n, tiles, programs,
+            FORM, HAS_WEIGHT, ROWS, COLUMNS, BR, ONE_BLOCK, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def _pull_columns_by(
+    COUNT: tl.constexpr, G, A, B, SERIES, SCRATCH, m, n, r, tiles, programs, parts_b,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BR: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    degree = tl.load(SERIES).to(tl.int32)
+    scale = tl.load(SERIES + 1)
+    slopes = _coefficients(SERIES + SLOPE_POWERS, COUNT)
+    cols = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    block = tl.program_id(2) * BR
+    a = _columns_of(A, cols, n, r, 0, BR)
+    grad_a = tl.zeros((BR, COLUMNS), tl.float32)
+    for i in range(tiles):
+        rows = (tl.program_id(1) * tiles + i) * ROWS + tl.arange(0, ROWS)
         inside = (rows < m)[:, None] & (cols < n)[None, :]
         place = G + rows[:, None].to(tl.int64) * n + cols[None, :]
-        g0 = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-        t = _factor_product(A, B, a, rows, cols, m, n, r, scale, BR, ONE_BLOCK, PRECISION)
-        tl.store(place, (g0 * _horner(t, c, COUNT)).to(G.dtype.element_ty), mask=inside)
-        square = t * t
-        g1 = g0 * t
-        g2 = g0 * square
-        g3 = g1 * square
-        factor = square * square
-        of_tile = (tl.sum(g0, 1), tl.sum(g1, 1), tl.sum(g2, 1), tl.sum(g3, 1))
-        power = factor
-        for _ in tl.static_range(1, COUNT // STEP):
-            of_tile = of_tile + (
-                tl.sum(g0 * power, 1),
-                tl.sum(g1 * power, 1),
-                tl.sum(g2 * power, 1),
-                tl.sum(g3 * power, 1),
-            )
-            power *= factor
-        added = (sums[0] + of_tile[0],)
-        for k in tl.static_range(1, COUNT):
-            added = added + (sums[k] + of_tile[k],)
-        sums = added
-    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    for k in tl.static_range(COUNT):
-        tl.store(SUMS + (TERMS + k) * programs + program, tl.sum(sums[k]))
+        gradient = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        b = _rows_of(B, rows, m, r, 0, BR)
+        t = _factor_product(A, B, a, b, rows, cols, m, n, r, scale, BR, ONE_BLOCK, PRECISION)
+        pulled = (gradient * _slopes(t, SERIES, slopes, degree, COUNT)).to(G.dtype.element_ty)
+        if not ONE_BLOCK:
+            b = _rows_of(B, rows, m, r, block, BR)
+        grad_a = tl.dot(tl.trans(b.to(G.dtype.element_ty)), pulled, grad_a, input_precision=PRECISION)
+    k = block + tl.arange(0, BR)[:, None]
+    parts = SCRATCH + (TERMS + POWER_COUNT) * programs + parts_b.to(tl.int64) * m * r
+    place = parts + (tl.program_id(1) * r + k).to(tl.int64) * n + cols[None, :]
+    tl.store(place, grad_a, mask=(k < r) & (cols < n)[None, :])
+
+
+@triton.jit(do_not_specialize=["tiles", "programs", "parts_b"])
+def _pull_columns(
+    G, A, B, SERIES, SCRATCH, m, n, r, tiles, programs, parts_b, COUNT: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BR: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Bᵀ (G F'(z)) over a block of columns and some rows."""
+    if tl.load(SERIES).to(tl.int32) <= COUNT:
+        _pull_columns_by(
+            COUNT, G, A, B, SERIES, SCRATCH, m, n, r, tiles, programs, parts_b,
+            ROWS, COLUMNS, BR, ONE_BLOCK, PRECISION,
+        )  # fmt: skip
+    else:
+        _pull_columns_by(
+            0, G, A, B, SERIES, SCRATCH, m, n, r, tiles, programs, parts_b,
+            ROWS, COLUMNS, BR, ONE_BLOCK, PRECISION,
+        )  # fmt: skip
 
 
 @triton.jit
-def _pull_short(
-    G, A, B, SERIES, SUMS, m, n, r, programs, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    BR: tl.constexpr, TILES: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """As `_pull` for at most SHORT terms, and with Σ G t^k instead, behind the moments: half the time.
+def _add_up(PARTS, RESULT, index, size, parts, BLOCK: tl.constexpr):
+    place = index.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in range(parts):
+        total += tl.load(PARTS + part * size + place, mask=place < size, other=0.0)
+    tl.store(RESULT + place, total, mask=place < size)
 
-    In powers of t the same gradient is less exact, by less than half precision sees.
-    """
-    degree = tl.load(SERIES).to(tl.int32)
-    if degree <= 2 * STEP:
-        _pull_by(
-            2 * STEP, G, A, B, SERIES, SUMS, m, n, r, programs, ROWS, COLUMNS, BR, TILES, ONE_BLOCK, PRECISION
-        )  # fmt: skip
-    elif degree <= 3 * STEP:
-        _pull_by(
-            3 * STEP, G, A, B, SERIES, SUMS, m, n, r, programs, ROWS, COLUMNS, BR, TILES, ONE_BLOCK, PRECISION
-        )  # fmt: skip
-    elif degree <= SHORT:
-        _pull_by(
-            4 * STEP, G, A, B, SERIES, SUMS, m, n, r, programs, ROWS, COLUMNS, BR, TILES, ONE_BLOCK, PRECISION
-        )  # fmt: skip
+
+@triton.jit(do_not_specialize=["m", "n", "r", "programs", "parts_a", "parts_b"])
+def _collect(
+    SERIES, SCRATCH, MOMENTS, GRAD_A, GRAD_B, m, n, r, programs, parts_a, parts_b,
+    COUNT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Adds up what the programs of a pullback have left, in a fixed order."""
+    index = tl.program_id(0)
+    if index < TERMS + POWER_COUNT:
+        degree = tl.load(SERIES).to(tl.int32)
+        made = tl.where(
+            degree <= COUNT, (index >= TERMS) & (index < TERMS + degree), (index < TERMS) & (index < degree)
+        )
+        total = tl.zeros((BLOCK,), tl.float64)
+        for start in range(0, tl.where(made, programs, 0), BLOCK):
+            place = start + tl.arange(0, BLOCK)
+            found = tl.load(SCRATCH + index * programs + place, mask=place < programs, other=0.0)
+            total += found.to(tl.float64)
+        tl.store(MOMENTS + index, tl.sum(total, 0))
+    else:
+        index -= TERMS + POWER_COUNT
+        blocks = tl.cdiv(r * n, BLOCK)
+        of_b = SCRATCH + (TERMS + POWER_COUNT) * programs
+        if index < blocks:
+            _add_up(of_b + parts_b.to(tl.int64) * m * r, GRAD_A, index, r * n, parts_a, BLOCK)
+        else:
+            _add_up(of_b, GRAD_B, index - blocks, m * r, parts_b, BLOCK)
 
 
 @dataclass(frozen=True)
@@ -267,23 +354,84 @@ class Tiling:
 
 
 # Few numbers per thread, so that many warps fit.
-FORM, PULL, PULL_SHORT = Tiling(16, 128, 4), Tiling(64, 64, 4), Tiling(16, 64, 1)
+FORM, PULL = Tiling(16, 128, 4), Tiling(64, 32, 4)
+COLLECT_BLOCK, COLLECT_WARPS = 1024, 4
+SUMS = TERMS.value + POWER_COUNT.value  # numbers that a program of `_pull_rows` leaves
 
 
-@functools.cache
-def _plan(
-    tiling: Tiling, m: int, n: int, r: int, dtype: torch.dtype, device: torch.device
-) -> tuple[tuple[int, int, int], tuple[int, int, int, int, bool, str]]:
-    """The grid of programs, and the constants ROWS, COLUMNS, BR, TILES, ONE_BLOCK and PRECISION of a kernel."""
-    rows, columns = triton.cdiv(m, tiling.rows), triton.cdiv(n, tiling.columns)
-    tiles = ROWS_OF_TILES if rows * columns >= ROWS_OF_TILES * ENOUGH_PROGRAMS else 1
+def _count(series: Series, dtype: torch.dtype) -> int:
+    """By how many powers a series is evaluated; 0: by recurrences, which are exact at any length.
+
+    Powers, where they are exact enough: the same polynomial in powers of t is less exact, by less than half precision
+    sees. A guess, from the degree that was read last: a kernel that finds more terms on the GPU takes the recurrences.
+    """
+    if dtype == torch.float32 or series.expected > POWER_COUNT.value:
+        return 0
+    return max(FEWEST, series.expected + series.expected % 2)
+
+
+def _product_constants(r: int, dtype: torch.dtype, device: torch.device) -> tuple[int, bool, str]:
+    """BR, ONE_BLOCK and PRECISION of a kernel."""
     block = min(BLOCK_R, max(16, triton.next_power_of_2(r)))
     # Three products of halves of the numbers are nearly one in float32; before Ampere there is no such unit.
     precision = "tf32x3" if dtype == torch.float32 else "bf16x3"
     if torch.cuda.get_device_capability(device) < (8, 0):
         precision = "ieee"
-    constants = (tiling.rows, tiling.columns, block, tiles, r <= block, precision)
-    return (columns, triton.cdiv(rows, tiles), 1), constants
+    return block, r <= block, precision
+
+
+@functools.cache
+def _form_plan(m: int, n: int, r: int, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
+    """The grid of programs of `_form`, and its constants from ROWS on."""
+    rows, columns = triton.cdiv(m, FORM.rows), triton.cdiv(n, FORM.columns)
+    tiles = ROWS_OF_TILES if rows * columns >= ROWS_OF_TILES * ENOUGH_PROGRAMS else 1
+    block, one_block, precision = _product_constants(r, dtype, device)
+    return (columns, triton.cdiv(rows, tiles), 1), (FORM.rows, FORM.columns, block, tiles, one_block, precision)
+
+
+@dataclass(frozen=True)
+class _PullPlan:
+    """How the pullback's kernels are launched.
+
+    Every program of `_pull_rows` keeps a block of rows for `by_rows` tiles, and every one of `_pull_columns` a block
+    of columns for `by_columns`; each leaves its part of dB (`parts_b` of them) or dA in the scratch, whose size is
+    `scratch`, behind the sums of `programs` programs.
+    """
+
+    rows_grid: tuple[int, int, int]
+    columns_grid: tuple[int, int, int]
+    collect_grid: tuple[int, int, int]
+    by_rows: int
+    by_columns: int
+    programs: int
+    parts_a: int
+    parts_b: int
+    scratch: int
+    constants: tuple[Any, ...]
+
+
+@functools.cache
+def _pull_plan(m: int, n: int, r: int, dtype: torch.dtype, device: torch.device) -> _PullPlan:
+    rows, columns = triton.cdiv(m, PULL.rows), triton.cdiv(n, PULL.columns)
+    by_rows = max(1, min(columns, rows * columns // ENOUGH_PROGRAMS))
+    by_columns = max(1, min(rows, rows * columns // ENOUGH_PROGRAMS))
+    parts_b, parts_a = triton.cdiv(columns, by_rows), triton.cdiv(rows, by_columns)
+    block, one_block, precision = _product_constants(r, dtype, device)
+    blocks = triton.cdiv(r, block)
+    programs = parts_b * rows
+    to_add = sum(triton.cdiv(size, COLLECT_BLOCK) for size in (r * n, m * r))
+    return _PullPlan(
+        rows_grid=(parts_b, rows, blocks),
+        columns_grid=(columns, parts_a, blocks),
+        collect_grid=(SUMS + to_add, 1, 1),
+        by_rows=by_rows,
+        by_columns=by_columns,
+        programs=programs,
+        parts_a=parts_a,
+        parts_b=parts_b,
+        scratch=(SUMS) * programs + parts_b * m * r + parts_a * r * n,
+        constants=(PULL.rows, PULL.columns, block, one_block, precision),
+    )
 
 
 _compiled: dict[tuple[Any, ...], Any] = {}
@@ -313,38 +461,36 @@ def effective_weight(weight: Tensor | None, A: Tensor, B: Tensor, series: Series
     A, B = A.contiguous(), B.contiguous()
     (r, n), m = A.shape, B.shape[0]
     out = torch.empty(m, n, dtype=dtype, device=A.device)
-    grid, constants = _plan(FORM, m, n, r, dtype, A.device)
+    grid, constants = _form_plan(m, n, r, dtype, A.device)
     W, strides = (out, (n, 1)) if weight is None else (weight, weight.stride())
-    _launch(_form, grid, FORM.warps, (W, out, A, B, series.packed), m, n, r, *strides, weight is not None, *constants)
+    _launch(
+        _form, grid, FORM.warps, (W, out, A, B, series.packed), m, n, r, *strides, _count(series, dtype),
+        weight is not None, *constants,
+    )  # fmt: skip
     return out
 
 
 def pull_back(
-    dense: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, series: Series
-) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-    """As `kernels.pull_back`; `dense` is overwritten."""
-    return effective_weight(weight, A, B, series, dense.dtype), *gradients(dense, A, B, series)
-
-
-def gradients(dense: Tensor, A: Tensor, B: Tensor, series: Series) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """The gradients to A, B and the coefficients; `dense` is overwritten."""
+    dense: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, series: Series, form: bool
+) -> tuple[Tensor | None, Tensor, Tensor, tuple[Tensor, ...]]:
+    """As `kernels.pull_back`."""
     A, B, dense = A.contiguous(), B.contiguous(), dense.contiguous()
     (r, n), m = A.shape, B.shape[0]
-    exact = dense.dtype == torch.float32
-    plans = {tiling: _plan(tiling, m, n, r, dense.dtype, A.device) for tiling in (PULL_SHORT, PULL)}
-    programs = max(grid[0] * grid[1] for grid, _ in plans.values())
-    sums = torch.zeros(TERMS.value + SHORT.value, programs, device=A.device)
-    tensors = (dense, A, B, series.packed, sums)
-    # Which of the two has work is known on the GPU alone; the other returns at once.
-    if not exact:
-        grid, constants = plans[PULL_SHORT]
-        _launch(_pull_short, grid, PULL_SHORT.warps, tensors, m, n, r, programs, *constants)
-    grid, constants = plans[PULL]
-    _launch(_pull, grid, PULL.warps, tensors, m, n, r, programs, 0 if exact else SHORT.value, *constants)
-    moments = sums.sum(1, dtype=torch.float64) @ layout.to_moments(TERMS.value, A.device)
-    if exact:
-        grad_a, grad_b = B.T @ dense, dense @ A.T
-    else:
-        grad_a = torch.mm(B.to(dense.dtype).T, dense, out_dtype=torch.float32)
-        grad_b = torch.mm(dense, A.to(dense.dtype).T, out_dtype=torch.float32)
-    return grad_a, grad_b, (moments,)
+    plan, count = _pull_plan(m, n, r, dense.dtype, A.device), _count(series, dense.dtype)
+    out = torch.empty_like(dense) if form else dense
+    W, strides = (dense, (n, 1)) if weight is None else (weight, weight.stride())
+    scratch, moments = A.new_empty(plan.scratch), series.parameters[0].new_empty(SUMS)
+    grad_a, grad_b = torch.empty_like(A), torch.empty_like(B)
+    _launch(
+        _pull_rows, plan.rows_grid, PULL.warps, (dense, W, out, A, B, series.packed, scratch), m, n, r, *strides,
+        plan.by_rows, plan.programs, count, form, weight is not None, *plan.constants,
+    )  # fmt: skip
+    _launch(
+        _pull_columns, plan.columns_grid, PULL.warps, (dense, A, B, series.packed, scratch), m, n, r,
+        plan.by_columns, plan.programs, plan.parts_b, count, *plan.constants,
+    )  # fmt: skip
+    _launch(
+        _collect, plan.collect_grid, COLLECT_WARPS, (series.packed, scratch, moments, grad_a, grad_b), m, n, r,
+        plan.programs, plan.parts_a, plan.parts_b, count, COLLECT_BLOCK,
+    )  # fmt: skip
+    return out if form else None, grad_a, grad_b, (moments,)

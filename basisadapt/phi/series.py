@@ -39,7 +39,8 @@ Tables = Callable[[Tensor, Tensor, Tensor], Transfer]  # the functions of M modu
 class SeriesBatch:
     """The series of M modules.
 
-    coefficients: (M, P), float64, with gradients; the first `degree` (M,), int32, of each are what the tolerance asks.
+    coefficients: (M, P + POWER_COUNT), float64, with gradients; the first `degree` (M,), int32, of each are what the
+    tolerance asks; behind P of them the same polynomial's powers, see `with_powers`.
     radius: R, (M,). resolved: (M,), False where not even P coefficients are enough.
     """
 
@@ -125,14 +126,15 @@ def _degree(coefficients: Tensor, radius: Tensor, tolerance: float) -> tuple[Ten
 
 
 class _Interpolate(torch.autograd.Function):
-    """`_interpolate`, whose backward evaluates F again: it can run many times, and holds no N values per node."""
+    """`_interpolate`, with powers. The backward evaluates F again: it can run many times, and N values per node are not
+    held."""
 
     @staticmethod
     def forward(ctx: Any, tables: Tables, radius: Tensor, points: int, *parameters: Tensor) -> Tensor:
         # Copies, not saved tensors: with gradient accumulation one series serves several backward passes.
         ctx.inputs = tables, radius, points, [p.detach().double().clone() for p in parameters]
         ctx.dtypes = [p.dtype for p in parameters]
-        return _interpolate(tables(*ctx.inputs[3]), radius, points)
+        return _interpolate(tables(*ctx.inputs[3]), radius, points) @ with_powers(points, radius.device)
 
     @staticmethod
     @once_differentiable
@@ -141,7 +143,8 @@ class _Interpolate(torch.autograd.Function):
         with torch.enable_grad():
             leaves = [v.detach().requires_grad_() for v in values]
             coefficients = _interpolate(tables(*leaves), radius, points)
-            grads = torch.autograd.grad(coefficients, leaves, upstream[0], allow_unused=True)
+            moments = upstream[0] @ with_powers(points, radius.device).T
+            grads = torch.autograd.grad(coefficients, leaves, moments, allow_unused=True)
         return None, None, None, *(g if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True))
 
 
@@ -200,10 +203,13 @@ def _monomials(points: int) -> Tensor:
 @torch.no_grad()
 def pack(batch: SeriesBatch) -> Tensor:
     """All series as rows of numbers, (M, PACKED), float64, zero beyond the degree; powers for short series only."""
-    points = batch.coefficients.shape[1]
+    points = batch.coefficients.shape[1] - POWER_COUNT
     beyond = torch.arange(points, device=batch.radius.device) >= batch.degree.unsqueeze(1)
-    values = batch.coefficients.masked_fill(beyond, 0.0)
-    slopes = values @ _differentiation(points, batch.radius.device).T / batch.radius.unsqueeze(1)
+    coefficients = batch.coefficients[:, :points]
+    values = coefficients.masked_fill(beyond, 0.0)
+    # Of all coefficients: the terms left out of F are steep at the ends of the range.
+    slopes = coefficients @ _differentiation(points, batch.radius.device).T / batch.radius.unsqueeze(1)
+    slopes = slopes.masked_fill(beyond, 0.0)
     to_powers = _monomials(POWER_COUNT, batch.radius.device).T
     packed = values.new_zeros(len(values), PACKED)
     packed[:, 0], packed[:, 1] = batch.degree, 1 / batch.radius
@@ -215,8 +221,11 @@ def pack(batch: SeriesBatch) -> Tensor:
 
 
 @_constant
-def to_moments(points: int) -> Tensor:
-    """The matrix (P + POWER_COUNT, P) that takes Σ G T_d(t) and, behind them, Σ G t^k to all of Σ G T_d(t)."""
-    of_powers = torch.zeros(POWER_COUNT, points, dtype=torch.float64)
-    of_powers[:, :POWER_COUNT] = _monomials(POWER_COUNT, torch.device("cpu"))
-    return torch.cat([torch.eye(points, dtype=torch.float64), of_powers])
+def with_powers(points: int) -> Tensor:
+    """The matrix (P, P + POWER_COUNT) that puts behind a row of coefficients the same polynomial's powers of t.
+
+    Backwards it takes Σ G T_d(t) and, behind them, Σ G t^k to all of Σ G T_d(t).
+    """
+    powers = torch.zeros(points, POWER_COUNT, dtype=torch.float64)
+    powers[:POWER_COUNT] = _monomials(POWER_COUNT, torch.device("cpu")).T
+    return torch.cat([torch.eye(points, dtype=torch.float64), powers], dim=1)

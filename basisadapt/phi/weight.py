@@ -107,11 +107,12 @@ class _AdaptedLinear(torch.autograd.Function):
         gradient = _as(upstream, ctx.dtype).flatten(0, -2)
         dense = dense_gradient(gradient, _as(x, ctx.dtype).flatten(0, -2), ctx.execution.dense_gradient)
         grad_weight = dense.to(weight.dtype, copy=True) if ctx.needs_input_grad[1] else None
-        base = ctx.made() if ctx.made else weight if ctx.frozen is None else ctx.frozen
+        form = ctx.needs_input_grad[0]
+        base = ctx.made() if ctx.made and form else weight if ctx.frozen is None else ctx.frozen
         effective, grad_a, grad_b, grads = kernels.pull_back(
-            dense, base, _as(A, dtype), _as(B, dtype), ctx.evaluator, ctx.execution.backend
+            dense, base, _as(A, dtype), _as(B, dtype), ctx.evaluator, ctx.execution.backend, form
         )
-        grad_x = _as((gradient @ effective).view(x.shape), x.dtype) if ctx.needs_input_grad[0] else None
+        grad_x = None if effective is None else _as((gradient @ effective).view(x.shape), x.dtype)
         grad_bias = gradient.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
         rest = [_as(g, p.dtype) for g, p in zip(grads, ctx.evaluator.parameters, strict=True)]
         return grad_x, grad_weight, grad_bias, _as(grad_a, A.dtype), _as(grad_b, B.dtype), None, None, None, *rest
