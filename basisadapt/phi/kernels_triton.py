@@ -29,7 +29,7 @@ STEP = tl.constexpr(4)  # powers of t that are kept at once
 FEWEST = 6  # powers for which a kernel is compiled; from there in twos
 BLOCK_R = 64  # columns of B per product
 ROWS_OF_TILES = 8  # per program, which keeps its columns of A
-ENOUGH_PROGRAMS = 2048
+ENOUGH_PROGRAMS, ENOUGH_PULLS = 2048, 1024
 
 
 @triton.jit
@@ -49,15 +49,39 @@ def _rows_of(B, rows, m, r, start, BR: tl.constexpr):
 
 
 @triton.jit
+def _halves(x, PRECISION: tl.constexpr):
+    """x as a sum of two numbers in bfloat16; as it is where products take it so."""
+    if PRECISION == "bf16x3":
+        high = x.to(tl.bfloat16)
+        low = (x - high.to(tl.float32)).to(tl.bfloat16)
+    else:
+        high = x
+        low = x
+    return high, low
+
+
+@triton.jit
+def _product(b, a, t, PRECISION: tl.constexpr):
+    """t + ba, nearly as in float32; b, a: of `_halves`."""
+    if PRECISION == "bf16x3":
+        t = tl.dot(b[1], a[0], t)
+        t = tl.dot(b[0], a[1], t)
+        return tl.dot(b[0], a[0], t)
+    else:
+        return tl.dot(b[0], a[0], t, input_precision=PRECISION)
+
+
+@triton.jit
 def _factor_product(
     A, B, a, b, rows, cols, m, n, r, scale, BR: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """t = BA / R on one tile; a, b: the first BR rows of A and columns of B there."""
-    t = tl.dot(b * scale, a, input_precision=PRECISION)
+    """t = BA / R on one tile; a, b: the first BR rows of A and columns of B / R there, of `_halves`."""
+    t = _product(b, a, tl.zeros((rows.shape[0], cols.shape[0]), tl.float32), PRECISION)
     if not ONE_BLOCK:
         for start in range(BR, r, BR):
-            more = _rows_of(B, rows, m, r, start, BR) * scale
-            t = tl.dot(more, _columns_of(A, cols, n, r, start, BR), t, input_precision=PRECISION)
+            more_b = _halves(_rows_of(B, rows, m, r, start, BR) * scale, PRECISION)
+            more_a = _halves(_columns_of(A, cols, n, r, start, BR), PRECISION)
+            t = _product(more_b, more_a, t, PRECISION)
     return t
 
 
@@ -103,12 +127,12 @@ def _form_by(
     scale = tl.load(SERIES + 1)
     c = _coefficients(SERIES + POWERS, COUNT)
     cols = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    a = _columns_of(A, cols, n, r, 0, BR)
+    a = _halves(_columns_of(A, cols, n, r, 0, BR), PRECISION)
     for i in tl.range(TILES, num_stages=3):
         rows = (tl.program_id(1) * TILES + i) * ROWS + tl.arange(0, ROWS)
         inside = (rows < m)[:, None] & (cols < n)[None, :]
         row = rows[:, None].to(tl.int64)
-        b = _rows_of(B, rows, m, r, 0, BR)
+        b = _halves(_rows_of(B, rows, m, r, 0, BR) * scale, PRECISION)
         t = _factor_product(A, B, a, b, rows, cols, m, n, r, scale, BR, ONE_BLOCK, PRECISION)
         value = _horner(t, c, COUNT) if COUNT else _clenshaw(t, SERIES + VALUES, degree)
         if HAS_WEIGHT:
@@ -137,13 +161,6 @@ def _form(
 
 
 @triton.jit
-def _lane_sums(x):
-    """Sums over the numbers that one thread holds, where x lies as the result of a product does: nothing is moved."""
-    parts = tl.reshape(x, (x.shape[0] // 16, 2, 8, x.shape[1] // 8, 4, 2))
-    return tl.sum(tl.sum(tl.sum(parts, 5), 3), 1)
-
-
-@triton.jit
 def _slopes(t, SERIES, c, degree, COUNT: tl.constexpr):
     """R F'(z), by powers or by Clenshaw's recurrence; c: the coefficients of the powers."""
     return _horner(t, c, COUNT) if COUNT else _clenshaw(t, SERIES + SLOPES, degree)
@@ -151,20 +168,21 @@ def _slopes(t, SERIES, c, degree, COUNT: tl.constexpr):
 
 @triton.jit
 def _power_sums(sums, g0, t, COUNT: tl.constexpr):
-    """sums + Σ G t^k for k < COUNT: each a product of G t^i, i < STEP, and a power of t^STEP."""
+    """sums + G t^k for k < COUNT: each a product of G t^i, i < STEP, and a power of t^STEP. Element by element: one
+    fused multiply-add each, and no exchange between threads."""
     square = t * t
     g1 = g0 * t
     g = (g0, g1, g0 * square, g1 * square)
     factor = square * square
     power = factor
-    found = (sums[0] + _lane_sums(g0),)
+    found = (sums[0] + g0,)
     for k in tl.static_range(1, COUNT):
         if k < STEP:
-            found = found + (sums[k] + _lane_sums(g[k]),)
+            found = found + (sums[k] + g[k],)
         else:
             if k > STEP and k % STEP == 0:
                 power *= factor
-            found = found + (sums[k] + _lane_sums(g[k % STEP] * power),)
+            found = found + (sums[k] + g[k % STEP] * power,)
     return found
 
 
@@ -199,20 +217,21 @@ def _pull_rows_by(
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     block = tl.program_id(2) * BR
     row = rows[:, None].to(tl.int64)
-    b = _rows_of(B, rows, m, r, 0, BR)
+    b = _halves(_rows_of(B, rows, m, r, 0, BR) * scale, PRECISION)
     grad_b = tl.zeros((ROWS, BR), tl.float32)
     in_group = tl.arange(0, GROUP)[None, :]
     group = tl.arange(0, TERMS // GROUP)[:, None]
     moments = tl.zeros((TERMS // GROUP, GROUP), tl.float32)
-    sums = (tl.zeros((ROWS // 16, 8, 4), tl.float32),)
+    sums = (tl.zeros((ROWS, COLUMNS), tl.float32),)
     for _ in tl.static_range(1, COUNT):
-        sums = sums + (tl.zeros((ROWS // 16, 8, 4), tl.float32),)
+        sums = sums + (tl.zeros((ROWS, COLUMNS), tl.float32),)
     for i in range(tiles):
         cols = (tl.program_id(0) * tiles + i) * COLUMNS + tl.arange(0, COLUMNS)
         inside = (rows < m)[:, None] & (cols < n)[None, :]
         gradient = tl.load(G + row * n + cols[None, :], mask=inside, other=0.0).to(tl.float32)
         a = _columns_of(A, cols, n, r, 0, BR)
-        t = _factor_product(A, B, a, b, rows, cols, m, n, r, scale, BR, ONE_BLOCK, PRECISION)
+        of_a = _halves(a, PRECISION)
+        t = _factor_product(A, B, of_a, b, rows, cols, m, n, r, scale, BR, ONE_BLOCK, PRECISION)
         if FORM:
             value = _horner(t, values, COUNT) if COUNT else _clenshaw(t, SERIES + VALUES, degree)
             if HAS_WEIGHT:
@@ -234,7 +253,7 @@ def _pull_rows_by(
         program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         if COUNT:
             for d in tl.static_range(COUNT):
-                tl.store(SCRATCH + (TERMS + d) * programs + program, tl.sum(tl.sum(tl.sum(sums[d], 2), 1), 0))
+                tl.store(SCRATCH + (TERMS + d) * programs + program, tl.sum(tl.sum(sums[d], 1), 0))
         else:
             tl.store(SCRATCH + (group * GROUP + in_group) * programs + program, moments)
 
@@ -270,7 +289,7 @@ def _pull_columns_by(
     slopes = _coefficients(SERIES + SLOPE_POWERS, COUNT)
     cols = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     block = tl.program_id(2) * BR
-    a = _columns_of(A, cols, n, r, 0, BR)
+    a = _halves(_columns_of(A, cols, n, r, 0, BR), PRECISION)
     grad_a = tl.zeros((BR, COLUMNS), tl.float32)
     for i in range(tiles):
         rows = (tl.program_id(1) * tiles + i) * ROWS + tl.arange(0, ROWS)
@@ -278,7 +297,8 @@ def _pull_columns_by(
         place = G + rows[:, None].to(tl.int64) * n + cols[None, :]
         gradient = tl.load(place, mask=inside, other=0.0).to(tl.float32)
         b = _rows_of(B, rows, m, r, 0, BR)
-        t = _factor_product(A, B, a, b, rows, cols, m, n, r, scale, BR, ONE_BLOCK, PRECISION)
+        of_b = _halves(b * scale, PRECISION)
+        t = _factor_product(A, B, a, of_b, rows, cols, m, n, r, scale, BR, ONE_BLOCK, PRECISION)
         pulled = (gradient * _slopes(t, SERIES, slopes, degree, COUNT)).to(G.dtype.element_ty)
         if not ONE_BLOCK:
             b = _rows_of(B, rows, m, r, block, BR)
@@ -354,7 +374,7 @@ class Tiling:
 
 
 # Few numbers per thread, so that many warps fit.
-FORM, PULL = Tiling(16, 128, 4), Tiling(64, 32, 4)
+FORM, PULL_ROWS, PULL_COLUMNS = Tiling(16, 128, 4), Tiling(64, 16, 4), Tiling(16, 64, 1)
 COLLECT_BLOCK, COLLECT_WARPS = 1024, 4
 SUMS = TERMS.value + POWER_COUNT.value  # numbers that a program of `_pull_rows` leaves
 
@@ -407,16 +427,23 @@ class _PullPlan:
     parts_a: int
     parts_b: int
     scratch: int
-    constants: tuple[Any, ...]
+    rows_constants: tuple[Any, ...]
+    columns_constants: tuple[Any, ...]
+
+
+def _split(tiles: int, parts: int) -> tuple[int, int]:
+    """Tiles per part, as even as can be, and how many parts that makes of about `parts`."""
+    each = triton.cdiv(tiles, max(1, min(tiles, parts)))
+    return each, triton.cdiv(tiles, each)
 
 
 @functools.cache
 def _pull_plan(m: int, n: int, r: int, dtype: torch.dtype, device: torch.device) -> _PullPlan:
-    rows, columns = triton.cdiv(m, PULL.rows), triton.cdiv(n, PULL.columns)
-    by_rows = max(1, min(columns, rows * columns // ENOUGH_PROGRAMS))
-    by_columns = max(1, min(rows, rows * columns // ENOUGH_PROGRAMS))
-    parts_b, parts_a = triton.cdiv(columns, by_rows), triton.cdiv(rows, by_columns)
-    block, one_block, precision = _product_constants(r, dtype, device)
+    rows, tiles = triton.cdiv(m, PULL_ROWS.rows), triton.cdiv(n, PULL_ROWS.columns)
+    by_rows, parts_b = _split(tiles, ENOUGH_PULLS // rows)
+    columns, tiles = triton.cdiv(n, PULL_COLUMNS.columns), triton.cdiv(m, PULL_COLUMNS.rows)
+    by_columns, parts_a = _split(tiles, ENOUGH_PULLS // columns)
+    block, *product = _product_constants(r, dtype, device)
     blocks = triton.cdiv(r, block)
     programs = parts_b * rows
     to_add = sum(triton.cdiv(size, COLLECT_BLOCK) for size in (r * n, m * r))
@@ -429,8 +456,9 @@ def _pull_plan(m: int, n: int, r: int, dtype: torch.dtype, device: torch.device)
         programs=programs,
         parts_a=parts_a,
         parts_b=parts_b,
-        scratch=(SUMS) * programs + parts_b * m * r + parts_a * r * n,
-        constants=(PULL.rows, PULL.columns, block, one_block, precision),
+        scratch=SUMS * programs + parts_b * m * r + parts_a * r * n,
+        rows_constants=(PULL_ROWS.rows, PULL_ROWS.columns, block, *product),
+        columns_constants=(PULL_COLUMNS.rows, PULL_COLUMNS.columns, block, *product),
     )
 
 
@@ -482,12 +510,12 @@ def pull_back(
     scratch, moments = A.new_empty(plan.scratch), series.parameters[0].new_empty(SUMS)
     grad_a, grad_b = torch.empty_like(A), torch.empty_like(B)
     _launch(
-        _pull_rows, plan.rows_grid, PULL.warps, (dense, W, out, A, B, series.packed, scratch), m, n, r, *strides,
-        plan.by_rows, plan.programs, count, form, weight is not None, *plan.constants,
+        _pull_rows, plan.rows_grid, PULL_ROWS.warps, (dense, W, out, A, B, series.packed, scratch), m, n, r, *strides,
+        plan.by_rows, plan.programs, count, form, weight is not None, *plan.rows_constants,
     )  # fmt: skip
     _launch(
-        _pull_columns, plan.columns_grid, PULL.warps, (dense, A, B, series.packed, scratch), m, n, r,
-        plan.by_columns, plan.programs, plan.parts_b, count, *plan.constants,
+        _pull_columns, plan.columns_grid, PULL_COLUMNS.warps, (dense, A, B, series.packed, scratch), m, n, r,
+        plan.by_columns, plan.programs, plan.parts_b, count, *plan.columns_constants,
     )  # fmt: skip
     _launch(
         _collect, plan.collect_grid, COLLECT_WARPS, (series.packed, scratch, moments, grad_a, grad_b), m, n, r,
