@@ -15,6 +15,7 @@ from basisadapt.adapter.layer import PhiLinear
 from basisadapt.adapter.peft_type import PHI, PREFIX
 from basisadapt.adapter.placement import describe
 from basisadapt.phi.bank import TransferBank
+from basisadapt.phi.choice import default_tolerance
 from basisadapt.phi.compiler import Compiler
 
 
@@ -44,7 +45,8 @@ class PhiModel(BaseTuner):  # type: ignore[misc]
             bank.double()
         self.phi_bank[adapter_name] = bank
         factors = {layer.name: (layer.phi_A, layer.phi_B) for layer in layers}
-        compiler = Compiler(bank, adapter_name, factors, config.backend, config.tolerance)
+        tolerance = config.tolerance or default_tolerance(layers[0].base_layer.weight.dtype)
+        compiler = Compiler(bank, adapter_name, factors, config.backend, tolerance)
         for layer in layers:
             layer.phi_source[adapter_name] = compiler
         layers[0]._move_adapter_to_device_of_base_layer(adapter_name)

@@ -12,6 +12,8 @@ from basisadapt.phi.bank import Transfer, index_tensor
 from basisadapt.phi.evaluators import Direct, Evaluator, Series, Table
 
 VERIFY_EVERY = 16  # compilations
+TOLERANCE = {torch.bfloat16: 1e-4, torch.float16: 1e-5}  # below the rounding of the weights that F is added to
+FLOAT32_TOLERANCE = 1e-6
 DOUBLE_TOLERANCE = 1e-11  # in float64, whatever is asked
 ROUNDING = 1 + 1e-6
 SMALLEST = 1e-2  # the smallest range, in units of φ's argument
@@ -121,7 +123,14 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def evaluator(transfer: Transfer, A: Tensor, B: Tensor, backend: str, tolerance: float = 1e-6) -> Evaluator:
+def default_tolerance(weights: torch.dtype) -> float:
+    """The tolerance over weights of that dtype."""
+    return TOLERANCE.get(weights, FLOAT32_TOLERANCE)
+
+
+def evaluator(
+    transfer: Transfer, A: Tensor, B: Tensor, backend: str, tolerance: float = FLOAT32_TOLERANCE
+) -> Evaluator:
     """The evaluator of one function on BA, made afresh."""
     dtype = compute_dtype(A)
     if backend == "direct":

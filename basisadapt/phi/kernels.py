@@ -59,7 +59,7 @@ def pull_back(
 ) -> tuple[Tensor | None, Tensor, Tensor, tuple[Tensor, ...]]:
     """W + F(BA) in the dtype of `dense`, if `form`, and the gradients to A, B and F's parameters.
 
-    dense: G = dL/d(W + F(BA)), (out_features, in_features).
+    dense: G = dL/d(W + F(BA)), (out_features, in_features); overwritten where that saves memory.
     """
     if _fused(evaluator, A, backend):
         from basisadapt.phi import kernels_triton

@@ -1,9 +1,10 @@
 """The fused kernels for a GPU: W + F(BA) in one pass over W, and the pullback in one pass over the dense gradient.
 
-BA is formed tile by tile on the tensor cores and never stored. The degree of the series is read on the GPU, so no
-kernel is compiled per degree and the host need not know it. Sums over tiles are stored per program and added in a
-fixed order: the result repeats bit for bit. A series comes as one row of numbers (see `evaluators.Series.packed`), and
-what is the same everywhere is a constant of the module: every argument costs the host time at each launch.
+BA is formed tile by tile on the tensor cores and never stored. A kernel is compiled for a number of powers that the
+host expects a series to need; what it does need is read on the GPU, and where that is more, slower recurrences serve.
+Sums over tiles are stored per program and added in a fixed order: the result repeats bit for bit. A series comes as
+one row of numbers (see `evaluators.Series.packed`), and what is the same everywhere is a constant of the module: every
+argument costs the host time at each launch.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ STEP = tl.constexpr(4)  # powers of t that are kept at once
 FEWEST = 6  # powers for which a kernel is compiled; from there in twos
 BLOCK_R = 64  # columns of B per product
 ROWS_OF_TILES = 8  # per program, which keeps its columns of A
-ENOUGH_PROGRAMS, ENOUGH_PULLS = 2048, 1024
+ENOUGH_PROGRAMS, ENOUGH_PULLS = 2048, 1600
 
 
 @triton.jit
@@ -161,12 +162,6 @@ def _form(
 
 
 @triton.jit
-def _slopes(t, SERIES, c, degree, COUNT: tl.constexpr):
-    """R F'(z), by powers or by Clenshaw's recurrence; c: the coefficients of the powers."""
-    return _horner(t, c, COUNT) if COUNT else _clenshaw(t, SERIES + SLOPES, degree)
-
-
-@triton.jit
 def _power_sums(sums, g0, t, COUNT: tl.constexpr):
     """sums + G t^k for k < COUNT: each a product of G t^i, i < STEP, and a power of t^STEP. Element by element: one
     fused multiply-add each, and no exchange between threads."""
@@ -204,7 +199,7 @@ def _moments(moments, gradient, t, degree, group, in_group):
 
 
 @triton.jit
-def _pull_rows_by(
+def _pull_by(
     COUNT: tl.constexpr, G, W, OUT, A, B, SERIES, SCRATCH, m, n, r, stride_m, stride_n, tiles, programs,
     FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BR: tl.constexpr,
     ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
@@ -215,7 +210,6 @@ def _pull_rows_by(
     values = _coefficients(SERIES + POWERS, COUNT)
     slopes = _coefficients(SERIES + SLOPE_POWERS, COUNT)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    block = tl.program_id(2) * BR
     row = rows[:, None].to(tl.int64)
     b = _halves(_rows_of(B, rows, m, r, 0, BR) * scale, PRECISION)
     grad_b = tl.zeros((ROWS, BR), tl.float32)
@@ -228,126 +222,65 @@ def _pull_rows_by(
     for i in range(tiles):
         cols = (tl.program_id(0) * tiles + i) * COLUMNS + tl.arange(0, COLUMNS)
         inside = (rows < m)[:, None] & (cols < n)[None, :]
-        gradient = tl.load(G + row * n + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+        place = row * n + cols[None, :]
+        gradient = tl.load(G + place, mask=inside, other=0.0).to(tl.float32)
         a = _columns_of(A, cols, n, r, 0, BR)
-        of_a = _halves(a, PRECISION)
-        t = _factor_product(A, B, of_a, b, rows, cols, m, n, r, scale, BR, ONE_BLOCK, PRECISION)
+        t = _factor_product(A, B, _halves(a, PRECISION), b, rows, cols, m, n, r, scale, BR, ONE_BLOCK, PRECISION)
         if FORM:
             value = _horner(t, values, COUNT) if COUNT else _clenshaw(t, SERIES + VALUES, degree)
             if HAS_WEIGHT:
-                place = W + row * stride_m + cols[None, :].to(tl.int64) * stride_n
-                value += tl.load(place, mask=inside, other=0.0).to(tl.float32)
-            tl.store(OUT + row * n + cols[None, :], value.to(OUT.dtype.element_ty), mask=inside)
-        pulled = (gradient * _slopes(t, SERIES, slopes, degree, COUNT)).to(G.dtype.element_ty)
-        if not ONE_BLOCK:
-            a = _columns_of(A, cols, n, r, block, BR)
-        grad_b = tl.dot(pulled, tl.trans(a.to(G.dtype.element_ty)), grad_b, input_precision=PRECISION)
+                of_weight = W + row * stride_m + cols[None, :].to(tl.int64) * stride_n
+                value += tl.load(of_weight, mask=inside, other=0.0).to(tl.float32)
+            tl.store(OUT + place, value.to(OUT.dtype.element_ty), mask=inside)
+        slope = _horner(t, slopes, COUNT) if COUNT else _clenshaw(t, SERIES + SLOPES, degree)
+        pulled = (gradient * slope).to(G.dtype.element_ty)
+        tl.store(G + place, pulled, mask=inside)
+        if ONE_BLOCK:
+            grad_b = tl.dot(pulled, tl.trans(a.to(G.dtype.element_ty)), grad_b, input_precision=PRECISION)
         if COUNT:
             sums = _power_sums(sums, gradient, t, COUNT)
         else:
             moments = _moments(moments, gradient, t, degree, group, in_group)
-    k = block + tl.arange(0, BR)[None, :]
-    parts = SCRATCH + (TERMS + POWER_COUNT) * programs
-    tl.store(parts + (tl.program_id(0) * m + row) * r + k, grad_b, mask=(rows < m)[:, None] & (k < r))
-    if tl.program_id(2) == 0:
-        program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        if COUNT:
-            for d in tl.static_range(COUNT):
-                tl.store(SCRATCH + (TERMS + d) * programs + program, tl.sum(tl.sum(sums[d], 1), 0))
-        else:
-            tl.store(SCRATCH + (group * GROUP + in_group) * programs + program, moments)
+    if ONE_BLOCK:
+        k = tl.arange(0, BR)[None, :]
+        parts = SCRATCH + (TERMS + POWER_COUNT) * programs
+        tl.store(parts + (tl.program_id(0) * m + row) * r + k, grad_b, mask=(rows < m)[:, None] & (k < r))
+    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    if COUNT:
+        for d in tl.static_range(COUNT):
+            tl.store(SCRATCH + (TERMS + d) * programs + program, tl.sum(tl.sum(sums[d], 1), 0))
+    else:
+        tl.store(SCRATCH + (group * GROUP + in_group) * programs + program, moments)
 
 
 @triton.jit(do_not_specialize=["tiles", "programs"])
-def _pull_rows(
+def _pull(
     G, W, OUT, A, B, SERIES, SCRATCH, m, n, r, stride_m, stride_n, tiles, programs,
     COUNT: tl.constexpr, FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     BR: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(G F'(z)) Aᵀ over a block of rows and some columns; W + F(z) there; and into a column of the scratch the sums
-    Σ G T_d(t) or, behind, Σ G t^k."""
+    """On a block of rows and some columns: G becomes G F'(z); OUT is W + F(z); the scratch receives the sums
+    Σ G T_d(t) or, behind them, Σ G t^k, and, where r fits into one block, the part of dB = (G F'(z)) Aᵀ."""
     if tl.load(SERIES).to(tl.int32) <= COUNT:
-        _pull_rows_by(
+        _pull_by(
             COUNT, G, W, OUT, A, B, SERIES, SCRATCH, m, n, r, stride_m, stride_n, tiles, programs,
             FORM, HAS_WEIGHT, ROWS, COLUMNS, BR, ONE_BLOCK, PRECISION,
         )  # fmt: skip
     else:
-        _pull_rows_by(
+        _pull_by(
             0, G, W, OUT, A, B, SERIES, SCRATCH, m, n, r, stride_m, stride_n, tiles, programs,
             FORM, HAS_WEIGHT, ROWS, COLUMNS, BR, ONE_BLOCK, PRECISION,
         )  # fmt: skip
 
 
-@triton.jit
-def _pull_columns_by(
-    COUNT: tl.constexpr, G, A, B, SERIES, SCRATCH, m, n, r, tiles, programs, parts_b,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    BR: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    degree = tl.load(SERIES).to(tl.int32)
-    scale = tl.load(SERIES + 1)
-    slopes = _coefficients(SERIES + SLOPE_POWERS, COUNT)
-    cols = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    block = tl.program_id(2) * BR
-    a = _halves(_columns_of(A, cols, n, r, 0, BR), PRECISION)
-    grad_a = tl.zeros((BR, COLUMNS), tl.float32)
-    for i in range(tiles):
-        rows = (tl.program_id(1) * tiles + i) * ROWS + tl.arange(0, ROWS)
-        inside = (rows < m)[:, None] & (cols < n)[None, :]
-        place = G + rows[:, None].to(tl.int64) * n + cols[None, :]
-        gradient = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-        b = _rows_of(B, rows, m, r, 0, BR)
-        of_b = _halves(b * scale, PRECISION)
-        t = _factor_product(A, B, a, of_b, rows, cols, m, n, r, scale, BR, ONE_BLOCK, PRECISION)
-        pulled = (gradient * _slopes(t, SERIES, slopes, degree, COUNT)).to(G.dtype.element_ty)
-        if not ONE_BLOCK:
-            b = _rows_of(B, rows, m, r, block, BR)
-        grad_a = tl.dot(tl.trans(b.to(G.dtype.element_ty)), pulled, grad_a, input_precision=PRECISION)
-    k = block + tl.arange(0, BR)[:, None]
-    parts = SCRATCH + (TERMS + POWER_COUNT) * programs + parts_b.to(tl.int64) * m * r
-    place = parts + (tl.program_id(1) * r + k).to(tl.int64) * n + cols[None, :]
-    tl.store(place, grad_a, mask=(k < r) & (cols < n)[None, :])
-
-
-@triton.jit(do_not_specialize=["tiles", "programs", "parts_b"])
-def _pull_columns(
-    G, A, B, SERIES, SCRATCH, m, n, r, tiles, programs, parts_b, COUNT: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BR: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Bᵀ (G F'(z)) over a block of columns and some rows."""
-    if tl.load(SERIES).to(tl.int32) <= COUNT:
-        _pull_columns_by(
-            COUNT, G, A, B, SERIES, SCRATCH, m, n, r, tiles, programs, parts_b,
-            ROWS, COLUMNS, BR, ONE_BLOCK, PRECISION,
-        )  # fmt: skip
-    else:
-        _pull_columns_by(
-            0, G, A, B, SERIES, SCRATCH, m, n, r, tiles, programs, parts_b,
-            ROWS, COLUMNS, BR, ONE_BLOCK, PRECISION,
-        )  # fmt: skip
-
-
-@triton.jit
-def _add_up(PARTS, RESULT, index, size, parts, BLOCK: tl.constexpr):
-    place = index.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for part in range(parts):
-        total += tl.load(PARTS + part * size + place, mask=place < size, other=0.0)
-    tl.store(RESULT + place, total, mask=place < size)
-
-
-@triton.jit(do_not_specialize=["m", "n", "r", "programs", "parts_a", "parts_b"])
-def _collect(
-    SERIES, SCRATCH, MOMENTS, GRAD_A, GRAD_B, m, n, r, programs, parts_a, parts_b,
-    COUNT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Adds up what the programs of a pullback have left, in a fixed order."""
+@triton.jit(do_not_specialize=["size", "programs", "parts"])
+def _collect(SERIES, SCRATCH, MOMENTS, GRAD_B, size, programs, parts, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """Adds up what the programs of `_pull` have left, in a fixed order; size: of dB."""
     index = tl.program_id(0)
     if index < TERMS + POWER_COUNT:
         degree = tl.load(SERIES).to(tl.int32)
-        made = tl.where(
-            degree <= COUNT, (index >= TERMS) & (index < TERMS + degree), (index < TERMS) & (index < degree)
-        )
+        short = (index >= TERMS) & (index < TERMS + degree)
+        made = tl.where(degree <= COUNT, short, (index < TERMS) & (index < degree))
         total = tl.zeros((BLOCK,), tl.float64)
         for start in range(0, tl.where(made, programs, 0), BLOCK):
             place = start + tl.arange(0, BLOCK)
@@ -355,13 +288,12 @@ def _collect(
             total += found.to(tl.float64)
         tl.store(MOMENTS + index, tl.sum(total, 0))
     else:
-        index -= TERMS + POWER_COUNT
-        blocks = tl.cdiv(r * n, BLOCK)
-        of_b = SCRATCH + (TERMS + POWER_COUNT) * programs
-        if index < blocks:
-            _add_up(of_b + parts_b.to(tl.int64) * m * r, GRAD_A, index, r * n, parts_a, BLOCK)
-        else:
-            _add_up(of_b, GRAD_B, index - blocks, m * r, parts_b, BLOCK)
+        place = (index - TERMS - POWER_COUNT) * BLOCK + tl.arange(0, BLOCK)
+        summed = tl.zeros((BLOCK,), tl.float32)
+        for part in range(parts):
+            source = SCRATCH + (TERMS + POWER_COUNT) * programs + part * size
+            summed += tl.load(source + place, mask=place < size, other=0.0)
+        tl.store(GRAD_B + place, summed, mask=place < size)
 
 
 @dataclass(frozen=True)
@@ -374,9 +306,9 @@ class Tiling:
 
 
 # Few numbers per thread, so that many warps fit.
-FORM, PULL_ROWS, PULL_COLUMNS = Tiling(16, 128, 4), Tiling(64, 16, 4), Tiling(16, 64, 1)
+FORM, PULL = Tiling(16, 128, 4), Tiling(64, 16, 4)
 COLLECT_BLOCK, COLLECT_WARPS = 1024, 4
-SUMS = TERMS.value + POWER_COUNT.value  # numbers that a program of `_pull_rows` leaves
+SUMS = TERMS.value + POWER_COUNT.value  # numbers that a program of `_pull` leaves
 
 
 def _count(series: Series, dtype: torch.dtype) -> int:
@@ -409,57 +341,14 @@ def _form_plan(m: int, n: int, r: int, dtype: torch.dtype, device: torch.device)
     return (columns, triton.cdiv(rows, tiles), 1), (FORM.rows, FORM.columns, block, tiles, one_block, precision)
 
 
-@dataclass(frozen=True)
-class _PullPlan:
-    """How the pullback's kernels are launched.
-
-    Every program of `_pull_rows` keeps a block of rows for `by_rows` tiles, and every one of `_pull_columns` a block
-    of columns for `by_columns`; each leaves its part of dB (`parts_b` of them) or dA in the scratch, whose size is
-    `scratch`, behind the sums of `programs` programs.
-    """
-
-    rows_grid: tuple[int, int, int]
-    columns_grid: tuple[int, int, int]
-    collect_grid: tuple[int, int, int]
-    by_rows: int
-    by_columns: int
-    programs: int
-    parts_a: int
-    parts_b: int
-    scratch: int
-    rows_constants: tuple[Any, ...]
-    columns_constants: tuple[Any, ...]
-
-
-def _split(tiles: int, parts: int) -> tuple[int, int]:
-    """Tiles per part, as even as can be, and how many parts that makes of about `parts`."""
-    each = triton.cdiv(tiles, max(1, min(tiles, parts)))
-    return each, triton.cdiv(tiles, each)
-
-
 @functools.cache
-def _pull_plan(m: int, n: int, r: int, dtype: torch.dtype, device: torch.device) -> _PullPlan:
-    rows, tiles = triton.cdiv(m, PULL_ROWS.rows), triton.cdiv(n, PULL_ROWS.columns)
-    by_rows, parts_b = _split(tiles, ENOUGH_PULLS // rows)
-    columns, tiles = triton.cdiv(n, PULL_COLUMNS.columns), triton.cdiv(m, PULL_COLUMNS.rows)
-    by_columns, parts_a = _split(tiles, ENOUGH_PULLS // columns)
-    block, *product = _product_constants(r, dtype, device)
-    blocks = triton.cdiv(r, block)
-    programs = parts_b * rows
-    to_add = sum(triton.cdiv(size, COLLECT_BLOCK) for size in (r * n, m * r))
-    return _PullPlan(
-        rows_grid=(parts_b, rows, blocks),
-        columns_grid=(columns, parts_a, blocks),
-        collect_grid=(SUMS + to_add, 1, 1),
-        by_rows=by_rows,
-        by_columns=by_columns,
-        programs=programs,
-        parts_a=parts_a,
-        parts_b=parts_b,
-        scratch=SUMS * programs + parts_b * m * r + parts_a * r * n,
-        rows_constants=(PULL_ROWS.rows, PULL_ROWS.columns, block, *product),
-        columns_constants=(PULL_COLUMNS.rows, PULL_COLUMNS.columns, block, *product),
-    )
+def _pull_plan(
+    m: int, n: int, r: int, dtype: torch.dtype, device: torch.device
+) -> tuple[tuple[int, int, int], int, tuple[Any, ...]]:
+    """The grid of programs of `_pull`, tiles per program, and its constants from ROWS on."""
+    rows, tiles = triton.cdiv(m, PULL.rows), triton.cdiv(n, PULL.columns)
+    each = triton.cdiv(tiles, max(1, min(tiles, ENOUGH_PULLS // rows)))
+    return (triton.cdiv(tiles, each), rows, 1), each, (PULL.rows, PULL.columns, *_product_constants(r, dtype, device))
 
 
 _compiled: dict[tuple[Any, ...], Any] = {}
@@ -501,24 +390,33 @@ def effective_weight(weight: Tensor | None, A: Tensor, B: Tensor, series: Series
 def pull_back(
     dense: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, series: Series, form: bool
 ) -> tuple[Tensor | None, Tensor, Tensor, tuple[Tensor, ...]]:
-    """As `kernels.pull_back`."""
+    """As `kernels.pull_back`; `dense` is overwritten."""
     A, B, dense = A.contiguous(), B.contiguous(), dense.contiguous()
     (r, n), m = A.shape, B.shape[0]
-    plan, count = _pull_plan(m, n, r, dense.dtype, A.device), _count(series, dense.dtype)
+    grid, tiles, constants = _pull_plan(m, n, r, dense.dtype, A.device)
+    programs, parts, one_block = grid[0] * grid[1], grid[0], constants[3]
+    count, to_add = _count(series, dense.dtype), m * r if one_block else 0
     out = torch.empty_like(dense) if form else dense
     W, strides = (dense, (n, 1)) if weight is None else (weight, weight.stride())
-    scratch, moments = A.new_empty(plan.scratch), series.parameters[0].new_empty(SUMS)
-    grad_a, grad_b = torch.empty_like(A), torch.empty_like(B)
+    scratch = A.new_empty(SUMS * programs + parts * to_add)
+    moments, grad_b = series.parameters[0].new_empty(SUMS), torch.empty_like(B)
     _launch(
-        _pull_rows, plan.rows_grid, PULL_ROWS.warps, (dense, W, out, A, B, series.packed, scratch), m, n, r, *strides,
-        plan.by_rows, plan.programs, count, form, weight is not None, *plan.rows_constants,
+        _pull, grid, PULL.warps, (dense, W, out, A, B, series.packed, scratch), m, n, r, *strides,
+        tiles, programs, count, form, weight is not None, *constants,
     )  # fmt: skip
     _launch(
-        _pull_columns, plan.columns_grid, PULL_COLUMNS.warps, (dense, A, B, series.packed, scratch), m, n, r,
-        plan.by_columns, plan.programs, plan.parts_b, count, *plan.columns_constants,
+        _collect, (SUMS + triton.cdiv(to_add, COLLECT_BLOCK), 1, 1), COLLECT_WARPS,
+        (series.packed, scratch, moments, grad_b), to_add, programs, parts, count, COLLECT_BLOCK,
     )  # fmt: skip
-    _launch(
-        _collect, plan.collect_grid, COLLECT_WARPS, (series.packed, scratch, moments, grad_a, grad_b), m, n, r,
-        plan.programs, plan.parts_a, plan.parts_b, count, COLLECT_BLOCK,
-    )  # fmt: skip
+    grad_a = _product_in_float32(B.T, dense)
+    if not one_block:
+        grad_b = _product_in_float32(dense, A.T)
     return out if form else None, grad_a, grad_b, (moments,)
+
+
+def _product_in_float32(left: Tensor, right: Tensor) -> Tensor:
+    """left · right of matrices in one dtype and in float32; in float32, from operands in the narrower one."""
+    narrow = left.dtype if left.element_size() < right.element_size() else right.dtype
+    if narrow == torch.float32:
+        return left @ right
+    return torch.mm(left.to(narrow), right.to(narrow), out_dtype=torch.float32)

@@ -80,11 +80,12 @@ class PhiSettings(LowRankSettings):
     identity_path p, centre c, gain g: see the formula. amplitude_init: "zero", "identity" (least-squares fit of
     φ(x) = x on the grid's interval) or "normal:σ". factor_init: "lora" (A Kaiming-uniform, B = 0) or "both" (B as A).
     transfer_lr: learning rate of α, ω and learned x as a ratio to the base rate. transfer_decay: decoupled weight
-    decay of α, towards φ = 0. grid_seed: of the random grid; None takes the run's
-    seed, or 0 outside a run. backend: "auto" compiles φ once a step, accurate to `tolerance` (relative to the largest
-    value of ΔW), and takes fused kernels on a GPU with Triton; "triton" and "torch" choose; "direct" sums the N basis
-    functions for every weight (the reference, N times slower). dense_gradient: of the one product no elementwise φ
-    avoids: "exact", "fp8" (8-bit operands) or "sketch:K" (K tokens added up under random signs; unbiased).
+    decay of α, towards φ = 0. grid_seed: of the random grid; None takes the run's seed, or 0 outside a run. backend:
+    "auto" compiles φ once a step and takes fused kernels on a GPU with Triton; "triton" and "torch" choose; "direct"
+    sums the N basis functions for every weight (the reference, N times slower). tolerance: of compiled φ, relative to
+    the largest value of ΔW; None takes 1e-6, over half-precision weights what their rounding hides. dense_gradient: of
+    the one product no elementwise φ avoids: "exact", "fp8" (8-bit operands) or "sketch:K" (K tokens added up under
+    random signs; unbiased).
 
     Raises InputError for a name that is not registered or a value out of range. Source: paper, section 3.3.
     """
@@ -106,7 +107,7 @@ class PhiSettings(LowRankSettings):
     transfer_lr: float | None = None
     transfer_decay: float = 0.0
     backend: str = "auto"
-    tolerance: float = 1e-6
+    tolerance: float | None = None
     dense_gradient: str = "exact"
 
     def __post_init__(self) -> None:
@@ -125,7 +126,8 @@ class PhiSettings(LowRankSettings):
         require(0.0 <= self.transfer_lr < math.inf, "transfer_lr", self.transfer_lr, "at least 0")
         require(0.0 <= self.transfer_decay < math.inf, "transfer_decay", self.transfer_decay, "at least 0")
         require(self.factor_init in ("lora", "both"), "factor_init", self.factor_init, '"lora" or "both"')
-        require(0.0 < self.tolerance <= 1e-2, "tolerance", self.tolerance, "above 0 and at most 0.01")
+        in_range = self.tolerance is None or 0.0 < self.tolerance <= 1e-2
+        require(in_range, "tolerance", self.tolerance, "above 0 and at most 0.01")
         require(self.backend in BACKENDS, "backend", self.backend, " or ".join(f'"{name}"' for name in BACKENDS))
         known = '"exact", "fp8" or "sketch:K" with K of at least 2'
         require(is_known(self.dense_gradient), "dense_gradient", self.dense_gradient, known)
