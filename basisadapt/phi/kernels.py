@@ -65,7 +65,9 @@ def pull_back(
         from basisadapt.phi import kernels_triton
 
         assert isinstance(evaluator, Series)
-        return kernels_triton.pull_back(dense, weight, A, B, evaluator, form)
+        # Two kernels: in one, too many numbers would be held at once.
+        made = kernels_triton.effective_weight(weight, A, B, evaluator, dense.dtype) if form else None
+        return made, *kernels_triton.pull_back(dense, A, B, evaluator)
     effective = torch.empty_like(dense) if form else None
     grad_a, grad_b = torch.zeros_like(A), torch.empty_like(B)
     totals: list[Tensor] = []

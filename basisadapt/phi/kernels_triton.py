@@ -200,14 +200,12 @@ def _moments(moments, gradient, t, degree, group, in_group):
 
 @triton.jit
 def _pull_by(
-    COUNT: tl.constexpr, G, W, OUT, A, B, SERIES, SCRATCH, m, n, r, stride_m, stride_n, tiles, programs,
-    FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BR: tl.constexpr,
-    ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    COUNT: tl.constexpr, G, A, B, SERIES, SCRATCH, m, n, r, tiles, programs, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, BR: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """By COUNT powers of t; 0: by recurrences."""
     degree = tl.load(SERIES).to(tl.int32)
     scale = tl.load(SERIES + 1)
-    values = _coefficients(SERIES + POWERS, COUNT)
     slopes = _coefficients(SERIES + SLOPE_POWERS, COUNT)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row = rows[:, None].to(tl.int64)
@@ -226,12 +224,6 @@ def _pull_by(
         gradient = tl.load(G + place, mask=inside, other=0.0).to(tl.float32)
         a = _columns_of(A, cols, n, r, 0, BR)
         t = _factor_product(A, B, _halves(a, PRECISION), b, rows, cols, m, n, r, scale, BR, ONE_BLOCK, PRECISION)
-        if FORM:
-            value = _horner(t, values, COUNT) if COUNT else _clenshaw(t, SERIES + VALUES, degree)
-            if HAS_WEIGHT:
-                of_weight = W + row * stride_m + cols[None, :].to(tl.int64) * stride_n
-                value += tl.load(of_weight, mask=inside, other=0.0).to(tl.float32)
-            tl.store(OUT + place, value.to(OUT.dtype.element_ty), mask=inside)
         slope = _horner(t, slopes, COUNT) if COUNT else _clenshaw(t, SERIES + SLOPES, degree)
         pulled = (gradient * slope).to(G.dtype.element_ty)
         tl.store(G + place, pulled, mask=inside)
@@ -255,21 +247,18 @@ def _pull_by(
 
 @triton.jit(do_not_specialize=["tiles", "programs"])
 def _pull(
-    G, W, OUT, A, B, SERIES, SCRATCH, m, n, r, stride_m, stride_n, tiles, programs,
-    COUNT: tl.constexpr, FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    BR: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    G, A, B, SERIES, SCRATCH, m, n, r, tiles, programs, COUNT: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, BR: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """On a block of rows and some columns: G becomes G F'(z); OUT is W + F(z); the scratch receives the sums
-    Σ G T_d(t) or, behind them, Σ G t^k, and, where r fits into one block, the part of dB = (G F'(z)) Aᵀ."""
+    """On a block of rows and some columns: G becomes G F'(z); the scratch receives the sums Σ G T_d(t) or, behind
+    them, Σ G t^k, and, where r fits into one block, the part of dB = (G F'(z)) Aᵀ."""
     if tl.load(SERIES).to(tl.int32) <= COUNT:
         _pull_by(
-            COUNT, G, W, OUT, A, B, SERIES, SCRATCH, m, n, r, stride_m, stride_n, tiles, programs,
-            FORM, HAS_WEIGHT, ROWS, COLUMNS, BR, ONE_BLOCK, PRECISION,
+            COUNT, G, A, B, SERIES, SCRATCH, m, n, r, tiles, programs, ROWS, COLUMNS, BR, ONE_BLOCK, PRECISION
         )  # fmt: skip
     else:
         _pull_by(
-            0, G, W, OUT, A, B, SERIES, SCRATCH, m, n, r, stride_m, stride_n, tiles, programs,
-            FORM, HAS_WEIGHT, ROWS, COLUMNS, BR, ONE_BLOCK, PRECISION,
+            0, G, A, B, SERIES, SCRATCH, m, n, r, tiles, programs, ROWS, COLUMNS, BR, ONE_BLOCK, PRECISION
         )  # fmt: skip
 
 
@@ -298,16 +287,16 @@ def _collect(SERIES, SCRATCH, MOMENTS, GRAD_B, size, programs, parts, COUNT: tl.
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a kernel covers a matrix: rows and columns of a tile, and warps per program."""
+    """How a kernel covers a matrix: rows and columns of a tile, warps per program, and registers per thread."""
 
     rows: int
     columns: int
     warps: int
+    registers: int | None = None
 
 
 # Few numbers per thread, so that many warps fit.
-FORM, PULL = Tiling(16, 128, 4), Tiling(64, 16, 4)
-COLLECT_BLOCK, COLLECT_WARPS = 1024, 4
+FORM, PULL, COLLECT = Tiling(16, 128, 4), Tiling(64, 16, 4, registers=128), Tiling(1, 1024, 4)
 SUMS = TERMS.value + POWER_COUNT.value  # numbers that a program of `_pull` leaves
 
 
@@ -354,8 +343,8 @@ def _pull_plan(
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 
-def _launch(kernel: Any, grid: tuple[int, int, int], warps: int, tensors: tuple[Tensor, ...], *rest: Any) -> None:
-    """`kernel[grid](*tensors, *rest, num_warps=warps)`, without looking up again what was compiled for such arguments.
+def _launch(kernel: Any, grid: tuple[int, int, int], tiling: Tiling, tensors: tuple[Tensor, ...], *rest: Any) -> None:
+    """`kernel[grid](*tensors, *rest)`, without looking up again what was compiled for such arguments.
 
     Triton compiles per dtype, per alignment of pointers and per divisibility of numbers: the key holds all of them. Its
     own look-up takes longer than a small layer's work.
@@ -363,11 +352,11 @@ def _launch(kernel: Any, grid: tuple[int, int, int], warps: int, tensors: tuple[
     device = tensors[0].device
     if device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return _launch(kernel, grid, warps, tensors, *rest)
-    key = (kernel, device, warps, rest, *((t.dtype, t.data_ptr() % 16 == 0) for t in tensors))
+            return _launch(kernel, grid, tiling, tensors, *rest)
+    key = (kernel, device, rest, *((t.dtype, t.data_ptr() % 16 == 0) for t in tensors))
     compiled = _compiled.get(key)
     if compiled is None:
-        _compiled[key] = kernel[grid](*tensors, *rest, num_warps=warps)
+        _compiled[key] = kernel[grid](*tensors, *rest, num_warps=tiling.warps, maxnreg=tiling.registers)
     else:
         compiled[grid](*tensors, *rest)
     return None
@@ -381,37 +370,31 @@ def effective_weight(weight: Tensor | None, A: Tensor, B: Tensor, series: Series
     grid, constants = _form_plan(m, n, r, dtype, A.device)
     W, strides = (out, (n, 1)) if weight is None else (weight, weight.stride())
     _launch(
-        _form, grid, FORM.warps, (W, out, A, B, series.packed), m, n, r, *strides, _count(series, dtype),
+        _form, grid, FORM, (W, out, A, B, series.packed), m, n, r, *strides, _count(series, dtype),
         weight is not None, *constants,
     )  # fmt: skip
     return out
 
 
-def pull_back(
-    dense: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, series: Series, form: bool
-) -> tuple[Tensor | None, Tensor, Tensor, tuple[Tensor, ...]]:
-    """As `kernels.pull_back`; `dense` is overwritten."""
+def pull_back(dense: Tensor, A: Tensor, B: Tensor, series: Series) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """The gradients to A, B and the series' coefficients; `dense` is overwritten."""
     A, B, dense = A.contiguous(), B.contiguous(), dense.contiguous()
     (r, n), m = A.shape, B.shape[0]
     grid, tiles, constants = _pull_plan(m, n, r, dense.dtype, A.device)
     programs, parts, one_block = grid[0] * grid[1], grid[0], constants[3]
     count, to_add = _count(series, dense.dtype), m * r if one_block else 0
-    out = torch.empty_like(dense) if form else dense
-    W, strides = (dense, (n, 1)) if weight is None else (weight, weight.stride())
     scratch = A.new_empty(SUMS * programs + parts * to_add)
     moments, grad_b = series.parameters[0].new_empty(SUMS), torch.empty_like(B)
+    tensors = (dense, A, B, series.packed, scratch)
+    _launch(_pull, grid, PULL, tensors, m, n, r, tiles, programs, count, *constants)
     _launch(
-        _pull, grid, PULL.warps, (dense, W, out, A, B, series.packed, scratch), m, n, r, *strides,
-        tiles, programs, count, form, weight is not None, *constants,
-    )  # fmt: skip
-    _launch(
-        _collect, (SUMS + triton.cdiv(to_add, COLLECT_BLOCK), 1, 1), COLLECT_WARPS,
-        (series.packed, scratch, moments, grad_b), to_add, programs, parts, count, COLLECT_BLOCK,
+        _collect, (SUMS + triton.cdiv(to_add, COLLECT.columns), 1, 1), COLLECT,
+        (series.packed, scratch, moments, grad_b), to_add, programs, parts, count, COLLECT.columns,
     )  # fmt: skip
     grad_a = _product_in_float32(B.T, dense)
     if not one_block:
         grad_b = _product_in_float32(dense, A.T)
-    return out if form else None, grad_a, grad_b, (moments,)
+    return grad_a, grad_b, (moments,)
 
 
 def _product_in_float32(left: Tensor, right: Tensor) -> Tensor:
