@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 ADAPTER = "default"
 EARLY, MIDDLE = 0.1, 0.5  # of the steps; the paper looks at 5 %, 50 % and the end (appendix I.1)
 SPECTRUM = 128  # singular values kept of each update
-PHI_POINTS = 65
+FINE = 1025  # points on the range of BA, where φ's terms are looked at
+COARSE = 16  # of which one in so many is kept of the curve
+NEGLIGIBLE = 1e-12  # an update that changes no weight of any precision, as a series' rounding where BA = 0
 CURVE_POINTS = 100
 
 Numbers = dict[str, Any]
@@ -95,7 +97,7 @@ class Observer:
 
     def warnings(self, modules: dict[str, Numbers], settings: LowRankSettings) -> list[str]:
         """Whether the adapter is a low-rank update in name only, and why."""
-        moved = self.moved(modules)
+        moved = self._moved(modules)
         # B starts at zero: what it moved is measured against A.
         scale = max(before.norm().item() for name, before in self._start.items() if ".phi_bank." not in name)
         unmoved = sum(distance < 1e-3 * scale for distance in moved.values())
@@ -119,7 +121,7 @@ class Observer:
             warnings.append("collapsed: A and B of most modules did not move.")
         return warnings
 
-    def moved(self, modules: dict[str, Numbers]) -> dict[str, float]:
+    def _moved(self, modules: dict[str, Numbers]) -> dict[str, float]:
         """How far each module's A and B have come from their start: the larger of the two distances."""
         moved = dict.fromkeys(modules, 0.0)
         for name, before in self._start.items():
@@ -177,6 +179,8 @@ def observe(model: PeftModel) -> tuple[dict[str, Numbers], dict[str, Curve]]:
     phi: dict[str, Curve] = {}
     for name, layer, update in _updates(model):
         delta = torch.nan_to_num(update, posinf=0.0, neginf=0.0)
+        if delta.abs().max() < NEGLIGIBLE:
+            delta = torch.zeros_like(delta)
         sigma = singular_values(delta)
         modules[name] = {
             "kind": describe(name).kind,
@@ -215,7 +219,7 @@ def _transfer(layer: Any) -> tuple[dict[str, float], Curve]:
     transfer = layer.phi_source[ADAPTER].bank.transfer(layer.name).double()
     alpha, omega = transfer.alpha, transfer.omega
     reach = (B.float() @ A.float()).abs().max().item()
-    z = torch.linspace(-reach, reach, PHI_POINTS, dtype=torch.float64, device=alpha.device)
+    z = torch.linspace(-reach, reach, FINE, dtype=torch.float64, device=alpha.device)
     # N functions side by side, each with one amplitude of φ's: its terms.
     terms = dataclasses.replace(transfer, alpha=alpha.diag(), path=False, scaling=1.0)(z)
     active = active_count(terms)
@@ -229,4 +233,4 @@ def _transfer(layer: Any) -> tuple[dict[str, float], Curve]:
         "alpha_mean_abs": alpha.abs().mean().item(),
         "range_share": transfer.gain * reach / settings.interval,
     }
-    return numbers, {"z": z.tolist(), "phi": terms.sum(1).tolist()}
+    return numbers, {"z": z[::COARSE].tolist(), "phi": terms[::COARSE].sum(1).tolist()}

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 STEEPEST = -4.0
 STARTS = (-0.25, -0.5, -1.0, -2.0, -3.0)
 FEWEST = 8  # points
-EXPLAINED = 0.5
 
 
 @dataclass(frozen=True)
@@ -33,11 +32,13 @@ class PowerLaw:
 def fit_power_law(curve: Sequence[tuple[int, float]]) -> PowerLaw | None:
     """The power law of a logged loss, [(step, mean loss since the entry before), ...]; the exponents of Table 15.
 
-    Least squares with 0 ≤ floor, 0 ≤ drop and STEEPEST ≤ exponent ≤ 0, of the residuals over their noise (from second
-    differences), under the soft-L1 loss 2 (√(1 + x²) − 1), which single bad batches do not sway; the best of several
-    starts. None where the data do not tell an exponent: fewer than FEWEST points, less than EXPLAINED of the variance
-    explained, or an exponent at its limit. The paper fits t^exponent and names neither quantity nor method; a floor is
-    fitted with it here, without which every exponent of a loss that does not end at 0 is near 0.
+    Fitted with 0 ≤ floor, 0 ≤ drop and STEEPEST ≤ exponent ≤ 0 to the residuals x, in units of the noise that second
+    differences show, under the Cauchy loss ln(1 + x²), which single bad batches do not sway; the best of several
+    starts. None where the data do not tell an exponent: fewer than FEWEST points, or an exponent that is less than two
+    standard errors (Gauss-Newton, the floor unknown) away from 0, as of a loss that has hardly begun to fall.
+
+    The paper prints t^exponent and names neither quantity nor method. A floor is fitted with it here, without which
+    every exponent of a loss that does not end at 0 is near 0.
     """
     import numpy as np
     from scipy.optimize import least_squares
@@ -51,7 +52,7 @@ def fit_power_law(curve: Sequence[tuple[int, float]]) -> PowerLaw | None:
     spread = float(np.ptp(loss))
     # Of independent noise σ, second differences have the variance 6σ²; 1.48 makes a median absolute value a σ.
     noise = 1.4826 * float(np.median(np.abs(np.diff(loss, 2)))) / 6**0.5
-    scale = max(noise, 1e-6 * spread)
+    scale = max(noise, 1e-3 * spread)
     if spread == 0:
         return None
 
@@ -60,9 +61,18 @@ def fit_power_law(curve: Sequence[tuple[int, float]]) -> PowerLaw | None:
 
     bounds = ([0.0, 0.0, STEEPEST], [np.inf, np.inf, 0.0])
     first = [max(float(loss.min()), 0.0), spread / 2]
-    fits = [least_squares(residuals, [*first, start], bounds=bounds, loss="soft_l1") for start in STARTS]
+    fits = [least_squares(residuals, [*first, start], bounds=bounds, loss="cauchy") for start in STARTS]
     best = min(fits, key=lambda fit: float(fit.cost))
     floor, drop, exponent = map(float, best.x)
-    explained = 1 - np.square(residuals(best.x) * scale).mean() / np.var(loss)
-    at_limit = exponent < 0.99 * STEEPEST or exponent > -0.01
-    return None if at_limit or explained < EXPLAINED else PowerLaw(floor, drop, exponent, unit)
+    error = _standard_errors(best.jac, 2 * best.cost / (len(points) - 3))[2]
+    return PowerLaw(floor, drop, exponent, unit) if exponent < -2 * error else None
+
+
+def _standard_errors(jacobian: NDArray[float64], variance: float) -> NDArray[float64]:
+    """Of fitted parameters; infinite where the data do not determine them."""
+    import numpy as np
+
+    hessian = jacobian.T @ jacobian
+    if np.linalg.cond(hessian) > 1e12:
+        return np.full(len(hessian), np.inf)
+    return np.asarray(np.sqrt(variance * np.diag(np.linalg.inv(hessian))))

@@ -72,7 +72,7 @@ def evolution_figure(title: str, snapshots: Sequence[Mapping[str, Any]], phi: Ma
     A row per layer, a column per projection.
     """
     stages = {_stage(s): s["phi"] for s in snapshots if s["step"] > 0} | {"end": phi}
-    if not phi:
+    if not phi or len(stages) == 1:
         return None
     from matplotlib.figure import Figure
 
@@ -94,7 +94,7 @@ def evolution_figure(title: str, snapshots: Sequence[Mapping[str, Any]], phi: Ma
             axes.ticklabel_format(scilimits=(-2, 3))
             axes.set_title(f"layer {depth}, {name}", fontsize=7)
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(stages), fontsize=8, frameon=False)
+    figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False)
     figure.supxlabel("entry of BA", fontsize=9)
     figure.supylabel("what φ adds to it", fontsize=9)
     figure.suptitle(title)
@@ -173,7 +173,7 @@ def modules_figure(title: str, modules: Mapping[str, Mapping[str, Any]]) -> Figu
         axes.locator_params(axis="x", integer=True)
         axes.ticklabel_format(axis="y", scilimits=(-3, 4), useOffset=False)
     handles, labels = grid[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), fontsize=7, frameon=False)
+    figure.legend(handles, labels, loc="outside right center", fontsize=7, frameon=False)
     figure.supxlabel("layer", fontsize=9)
     return figure
 
@@ -189,13 +189,8 @@ def training_figure(
     left.plot(steps, losses, color="0.6", linewidth=1, label="training loss")
     law = fit_power_law(curves["loss"])
     if law is not None:
-        left.plot(
-            steps,
-            [law(step) for step in steps],
-            color="C3",
-            linewidth=1.5,
-            label=f"{law.floor:.2f} + c · t^({law.exponent:.2f})",
-        )
+        label = f"{law.floor:.2f} + c · t^({law.exponent:.2f})"
+        left.plot(steps, [law(step) for step in steps], color="C3", linewidth=1.5, label=label)
     if "eval_loss" in metrics:
         left.plot(steps[-1], metrics["eval_loss"], "D", color="C0", markersize=5, label="held-out loss, end")
     if "eval_loss" in curves:
