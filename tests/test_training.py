@@ -93,7 +93,7 @@ def test_the_literal_recipe_does_not_start(monkeypatch):
 def test_observing_changes_no_number(monkeypatch):
     """Every step observed, and none: bitwise the same, over two verifications of the series, with dropout."""
     targets = ["layer.0.attention.self.query", "layer.3.output.dense"]
-    chosen = config(train={"max_steps": 34}, adapter={"r": 2, "dropout": 0.1, "target_modules": targets})
+    chosen = config(train={"max_steps": 18}, adapter={"r": 2, "dropout": 0.1, "target_modules": targets})
     original = Observer.step
 
     def often(observer, step, total):
@@ -112,13 +112,13 @@ def test_observing_changes_no_number(monkeypatch):
 
 def test_one_adapted_module_and_a_landscape():
     adapter = {"r": 2, "target_modules": ["layer.0.attention.self.query"]}
-    result = run(config(train={"landscape": 3, "max_steps": 2}, adapter=adapter))
+    result = run(config(train={"landscape": 3, "max_steps": 2, "lr": 0.05}, adapter=adapter))
     assert result.metrics["stable_rank.std"] == 0
     assert "stable_rank.mlp.mean" not in result.metrics
     losses = result.landscape["loss"]
     assert result.landscape["axis"] == [-1, 0, 1]
     assert len({value for row in losses for value in row}) == 9
-    plain = run(config(train={"max_steps": 2}, adapter=adapter))
+    plain = run(config(train={"max_steps": 2, "lr": 0.05}, adapter=adapter))
     assert plain.landscape == {}
     assert plain.modules == result.modules, "the parameters are put back"
 

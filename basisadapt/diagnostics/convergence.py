@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -35,10 +36,11 @@ def fit_power_law(curve: Sequence[tuple[int, float]]) -> PowerLaw | None:
     Fitted with 0 ≤ floor, 0 ≤ drop and STEEPEST ≤ exponent ≤ 0 to the residuals x, in units of the noise that second
     differences show, under the Cauchy loss ln(1 + x²), which single bad batches do not sway; the best of several
     starts. None where the data do not tell an exponent: fewer than FEWEST points, or an exponent that is less than two
-    standard errors (Gauss-Newton, the floor unknown) away from 0, as of a loss that has hardly begun to fall.
+    standard errors away from 0 (Gauss-Newton, over what is not at its limit).
 
     The paper prints t^exponent and names neither quantity nor method. A floor is fitted with it here, without which
-    every exponent of a loss that does not end at 0 is near 0.
+    every exponent of a loss that does not end at 0 is near 0. A loss that has hardly begun to fall has no visible
+    floor: it is fitted with floor 0 and an exponent near 0. A warm-up flattens the start, and the exponent with it.
     """
     import numpy as np
     from scipy.optimize import least_squares
@@ -64,15 +66,10 @@ def fit_power_law(curve: Sequence[tuple[int, float]]) -> PowerLaw | None:
     fits = [least_squares(residuals, [*first, start], bounds=bounds, loss="cauchy") for start in STARTS]
     best = min(fits, key=lambda fit: float(fit.cost))
     floor, drop, exponent = map(float, best.x)
-    error = _standard_errors(best.jac, 2 * best.cost / (len(points) - 3))[2]
-    return PowerLaw(floor, drop, exponent, unit) if exponent < -2 * error else None
-
-
-def _standard_errors(jacobian: NDArray[float64], variance: float) -> NDArray[float64]:
-    """Of fitted parameters; infinite where the data do not determine them."""
-    import numpy as np
-
+    free = best.active_mask == 0
+    jacobian = np.asarray(best.jac, dtype=np.float64)[:, free]
     hessian = jacobian.T @ jacobian
-    if np.linalg.cond(hessian) > 1e12:
-        return np.full(len(hessian), np.inf)
-    return np.asarray(np.sqrt(variance * np.diag(np.linalg.inv(hessian))))
+    if not free[2] or np.linalg.cond(hessian) > 1e12:
+        return None
+    error = math.sqrt(2 * best.cost / (len(points) - 3) * np.linalg.inv(hessian)[-1, -1])
+    return PowerLaw(floor, drop, exponent, unit) if exponent < -2 * error else None

@@ -222,12 +222,13 @@ def landscape_figure(title: str, landscape: Mapping[str, Any]) -> Figure | None:
     axes = figure.add_subplot()
     if np.isfinite(loss).any():
         filled = axes.contourf(axis, axis, np.ma.masked_invalid(loss), levels=24, cmap="viridis")
-        figure.colorbar(filled, label="loss of one batch")
+        figure.colorbar(filled, label="loss of one batch").ax.tick_params(labelsize=7)
     axes.plot(0, 0, "x", color="white", markersize=8)
     _dress(axes)
     axes.set_xlabel("a", fontsize=9)
     axes.set_ylabel("b", fontsize=9)
-    axes.set_title(f"{title}: loss at θ* + a d₁ + b d₂", fontsize=9)
+    axes.set_title("loss at θ* + a d₁ + b d₂", fontsize=9)
+    figure.suptitle(title)
     return figure
 
 
