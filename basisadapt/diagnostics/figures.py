@@ -190,7 +190,7 @@ def training_figure(
     law = fit_power_law(curves["loss"])
     if law is not None:
         label = f"{law.floor:.2f} + c · t^({law.exponent:.2f})"
-        left.plot(steps, [law(step) for step in steps], color="C3", linewidth=1.5, label=label)
+        left.plot(steps, [law(step) for step in steps], color="C3", linewidth=1.5, label=label, scaley=False)
     if "eval_loss" in metrics:
         left.plot(steps[-1], metrics["eval_loss"], "D", color="C0", markersize=5, label="held-out loss, end")
     if "eval_loss" in curves:
