@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from basisadapt import backbones
-from basisadapt.diagnostics.spectrum import dc_share, stable_rank
+from basisadapt.diagnostics.convergence import fit_power_law
+from basisadapt.diagnostics.landscape import landscape
 from basisadapt.environment import environment
 from basisadapt.errors import InputError
 from basisadapt.methods import METHODS
-from basisadapt.phi.settings import LowRankSettings, PhiSettings
+from basisadapt.observation import CURVE_POINTS, Observer, adapted_layers, adapter_parameters, observe, summary
+from basisadapt.phi.settings import PhiSettings
 from basisadapt.run_config import RunConfig
 from basisadapt.tasks import TASKS, Rows, TaskData
 
@@ -30,9 +31,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
-ADAPTER = "default"
-CURVE_POINTS = 100  # loss values kept per run
 EVAL_BATCH = 64
+SEEN_ROWS = 2 * EVAL_BATCH  # training rows that the generalisation gap is measured on
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,24 @@ class RunResult:
     """What a run gave, in plain JSON types.
 
     status: "finished", or "diverged" where the loss stopped being finite. headline: the key in `metrics` of the task's
-    main metric, such as "accuracy". metrics: final numbers (finite ones only): the task's metrics, "eval_loss",
-    "train_loss", "stable_rank.mean" and ".std" over modules, "dc_share.mean", "parameters.trainable", ".factors",
-    ".transfer" and ".head", "seconds.train" and ".eval". curves: name -> [(step, value), ...]: "loss", and
-    "eval_loss" and the task's metrics where the run evaluates on its way. modules: adapted module ->
-    {"stable_rank", "dc_share", "kind"}. phi: adapted module -> {"z": [..], "phi": [..]}, what φ adds to BA, f(z), on
-    the range of BA (empty for methods without φ). warnings: sentences for the user. data: fingerprint and row counts.
-    environment: versions, git commit, platform, threads.
+    main metric, such as "accuracy".
+    metrics: final numbers (finite ones only): the task's metrics, "eval_loss", "train_loss"; over the modules (standard
+    deviations of the population) "stable_rank.mean" and ".std", the same of each kind, "stable_rank.attention.mean",
+    "dc_share.mean" and, of φ, "active_n.mean", "utilisation.mean", "omega.mean" and ".std", "alpha.mean_abs" and
+    "range.share", the largest of them; "convergence_exponent" (`diagnostics.convergence`), "update_smoothness"
+    (`diagnostics.path`), "generalisation_gap" (the headline metric on up to 128 training rows less that on the held-out
+    ones); "parameters.trainable", ".factors", ".transfer", ".head"; "seconds.train", ".eval" and ".observe", which do
+    not overlap.
+    curves: name -> [(step, value), ...]: "loss", "update_smoothness" so far, "stable_rank.attention" and so on at the
+    snapshots and the end, and "eval_loss" and the task's metrics where the run evaluates on its way.
+    modules: adapted module -> its numbers at the end: "kind", "stable_rank", "dc_share", "spectrum" (the leading
+    σᵢ / σ₁); of φ "active_n", "utilisation", "omega_mean", "omega_std", "alpha_mean", "alpha_std", "alpha_mean_abs",
+    "range_share" (max |g·BA| / I, the part of the grid's interval that BA reaches).
+    phi: adapted module -> {"z": [..], "phi": [..]}, what φ adds to BA, f(z), on the range of BA (empty for methods
+    without φ). snapshots: [{"step", "stable_rank": {module: number}, "phi": as above}, ...] at the start and after 10 %
+    and 50 % of the steps. landscape: `diagnostics.landscape` of the training loss, empty unless train.landscape asks.
+    warnings: sentences for the user. data: fingerprint and row counts. environment: versions, git commit, platform,
+    threads.
     """
 
     status: str
@@ -75,6 +86,8 @@ class RunResult:
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     modules: dict[str, dict[str, Any]] = field(default_factory=dict)
     phi: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    snapshots: list[dict[str, Any]] = field(default_factory=list)
+    landscape: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
@@ -115,15 +128,6 @@ def attach(model: PreTrainedModel, config: RunConfig) -> PeftModel:
     return adapted
 
 
-def adapted_layers(model: PeftModel) -> Iterator[tuple[str, Any]]:
-    """Name in the base model and layer of every adapted module."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for name, module in model.base_model.model.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            yield name, module
-
-
 def count_parameters(model: PeftModel) -> Plan:
     """The counts, from the model itself."""
     trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
@@ -157,8 +161,6 @@ def run(
     transformers.set_seed(config.seed)
     base, tokenizer = backbones.load(backbones.find(config.backbone), task.num_labels)
     model = attach(base, config)
-    start = _factors(model)
-    watch = _watch(on_step)
 
     with tempfile.TemporaryDirectory() as checkpoints:
         trainer = transformers.Trainer(
@@ -169,42 +171,56 @@ def run(
             processing_class=tokenizer,
             compute_metrics=lambda output: task.metrics(output.predictions, output.label_ids),
             optimizers=(_optimizer(model, config), None),
-            callbacks=[watch, *_early_stopping(config.train.patience)],
+            callbacks=_early_stopping(config.train.patience),
         )
         trainer.remove_callback(transformers.PrinterCallback)
+        observer = Observer(model)  # only now is the model where it trains
+        watch = _watch(observer, on_step)
+        trainer.add_callback(watch)
         began = time.perf_counter()
         training_loss = trainer.train().training_loss
         trained = time.perf_counter()
         output = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
         evaluated = time.perf_counter()
+        seen = trainer.predict(_spread(trainer.train_dataset, SEEN_ROWS))
+        slice_of_loss = _landscape(trainer, config)
     if save_to is not None:
         model.save_pretrained(save_to)
 
+    described = time.perf_counter()
+    modules, phi = observe(model)
+    observing = observer.seconds + time.perf_counter() - described
+    curves = {**_curves(trainer.state.log_history), **observer.curves(modules, trainer.state.global_step)}
+    law = fit_power_law(curves.get("loss", []))
     scores = {} if watch.diverged else task.metrics(output.predictions, output.label_ids)
+    on_seen = {} if watch.diverged else task.metrics(seen.predictions, seen.label_ids)
     counts = count_parameters(model)
-    modules = _describe_updates(model)
     metrics = {
         **scores,
         "eval_loss": output.metrics["eval_loss"],
         "train_loss": training_loss,
-        "stable_rank.mean": statistics.fmean(m["stable_rank"] for m in modules.values()),
-        "stable_rank.std": statistics.pstdev(m["stable_rank"] for m in modules.values()),
-        "dc_share.mean": statistics.fmean(m["dc_share"] for m in modules.values()),
+        **summary(modules),
+        "convergence_exponent": law.exponent if law else math.nan,
+        "generalisation_gap": on_seen[task.headline] - scores[task.headline] if scores else math.nan,
+        "update_smoothness": observer.smoothness(),
         "parameters.factors": counts.factors,
         "parameters.transfer": counts.transfer,
         "parameters.head": counts.head,
         "parameters.trainable": counts.trainable,
-        "seconds.train": trained - began,
+        "seconds.train": trained - began - observer.seconds,
         "seconds.eval": evaluated - trained,
+        "seconds.observe": observing,
     }
     return RunResult(
         status="diverged" if watch.diverged else "finished",
         headline=task.headline,
         metrics={name: float(value) for name, value in metrics.items() if math.isfinite(value)},
-        curves=_curves(trainer.state.log_history),
+        curves=curves,
         modules=modules,
-        phi=_learned_phi(model),
-        warnings=_collapse_warnings(model, config.adapter, start, modules),
+        phi=phi,
+        snapshots=observer.snapshots,
+        landscape=slice_of_loss,
+        warnings=observer.warnings(modules, config.adapter),
         data={"fingerprint": data.fingerprint(), "train_rows": len(train), "eval_rows": len(held_out)},
         environment=environment(),
     )
@@ -280,14 +296,18 @@ def _optimizer(model: PeftModel, config: RunConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.999))
 
 
-def _watch(on_step: Callable[[int, int], None] | None) -> Any:
-    """A callback that reports each step and ends a run whose loss is no longer finite."""
+def _watch(observer: Observer, on_step: Callable[[int, int], None] | None) -> Any:
+    """A callback that shows each step to the observer, reports it and ends a run whose loss is no longer finite."""
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):  # type: ignore[misc]
         diverged = False
 
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            observer.step(0, state.max_steps)
+
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            observer.step(state.global_step, state.max_steps)
             if on_step is not None:
                 on_step(state.global_step, state.max_steps)
 
@@ -315,70 +335,21 @@ def _curves(history: list[dict[str, float]]) -> dict[str, list[tuple[int, float]
     return curves
 
 
-@torch.no_grad()
-def _describe_updates(model: PeftModel) -> dict[str, dict[str, Any]]:
-    from basisadapt.adapter.placement import describe
-
-    described = {}
-    for name, layer in adapted_layers(model):
-        delta = torch.nan_to_num(layer.get_delta_weight(ADAPTER), posinf=0.0, neginf=0.0)
-        kind = describe(name).kind
-        described[name] = {"stable_rank": stable_rank(delta), "dc_share": dc_share(delta), "kind": kind}
-    return described
+def _spread(dataset: Dataset, count: int) -> Dataset:
+    """At most `count` rows, evenly spread over the data set."""
+    count = min(count, len(dataset))
+    return dataset.select(range(0, len(dataset) // count * count, len(dataset) // count))
 
 
-@torch.no_grad()
-def _learned_phi(model: PeftModel, points: int = 65) -> dict[str, dict[str, list[float]]]:
-    from basisadapt.adapter import PhiLinear
+def _landscape(trainer: Any, config: RunConfig) -> dict[str, Any]:
+    """The loss of one batch of training rows around the solution; empty where it is not asked for."""
+    if config.train.landscape is None:
+        return {}
+    batch = next(iter(trainer.get_eval_dataloader(_spread(trainer.train_dataset, EVAL_BATCH))))
 
-    curves = {}
-    for name, layer in adapted_layers(model):
-        if isinstance(layer, PhiLinear):
-            radius = float((layer.phi_B[ADAPTER] @ layer.phi_A[ADAPTER]).abs().max())
-            if math.isfinite(radius):
-                transfer = layer.phi_source[ADAPTER].bank.transfer(layer.name).double()
-                transfer = dataclasses.replace(transfer, path=False, scaling=1.0)
-                z = torch.linspace(-radius, radius, points, dtype=torch.float64, device=transfer.alpha.device)
-                curves[name] = {"z": z.tolist(), "phi": transfer(z).tolist()}
-    return curves
+    def loss() -> float:
+        return float(trainer.prediction_step(trainer.model, batch, prediction_loss_only=True)[0])
 
-
-def _factors(model: PeftModel) -> dict[str, torch.Tensor]:
-    """Copies of A and B of every adapted module."""
-    return {
-        name: parameter.detach().clone()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and ".phi_bank." not in name and ".modules_to_save." not in name
-    }
-
-
-def _collapse_warnings(
-    model: PeftModel, settings: LowRankSettings, start: dict[str, torch.Tensor], modules: dict[str, dict[str, Any]]
-) -> list[str]:
-    """Whether the adapter is a low-rank update in name only, and why."""
-    moved = dict.fromkeys(modules, 0.0)
-    for name, before in start.items():
-        module = next(module for module in modules if f".{module}." in name)
-        moved[module] = max(moved[module], (model.get_parameter(name) - before).norm().item())
-    # B starts at zero: what it moved is measured against A.
-    scale = max(before.norm().item() for before in start.values())
-    unmoved = sum(distance < 1e-3 * scale for distance in moved.values())
-    constant = sum(m["stable_rank"] < 1.05 and m["dc_share"] > 0.9 for m in modules.values())
-
-    literal = (
-        isinstance(settings, PhiSettings)
-        and settings.amplitude_init == "zero"
-        and not (settings.identity_path or settings.centre)
-    )
-    cause = (
-        "A dead start: with alpha = 0 and no identity path, phi stays even on a symmetric grid, so phi'(0) = 0 and, "
-        "with B = 0, A and B get no gradient; preset=residual has none."
-        if literal
-        else "phi(0), the same on every weight, outweighs the rest; centre=true takes it out."
-    )
-    warnings = []
-    if constant > len(modules) / 2:
-        warnings.append(f"collapsed: most updates are one constant (stable rank 1, DC share above 0.9). {cause}")
-    if unmoved > len(modules) / 2:
-        warnings.append("collapsed: A and B of most modules did not move.")
-    return warnings
+    trainer.model.eval()
+    parameters = list(adapter_parameters(trainer.model).values())
+    return landscape(parameters, loss, config.train.landscape, config.seed)

@@ -12,7 +12,7 @@ FLOORS = [
     {"registry", "settings", "environment", "diagnostics"},
     {"phi", "tasks", "backbones"},
     {"testing", "adapter"},
-    {"methods"},
+    {"methods", "observation"},
     {"run_config"},
     {"training"},
     {"study"},

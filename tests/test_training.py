@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import statistics
 
 import pytest
 
-from basisadapt import InputError, training
+from basisadapt import InputError
+from basisadapt.diagnostics.figures import figures
+from basisadapt.observation import Observer, observe
 from basisadapt.run_config import RunConfig
 from basisadapt.training import plan, run
 
@@ -34,7 +37,7 @@ def test_a_run_is_complete_and_repeats_bitwise(method, tmp_path):
 
     def repeated(result):
         metrics = {k: v for k, v in result.metrics.items() if not k.startswith("seconds.")}
-        return metrics, result.curves, result.modules, result.phi
+        return metrics, result.curves, result.modules, result.phi, result.snapshots, result.landscape
 
     assert repeated(first) == repeated(second)
     assert first.status == "finished"
@@ -42,12 +45,21 @@ def test_a_run_is_complete_and_repeats_bitwise(method, tmp_path):
     assert len(first.modules) == 36
     assert {m["kind"] for m in first.modules.values()} == {"attention", "mlp"}
     assert len(first.curves["loss"]) == 3
+    assert [snapshot["step"] for snapshot in first.snapshots] == [0, 1, 2]
+    assert set(first.snapshots[0]["stable_rank"].values()) == {0.0}, "B = 0: there is no update yet"
+    attention = [m["stable_rank"] for m in first.modules.values() if m["kind"] == "attention"]
+    assert first.metrics["stable_rank.attention.mean"] == pytest.approx(statistics.fmean(attention))
+    assert first.curves["stable_rank.attention"][-1] == (3, first.metrics["stable_rank.attention.mean"])
+    assert 0 < first.metrics["update_smoothness"] <= 1
+    assert first.curves["update_smoothness"][-1] == (3, first.metrics["update_smoothness"])
+    assert -1 < first.metrics["generalisation_gap"] < 1
+    assert ("active_n.mean" in first.metrics) == (method == "phi")
     assert set(first.phi) == (set(first.modules) if method == "phi" else set())
     assert first.metrics["parameters.trainable"] == plan(chosen).trainable
     assert first.data["train_rows"] == 200
     assert first.environment["torch"]
     assert (tmp_path / "adapter_model.safetensors").is_file()
-    json.dumps([first.metrics, first.curves, first.modules, first.phi, first.data, first.environment])
+    json.dumps(dataclasses.asdict(first), allow_nan=False)
 
 
 def test_another_seed_gives_other_numbers():
@@ -59,12 +71,13 @@ def test_the_literal_recipe_does_not_start(monkeypatch):
     """B = 0, alpha = 0, the paper's rate: in exact arithmetic A and B never move; here, not beyond rounding."""
     moved = []
 
-    def measure(model, settings, start, modules):
-        moved.extend((model.get_parameter(name) - before).abs().max().item() for name, before in start.items())
-        return original(model, settings, start, modules)
+    def measure(observer, modules, settings):
+        factors = {name: start for name, start in observer._start.items() if ".phi_bank." not in name}
+        moved.extend((observer._model.get_parameter(name) - a).abs().max().item() for name, a in factors.items())
+        return original(observer, modules, settings)
 
-    original = training._collapse_warnings
-    monkeypatch.setattr(training, "_collapse_warnings", measure)
+    original = Observer.warnings
+    monkeypatch.setattr(Observer, "warnings", measure)
     result = run(config(train={"max_steps": 20, "lr": 1e-4}, adapter={"preset": "paper", "r": 4}))
     assert len(moved) == 72
     assert max(moved) < 20 * 1e-4 / 50, "a healthy run moves by about lr a step"
@@ -75,6 +88,39 @@ def test_the_literal_recipe_does_not_start(monkeypatch):
     assert "most updates are one constant" in constant
     assert "dead start" in constant
     assert "A and B of most modules did not move" in unmoved
+
+
+def test_observing_changes_no_number(monkeypatch):
+    """Every step observed, and none: bitwise the same, over two verifications of the series, with dropout."""
+    targets = ["layer.0.attention.self.query", "layer.3.output.dense"]
+    chosen = config(train={"max_steps": 18}, adapter={"r": 2, "dropout": 0.1, "target_modules": targets})
+    original = Observer.step
+
+    def often(observer, step, total):
+        original(observer, step, total)
+        observe(observer._model)
+
+    monkeypatch.setattr(Observer, "step", often)
+    watched = run(chosen)
+    monkeypatch.setattr(Observer, "step", lambda *_: None)
+    alone = run(chosen)
+    assert watched.curves["loss"] == alone.curves["loss"]
+    assert watched.metrics["eval_loss"] == alone.metrics["eval_loss"]
+    assert watched.modules == alone.modules
+    assert [len(result.snapshots) for result in (watched, alone)] == [3, 0]
+
+
+def test_one_adapted_module_and_a_landscape():
+    adapter = {"r": 2, "target_modules": ["layer.0.attention.self.query"]}
+    result = run(config(train={"landscape": 3, "max_steps": 2, "lr": 0.05}, adapter=adapter))
+    assert result.metrics["stable_rank.std"] == 0
+    assert "stable_rank.mlp.mean" not in result.metrics
+    losses = result.landscape["loss"]
+    assert result.landscape["axis"] == [-1, 0, 1]
+    assert len({value for row in losses for value in row}) == 9
+    plain = run(config(train={"max_steps": 2, "lr": 0.05}, adapter=adapter))
+    assert plain.landscape == {}
+    assert plain.modules == result.modules, "the parameters are put back"
 
 
 def test_mixed_precision_trains():
@@ -90,10 +136,12 @@ def test_residual_does_start():
 
 
 def test_divergence_is_a_result():
-    result = run(config(train={"lr": 1e30, "max_steps": 30}, adapter={"r": 4}))
+    result = run(config(train={"lr": 1e30, "max_steps": 30, "landscape": 3}, adapter={"r": 4}))
     assert result.status == "diverged"
     assert all(math.isfinite(value) for value in result.metrics.values())
     assert "accuracy" not in result.metrics
+    json.dumps(dataclasses.asdict(result), allow_nan=False)
+    assert figures("diverged", dataclasses.asdict(result))
     assert len(result.curves["loss"]) < 30
 
 
@@ -126,6 +174,7 @@ def test_round_trip_and_hashable_form():
         ({"train": {"lr": "fast"}}, "train.lr must be a number"),
         ({"train": {"lr": -1.0}}, "train.lr must be above 0"),
         ({"train": {"patience": 2}}, "train.patience"),
+        ({"train": {"landscape": 4}}, "train.landscape must be an odd number of at least 3"),
         ({"tasks": "docstrings"}, "unknown key 'tasks'; did you mean 'task'"),
     ],
 )

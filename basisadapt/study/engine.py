@@ -6,12 +6,13 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from basisadapt.diagnostics.figures import figures
 from basisadapt.errors import InputError
 from basisadapt.study import report
 from basisadapt.study.record import Outcome, Record, check_database, one_line, sqlite_file
@@ -129,8 +130,7 @@ def _run_cell(
     trial = trials.ask(cell)
     try:
         result = training.run(cell.config, data_dir=data_dir, on_step=progress.step)
-        figure = report.phi_figure(f"{cell.row}, seed {cell.seed}", result)
-        record.finish(run_id, cell, result, {"phi.png": figure} if figure else {})
+        record.finish(run_id, cell, result, figures(f"{cell.row}, seed {cell.seed}", asdict(result)))
     except KeyboardInterrupt:
         record.close(run_id, "killed")
         trials.tell(trial, "killed")

@@ -284,9 +284,9 @@ def _points(result: RunResult) -> Iterable[tuple[str, float, int]]:
         curve = clean(f"curve/{name}" if name in result.metrics else name)
         yield from ((curve, float(value), int(step)) for step, value in points)
     for module, numbers in result.modules.items():
-        for name in ("stable_rank", "dc_share"):
-            if name in numbers:
-                yield clean(f"{name}/{module}"), float(numbers[name]), 0
+        for name, value in numbers.items():
+            if isinstance(value, float):
+                yield clean(f"{name}/{module}"), value, 0
 
 
 def _parameters(cell: Cell) -> dict[str, str]:
@@ -307,8 +307,8 @@ How to compare: each invocation is a parent run, each cell (row and seed) a chil
 - Runs table: expand the parents, or filter with ``tags.`{STATUS}` = 'finished'``; group by the parameter
   `row` for means over seeds. Columns to show: the headline metric, `stable_rank.mean`, `dc_share.mean`,
   `parameters.trainable`.
-- A cell's page holds `phi.png` (the learned φ of every layer), `result.json`, its curves, and every layer's
-  numbers under `stable_rank/` and `dc_share/`.
+- A cell's page holds its pictures (`phi.png`, `phi_evolution.png`, `stable_rank.png`, `spectrum.png`, `modules.png`,
+  `training.png`), `result.json`, its curves, and every layer's numbers under `stable_rank/`, `dc_share/` and so on.
 - Cells that diverged, failed or were killed say so in the tag `{STATUS}`.
 """
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from basisadapt.study import statistics
 from basisadapt.study.spec import published_values
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 
     from basisadapt.study.record import Outcome
     from basisadapt.study.spec import Row, Study
-    from basisadapt.training import RunResult
 
 PERCENT = ("accuracy", "f1", "matthews", "pearson", "spearman")  # metrics that are read as percentages
 DASH = "-"
@@ -294,47 +292,3 @@ def comparison_figure(table: Table) -> Figure:
     axes.set_title(table.study.spec.title)
     axes.grid(axis="x", alpha=0.3)
     return figure
-
-
-def phi_figure(title: str, result: RunResult) -> Figure | None:
-    """The learned φ of every layer: a panel per kind of module, a line per layer, lighter with depth."""
-    if not result.phi:
-        return None
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    panels: dict[str, list[tuple[int, dict[str, Any]]]] = {}
-    for module, curve in result.phi.items():
-        depth, name = _depth_and_name(module)
-        panels.setdefault(name, []).append((depth, curve))
-    deepest = max(depth for lines in panels.values() for depth, _ in lines)
-    # The last, palest colours are left out: they do not show on white.
-    norm, colours = matplotlib.colors.Normalize(0, 1.1 * max(deepest, 1)), matplotlib.colormaps["viridis"]
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(1.2 + 3.4 * columns, 0.6 + 2.6 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axes, (name, lines) in zip(grid, panels.items(), strict=False):
-        for depth, curve in lines:
-            axes.plot(curve["z"], curve["phi"], color=colours(norm(depth)), linewidth=1.2)
-        axes.set_title(name, fontsize=9)
-        axes.grid(alpha=0.3)
-        axes.tick_params(labelsize=7)
-        axes.xaxis.get_offset_text().set_fontsize(7)
-        axes.yaxis.get_offset_text().set_fontsize(7)
-        axes.locator_params(axis="x", nbins=5)
-        axes.ticklabel_format(scilimits=(-2, 3))
-    for axes in grid[len(panels) :]:
-        axes.set_axis_off()
-    figure.supxlabel("entry of BA", fontsize=9)
-    figure.supylabel("what φ adds to it", fontsize=9)
-    figure.suptitle(title)
-    bar = figure.colorbar(matplotlib.cm.ScalarMappable(norm, colours), ax=figure.axes, label="layer", shrink=0.8)
-    bar.ax.set_ylim(0, max(deepest, 1))
-    return figure
-
-
-def _depth_and_name(module: str) -> tuple[int, str]:
-    """(3, "attention.self.query") of "encoder.layer.3.attention.self.query"."""
-    found = re.search(r"\.(\d+)\.(.+)$", module)
-    return (int(found[1]), found[2]) if found else (0, module)

@@ -74,7 +74,9 @@ def test_what_a_cell_leaves_in_mlflow(home, fake, study, runs, trials):
     assert [(point.step, point.value) for point in loss] == [(1, 2.0), (3, 1.0)]  # NaN is left out
     artifacts = Path(run.info.artifact_uri.removeprefix("file://"))
     assert artifacts.is_relative_to(home / "mlruns" / "tiny")
-    assert sorted(path.name for path in artifacts.iterdir()) == ["phi.png", "result.json"]
+    assert sorted(path.name for path in artifacts.iterdir()) == [
+        "modules.png", "phi.png", "result.json", "stable_rank.png", "training.png",
+    ]  # fmt: skip
     assert json.loads((artifacts / "result.json").read_text())["config"]["adapter"]["basis"] == "sinc"
     files = sorted(file.path for file in client.list_artifacts(parent.info.run_id))
     assert files == ["comparison.png", "table.csv", "table.md", "table.txt"]

@@ -101,20 +101,8 @@ def test_mixed_states(two_bases):
 
 
 def test_figures(two_bases, tmp_path):
-    from fakes import MODULES
-
-    from basisadapt.training import RunResult
-
     table = report.build_table(
         two_bases, {**outcomes(two_bases, SOUND), two_bases.cells[0].key: outcome(two_bases.cells[0])}
     )
     report.comparison_figure(table).savefig(tmp_path / "comparison.png")
     report.comparison_figure(report.build_table(two_bases, {})).savefig(tmp_path / "nothing.png")
-    curve = {"z": [-1.0, 1.0], "phi": [0.0, 1.0]}
-    figure = report.phi_figure("sinc", RunResult("finished", "accuracy", phi=dict.fromkeys(MODULES, curve)))
-    figure.savefig(tmp_path / "phi.png")
-    titles = [axes.get_title() for axes in figure.axes]
-    assert titles == ["attention.self.query", "output.dense", ""]  # the last is the colour bar
-    assert [len(axes.lines) for axes in figure.axes[:2]] == [2, 2]
-    assert report.phi_figure("one", RunResult("finished", "a", phi={"head": curve})) is not None
-    assert report.phi_figure("LoRA", RunResult("finished", "a")) is None

@@ -1,0 +1,282 @@
+"""Pictures of one run, drawn from its plain numbers: the fields of a `training.RunResult`, or a `result.json`."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from basisadapt.diagnostics.convergence import fit_power_law
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PALEST = 0.9  # of the colour map: what lies beyond does not show on white
+LOWEST_SIGMA = 1e-4  # below, the spectrum is mostly rounding
+NUMBERS = {  # of a module: what is drawn against depth, and its label
+    "dc_share": "DC share",
+    "range_share": "max |g·BA| / I",
+    "utilisation": "active N / N",
+    "alpha_mean_abs": "mean |α|",
+    "omega_mean": "mean ω",
+    "omega_std": "std of ω",
+}
+
+Curve = Mapping[str, Sequence[float]]
+
+
+def figures(title: str, result: Mapping[str, Any]) -> dict[str, Figure]:
+    """File name to figure, of everything that the result has numbers for."""
+    modules, snapshots = result["modules"], result["snapshots"]
+    drawn = {
+        "phi.png": phi_figure(title, result["phi"]),
+        "phi_evolution.png": evolution_figure(title, snapshots, result["phi"]),
+        "stable_rank.png": stable_rank_figure(title, snapshots, modules),
+        "spectrum.png": spectrum_figure(title, modules),
+        "modules.png": modules_figure(title, modules),
+        "training.png": training_figure(title, result["curves"], result["metrics"]),
+        "landscape.png": landscape_figure(title, result["landscape"]),
+    }
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def phi_figure(title: str, phi: Mapping[str, Curve]) -> Figure | None:
+    """The learned φ of every layer (paper, Figure 1): a panel per projection, a line per layer, lighter with depth."""
+    if not phi:
+        return None
+    import matplotlib
+
+    panels = _by_name(phi)
+    deepest = max(depth for lines in panels.values() for depth, _ in lines)
+    norm, colours = matplotlib.colors.Normalize(0, max(deepest, 1) / PALEST), matplotlib.colormaps["viridis"]
+    figure, grid = _panels(title, len(panels))
+    for axes, (name, lines) in zip(grid, panels.items(), strict=False):
+        for depth, curve in lines:
+            axes.plot(curve["z"], curve["phi"], color=colours(norm(depth)), linewidth=1.2)
+        axes.set_title(name, fontsize=9)
+        axes.locator_params(axis="x", nbins=5)
+        axes.ticklabel_format(scilimits=(-2, 3))
+    figure.supxlabel("entry of BA", fontsize=9)
+    figure.supylabel("what φ adds to it", fontsize=9)
+    bar = figure.colorbar(matplotlib.cm.ScalarMappable(norm, colours), ax=figure.axes, label="layer", shrink=0.8)
+    bar.ax.set_ylim(0, max(deepest, 1))
+    return figure
+
+
+def evolution_figure(title: str, snapshots: Sequence[Mapping[str, Any]], phi: Mapping[str, Curve]) -> Figure | None:
+    """φ early, midway and at the end (paper, Figures 6 to 17), in the first, a middle and the last layer.
+
+    A row per layer, a column per projection.
+    """
+    stages = {_stage(s): s["phi"] for s in snapshots if s["step"] > 0} | {"end": phi}
+    if not phi or len(stages) == 1:
+        return None
+    from matplotlib.figure import Figure
+
+    places = {_depth_and_name(module): module for module in phi}
+    depths = sorted({depth for depth, _ in places})
+    rows = sorted({depths[0], depths[len(depths) // 2], depths[-1]})
+    columns = list(dict.fromkeys(name for _, name in places))
+    size = (1.2 + 2.4 * max(len(columns), 2), 1 + 2 * len(rows))
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(rows), len(columns), squeeze=False)
+    for depth, line in zip(rows, grid, strict=True):
+        for name, axes in zip(columns, line, strict=True):
+            module = places.get((depth, name))
+            for (stage, curves), colour in zip(stages.items(), _shades(len(stages)), strict=True):
+                if module in curves:
+                    axes.plot(curves[module]["z"], curves[module]["phi"], color=colour, linewidth=1.3, label=stage)
+            _dress(axes)
+            axes.locator_params(nbins=4)
+            axes.ticklabel_format(scilimits=(-2, 3))
+            axes.set_title(f"layer {depth}, {name}", fontsize=7)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False)
+    figure.supxlabel("entry of BA", fontsize=9)
+    figure.supylabel("what φ adds to it", fontsize=9)
+    figure.suptitle(title)
+    return figure
+
+
+def stable_rank_figure(
+    title: str, snapshots: Sequence[Mapping[str, Any]], modules: Mapping[str, Mapping[str, Any]]
+) -> Figure:
+    """The stable rank against depth (paper, Figure 2): a panel per kind, a line per snapshot through the kind's mean.
+
+    Dots are the modules at the end. A snapshot without updates, as at a start with B = 0, has no rank to draw.
+    """
+    stages = {_stage(s): s["stable_rank"] for s in snapshots if any(s["stable_rank"].values())}
+    stages["end"] = {name: numbers["stable_rank"] for name, numbers in modules.items()}
+    kinds = list(dict.fromkeys(numbers["kind"] for numbers in modules.values()))
+    figure, grid = _panels(title, len(kinds))
+    for axes, kind in zip(grid, kinds, strict=False):
+        members = [name for name, numbers in modules.items() if numbers["kind"] == kind]
+        axes.plot(
+            [_depth_and_name(name)[0] for name in members], [stages["end"][name] for name in members], "o",
+            color="0.75", markersize=3, label="modules, end",
+        )  # fmt: skip
+        for (stage, ranks), colour in zip(stages.items(), _shades(len(stages)), strict=True):
+            by_depth: dict[int, list[float]] = {}
+            for name in members:
+                by_depth.setdefault(_depth_and_name(name)[0], []).append(ranks[name])
+            depths = sorted(by_depth)
+            means = [statistics.fmean(by_depth[depth]) for depth in depths]
+            axes.plot(depths, means, ".-", color=colour, linewidth=1.3, label=stage)
+        axes.set_title(kind, fontsize=9)
+        axes.locator_params(axis="x", integer=True)
+        axes.set_ylim(bottom=min(1.0, axes.get_ylim()[0]))
+    grid[0].legend(fontsize=7)
+    figure.supxlabel("layer", fontsize=9)
+    figure.supylabel("stable rank of ΔW", fontsize=9)
+    return figure
+
+
+def spectrum_figure(title: str, modules: Mapping[str, Mapping[str, Any]]) -> Figure | None:
+    """σᵢ / σ₁ of every update (paper, Figure 4): a panel per kind, a thin line per module, the median thick."""
+    kinds: dict[str, list[list[float]]] = {}
+    for numbers in modules.values():
+        if numbers.get("spectrum"):
+            kinds.setdefault(numbers["kind"], []).append(numbers["spectrum"])
+    if not kinds:
+        return None
+    figure, grid = _panels(title, len(kinds))
+    shown = 1
+    for axes, (kind, spectra) in zip(grid, kinds.items(), strict=False):
+        for spectrum in spectra:
+            axes.semilogy(range(1, len(spectrum) + 1), spectrum, color="C0", alpha=0.3, linewidth=0.7)
+        median = [statistics.median(values) for values in zip(*spectra, strict=False)]
+        axes.semilogy(range(1, len(median) + 1), median, color="black", linewidth=1.8, label="median")
+        axes.set_title(f"{kind} ({len(spectra)} modules)", fontsize=9)
+        shown = max([shown, *(sum(value > LOWEST_SIGMA for value in spectrum) for spectrum in spectra)])
+    for axes in grid[: len(kinds)]:
+        axes.set_ylim(LOWEST_SIGMA, 1.3)
+        axes.set_xlim(0.5, shown + 1.5)
+        axes.locator_params(axis="x", integer=True)
+    grid[0].legend(fontsize=7)
+    figure.supxlabel("i", fontsize=9)
+    figure.supylabel("σᵢ / σ₁ of ΔW", fontsize=9)
+    return figure
+
+
+def modules_figure(title: str, modules: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """The modules' other numbers at the end against depth: a panel per number, a line per projection."""
+    shown = {key: label for key, label in NUMBERS.items() if any(key in numbers for numbers in modules.values())}
+    figure, grid = _panels(title, len(shown))
+    for axes, (key, label) in zip(grid, shown.items(), strict=False):
+        for name, members in _by_name(modules).items():
+            points = sorted((depth, numbers[key]) for depth, numbers in members if key in numbers)
+            axes.plot(*zip(*points, strict=True), ".-", linewidth=1.2, label=name)
+        axes.set_title(label, fontsize=9)
+        axes.locator_params(axis="x", integer=True)
+        axes.ticklabel_format(axis="y", scilimits=(-3, 4), useOffset=False)
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=7, frameon=False)
+    figure.supxlabel("layer", fontsize=9)
+    return figure
+
+
+def training_figure(
+    title: str, curves: Mapping[str, Sequence[tuple[int, float]]], metrics: Mapping[str, float]
+) -> Figure | None:
+    """The loss with its power law and the evaluations, and how straight the adapter's path has been so far."""
+    if not curves.get("loss"):
+        return None
+    figure, (left, right, *_) = _panels(title, 2)
+    steps, losses = zip(*curves["loss"], strict=True)
+    left.plot(steps, losses, color="0.6", linewidth=1, label="training loss")
+    law = fit_power_law(curves["loss"])
+    if law is not None:
+        label = f"{law.floor:.2f} + c · t^({law.exponent:.2f})"
+        left.plot(steps, [law(step) for step in steps], color="C3", linewidth=1.5, label=label, scaley=False)
+    if "eval_loss" in metrics:
+        left.plot(steps[-1], metrics["eval_loss"], "D", color="C0", markersize=5, label="held-out loss, end")
+    if "eval_loss" in curves:
+        left.plot(*zip(*curves["eval_loss"], strict=True), ".-", color="C0", label="held-out loss")
+    gap = metrics.get("generalisation_gap", math.nan)
+    left.set_title("loss" if math.isnan(gap) else f"loss (generalisation gap {gap:+.3f})", fontsize=9)
+    left.legend(fontsize=7)
+    if curves.get("update_smoothness"):
+        steps, smoothness = zip(*curves["update_smoothness"], strict=True)
+        right.plot(steps, smoothness, color="C0", linewidth=1.5, label="this run")
+        right.plot(steps, [step**-0.5 for step in steps], color="0.6", linestyle="--", label="random walk, 1/√t")
+        right.legend(fontsize=7)
+    right.set_ylim(0, 1.05)
+    right.set_title("distance from the start / length of the way", fontsize=9)
+    figure.supxlabel("step", fontsize=9)
+    return figure
+
+
+def landscape_figure(title: str, landscape: Mapping[str, Any]) -> Figure | None:
+    """The loss on the slice (paper, Figure 5) as filled contours; a cross marks the solution."""
+    if not landscape:
+        return None
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    axis = landscape["axis"]
+    loss = np.array(landscape["loss"], dtype=float).T  # None becomes NaN, which is left white
+    figure = Figure(figsize=(5.2, 4.4), layout="constrained")
+    axes = figure.add_subplot()
+    if np.isfinite(loss).any():
+        filled = axes.contourf(axis, axis, np.ma.masked_invalid(loss), levels=24, cmap="viridis")
+        figure.colorbar(filled, label="loss of one batch").ax.tick_params(labelsize=7)
+    axes.plot(0, 0, "x", color="white", markersize=8)
+    _dress(axes)
+    axes.set_xlabel("a", fontsize=9)
+    axes.set_ylabel("b", fontsize=9)
+    axes.set_title("loss at θ* + a d₁ + b d₂", fontsize=9)
+    figure.suptitle(title)
+    return figure
+
+
+def _panels(title: str, count: int) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels, three a row; those left over are blank."""
+    from matplotlib.figure import Figure
+
+    columns = min(3, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(1.2 + 3.4 * max(columns, 2), 0.8 + 2.6 * rows), layout="constrained")
+    grid = list(figure.subplots(rows, columns, squeeze=False).flatten())
+    for axes in grid[:count]:
+        _dress(axes)
+    for axes in grid[count:]:
+        axes.set_axis_off()
+    figure.suptitle(title)
+    return figure, grid
+
+
+def _dress(axes: Axes) -> None:
+    axes.grid(alpha=0.3)
+    axes.tick_params(labelsize=7)
+    axes.xaxis.get_offset_text().set_fontsize(7)
+    axes.yaxis.get_offset_text().set_fontsize(7)
+
+
+def _shades(count: int) -> list[Any]:
+    """From dark to light, the last the most visible."""
+    import matplotlib
+
+    colours = matplotlib.colormaps["viridis_r"]
+    return [colours(1 - PALEST + PALEST * i / max(count - 1, 1)) for i in range(count)]
+
+
+def _stage(snapshot: Mapping[str, Any]) -> str:
+    return f"step {snapshot['step']}"
+
+
+def _by_name(modules: Mapping[str, Any]) -> dict[str, list[tuple[int, Any]]]:
+    """Projection, such as "attention.self.query", to (depth, value) of each of its modules."""
+    found: dict[str, list[tuple[int, Any]]] = {}
+    for module, value in modules.items():
+        depth, name = _depth_and_name(module)
+        found.setdefault(name, []).append((depth, value))
+    return found
+
+
+def _depth_and_name(module: str) -> tuple[int, str]:
+    """(3, "attention.self.query") of "encoder.layer.3.attention.self.query"."""
+    found = re.search(r"\.(\d+)\.(.+)$", module)
+    return (int(found[1]), found[2]) if found else (0, module)
