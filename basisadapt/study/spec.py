@@ -391,13 +391,11 @@ def published_values(answers: Answers | None) -> dict[str, tuple[str, str | None
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
-        if isinstance(answers.column, str):
-            return _column(rows, answers.key, answers.column, None if isinstance(answers.std, dict) else answers.std)
-        stds = answers.std if isinstance(answers.std, dict) else {}
+        columns, stds = _by_method(answers.column), _by_method(answers.std)
         return {
-            f"{name}, {method}": value
-            for method, column in answers.column.items()
-            for name, value in _column(rows, answers.key, column, stds.get(method)).items()
+            f"{row[answers.key]}{suffix}": (row[column], row[stds[suffix]] if suffix in stds else None)
+            for suffix, column in columns.items()
+            for row in rows
         }
     except OSError as error:
         raise InputError(f"published table {str(path)!r} cannot be read: {error.strerror}") from error
@@ -405,7 +403,8 @@ def published_values(answers: Answers | None) -> dict[str, tuple[str, str | None
         raise InputError(f"published table {answers.table} has no column {error}") from error
 
 
-def _column(
-    rows: Iterable[Mapping[str, str]], key: str, column: str, std: str | None
-) -> dict[str, tuple[str, str | None]]:
-    return {row[key]: (row[column], row[std] if std else None) for row in rows}
+def _by_method(column: str | dict[str, str] | None) -> dict[str, str]:
+    """What a row's name ends with, to the column: ", phi" and ", lora", or nothing if methods share a column."""
+    if isinstance(column, dict):
+        return {f", {method}": name for method, name in column.items()}
+    return {} if column is None else {"": column}

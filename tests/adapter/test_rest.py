@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from basisadapt import InputError, PhiConfig
 from basisadapt.adapter import PhiLinear
+from basisadapt.adapter.placement import describe
 from tests.conftest import randomise, tiny
 
 families = pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])
@@ -151,4 +152,4 @@ def test_a_run_describes_phi_where_it_is():
     train = {"max_steps": 1, "train_rows": 16, "eval_rows": 16}
     result = run(RunConfig.from_mapping({"adapter": adapter, "train": train}))
     assert (result.status, len(result.modules), len(result.phi)) == ("finished", 36, 12)
-    assert {name.split(".")[2] for name in result.phi} == {"0", "5"}
+    assert {describe(name).layer for name in result.phi} == {0, 5}
