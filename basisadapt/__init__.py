@@ -13,6 +13,7 @@ from basisadapt.peft_hook import register_with_peft
 
 if TYPE_CHECKING:
     from basisadapt.adapter import PhiConfig, PhiModel
+    from basisadapt.adapter.placement import Placement
     from basisadapt.errors import InputError
     from basisadapt.phi.basis import TransferBasis
     from basisadapt.phi.grids import GridStrategy
@@ -28,6 +29,7 @@ _PUBLIC = {
     "InputError": "basisadapt.errors",
     "PhiConfig": "basisadapt.adapter",
     "PhiModel": "basisadapt.adapter",
+    "Placement": "basisadapt.adapter.placement",
     "RunConfig": "basisadapt.run_config",
     "SharingPolicy": "basisadapt.phi.sharing",
     "TransferBasis": "basisadapt.phi.basis",
@@ -39,6 +41,7 @@ __all__ = [
     "InputError",
     "PhiConfig",
     "PhiModel",
+    "Placement",
     "RunConfig",
     "SharingPolicy",
     "TransferBasis",

@@ -40,6 +40,41 @@ BACKBONES = {
         source="FacebookAI/roberta-base",
         shapes={"model_type": "roberta", "vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1},
     ),
+    "roberta-large": Backbone(
+        source="FacebookAI/roberta-large",
+        shapes={
+            "model_type": "roberta",
+            "vocab_size": 50265,
+            "max_position_embeddings": 514,
+            "type_vocab_size": 1,
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+        },
+    ),
+    "pythia-1.4b": Backbone(
+        source="EleutherAI/pythia-1.4b",
+        shapes={
+            "model_type": "gpt_neox",
+            "vocab_size": 50304,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+        },
+    ),
+    "pythia-2.8b": Backbone(
+        source="EleutherAI/pythia-2.8b",
+        shapes={
+            "model_type": "gpt_neox",
+            "vocab_size": 50304,
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+        },
+    ),
     "qwen2-0.5b": Backbone(
         source="Qwen/Qwen2-0.5B",
         shapes={
@@ -51,6 +86,18 @@ BACKBONES = {
             "num_attention_heads": 14,
             "num_key_value_heads": 2,
             "tie_word_embeddings": True,
+        },
+    ),
+    "phi3-mini": Backbone(
+        source="microsoft/Phi-3-mini-4k-instruct",
+        shapes={
+            "model_type": "phi3",
+            "vocab_size": 32064,
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
         },
     ),
     "llama3-8b": Backbone(

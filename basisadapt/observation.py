@@ -172,7 +172,6 @@ def observe(model: PeftModel) -> tuple[dict[str, Numbers], dict[str, Curve]]:
 
     Of weights that are no longer finite, the finite part is described.
     """
-    from basisadapt.adapter import PhiLinear
     from basisadapt.adapter.placement import describe
 
     modules: dict[str, Numbers] = {}
@@ -188,7 +187,7 @@ def observe(model: PeftModel) -> tuple[dict[str, Numbers], dict[str, Curve]]:
             "dc_share": dc_share(delta),
             "spectrum": normalised(sigma, SPECTRUM),
         }
-        if isinstance(layer, PhiLinear):
+        if _has_phi(layer):
             numbers, curve = _transfer(layer)
             if all(map(math.isfinite, [*numbers.values(), *curve["phi"]])):
                 modules[name].update(numbers)
@@ -198,12 +197,11 @@ def observe(model: PeftModel) -> tuple[dict[str, Numbers], dict[str, Curve]]:
 
 def _updates(model: PeftModel) -> Iterator[tuple[str, Any, Tensor]]:
     """Name, layer and ΔW of every adapted module; ΔW of a Conv1D may come transposed."""
-    from basisadapt.adapter import PhiLinear
     from basisadapt.phi.weight import delta_weight
 
     compilers: dict[int, Any] = {}
     for name, layer in adapted_layers(model):
-        if not isinstance(layer, PhiLinear):
+        if not _has_phi(layer):
             yield name, layer, layer.get_delta_weight(ADAPTER)
             continue
         source = layer.phi_source[ADAPTER]
@@ -211,6 +209,13 @@ def _updates(model: PeftModel) -> Iterator[tuple[str, Any, Tensor]]:
         fresh = compilers.setdefault(id(source), copy.copy(source))
         A, B = layer.phi_A[ADAPTER], layer.phi_B[ADAPTER]
         yield name, layer, delta_weight(A, B, fresh.evaluator(layer.name, A, B), fresh.backend(A.device))
+
+
+def _has_phi(layer: Any) -> bool:
+    """False for other methods, and for the modules that `rest: lora` leaves with plain BA."""
+    from basisadapt.adapter import PhiLinear
+
+    return isinstance(layer, PhiLinear) and ADAPTER in layer.phi_source
 
 
 def _transfer(layer: Any) -> tuple[dict[str, float], Curve]:

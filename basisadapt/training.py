@@ -115,11 +115,12 @@ def attach(model: PreTrainedModel, config: RunConfig) -> PeftModel:
         with warnings.catch_warnings():
             # peft asks transformers for this under a name that transformers is about to drop.
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-            adapted = peft.get_peft_model(model, METHODS[config.method].peft_config(settings, "SEQ_CLS"))
+            names = [name for name, _ in model.named_modules()]
+            adapted = peft.get_peft_model(model, METHODS[config.method].peft_config(settings, "SEQ_CLS", names))
     except InputError:
         raise
     except ValueError as error:  # peft's answer to target modules that match nothing
-        wanted = settings.target_modules or f"placement {settings.placement!r}"
+        wanted = settings.target_modules
         raise InputError(f"adapter.target_modules: {wanted} matches no module of {config.backbone!r}") from error
     for name, layer in adapted_layers(adapted):
         smaller = min(layer.in_features, layer.out_features)

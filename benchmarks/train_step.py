@@ -19,7 +19,6 @@ import copy
 import gc
 import itertools
 import math
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from basisadapt import backbones
 from basisadapt.adapter import PhiConfig, PhiLinear
-from basisadapt.adapter.placement import target_pattern
+from basisadapt.adapter.placement import PROJECTION
 from basisadapt.environment import environment
 from basisadapt.phi.choice import default_tolerance
 from basisadapt.phi.evaluators import Direct
@@ -89,7 +88,7 @@ def rivals(case: Case) -> dict[str, Any]:
     import peft
 
     task = {"task_type": "SEQ_CLS" if case.backbone == "minilm" else "CAUSAL_LM"}
-    common = {**task, "target_modules": target_pattern("all")}
+    common = {**task, "target_modules": PROJECTION.pattern}
     lora = {**common, "r": case.rank, "lora_alpha": case.rank}
     phi = {**task, "r": case.rank}
     methods: dict[str, Any] = {
@@ -273,8 +272,7 @@ def products_bound(case: Case, rate: float) -> float:
     there is checkpointing, dX and the dense gradient; attention and the vocabulary's layer not counted."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**backbones.find(case.backbone).shapes))
-    pattern = re.compile(target_pattern("all"))
-    adapted = sum(m.weight.numel() for name, m in model.named_modules() if pattern.fullmatch(name))
+    adapted = sum(m.weight.numel() for name, m in model.named_modules() if PROJECTION.fullmatch(name))
     passes = 4 if case.checkpointing else 3
     return 2 * case.batch * case.tokens * adapted * passes / rate
 

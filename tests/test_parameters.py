@@ -19,6 +19,7 @@ SHAPES = {
         [(4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 14336), (4096, 14336), (14336, 4096)],
     ),
 }
+PRINTED = ("none", "x", "omega", "alpha", "all")  # rows of Table 20
 
 
 def counts(backbone, r, **adapter):
@@ -59,6 +60,33 @@ def test_the_figures_of_qwen2():
 )
 def test_sharing_and_grids_count(adapter, numbers):
     assert counts("roberta-base", 4, **adapter).transfer == numbers
+
+
+def test_what_sharing_saves_and_what_table_20_prints():
+    """Tying one of two tables of 168 rows leaves 1 + 168 of 336; the grid does not train."""
+    alone = counts("qwen2-0.5b", 4).transfer
+    saved = {policy: 1 - counts("qwen2-0.5b", 4, sharing=policy).transfer / alone for policy in PRINTED}
+    half = 0.5 * (1 - 1 / 168)
+    expected = {"none": 0, "x": 0, "omega": half, "alpha": half, "all": 1 - 1 / 168}
+    assert saved == pytest.approx(expected, abs=1e-12)
+    printed = pd.read_csv(studies_dir() / "paper" / "table_20.csv").set_index("config").param_reduction_pct
+    wrong = {policy for policy in PRINTED if abs(100 * saved[policy] + printed[f"share={policy}"]) > 1}
+    assert wrong == {"x", "omega", "alpha", "all"}
+
+
+@pytest.mark.parametrize("n", [8, 16, 32, 64, 128, 256, 512])
+def test_the_overhead_of_n_functions_and_what_table_15_prints(n):
+    found = counts("qwen2-0.5b", 16, num_basis=n)
+    assert (found.transfer, found.factors) == (2 * n * 168, 8_798_208)
+    printed = pd.read_csv(studies_dir() / "paper" / "table_15.csv").set_index("n_grid").param_overhead_pct[n]
+    assert 4.5 < printed / (100 * found.transfer / found.factors) < 5.5  # against printed factors, a fifth of the true
+
+
+def test_the_rest_counts_as_factors_without_phi():
+    attention = counts("minilm", 4, placement="attention", rest="lora")
+    everything = counts("minilm", 4)
+    assert (attention.modules, attention.factors) == (everything.modules, everything.factors)
+    assert (attention.transfer, everything.transfer) == (24 * 100, 36 * 100)
 
 
 def test_the_paper_prints_other_factor_counts_and_the_same_transfer_counts():

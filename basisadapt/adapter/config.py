@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from peft import PeftConfig
 
 from basisadapt.adapter.peft_type import PHI
-from basisadapt.adapter.placement import target_pattern
 from basisadapt.phi.settings import PhiSettings
 
 
@@ -15,10 +14,10 @@ from basisadapt.phi.settings import PhiSettings
 class PhiConfig(PhiSettings, PeftConfig):  # type: ignore[misc]
     """The configuration of a φ(BA) adapter for `peft.get_peft_model`; the formula and its settings: `PhiSettings`.
 
-    `target_modules` left out is filled from `placement`. exclude_modules, modules_to_save: as everywhere in peft; a
-    classification head goes into modules_to_save by itself where `task_type` is given. Dropout acts on the adapter's
-    input while training; merging takes the evaluation form, without dropout, so a merged model equals the adapter
-    in evaluation mode, not the average over dropout masks (f is not linear).
+    `target_modules` left out is filled from `placement` when the adapter is put into a model. exclude_modules,
+    modules_to_save: as everywhere in peft; a classification head goes into modules_to_save by itself where `task_type`
+    is given. Dropout acts on the adapter's input while training; merging takes the evaluation form, without dropout, so
+    a merged model equals the adapter in evaluation mode, not the average over dropout masks (f is not linear).
 
     Example: PhiConfig(preset="residual", r=4, basis="sinc", target_modules=["query", "value"]).
     """
@@ -30,5 +29,3 @@ class PhiConfig(PhiSettings, PeftConfig):  # type: ignore[misc]
         PeftConfig.__post_init__(self)
         PhiSettings.__post_init__(self)
         self.peft_type = PHI
-        if self.target_modules is None:
-            self.target_modules = target_pattern(self.placement)

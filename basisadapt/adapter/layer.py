@@ -9,10 +9,12 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from basisadapt.adapter.config import PhiConfig
 from basisadapt.errors import InputError
+from basisadapt.phi.choice import compute_dtype
 from basisadapt.phi.compiler import Compiler
 from basisadapt.phi.weight import Execution, Weight, adapted_linear, delta_weight
 
@@ -20,7 +22,10 @@ DEQUANTISED = ("Params4bit", "Int8Params")  # classes of weights that peft can d
 
 
 class PhiLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
-    """y = x (W + ΔW)ᵀ + b over an nn.Linear, or a transformers Conv1D, whose weight is stored transposed."""
+    """y = x (W + ΔW)ᵀ + b over an nn.Linear, or a transformers Conv1D, whose weight is stored transposed.
+
+    An adapter without φ here, one of the rest with rest="lora", has ΔW = s BA and the path of LoRA, s (x Aᵀ) Bᵀ.
+    """
 
     adapter_layer_names = ("phi_A", "phi_B")
     other_param_names = ("phi_dropout", "phi_settings", "phi_source")
@@ -53,7 +58,7 @@ class PhiLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.phi_B = nn.ParameterDict()
         self.phi_dropout = nn.ModuleDict()
         self.phi_settings: dict[str, PhiConfig] = {}
-        # Not a submodule: φ's tables belong to the model, one bank for all layers.
+        # By adapters with φ here. Not a submodule: φ's tables belong to the model, one bank for all layers.
         self.phi_source: dict[str, Compiler] = {}
         self.merged_adapters: list[str] = []
         self._unmerged_weight: Tensor | None = None
@@ -92,8 +97,11 @@ class PhiLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW of one adapter in the layout of the base weight, in float32 (float64 for a float64 adapter)."""
-        source = self.phi_source[adapter]
         A, B = self.phi_A[adapter], self.phi_B[adapter]
+        if adapter not in self.phi_source:
+            dtype = compute_dtype(A)
+            return self._matrix(self.phi_settings[adapter].scaling * (B.to(dtype) @ A.to(dtype)))
+        source = self.phi_source[adapter]
         return self._matrix(delta_weight(A, B, source.evaluator(self.name, A, B), source.backend(A.device)))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -113,7 +121,7 @@ class PhiLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         active = [name for name in self.active_adapters if name in self.phi_A]
         if self.disable_adapters or self.merged or not active:
             return cast(Tensor, self.base_layer(x, *args, **kwargs))
-        fused = next((name for name in active if not self._drops(name)), None)
+        fused = next((name for name in active if name in self.phi_source and not self._drops(name)), None)
         y: Tensor
         if fused is None:
             y = self.base_layer(x, *args, **kwargs)
@@ -121,7 +129,7 @@ class PhiLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             y = self._adapted(fused, x, self._weight(x.dtype), self.base_layer.bias)
         for name in active:
             if name != fused:
-                y = y + self._adapted(name, self.phi_dropout[name](x), None, None).to(y.dtype)
+                y = y + self._update(name, self.phi_dropout[name](x)).to(y.dtype)
         return y
 
     def _drops(self, adapter: str) -> bool:
@@ -132,6 +140,13 @@ class PhiLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             return self._matrix(self.base_layer.weight)
         # Made anew by the backward pass: a quantised model has no room for its weights.
         return lambda: cast(Tensor, dequantize_module_weight(self.base_layer)).to(dtype)
+
+    def _update(self, adapter: str, x: Tensor) -> Tensor:
+        """x ΔWᵀ of one adapter."""
+        if adapter in self.phi_source:
+            return self._adapted(adapter, x, None, None)
+        A, B = self.phi_A[adapter], self.phi_B[adapter]
+        return self.phi_settings[adapter].scaling * F.linear(F.linear(x.to(A.dtype), A), B)
 
     def _adapted(self, adapter: str, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         source = self.phi_source[adapter]

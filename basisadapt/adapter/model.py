@@ -6,14 +6,15 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import register_peft_method
 from torch import nn
 
 from basisadapt.adapter.config import PhiConfig
 from basisadapt.adapter.layer import PhiLinear
 from basisadapt.adapter.peft_type import PHI, PREFIX
-from basisadapt.adapter.placement import describe
+from basisadapt.adapter.placement import PROJECTION, describe, target_pattern
+from basisadapt.errors import InputError
 from basisadapt.phi.bank import TransferBank
 from basisadapt.phi.choice import default_tolerance
 from basisadapt.phi.compiler import Compiler
@@ -32,14 +33,22 @@ class PhiModel(BaseTuner):  # type: ignore[misc]
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Insert the layers of `adapter_name`, then build its bank over them."""
+        """Find where `adapter_name` goes, insert its layers, then build its bank over those with φ.
+
+        Raises InputError for a placement that the model does not have.
+        """
+        config = self.peft_config[adapter_name]
+        if config.target_modules is None:
+            config.target_modules = target_pattern(config.placement, (name for name, _ in model.named_modules()))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if "phi_bank" not in self._modules:
             self.phi_bank = nn.ModuleDict()
-        layers = list(self._layers(adapter_name))
-        if not layers:
+        inserted = list(self._layers(adapter_name))
+        layers = [layer for layer in inserted if check_target_module_exists(config, layer.name)]
+        if not inserted:
             return
-        config = self.peft_config[adapter_name]
+        if not layers:
+            raise InputError(f"target_modules {config.target_modules!r} match no module: φ would be nowhere")
         bank = TransferBank(config, [describe(layer.name) for layer in layers])
         if layers[0].base_layer.weight.dtype == torch.float64:
             bank.double()
@@ -72,6 +81,13 @@ class PhiModel(BaseTuner):  # type: ignore[misc]
         for module in self.model.modules():
             if isinstance(module, PhiLinear) and adapter in module.phi_A:
                 yield module
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: PhiConfig, key: str) -> Any:
+        """Whether a module is adapted: with φ, or as the rest, with BA alone. What is excluded stays so."""
+        found = check_target_module_exists(peft_config, key)
+        unmatched = found is None or found is False
+        return PROJECTION.fullmatch(key) if unmatched and peft_config.rest == "lora" else found
 
     def _create_and_replace(
         self,

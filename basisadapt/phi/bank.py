@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from basisadapt.errors import InputError
 from basisadapt.phi.basis import BASES, TransferBasis
 from basisadapt.phi.grids import GRIDS
 from basisadapt.phi.settings import PhiSettings
@@ -101,7 +102,7 @@ class TransferBank(nn.Module):
         generator = torch.Generator().manual_seed(settings.grid_seed or 0)
         points = [strategy.points(settings.num_basis, settings.interval, generator) for _ in range(count["x"])]
         grid = torch.stack(points).float()
-        omega = torch.full((count["omega"], settings.num_basis), inverse_softplus(settings.omega0))
+        omega = torch.tensor(_omega0(settings, modules, assigned["omega"])).unsqueeze(1).repeat(1, settings.num_basis)
         alpha = torch.zeros(count["alpha"], settings.num_basis)
         self._table("grid", grid, strategy.trainable)
         self._table("raw_omega", omega, settings.learn_omega)
@@ -155,6 +156,17 @@ def index_tensor(rows: tuple[int, ...], device: torch.device) -> Tensor:
     """`rows` on the device, sent there once: sending makes the host wait."""
     with torch.inference_mode(False):
         return torch.tensor(rows, device=device)
+
+
+def _omega0(settings: PhiSettings, modules: Sequence[AdaptedModule], rows: Sequence[int]) -> list[float]:
+    """ω̃ at the start, for every row of its table. Raises InputError where ω₀ depends on a depth that is not known."""
+    last = max((module.layer or 0 for module in modules), default=0)
+    values: dict[int, list[float]] = {}
+    for module, row in zip(modules, rows, strict=True):
+        if settings.omega_by_depth and module.layer is None:
+            raise InputError(f"omega_init {settings.omega_init!r} needs numbered blocks; {module.name!r} is in none")
+        values.setdefault(row, []).append(settings.omega0((module.layer or 0) / max(last, 1)))
+    return [inverse_softplus(math.fsum(shared) / len(shared)) for shared in values.values()]
 
 
 def inverse_softplus(omega: float) -> float:

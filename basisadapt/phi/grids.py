@@ -59,6 +59,16 @@ class Random(GridStrategy, name="random"):
         return interval * (2 * torch.rand(num, generator=generator, dtype=torch.float64) - 1)
 
 
+class Jittered(GridStrategy, name="jittered"):
+    """The uniform grid, each point moved by U(−τ/10, τ/10) for a spacing of τ, cut off at ±I (paper, Table 21)."""
+
+    def points(self, num: int, interval: float, generator: torch.Generator) -> Tensor:
+        """The points."""
+        spacing = 2 * interval / max(num - 1, 1)
+        noise = 2 * torch.rand(num, generator=generator, dtype=torch.float64) - 1
+        return (_uniform(num, interval) + 0.1 * spacing * noise).clamp(-interval, interval)
+
+
 class Learned(GridStrategy, name="learned", trainable=True):
     """The uniform grid at the start; then the points are parameters like α and ω."""
 

@@ -45,7 +45,8 @@ class LowRankSettings:
     r: rank of B (out_features × r) and A (r × in_features).
     lora_alpha: the update is scaled by s = lora_alpha / r; None means lora_alpha = r, so s = 1.
     dropout: probability of dropping an input of the adapter's path while training (paper, appendix C).
-    placement: which linear modules are adapted ("all", "attention", "mlp"), resolved from the architecture.
+    placement: which linear modules are adapted, resolved from the architecture: "all", "attention", "mlp", "qkv",
+    "gate_up", "odd", "even", "first_last:K" (see adapter/placement.py), or a regular expression over their names.
     target_modules: explicit module names (suffixes) or one regular expression; overrides `placement`.
     """
 
@@ -76,7 +77,10 @@ class PhiSettings(LowRankSettings):
     A preset ("paper": p = 0, c = 0, g = 1; "residual": p = c = 1) fills every setting that is left at None.
 
     basis, grid, sharing: names in the registries. num_basis N, interval I: the grid lies on [−I, I].
-    omega_init: ω₀ > 0, or "nyquist" for (N − 1) / (2I), one over the grid's spacing. learn_omega: whether ω trains.
+    rest: the projections outside the placement are "frozen", or get "lora": BA of the same rank, scale and start,
+    without φ. omega_init: ω₀ > 0, or "nyquist" for (N − 1) / (2I), one over the grid's spacing, or "depth:LOW:HIGH",
+    linear in depth from LOW in the first block to HIGH in the last adapted one (paper, Table 23; a shared row starts
+    at the mean of its modules). learn_omega: whether ω trains.
     identity_path p, centre c, gain g: see the formula. amplitude_init: "zero", "identity" (least-squares fit of
     φ(x) = x on the grid's interval) or "normal:σ". factor_init: "lora" (A Kaiming-uniform, B = 0) or "both" (B as A).
     transfer_lr: learning rate of α, ω and learned x as a ratio to the base rate. transfer_decay: decoupled weight
@@ -91,6 +95,7 @@ class PhiSettings(LowRankSettings):
     """
 
     preset: str = "residual"
+    rest: str = "frozen"
     basis: str = "sinc"
     grid: str = "uniform"
     grid_seed: int | None = None
@@ -120,7 +125,10 @@ class PhiSettings(LowRankSettings):
         self._check_names()
         require(self.num_basis >= 1, "num_basis", self.num_basis, "at least 1")
         require(0.0 < self.interval < math.inf, "interval", self.interval, "above 0")
-        require(0.0 < self.omega0 < math.inf, "omega_init", self.omega_init, 'above 0, or "nyquist" with num_basis > 1')
+        for depth in (0.0, 1.0):
+            known = 'above 0, "nyquist" with num_basis > 1, or "depth:LOW:HIGH" with both above 0'
+            require(0.0 < self.omega0(depth) < math.inf, "omega_init", self.omega_init, known)
+        require(self.rest in ("frozen", "lora"), "rest", self.rest, '"frozen" or "lora"')
         assert self.gain is not None and self.transfer_lr is not None
         require(0.0 < self.gain < math.inf, "gain", self.gain, "above 0")
         require(0.0 <= self.transfer_lr < math.inf, "transfer_lr", self.transfer_lr, "at least 0")
@@ -147,11 +155,21 @@ class PhiSettings(LowRankSettings):
         BASES[self.basis], GRIDS[self.grid], SHARING[self.sharing]
 
     @property
-    def omega0(self) -> float:
-        """ω₀ as a number; 0 where "nyquist" has no meaning (N = 1) or the word is unknown."""
+    def omega_by_depth(self) -> bool:
+        """Whether ω₀ depends on the block."""
+        return isinstance(self.omega_init, str) and self.omega_init.startswith("depth:")
+
+    def omega0(self, depth: float = 0.0) -> float:
+        """ω₀ at a depth from 0 (first block) to 1 (last); 0 where it has no meaning ("nyquist" with N = 1)."""
+        if isinstance(self.omega_init, int | float):
+            return float(self.omega_init)
         if self.omega_init == "nyquist":
             return (self.num_basis - 1) / (2 * self.interval)
-        return float(self.omega_init) if isinstance(self.omega_init, int | float) else 0.0
+        try:
+            low, high = map(float, (self.omega_init or "").removeprefix("depth:").split(":"))
+        except ValueError:
+            return 0.0
+        return low + (high - low) * depth if self.omega_by_depth else 0.0
 
 
 def require(holds: bool, name: str, value: object, expected: str) -> None:

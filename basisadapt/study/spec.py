@@ -27,20 +27,29 @@ PRESETS = ("smoke", "quick", "paper")
 class Answers:
     """The published table that a study answers.
 
-    table: a file in `studies/paper/`. key, column, std: its columns with a row's name, its value and the
-    value's standard deviation. setting: on what it was measured.
+    table: a file in `studies/paper/`; also: others that print the same values. key, column, std: the columns with a
+    row's name, its value and the value's standard deviation; where methods have columns of their own, a method to its
+    column. setting: on what it was measured.
+    rows: the label of a row of the sweep to its name in the table, where that is not "axis=value,...". left_out: a row
+    of the table that no row of the study answers, to the reason.
     """
 
     table: str
     key: str
-    column: str
-    std: str | None = None
+    column: str | dict[str, str]
+    std: str | dict[str, str] | None = None
     setting: str = ""
+    also: tuple[str, ...] = ()
+    rows: dict[Any, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Beside:
-    """A row beside the sweep: its label, what it `set`s over the base, its row of the published table."""
+    """A row beside the sweep: its label, what it `set`s over the base, its row of the published table.
+
+    A number may be set by its factor to the base's: x0.5 is half of it.
+    """
 
     label: str
     set: dict[str, Any]
@@ -54,7 +63,9 @@ class StudySpec:
     title, question: what is compared and how to read it. base: the configuration that all rows share. sweep:
     an axis' name to its values; the rows are their product. beside: further rows, which no axis changes.
     reference: the label of the row that the others are compared with. answers: the published table. presets:
-    a name to dotted overrides of the base, and `seeds`.
+    a name to dotted overrides of the base, `seeds`, and axes in full: sweep.AXIS.
+
+    A file that is `like` a shipped study takes over its base, presets and seeds, and states what differs.
     """
 
     name: str
@@ -71,7 +82,7 @@ class StudySpec:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table: a configuration, run with every seed. published: its row in the published table."""
+    """A row of the table: a configuration, run with every seed. published: its key in `published_values`."""
 
     label: str
     published: str | None
@@ -147,6 +158,14 @@ def list_studies() -> list[str]:
 
 def read_spec(name: str) -> StudySpec:
     """The study called `name`, or the one in the file of that path. Raises InputError."""
+    path, values = _read_file(name)
+    try:
+        return _spec({**values, "name": path.stem})
+    except InputError as error:
+        raise InputError(f"study file {str(path)!r}: {error}") from error
+
+
+def _read_file(name: str) -> tuple[Path, dict[str, Any]]:
     is_path = name.endswith((".yaml", ".yml"))
     path = Path(name) if is_path else studies_dir() / f"{name}.yaml"
     if not is_path and name not in list_studies():
@@ -157,10 +176,16 @@ def read_spec(name: str) -> StudySpec:
         raise InputError(f"study file {str(path)!r} cannot be read: {error.strerror}") from error
     if not isinstance(values, dict):
         raise InputError(f"study file {str(path)!r} must hold keys and values")
-    try:
-        return _spec({**values, "name": path.stem})
-    except InputError as error:
-        raise InputError(f"study file {str(path)!r}: {error}") from error
+    if "like" in values:
+        other = _read_file(str(values.pop("like")))[1]
+        values = _merged({key: other[key] for key in ("base", "presets", "seeds") if key in other}, values)
+    return path, values
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` over `below`, mapping by mapping."""
+    both = {key: value for key, value in above.items() if isinstance(value, dict) and isinstance(below.get(key), dict)}
+    return {**below, **above, **{key: _merged(below[key], value) for key, value in both.items()}}
 
 
 def _spec(values: dict[str, Any]) -> StudySpec:
@@ -171,15 +196,25 @@ def _spec(values: dict[str, Any]) -> StudySpec:
         values["answers"] = _part(Answers, values["answers"], "answers")
     values["beside"] = [_part(Beside, row, f"beside[{index}]") for index, row in enumerate(values.get("beside") or ())]
     spec = from_mapping(StudySpec, values)
-    for axis, points in spec.sweep.items():
-        if not isinstance(points, list) or not points:
-            raise InputError(f"sweep.{axis} must be a list of values, got {points!r}")
+    _check_axes(spec.sweep)
     for preset, overrides in spec.presets.items():
         if preset not in PRESETS:
             raise unknown("preset", preset, PRESETS)
         if not isinstance(overrides, dict):
             raise InputError(f"presets.{preset} must hold keys and values, got {overrides!r}")
+        _check_axes(_axes(overrides))
     return spec
+
+
+def _check_axes(axes: Mapping[str, Any]) -> None:
+    for axis, points in axes.items():
+        if not isinstance(points, list) or not points:
+            raise InputError(f"sweep.{axis} must be a list of values, got {points!r}")
+
+
+def _axes(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `values` that replace an axis, by its name."""
+    return {name.removeprefix("sweep."): value for name, value in values.items() if name.startswith("sweep.")}
 
 
 def _part(cls: type[Any], values: Any, where: str) -> Any:
@@ -208,14 +243,16 @@ def resolve(
     preset_seeds = preset_values.pop("seeds", None)
     seeds = _checked_seeds(seeds or preset_seeds or spec.seeds)
 
+    preset_axes = _axes(preset_values)
+    preset_values = {name: value for name, value in preset_values.items() if not name.startswith("sweep.")}
     base = {**_flat(spec.base), **_with_full_keys(preset_values), **overrides}
-    sweep = {full_key(name): (name, points) for name, points in spec.sweep.items()}
-    for name, points in axes.items():
+    sweep: dict[str, tuple[str, list[Any]]] = {}
+    for name, points in (*spec.sweep.items(), *preset_axes.items(), *axes.items()):
         sweep[full_key(name)] = (name, points)
 
     rows = [_swept_row(spec, base, point, seeds) for point in _product(sweep.values())] if sweep else []
     for beside in spec.beside:
-        config = {**base, **_with_full_keys(beside.set)}
+        config = {**base, **_scaled(base, _with_full_keys(beside.set))}
         rows.append(_row(spec, beside.label, beside.published, config, seeds))
 
     labels = [row.label for row in rows]
@@ -239,6 +276,8 @@ def _product(axes: Iterable[tuple[str, list[Any]]]) -> list[Point]:
 def _swept_row(spec: StudySpec, base: Mapping[str, Any], point: Point, seeds: Sequence[int]) -> Row:
     label = ", ".join(_plain(value) for _, value in point)
     published = ",".join(f"{name}={_plain(value)}" for name, value in point)
+    if spec.answers is not None:
+        published = {_plain(row): name for row, name in spec.answers.rows.items()}.get(label, published)
     return _row(spec, label, published, {**base, **_with_full_keys(dict(point))}, seeds)
 
 
@@ -246,8 +285,21 @@ def _row(spec: StudySpec, label: str, published: str | None, flat: Mapping[str, 
     from basisadapt.run_config import RunConfig
 
     configs = (RunConfig.from_mapping({**_nested(flat), "seed": seed}) for seed in seeds)
-    cells = (Cell(spec.name, label, config) for config in configs)
-    return Row(label, published, tuple(cells))
+    cells = tuple(Cell(spec.name, label, config) for config in configs)
+    if published is not None and spec.answers is not None and isinstance(spec.answers.column, dict):
+        published = f"{published}, {cells[0].config.method}"
+    return Row(label, published, cells)
+
+
+def _scaled(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with factors such as x0.5 worked out."""
+    scaled = dict(values)
+    for key, value in values.items():
+        if isinstance(value, str) and (factor := re.fullmatch(r"x(\d+(?:\.\d+)?)", value)):
+            if not isinstance(base.get(key), int | float):
+                raise InputError(f"{key} is set to {value}, a factor, but the base has no number for it")
+            scaled[key] = base[key] * float(factor[1])
+    return scaled
 
 
 def _split_changes(changes: Sequence[str]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
@@ -329,15 +381,30 @@ def _plain(value: Any) -> str:
 
 
 def published_values(answers: Answers | None) -> dict[str, tuple[str, str | None]]:
-    """Row name -> (value, standard deviation) of the published table, as printed there."""
+    """A row's name -> (value, standard deviation) of the published table, as printed there.
+
+    Where methods have columns of their own, the key is "name, method".
+    """
     if answers is None:
         return {}
     path = studies_dir() / "paper" / answers.table
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
-        return {row[answers.key]: (row[answers.column], row[answers.std] if answers.std else None) for row in rows}
+        columns, stds = _by_method(answers.column), _by_method(answers.std)
+        return {
+            f"{row[answers.key]}{suffix}": (row[column], row[stds[suffix]] if suffix in stds else None)
+            for suffix, column in columns.items()
+            for row in rows
+        }
     except OSError as error:
         raise InputError(f"published table {str(path)!r} cannot be read: {error.strerror}") from error
     except KeyError as error:
         raise InputError(f"published table {answers.table} has no column {error}") from error
+
+
+def _by_method(column: str | dict[str, str] | None) -> dict[str, str]:
+    """What a row's name ends with, to the column: ", phi" and ", lora", or nothing if methods share a column."""
+    if isinstance(column, dict):
+        return {f", {method}": name for method, name in column.items()}
+    return {} if column is None else {"": column}

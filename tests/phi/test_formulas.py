@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.interpolate import BSpline
 
+from basisadapt.errors import InputError
 from basisadapt.phi.bank import Transfer, TransferBank, inverse_softplus
 from basisadapt.phi.basis import BASES
 from basisadapt.phi.grids import GRIDS
@@ -99,6 +100,38 @@ def test_omega_starts_at_omega0(omega):
     bank = TransferBank(PhiSettings(omega_init=omega, num_basis=3), MODULES[:1]).double()
     assert bank.transfer(MODULES[0].name).omega.tolist() == pytest.approx([omega] * 3, rel=1e-5)
     assert inverse_softplus(1.0) == pytest.approx(0.541, abs=1e-3)  # the paper's value, section 3.3
+
+
+@pytest.mark.parametrize(
+    ("sharing", "expected"),
+    [
+        ("none", [0.5, 0.5, 1.25, 1.25, 2.0, 2.0]),
+        ("kind", [1.25, 1.25]),
+        ("all", [1.25]),
+        ("alpha", [0.5, 0.5, 1.25, 1.25, 2.0, 2.0]),
+    ],
+)
+def test_omega_starts_linear_in_depth(sharing, expected):
+    modules = [AdaptedModule(f"layer.{i}.{kind}", kind, i) for i in range(3) for kind in ("attention", "mlp")]
+    bank = TransferBank(PhiSettings(omega_init="depth:0.5:2", num_basis=2, sharing=sharing), modules)
+    found = torch.nn.functional.softplus(bank.raw_omega.double())
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64).unsqueeze(1).repeat(1, 2))
+
+
+def test_a_depth_that_is_not_known_is_refused():
+    modules = [AdaptedModule("layer.0", "mlp", 0), AdaptedModule("somewhere", "other", None)]
+    with pytest.raises(InputError, match="'somewhere' is in none"):
+        TransferBank(PhiSettings(omega_init="depth:0.5:2"), modules)
+
+
+def test_jittered_grid_stays_within_a_tenth_of_the_spacing():
+    generator = torch.Generator().manual_seed(0)
+    uniform = GRIDS["uniform"]().points(50, 3.0, generator)
+    noise = GRIDS["jittered"]().points(50, 3.0, generator) - uniform
+    spacing = 6 / 49
+    assert noise.abs().max() <= 0.1 * spacing * (1 + 1e-9)
+    assert noise.abs().max() > 0.09 * spacing
+    assert (noise[1:-1].abs() > 0).all()
 
 
 def test_what_trains():

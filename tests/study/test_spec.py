@@ -50,6 +50,55 @@ def test_later_overrides_win(spec):
     assert settings(resolve(spec, preset="smoke").rows[0])["train"]["max_steps"] == 2
 
 
+def test_presets_replace_axes_and_the_command_line_replaces_them(folder):
+    path = folder / "tiny.yaml"
+    path.write_text(path.read_text().replace("seeds: [1]}", "seeds: [1], sweep.basis: [bspline]}"))
+    spec = read_spec("tiny.yaml")
+    assert [row.label for row in resolve(spec, preset="smoke").rows] == ["bspline", "LoRA"]
+    changed = resolve(spec, preset="smoke", changes=["sweep.basis=sinc", "sweep.gain=1"])
+    assert [row.label for row in changed.rows] == ["sinc, 1", "LoRA"]
+
+
+def test_factors_of_the_base(folder):
+    path = folder / "tiny.yaml"
+    more = "  - {label: half, set: {train.lr: x0.5, adapter.r: x2}}\n"
+    path.write_text(path.read_text().replace("reference:", f"{more}reference:"))
+    row = resolve(read_spec("tiny.yaml"), changes=["train.lr=3e-3"]).rows[-1]
+    assert (settings(row)["train"]["lr"], settings(row)["adapter"]["r"]) == (pytest.approx(1.5e-3), 8)
+    path.write_text(path.read_text().replace("train.lr: x0.5", "train.epochs: x0.5"))
+    with pytest.raises(InputError, match=r"train.epochs is set to x0.5, a factor, but the base has no number"):
+        resolve(read_spec("tiny.yaml"))
+
+
+def test_a_file_like_another(folder):
+    (folder / "second.yaml").write_text(
+        "title: T\nquestion: Q\nlike: tiny.yaml\nbase: {adapter: {r: 2}}\nsweep: {basis: [bspline]}\n"
+        "presets: {quick: {train.lr: 1e-4}}\n"
+    )
+    study = resolve(read_spec("second.yaml"))
+    assert [row.label for row in study.rows] == ["bspline"]
+    assert [cell.seed for cell in study.cells] == [1, 2, 3]
+    config = settings(study.rows[0])
+    assert (config["adapter"]["r"], config["train"]["lr"], config["train"]["max_steps"]) == (2, 1e-4, 5)
+    (folder / "second.yaml").write_text("title: T\nquestion: Q\nlike: ablate_bases\n")
+    with pytest.raises(InputError, match="did you mean 'ablate_basis'"):
+        read_spec("second.yaml")
+
+
+def test_published_rows_by_label_and_columns_by_method(folder):
+    path = folder / "tiny.yaml"
+    answers = (
+        "answers: {table: table_12.csv, key: config, column: {phi: lr_lora_mean, lora: lora_mean}, "
+        "std: {phi: lr_lora_std}, rows: {'phi, 4': rank=4, 'lora, 4': rank=4}}"
+    )
+    sweep = "sweep: {method: [phi, lora], r: [4]}"
+    text = path.read_text().replace("sweep: {basis: [sinc, fourier]}", sweep)
+    path.write_text("\n".join(answers if line.startswith("answers") else line for line in text.splitlines()))
+    study = resolve(read_spec("tiny.yaml"))
+    published = published_values(study.spec.answers)
+    assert [published.get(row.published) for row in study.rows] == [("58.1", "0.3"), ("52.8", None), None]
+
+
 def test_seeds_come_from_study_preset_or_command_line(spec):
     assert len(resolve(spec).cells) == 9
     assert [cell.seed for cell in resolve(spec, preset="smoke").cells] == [1, 1, 1]
@@ -109,6 +158,7 @@ def test_bad_changes(spec, changes, message):
         ("label: LoRA, ", "", "label"),
         ("set: {method: lora}", "sett: {}", "did you mean 'beside\\[0\\].set'"),
         ("smoke:", "smook:", "did you mean 'smoke'"),
+        ("seeds: [1]}", "sweep.basis: sinc}", "sweep.basis must be a list"),
         ("seeds: [1, 2, 3]", "seeds: [1, a]", "seeds must be a list of a whole number"),
         ("title:", "title: [", "is not valid YAML"),
     ],

