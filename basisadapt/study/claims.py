@@ -171,7 +171,7 @@ def _counted(table: Table, claim: Claim) -> Verdict:
         # A published number has the digits it is printed with: ours is rounded to as many.
         holds = value <= bound if claim.at_most is not None else round(value, _decimals(bound)) == bound
         words.append(REPRODUCED if holds else NOT_REPRODUCED)
-        name = "at most" if claim.at_most is not None else "published"
+        name = "at most" if claim.at_most is not None else "claimed"
         how = "counted" if (claim.metric or "").startswith(COUNTED) else "ours"
         reasons.append(f"{label}: {how} {value:,.{max(2, _decimals(bound))}f}{sign}, {name} {bound:g}{sign}")
     word = next((word for word in (NOT_REPRODUCED, UNTESTABLE) if word in words), REPRODUCED)

@@ -86,9 +86,14 @@ class Invocation:
         if error is not None:
             self._record.close(self._parent, "killed" if isinstance(error, KeyboardInterrupt) else "failed")
 
+    @property
+    def outcomes(self) -> dict[str, Outcome]:
+        """What the record holds: cell key to outcome."""
+        return self._record.outcomes()
+
     def run(self, study: Study) -> dict[str, Outcome]:
-        """Run what the record lacks of the study's cells. Returns what it then holds: cell key to outcome."""
-        outcomes = self._record.outcomes()
+        """Run what the record lacks of the study's cells. Returns what it then holds."""
+        outcomes = self.outcomes
         self._trials.follow(study.cells, outcomes)
         total = len({cell.key for cell in study.cells})
         done = total - len({cell.key for cell in _missing(study, outcomes)})
@@ -99,7 +104,7 @@ class Invocation:
                 if run_id is not None:
                     tried.add(cell.key)
                     _run_cell(cell, self._record, run_id, self._trials, self._place.data_dir, progress)
-        return self._record.outcomes()
+        return self.outcomes
 
     def end(self, report: Report) -> None:
         """Keep the report, in the parent run and in the output folder."""

@@ -62,9 +62,11 @@ p, li, figcaption, dd { max-width: 46rem; overflow-wrap: anywhere; }
 :is(.box, button, summary):focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding: .5rem .75rem; color: var(--faint); }
+caption.unseen { position: absolute; width: 1px; height: 1px; padding: 0; overflow: hidden; clip-path: inset(50%); }
 th, td { padding: .4rem .75rem; text-align: right; white-space: nowrap; }
 th:first-child { text-align: left; }
-thead th { background: var(--shade); border-bottom: 1px solid var(--line); vertical-align: bottom; }
+thead th { white-space: normal; min-width: 5rem; vertical-align: bottom; background: var(--shade);
+  border-bottom: 1px solid var(--line); }
 tbody tr + tr > * { border-top: 1px solid var(--line); }
 tbody th { font-weight: 600; }
 tr.reference { background: var(--shade); }
@@ -81,8 +83,9 @@ th[aria-sort=descending] button::after { content: " \\2193"; }
   font-weight: 600; color: var(--open); background: var(--open-paper); }
 .word.reproduced { color: var(--good); background: var(--good-paper); }
 .word.not-reproduced { color: var(--bad); background: var(--bad-paper); }
-figure { margin: 1rem 0; }
-img { max-width: 100%; height: auto; background: #fff; border-radius: .4rem; }
+figure { margin: 1rem 0; overflow-x: auto; }
+figcaption { font-size: .9rem; }
+img { display: block; width: max(100%, 32rem); max-width: 52rem; height: auto; background: #fff; border-radius: .4rem; }
 details { margin: .75rem 0; }
 summary { cursor: pointer; color: var(--accent); }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; font-size: .9rem; }
@@ -165,10 +168,15 @@ def _states(table: Table) -> str:
 def _grid(grid: Grid, alerts: set[str], reference: str | None) -> str:
     notes = "".join(f"<li{' class=trouble' if note in alerts else ''}>{escape(note)}</li>" for note in grid.notes)
     listed = f'<ul class="notes">{notes}</ul>'
-    return f"{_table(grid.title, grid.header, grid.rows, reference)}\n{listed}" if grid.rows else listed
+    if not grid.rows:
+        return listed
+    # The section's heading says what the table is to those who see it.
+    return f"{_table(grid.title, grid.header, grid.rows, reference, caption='unseen')}\n{listed}"
 
 
-def _table(title: str, header: Iterable[str], rows: Iterable[list[str]], reference: str | None) -> str:
+def _table(
+    title: str, header: Iterable[str], rows: Iterable[list[str]], reference: str | None, caption: str = "seen"
+) -> str:
     heads = "".join(f'<th scope="col">{escape(head)}</th>' for head in header)
     lines = []
     for name, *cells in rows:
@@ -177,7 +185,7 @@ def _table(title: str, header: Iterable[str], rows: Iterable[list[str]], referen
         lines.append(f'<tr{marked}><th scope="row">{escape(name)}</th>{data}</tr>')
     return (
         f'<div class="box" role="region" aria-label="{escape(title)}" tabindex="0">\n'
-        f'<table class="sortable"><caption>{escape(title)}</caption>\n'
+        f'<table class="sortable"><caption class="{caption}">{escape(title)}</caption>\n'
         f"<thead><tr>{heads}</tr></thead>\n<tbody>\n" + "\n".join(lines) + "\n</tbody></table></div>"
     )
 

@@ -122,7 +122,7 @@ def run_search(search: Search, place: Place, tags: Mapping[str, str]) -> Report:
         invocation.run(search.study(search.reference()))
         while len(hunt.ended) < search.trials:
             hunt.step(invocation)
-        report = _report(search, hunt, invocation.run(search.study(search.reference())))
+        report = _report(search, hunt, invocation.outcomes)
         invocation.end(report)
     return report
 
