@@ -109,7 +109,8 @@ class Invocation:
     def end(self, report: Report) -> None:
         """Keep the report, in the parent run and in the output folder."""
         files = report_files(report, self._record.pictures)
-        note = f"{files['table.md']}\nCompare its runs: `{self._record.compare_path(report.table.run_ids)}`"
+        # A long table may be cut off at MLflow's limit: the link comes first.
+        note = f"Compare its runs: `{self._record.compare_path(report.table.run_ids)}`\n\n{files['table.md']}"
         self._record.end(self._parent, note, files)
         if self._place.output is not None:
             _write(files, self._place.output)

@@ -47,7 +47,8 @@ STYLE = """
   --open-paper: #faeecb; }
 @media (prefers-color-scheme: dark) { :root { --paper: #15181c; --ink: #e4e7eb; --faint: #a0a9b4; --line: #39414a;
   --shade: #1e2328; --accent: #7db8f5; --good: #8fdba6; --good-paper: #173723; --bad: #f5a6a2; --bad-paper: #451d1d;
-  --open: #ecca75; --open-paper: #3c3010; } img { filter: invert(.91) hue-rotate(180deg); } }
+  --open: #ecca75; --open-paper: #3c3010; } img { filter: brightness(.9); }
+  img.lines { filter: invert(.91) hue-rotate(180deg); } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 main { max-width: 72rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
@@ -60,20 +61,21 @@ p, li, figcaption, dd { max-width: 46rem; overflow-wrap: anywhere; }
 .states { margin: .75rem 0 0; font-size: .9rem; }
 .box { overflow-x: auto; border: 1px solid var(--line); border-radius: .4rem; }
 :is(.box, button, summary):focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; width: max-content; min-width: 100%; font-size: .9rem;
+  font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding: .5rem .75rem; color: var(--faint); }
 caption.unseen { position: absolute; width: 1px; height: 1px; padding: 0; overflow: hidden; clip-path: inset(50%); }
 th, td { padding: .4rem .75rem; text-align: right; white-space: nowrap; }
-th:first-child { text-align: left; }
-thead th { white-space: normal; min-width: 5rem; vertical-align: bottom; background: var(--shade);
+th:first-child { position: sticky; left: 0; text-align: left; background: var(--paper); }
+thead th, thead th:first-child { white-space: normal; vertical-align: bottom; background: var(--shade);
   border-bottom: 1px solid var(--line); }
 tbody tr + tr > * { border-top: 1px solid var(--line); }
 tbody th { font-weight: 600; }
-tr.reference { background: var(--shade); }
-th button { all: unset; cursor: pointer; color: inherit; }
-th button::after { content: " \\2195"; color: var(--faint); }
-th[aria-sort=ascending] button::after { content: " \\2191"; }
-th[aria-sort=descending] button::after { content: " \\2193"; }
+tr.reference, tr.reference th:first-child { background: var(--shade); }
+th button { all: unset; display: inline-block; max-width: 9rem; cursor: pointer; }
+th button::after { content: "\\a0\\2195"; color: var(--faint); }
+th[aria-sort=ascending] button::after { content: "\\a0\\2191"; }
+th[aria-sort=descending] button::after { content: "\\a0\\2193"; }
 .notes { padding-left: 1.1rem; font-size: .9rem; }
 .notes .trouble { color: var(--bad); }
 .verdicts { list-style: none; padding: 0; }
@@ -132,7 +134,7 @@ def to_html(report: Report, figures: Mapping[str, Figure], pictures: Callable[[s
     table, spec = report.table, report.table.study.spec
     alerts = set(words.trouble(table))
     grids = words.grids(report)
-    drawn = [_figure(name, _png(figure), spec.title) for name, figure in figures.items()]
+    drawn = [_figure(name, _png(figure), spec.title, "lines") for name, figure in figures.items()]
     sections = [
         _section("Result", _grid(grids[0], alerts, spec.reference), *drawn[:1]),
         *([_section("Claims of the paper", _verdicts(report.verdicts))] if report.verdicts else []),
@@ -210,10 +212,11 @@ def _png(figure: Figure) -> bytes:
     return content.getvalue()
 
 
-def _figure(name: str, content: bytes, of: str) -> str:
+def _figure(name: str, content: bytes, of: str, kind: str = "coloured") -> str:
+    """kind: "lines" may be shown with light and dark exchanged; colours would lose their order."""
     caption = CAPTIONS.get(name, name.rpartition(".")[0].replace("_", " ").capitalize())
     data = base64.b64encode(content).decode()
-    image = f'<img src="data:image/png;base64,{data}" alt="{escape(f"{caption}: {of}")}">'
+    image = f'<img class="{kind}" src="data:image/png;base64,{data}" alt="{escape(f"{caption}: {of}")}">'
     return f"<figure>{image}<figcaption>{escape(caption)}.</figcaption></figure>"
 
 
@@ -231,17 +234,17 @@ def _diagnostics(table: Table, pictures: Callable[[str], dict[str, bytes]]) -> s
 
 
 def _configurations(table: Table) -> str:
-    """What differs between rows as a table, and what they share as a list."""
+    """What differs between the rows that have a setting as a table, and the others as a list."""
     flat = {row.label: _flat(row.cells[0].config.to_mapping()) for row in table.study.rows}
     keys = list(dict.fromkeys(key for settings in flat.values() for key in settings))
-    varying = [key for key in keys if len({settings.get(key, words.DASH) for settings in flat.values()}) > 1]
+    values = {key: list(dict.fromkeys(settings[key] for settings in flat.values() if key in settings)) for key in keys}
+    varying = [key for key in keys if len(values[key]) > 1]
     rows = [[label, *(settings.get(key, words.DASH) for key in varying)] for label, settings in flat.items()]
-    first = next(iter(flat.values()))
-    shared = "".join(f"<dt>{escape(key)}</dt><dd>{escape(first[key])}</dd>" for key in keys if key not in varying)
+    shared = "".join(f"<dt>{escape(key)}</dt><dd>{escape(values[key][0])}</dd>" for key in keys if key not in varying)
     heads = ["row", *(key.removeprefix("adapter.") for key in varying)]
     return (
         _table("Settings that differ between rows", heads, rows, table.study.spec.reference)
-        + f"\n<details><summary>Settings that all rows share</summary><dl>{shared}</dl></details>"
+        + f"\n<details><summary>Settings that every row with them shares</summary><dl>{shared}</dl></details>"
     )
 
 

@@ -213,7 +213,7 @@ def _notes(table: Table) -> list[str]:
         if spec.reference is not None:
             notes.append(
                 f"Differences to {spec.reference} are paired by seed: mean, 95 % confidence interval (t), "
-                f"two-sided paired t-test, Holm-corrected for {tests} tests."
+                f"two-sided paired t-test, Holm-corrected for {tests} test{'' if tests == 1 else 's'}."
             )
     notes += trouble(table)
     if spec.answers is not None:
