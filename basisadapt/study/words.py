@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from basisadapt.ranges import Choices, Range
 from basisadapt.study import statistics
 
 if TYPE_CHECKING:
@@ -263,15 +264,23 @@ def _trials(found: Found, number: Callable[[float | None, str], str]) -> Grid:
         f"{', '.join(map(str, found.seeds))}.",
         "The best of many trials is chosen on the seeds that it is shown with, which flatters it: its difference and "
         "p-value are a lead, to be confirmed on other seeds.",
-        *(f"{name}: {where}." for name, where in zip(names, map(str, found.space.values()), strict=True)),
+        *(f"{name}: {_where(where)}." for name, where in zip(names, found.space.values(), strict=True)),
     ]
     return Grid("Trials", ["trial", "value", "state", *names], rows, notes)
 
 
 def _importance(found: Found) -> Grid:
     rows = [[key.removeprefix("adapter."), f"{share:.2f}"] for key, share in found.importance.items()]
-    note = found.no_importance or "Share of the variance of the value that a setting explains by itself (fANOVA)."
-    return Grid("Importance of the settings", ["setting", "importance"], rows, [note])
+    note = (
+        found.no_importance
+        or "Share of the value's variance that a setting explains by itself (fANOVA), scaled to add up to 1; rough for few "
+        "trials."
+    )
+    return Grid("Importance", ["setting", "importance"], rows, [note])
+
+
+def _where(where: Range | Choices) -> str:
+    return str(where) if isinstance(where, Range) else ", ".join(map(_setting, where))
 
 
 def _setting(value: object) -> str:

@@ -62,11 +62,11 @@ def test_a_search_finds_the_hill_and_says_what_mattered(searched, fake, study, r
     table = out.split("\n\n")[1].splitlines()
     assert [line.split("  ")[0] for line in table[2:]][-1] == "LoRA"
     assert f"trial {best.number + 1}" in table[2]
-    importance = out.partition("Importance of the settings")[2].split()
+    importance = out.partition("\nImportance\n")[2].split()
     assert importance.index("gain") < importance.index("omega_init")
     assert "a lead, to be confirmed on other seeds" in out
     names = {path.name for path in (searched / "results").iterdir()}
-    assert {"report.html", "search.png", "trials.csv", "importance of the settings.csv"} <= names
+    assert {"report.html", "search.png", "trials.csv", "importance.csv"} <= names
     assert {run.data.params["row"] for run in runs()} == {"LoRA", *(f"trial {n}" for n in range(1, 13))}
 
     again = study(*TPE)
