@@ -271,11 +271,8 @@ def _trials(found: Found, number: Callable[[float | None, str], str]) -> Grid:
 
 def _importance(found: Found) -> Grid:
     rows = [[key.removeprefix("adapter."), f"{share:.2f}"] for key, share in found.importance.items()]
-    note = (
-        found.no_importance
-        or "Share of the value's variance that a setting explains by itself (fANOVA), scaled to add up to 1; rough for few "
-        "trials."
-    )
+    explained = "Share of the value's variance that a setting explains by itself (fANOVA), scaled to add up to 1; "
+    note = found.no_importance or f"{explained}rough for few trials."
     return Grid("Importance", ["setting", "importance"], rows, [note])
 
 
