@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "basisadapt"
 # Rooms from the ground up; a room may import from every floor below, and from itself.
 FLOORS = [
     {"errors", "peft_hook"},
-    {"registry", "settings", "environment", "diagnostics"},
+    {"registry", "ranges", "settings", "environment", "diagnostics"},
     {"phi", "tasks", "backbones"},
     {"testing", "adapter"},
     {"methods", "observation"},

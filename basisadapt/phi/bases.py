@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from basisadapt.phi.basis import TransferBasis
+from basisadapt.ranges import Range
 
 
 class Sinc(TransferBasis, name="sinc"):
@@ -39,6 +43,9 @@ class BSpline(TransferBasis, name="bspline"):
 class Fourier(TransferBasis, name="fourier", argument="phase"):
     """cos(ωᵢ x + ϕᵢ), the phase ϕᵢ being the grid point xᵢ in radians (paper, Table 13)."""
 
+    # At 30 there are about five periods on [−0.5, 0.5].
+    search: ClassVar[Mapping[str, Range]] = {"omega_init": Range(0.3, 30.0, log=True)}
+
     def forward(self, u: Tensor) -> Tensor:
         """b(u)."""
         return torch.cos(u)
@@ -46,6 +53,13 @@ class Fourier(TransferBasis, name="fourier", argument="phase"):
 
 class Polynomial(TransferBasis, name="polynomial", argument="scaled"):
     """(1 + ωᵢ x)³ (paper, Table 13). It has no grid: N of them together span one cubic, four degrees of freedom."""
+
+    # It grows without bound, so that a large ω or gain leaves the range in which training is stable.
+    search: ClassVar[Mapping[str, Range]] = {
+        "omega_init": Range(0.1, 2.0, log=True),
+        "gain": Range(1.0, 30.0, log=True),
+        "num_basis": Range(4, 16, log=True),
+    }
 
     def forward(self, u: Tensor) -> Tensor:
         """b(u)."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from basisadapt.errors import unknown
+from basisadapt.ranges import Range
 from basisadapt.registry import Registry
 
 BASES: Registry[TransferBasis] = Registry("basis")
@@ -31,10 +32,13 @@ class TransferBasis(ABC):
 
     `argument` says how u depends on x, the bandwidth ωᵢ > 0 and the grid point xᵢ: "shifted" (the default)
     uᵢ = ωᵢ (x − xᵢ), "phase" uᵢ = ωᵢ x + xᵢ, or "scaled" uᵢ = ωᵢ x, for functions that have no place on a grid.
+    `search` maps settings of an adapter to the ranges in which a search should look for them with this basis, such as
+    {"omega_init": Range(0.5, 10, log=True)}; settings that it leaves out keep their general range.
     `basisadapt.testing.check_basis` checks a basis against the contract.
     """
 
     argument: ClassVar[str]
+    search: ClassVar[Mapping[str, Range]] = {}
 
     def __init_subclass__(cls, *, name: str | None = None, argument: str = "shifted", **kwargs: Any) -> None:
         """Register the class under `name`. Raises InputError for a name that is taken or an unknown argument."""

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from basisadapt.ranges import Range
 from basisadapt.registry import Registry
 
 GRIDS: Registry[GridStrategy] = Registry("grid")
 
 
 class GridStrategy(ABC):
-    """Places N points on [−I, I]. Subclass it with a name; `trainable=True` lets the points be learned from there."""
+    """Places N points on [−I, I]. Subclass it with a name; `trainable=True` lets the points be learned from there.
+
+    `search`: ranges of settings under this grid, as in `TransferBasis`.
+    """
 
     trainable: ClassVar[bool]
+    search: ClassVar[Mapping[str, Range]] = {}
 
     def __init_subclass__(cls, *, name: str | None = None, trainable: bool = False, **kwargs: Any) -> None:
         """Register the class under `name`. Raises InputError if it is taken."""
@@ -71,6 +77,8 @@ class Jittered(GridStrategy, name="jittered"):
 
 class Learned(GridStrategy, name="learned", trainable=True):
     """The uniform grid at the start; then the points are parameters like α and ω."""
+
+    search: ClassVar[Mapping[str, Range]] = {"transfer_lr": Range(0.01, 3.0, log=True)}  # x moves as well
 
     def points(self, num: int, interval: float, generator: torch.Generator) -> Tensor:
         """The points."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+from basisadapt.ranges import Range
 from basisadapt.registry import Registry
 
 SHARING: Registry[SharingPolicy] = Registry("sharing")
@@ -22,7 +23,12 @@ class AdaptedModule:
 
 
 class SharingPolicy(ABC):
-    """A grouping: modules of one group share one row of a parameter's table. Subclass it with a name."""
+    """A grouping: modules of one group share one row of a parameter's table. Subclass it with a name.
+
+    `search`: ranges of settings under this policy, as in `TransferBasis`.
+    """
+
+    search: ClassVar[Mapping[str, Range]] = {}
 
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
         """Register the class under `name`. Raises InputError if it is taken."""
@@ -69,6 +75,9 @@ class ShareAlpha(SharingPolicy, name="alpha"):
 
 class ShareAll(SharingPolicy, name="all"):
     """One φ for the whole model."""
+
+    # Every module adds its gradient, so that a rate means more.
+    search: ClassVar[Mapping[str, Range]] = {"transfer_lr": Range(0.003, 3.0, log=True)}
 
     def group(self, parameter: str, module: AdaptedModule) -> Hashable:
         """One group."""

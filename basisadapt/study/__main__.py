@@ -17,8 +17,10 @@ from basisadapt.study import spec as specs
 
 if TYPE_CHECKING:
     from basisadapt.study.engine import Place
-    from basisadapt.study.report import Table
+    from basisadapt.study.report import Report
+    from basisadapt.study.search import Search
 
+SAMPLERS = ("tpe", "random")
 DONE, UNSOUND, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -50,13 +52,18 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m basisadapt.study",
-        description="Run what a study has not recorded yet, then print its table beside the published one.",
+        description="Run what a study has not recorded yet, then print its table beside the published one and a "
+        "verdict on each of the paper's claims.",
         epilog="Exit codes: 0 done; 1 done, but a cell failed or diverged; 2 bad input; 130 interrupted: the "
         "same command goes on.",
     )
     parser.add_argument("name", nargs="?", metavar="NAME", help="a study of --list, or the path of a YAML file")
     parser.add_argument("--list", action="store_true", help="list the studies")
-    parser.add_argument("--report", metavar="NAME", help="print a study's table from the record; runs nothing")
+    parser.add_argument(
+        "--report",
+        metavar="NAME",
+        help="print a study's report from the record, that of a search with --search; runs nothing",
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="print the cells and their parameter counts; runs nothing"
     )
@@ -76,8 +83,21 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE_OR_MODULE",
         help="Python file or module that defines bases, grids, sharing policies or tasks",
     )
+    parser.add_argument(
+        "--search",
+        choices=SAMPLERS,
+        help="search instead of running the grid: over the ranges in the study's `search`, or else over its axes and "
+        "every setting with a declared range. A trial is run with every seed and its value is their mean; the first "
+        "seed drives the sampler",
+    )
+    parser.add_argument("--trials", type=int, metavar="T", help="trials of the search, finished ones included")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where the tasks' data lie")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="also write the table and its figure there")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="also write the report there: one HTML page, Markdown, CSV, figures",
+    )
     parser.add_argument(
         "--tracking-uri",
         default="sqlite:///mlflow.db",
@@ -96,6 +116,8 @@ def _run(options: argparse.Namespace, command: str) -> int:
     if (options.name is None) == (options.report is None):
         raise InputError("give the NAME of a study or --report NAME (--list lists the studies)")
     study_spec = specs.read_spec(options.name or options.report)
+    if (options.search is None) != (options.trials is None):
+        raise InputError("--search and --trials go together, such as --search tpe --trials 30")
     for plugin in options.plugin:
         load_plugin(plugin)
     study = specs.resolve(study_spec, preset=options.preset, changes=options.set, seeds=_seeds(options.seeds))
@@ -112,16 +134,34 @@ def _run(options: argparse.Namespace, command: str) -> int:
         data_dir=options.data_dir,
         output=options.output,
     )
+    search = _search(study_spec, options)
     if options.dry_run:
-        _print_plans(study, place)
+        _print_plans(study, place) if search is None else _print_space(search)
         return DONE
-    if options.report:
-        table = engine.read_report(study, place)
+    tags = {"basisadapt.command": command, "basisadapt.preset": options.preset}
+    if search is not None:
+        from basisadapt.study.search import read_search, run_search
+
+        report = read_search(search, place) if options.report else run_search(search, place, tags)
     else:
-        tags = {"basisadapt.command": command, "basisadapt.preset": options.preset}
-        table = engine.run_study(study, place, tags)
-    _print_table(table, place)
-    return UNSOUND if table.unsound else DONE
+        report = engine.read_report(study, place) if options.report else engine.run_study(study, place, tags)
+    _print_report(report, place)
+    return UNSOUND if report.unsound else DONE
+
+
+def _search(study_spec: specs.StudySpec, options: argparse.Namespace) -> Search | None:
+    if options.search is None:
+        return None
+    from basisadapt.study.search import Search
+
+    return Search(
+        spec=study_spec,
+        preset=options.preset,
+        changes=options.set,
+        seeds=_seeds(options.seeds),
+        sampler=options.search,
+        trials=options.trials,
+    )
 
 
 def _seeds(text: str | None) -> list[int] | None:
@@ -138,6 +178,12 @@ def _print_studies() -> None:
     width = max(map(len, names), default=0)
     for name in names:
         print(f"{name.ljust(width)}  {specs.read_spec(name).title}")
+
+
+def _print_space(search: Search) -> None:
+    print(f"{search.spec.title}: a search of {search.trials} trials over\n")
+    for key, where in search.space().items():
+        print(f"{key}: {where}")
 
 
 def _print_plans(study: specs.Study, place: Place) -> None:
@@ -158,11 +204,12 @@ def _print_plans(study: specs.Study, place: Place) -> None:
         print(f"{cell.row.ljust(width)}  {columns(cell.seed, plan.modules, *counts, state)}")
 
 
-def _print_table(table: Table, place: Place) -> None:
-    from basisadapt.study import report
+def _print_report(report: Report, place: Place) -> None:
     from basisadapt.study.record import Record
+    from basisadapt.study.words import to_text
 
-    print(report.to_text(table))
+    table = report.table
+    print(to_text(report))
     print(f"Recorded in {place.tracking_uri}; to browse:")
     if place.tracking_uri.startswith(("http:", "https:")):
         server = place.tracking_uri.rstrip("/")

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from basisadapt.diagnostics.figures import figures
 from basisadapt.errors import InputError
-from basisadapt.study import report
+from basisadapt.study.progress import Progress
 from basisadapt.study.record import Outcome, Record, check_database, one_line, sqlite_file
-from basisadapt.study.spec import Cell, Study
+from basisadapt.study.report import Report, make_report, report_files
+from basisadapt.study.spec import Cell, Study, StudySpec
+from basisadapt.study.table import build_table
 from basisadapt.study.trials import Trials
 
 if TYPE_CHECKING:
@@ -32,7 +30,7 @@ class Place:
     """Where a study's results and inputs lie.
 
     tracking_uri: MLflow's store. storage: Optuna's; None is `optuna.db` beside MLflow's file. data_dir: the
-    tasks' data. output: a folder that also gets the table and its figure.
+    tasks' data. output: a folder that also gets the report.
     """
 
     tracking_uri: str = "sqlite:///mlflow.db"
@@ -47,38 +45,75 @@ class Place:
         return self.storage or f"sqlite:///{beside.with_name('optuna.db') if beside else 'optuna.db'}"
 
 
-def run_study(study: Study, place: Place, tags: Mapping[str, str]) -> report.Table:
+def run_study(study: Study, place: Place, tags: Mapping[str, str]) -> Report:
     """Run the cells that the record lacks, and report. `tags` go to the invocation's run.
 
     A cell that raises is recorded as failed and the others go on. Raises InputError before anything is
     recorded, and KeyboardInterrupt once the interrupted cell is recorded as killed.
     """
+    check_place(place)
+    plan_cells(_missing(study, Record.read(place.tracking_uri, study.spec.name)), place.data_dir)
+    with Invocation(study.spec, place, tags) as invocation:
+        outcomes = invocation.run(study)
+        report = make_report(build_table(study, outcomes))
+        invocation.end(report)
+    return report
+
+
+def check_place(place: Place) -> None:
+    """Raise InputError unless results can be kept there."""
     if place.optuna_url == place.tracking_uri:
         raise InputError(f"--storage and --tracking-uri cannot share one database, {place.tracking_uri!r}")
     check_database(place.tracking_uri, "--tracking-uri")
     check_database(place.optuna_url, "--storage")
-    plan_cells(_missing(study, Record.read(place.tracking_uri, study.spec.name)), place.data_dir)
-    if place.output is not None:
-        _make_folder(place.output)
 
-    trials = Trials(place.optuna_url, study.spec.name)
-    record = Record(place.tracking_uri, study.spec.name)
-    parent = record.begin(study.spec, tags)
-    with _closing(record, parent):
-        trials.follow(study.cells, record.outcomes())
-        with _Progress(study, record.outcomes()) as progress:
+
+class Invocation:
+    """One call of the command line: its parent run, closed whatever happens, and the cells run under it."""
+
+    def __init__(self, spec: StudySpec, place: Place, tags: Mapping[str, str]) -> None:
+        if place.output is not None:
+            _make_folder(place.output)
+        self._place = place
+        self._trials = Trials(place.optuna_url, spec.name)
+        self._record = Record(place.tracking_uri, spec.name)
+        self._parent = self._record.begin(spec, tags)
+
+    def __enter__(self) -> Invocation:
+        return self
+
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: object) -> None:
+        if error is not None:
+            self._record.close(self._parent, "killed" if isinstance(error, KeyboardInterrupt) else "failed")
+
+    @property
+    def outcomes(self) -> dict[str, Outcome]:
+        """What the record holds: cell key to outcome."""
+        return self._record.outcomes()
+
+    def run(self, study: Study) -> dict[str, Outcome]:
+        """Run what the record lacks of the study's cells. Returns what it then holds."""
+        outcomes = self.outcomes
+        self._trials.follow(study.cells, outcomes)
+        total = len({cell.key for cell in study.cells})
+        done = total - len({cell.key for cell in _missing(study, outcomes)})
+        with Progress(total, done) as progress:
             tried: set[str] = set()
-            while cell := _next_cell(study, record, tried, progress):
-                run_id = record.start(parent, cell)
+            while cell := _next_cell(study, self._record, tried, progress):
+                run_id = self._record.start(self._parent, cell)
                 if run_id is not None:
                     tried.add(cell.key)
-                    _run_cell(cell, record, run_id, trials, place.data_dir, progress)
-        table = report.build_table(study, record.outcomes())
-        files = report.files(table)
-        record.end(parent, f"{files['table.md']}\nCompare its runs: `{record.compare_path(table.run_ids)}`", files)
-    if place.output is not None:
-        _write(files, place.output)
-    return table
+                    _run_cell(cell, self._record, run_id, self._trials, self._place.data_dir, progress)
+        return self.outcomes
+
+    def end(self, report: Report) -> None:
+        """Keep the report, in the parent run and in the output folder."""
+        files = report_files(report, self._record.pictures)
+        # A long table may be cut off at MLflow's limit: the link comes first.
+        note = f"Compare its runs: `{self._record.compare_path(report.table.run_ids)}`\n\n{files['table.md']}"
+        self._record.end(self._parent, note, files)
+        if self._place.output is not None:
+            _write(files, self._place.output)
 
 
 def plan_cells(cells: Sequence[Cell], data_dir: Path | None) -> dict[str, Plan]:
@@ -92,23 +127,29 @@ def plan_cells(cells: Sequence[Cell], data_dir: Path | None) -> dict[str, Plan]:
     return plans
 
 
-def read_report(study: Study, place: Place) -> report.Table:
-    """The table from the record alone. Raises InputError if nothing is recorded."""
+def read_report(study: Study, place: Place) -> Report:
+    """The report from the record alone. Raises InputError if nothing is recorded."""
     outcomes = Record.read(place.tracking_uri, study.spec.name)
     if not outcomes:
         raise InputError(f"nothing of study {study.spec.name!r} is recorded in {place.tracking_uri!r}")
-    table = report.build_table(study, outcomes)
+    report = make_report(build_table(study, outcomes))
+    write_report(report, place)
+    return report
+
+
+def write_report(report: Report, place: Place) -> None:
+    """Write the report's files to the output folder, if there is one."""
     if place.output is not None:
         _make_folder(place.output)
-        _write(report.files(table), place.output)
-    return table
+        record = Record(place.tracking_uri, report.table.study.spec.name)
+        _write(report_files(report, record.pictures), place.output)
 
 
 def _missing(study: Study, outcomes: Mapping[str, Outcome]) -> list[Cell]:
     return [cell for cell in study.cells if cell.key not in outcomes or not outcomes[cell.key].done]
 
 
-def _next_cell(study: Study, record: Record, tried: set[str], progress: _Progress) -> Cell | None:
+def _next_cell(study: Study, record: Record, tried: set[str], progress: Progress) -> Cell | None:
     """A cell that is not done, tried or run by another process; waits while there are only the last."""
     while True:
         outcomes = record.outcomes()
@@ -122,7 +163,7 @@ def _next_cell(study: Study, record: Record, tried: set[str], progress: _Progres
 
 
 def _run_cell(
-    cell: Cell, record: Record, run_id: str, trials: Trials, data_dir: Path | None, progress: _Progress
+    cell: Cell, record: Record, run_id: str, trials: Trials, data_dir: Path | None, progress: Progress
 ) -> None:
     from basisadapt import training
 
@@ -145,16 +186,6 @@ def _run_cell(
         progress.end(cell, result.status if value is None else f"{result.headline} {value:.4f}")
 
 
-@contextmanager
-def _closing(record: Record, parent: str) -> Iterator[None]:
-    """Close the invocation's run if it does not come to its end."""
-    try:
-        yield
-    except BaseException as error:
-        record.close(parent, "killed" if isinstance(error, KeyboardInterrupt) else "failed")
-        raise
-
-
 def _write(files: Mapping[str, str | Figure], output: Path) -> None:
     for name, content in files.items():
         if isinstance(content, str):
@@ -168,40 +199,3 @@ def _make_folder(output: Path) -> None:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output {str(output)!r} cannot be made: {error.strerror}") from error
-
-
-class _Progress:
-    """A bar over the cells where stderr is a terminal, a line per cell where it is not."""
-
-    def __init__(self, study: Study, outcomes: Mapping[str, Outcome]) -> None:
-        total = len({cell.key for cell in study.cells})
-        done = total - len({cell.key for cell in _missing(study, outcomes)})
-        self._bar = tqdm(total=total, initial=done, unit="cell", file=sys.stderr, disable=not sys.stderr.isatty())
-        self._count, self._total, self._began = done, total, 0.0
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def begin(self, cell: Cell) -> None:
-        self._began = time.monotonic()
-        self._bar.set_description_str(f"{cell.row}, seed {cell.seed}")
-
-    def wait(self, cell: Cell) -> None:
-        text = f"waiting for another process to finish {cell.row}, seed {cell.seed}"
-        if self._bar.disable and text != self._bar.desc:
-            print(text, file=sys.stderr, flush=True)
-        self._bar.set_description_str(text)
-
-    def step(self, step: int, total: int) -> None:
-        self._bar.set_postfix_str(f"step {step}/{total}")
-
-    def end(self, cell: Cell, shown: str) -> None:
-        self._count += 1
-        self._bar.update()
-        if self._bar.disable:
-            seconds = time.monotonic() - self._began
-            line = f"[{self._count}/{self._total}] {cell.row}, seed {cell.seed}: {shown} ({seconds:.0f} s)"
-            print(line, file=sys.stderr, flush=True)

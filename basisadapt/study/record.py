@@ -13,7 +13,7 @@ import time
 import traceback
 import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,7 @@ TERMINAL = {
 # The tags that the engine reads back.
 CELL, ROW, STATUS, OWNER = "basisadapt.cell", "basisadapt.row", "status", "basisadapt.owner"
 HEADLINE, WARNINGS, ERROR = "basisadapt.headline", "basisadapt.warnings", "basisadapt.error"
+ENVIRONMENT = "environment."
 
 TEXT_LIMIT = 5000  # below every limit that MLflow sets for tags, parameters and notes
 BATCH = 90  # entities in one call, likewise
@@ -55,6 +56,7 @@ class Outcome:
     error: str
     owner: Owner | None
     ended: int
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def done(self) -> bool:
@@ -112,6 +114,7 @@ class Record:
 
     def __init__(self, tracking_uri: str, study: str) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         import mlflow
 
         for name in ("mlflow", "alembic"):  # after the import, which sets them to INFO
@@ -201,7 +204,7 @@ class Record:
             WARNINGS: json.dumps([text[:500] for text in result.warnings[:8]], ensure_ascii=False),
             "mlflow.note.content": _cell_note(cell, result),
             "mlflow.source.git.commit": result.environment.get("git_commit", "unknown"),
-            **{f"environment.{name}": value for name, value in result.environment.items()},
+            **{f"{ENVIRONMENT}{name}": value for name, value in result.environment.items()},
             **{f"data.{name}": str(value) for name, value in result.data.items()},
         }
         self._client.log_batch(run_id, tags=[RunTag(clean(name), value[:TEXT_LIMIT]) for name, value in tags.items()])
@@ -232,6 +235,18 @@ class Record:
         """Give a run its last status."""
         self._client.set_tag(run_id, STATUS, status)
         self._client.set_terminated(run_id, TERMINAL[status])
+
+    def pictures(self, run_id: str) -> dict[str, bytes]:
+        """The PNG files of a run, name to content; empty where its files cannot be read any more."""
+        from mlflow.exceptions import MlflowException
+
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                names = [file.path for file in self._client.list_artifacts(run_id) if file.path.endswith(".png")]
+                paths = {name: self._client.download_artifacts(run_id, name, folder) for name in sorted(names)}
+            except (OSError, MlflowException):
+                return {}
+            return {name: Path(path).read_bytes() for name, path in paths.items()}
 
     def compare_path(self, run_ids: Iterable[str]) -> str:
         """The page of MLflow's UI that compares these runs, from the root of its address."""
@@ -264,6 +279,9 @@ class Record:
             error=tags.get(ERROR, ""),
             owner=Owner.parse(tags[OWNER]) if OWNER in tags else None,
             ended=run.info.end_time or 0,
+            environment={
+                name.removeprefix(ENVIRONMENT): value for name, value in tags.items() if name.startswith(ENVIRONMENT)
+            },
         )
 
 
@@ -303,7 +321,8 @@ def _guide(spec: StudySpec) -> str:
 {spec.question}
 
 How to compare: each invocation is a parent run, each cell (row and seed) a child run below it.
-- The newest finished parent run holds the table (`table.md`, `table.csv`) and `comparison.png`.
+- The newest finished parent run holds the report: `report.html` (one page with everything), `table.md`, `table.csv`
+  and `comparison.png`.
 - Runs table: expand the parents, or filter with ``tags.`{STATUS}` = 'finished'``; group by the parameter
   `row` for means over seeds. Columns to show: the headline metric, `stable_rank.mean`, `dc_share.mean`,
   `parameters.trainable`.

@@ -16,6 +16,7 @@ import yaml
 
 from basisadapt.errors import InputError, unknown
 from basisadapt.settings import from_mapping
+from basisadapt.study.claims import Claim
 
 if TYPE_CHECKING:  # run configurations need torch, which --help and --list must not wait for
     from basisadapt.run_config import RunConfig
@@ -63,9 +64,11 @@ class StudySpec:
     title, question: what is compared and how to read it. base: the configuration that all rows share. sweep:
     an axis' name to its values; the rows are their product. beside: further rows, which no axis changes.
     reference: the label of the row that the others are compared with. answers: the published table. presets:
-    a name to dotted overrides of the base, `seeds`, and axes in full: sweep.AXIS.
+    a name to dotted overrides of the base, `seeds`, and axes in full: sweep.AXIS. columns: further recorded metrics to
+    show. claims: of the paper, each judged by the record. search: setting to its range in a search, see `search_space`.
 
-    A file that is `like` a shipped study takes over its base, presets and seeds, and states what differs.
+    A file that is `like` a shipped study takes over its base, presets and seeds, and states what differs. An axis
+    called `task` also multiplies the rows beside; `reference` is then a label without its task.
     """
 
     name: str
@@ -78,6 +81,9 @@ class StudySpec:
     answers: Answers | None = None
     seeds: tuple[int, ...] = (42, 123, 456)
     presets: dict[str, Any] = field(default_factory=dict)
+    columns: tuple[str, ...] = ()
+    claims: tuple[Claim, ...] = ()
+    search: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,16 @@ class Row:
     label: str
     published: str | None
     cells: tuple[Cell, ...]
+
+    @property
+    def task(self) -> str:
+        """The task of its cells."""
+        return self.cells[0].config.task
+
+    @property
+    def name(self) -> str:
+        """The label without the task, which rows of other tasks share."""
+        return ", ".join(part for part in self.label.split(", ") if part != self.task) or self.label
 
 
 @dataclass(frozen=True)
@@ -195,6 +211,9 @@ def _spec(values: dict[str, Any]) -> StudySpec:
     if values.get("answers") is not None:
         values["answers"] = _part(Answers, values["answers"], "answers")
     values["beside"] = [_part(Beside, row, f"beside[{index}]") for index, row in enumerate(values.get("beside") or ())]
+    values["claims"] = [
+        _part(Claim, claim, f"claims[{index}]") for index, claim in enumerate(values.get("claims") or ())
+    ]
     spec = from_mapping(StudySpec, values)
     _check_axes(spec.sweep)
     for preset, overrides in spec.presets.items():
@@ -236,7 +255,7 @@ def resolve(
 
     Every configuration is checked. Raises InputError.
     """
-    overrides, axes = _split_changes(changes)
+    overrides, axes = split_changes(changes)
     if preset not in spec.presets and preset != "quick":  # quick is the default, which a study need not name
         raise unknown("preset", preset, spec.presets)
     preset_values = dict(spec.presets.get(preset, {}))
@@ -252,14 +271,17 @@ def resolve(
 
     rows = [_swept_row(spec, base, point, seeds) for point in _product(sweep.values())] if sweep else []
     for beside in spec.beside:
-        config = {**base, **_scaled(base, _with_full_keys(beside.set))}
-        rows.append(_row(spec, beside.label, beside.published, config, seeds))
+        for task in sweep["task"][1] if "task" in sweep else [None]:
+            label = beside.label if task is None else f"{beside.label}, {task}"
+            of_task = {} if task is None else {"task": task}
+            config = {**base, **_scaled(base, _with_full_keys(beside.set)), **of_task}
+            rows.append(_row(spec, label, beside.published, config, seeds))
 
     labels = [row.label for row in rows]
     for label in labels:
         if labels.count(label) > 1:
             raise InputError(f"study {spec.name!r} has two rows called {label!r}")
-    if spec.reference is not None and spec.reference not in labels:
+    if spec.reference is not None and spec.reference not in [*labels, *(row.name for row in rows)]:
         raise unknown("reference row", spec.reference, labels)
     if not rows:
         raise InputError(f"study {spec.name!r} has no rows: give it a sweep or rows beside it")
@@ -302,7 +324,7 @@ def _scaled(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any
     return scaled
 
 
-def _split_changes(changes: Sequence[str]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+def split_changes(changes: Sequence[str]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     """The command line's "key=value" as overrides of the base (by full key) and replaced axes (by name)."""
     overrides: dict[str, Any] = {}
     axes: dict[str, list[Any]] = {}

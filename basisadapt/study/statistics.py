@@ -1,20 +1,21 @@
-"""Means over seeds, and paired comparisons with a reference row."""
+"""Means over seeds, their confidence intervals, and paired comparisons (paper, section B.2)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A row against the reference over the `n` seeds they share.
+    """A row against another over the `n` seeds, or tasks, that they share.
 
     low, high: the confidence interval of the mean difference; p: of the two-sided paired t-test. None where
-    they are undefined: for one seed, or where every seed gives the same difference.
+    they are undefined: for one pair, or where every pair gives the same difference.
     """
 
     n: int
@@ -37,20 +38,33 @@ def std(values: Sequence[float]) -> float | None:
     return math.sqrt(math.fsum((value - centre) ** 2 for value in values) / (len(values) - 1))
 
 
-def difference(row: Mapping[int, float], reference: Mapping[int, float]) -> Difference | None:
-    """The paired difference of two mappings from seed to value; None if they share no seed."""
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The confidence interval of the mean, mean ± t(n − 1) std / √n; None of fewer than two different values."""
     from scipy.stats import t
 
-    shared = [row[seed] - reference[seed] for seed in sorted(row.keys() & reference.keys())]
-    n, centre, spread = len(shared), mean(shared), std(shared)
+    centre, spread = mean(values), std(values)
+    if centre is None or not spread or spread < 1e-12 * abs(centre):
+        return None
+    half = float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * spread / math.sqrt(len(values))
+    return centre - half, centre + half
+
+
+K = TypeVar("K", bound=Hashable)
+
+
+def difference(row: Mapping[K, float], reference: Mapping[K, float]) -> Difference | None:
+    """The paired difference of two mappings from seed (or task) to value; None if they share none."""
+    from scipy.stats import t
+
+    shared = [row[key] - reference[key] for key in row if key in reference]
+    centre, bounds = mean(shared), interval(shared)
     if centre is None:
         return None
-    if not spread or spread < 1e-12 * abs(centre):
-        return Difference(n, centre)
-    error = spread / math.sqrt(n)
-    half = float(t.ppf((1 + CONFIDENCE) / 2, n - 1)) * error
-    p = 2 * float(t.sf(abs(centre) / error, n - 1))
-    return Difference(n, centre, centre - half, centre + half, p)
+    if bounds is None:
+        return Difference(len(shared), centre)
+    error = (std(shared) or 0.0) / math.sqrt(len(shared))
+    p = 2 * float(t.sf(abs(centre) / error, len(shared) - 1))
+    return Difference(len(shared), centre, *bounds, p)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

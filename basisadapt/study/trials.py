@@ -13,6 +13,7 @@ from basisadapt.study.owner import Owner
 from basisadapt.study.record import Outcome, one_line
 
 if TYPE_CHECKING:
+    from optuna.study import Study
     from optuna.trial import FrozenTrial, Trial, TrialState
 
     from basisadapt.study.spec import Cell
@@ -25,19 +26,7 @@ class Trials:
     """
 
     def __init__(self, storage: str, name: str) -> None:
-        import optuna
-
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        # Two drivers may write to one file: wait for the other rather than fail.
-        patience = {"connect_args": {"timeout": 60}} if storage.startswith("sqlite") else {}
-        try:
-            database = optuna.storages.RDBStorage(storage, engine_kwargs=patience)
-            self._study = optuna.create_study(
-                storage=database, study_name=name, direction="maximize", load_if_exists=True
-            )
-        except Exception as error:  # SQLAlchemy's or a database driver's
-            raise InputError(f"--storage {storage!r} cannot be opened: {one_line(error)}") from error
+        self._study = open_study(storage, name)
 
     def ask(self, cell: Cell) -> Trial:
         """Start a trial for `cell`."""
@@ -56,7 +45,7 @@ class Trials:
         from optuna.trial import TrialState, create_trial
 
         for orphan in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if _is_orphan(orphan):
+            if is_orphan(orphan):
                 outcome = outcomes.get(orphan.user_attrs.get("cell", ""))
                 value = outcome.value if outcome else None
                 self._study.tell(orphan.number, value, state=_state(value))
@@ -74,6 +63,29 @@ class Trials:
                 self._study.add_trial(create_trial(state=_state(value), value=value, user_attrs=attributes))
 
 
+def open_study(storage: str, name: str) -> Study:
+    """The Optuna study called `name`, which maximises, made if it is new. Raises InputError."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    # Two drivers may write to one file: wait for the other rather than fail.
+    patience = {"connect_args": {"timeout": 60}} if storage.startswith("sqlite") else {}
+    try:
+        database = optuna.storages.RDBStorage(storage, engine_kwargs=patience)
+        return optuna.create_study(storage=database, study_name=name, direction="maximize", load_if_exists=True)
+    except Exception as error:  # SQLAlchemy's or a database driver's
+        raise InputError(f"--storage {storage!r} cannot be opened: {one_line(error)}") from error
+
+
+def is_orphan(trial: FrozenTrial) -> bool:
+    """Whether the process that asked for a running trial is gone."""
+    if "owner" in trial.user_attrs:
+        return Owner.parse(trial.user_attrs["owner"]).is_dead
+    # Killed between two statements of ask(); one that is just being asked for is younger than this.
+    return trial.datetime_start is None or datetime.now() - trial.datetime_start > timedelta(minutes=1)
+
+
 def _attributes(cell: Cell) -> dict[str, Any]:
     config = json.dumps(cell.config.to_mapping(), sort_keys=True)
     return {"cell": cell.key, "row": cell.row, "seed": cell.seed, "config": config}
@@ -83,10 +95,3 @@ def _state(value: float | None) -> TrialState:
     from optuna.trial import TrialState
 
     return TrialState.FAIL if value is None else TrialState.COMPLETE
-
-
-def _is_orphan(trial: FrozenTrial) -> bool:
-    if "owner" in trial.user_attrs:
-        return Owner.parse(trial.user_attrs["owner"]).is_dead
-    # Killed between two statements of ask(); one that is just being asked for is younger than this.
-    return trial.datetime_start is None or datetime.now() - trial.datetime_start > timedelta(minutes=1)

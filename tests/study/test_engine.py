@@ -41,6 +41,7 @@ def test_a_study_is_run_once_and_its_table_stays(home, fake, study, runs, trials
     assert (home / "results" / "table.txt").read_text() in again
     assert sorted(path.name for path in (home / "results").iterdir()) == [
         "comparison.png",
+        "report.html",
         "table.csv",
         "table.md",
         "table.txt",
@@ -79,7 +80,7 @@ def test_what_a_cell_leaves_in_mlflow(home, fake, study, runs, trials):
     ]  # fmt: skip
     assert json.loads((artifacts / "result.json").read_text())["config"]["adapter"]["basis"] == "sinc"
     files = sorted(file.path for file in client.list_artifacts(parent.info.run_id))
-    assert files == ["comparison.png", "table.csv", "table.md", "table.txt"]
+    assert files == ["comparison.png", "report.html", "table.csv", "table.md", "table.txt"]
     experiment = client.get_experiment_by_name("tiny")
     assert "How to compare" in experiment.tags["mlflow.note.content"]
     assert "| sinc |" in parent.data.tags["mlflow.note.content"]

@@ -5,9 +5,10 @@ import io
 
 import pytest
 
-from basisadapt.study import report
+from basisadapt.study import figures, report, words
 from basisadapt.study.record import Outcome
 from basisadapt.study.spec import read_spec, resolve
+from basisadapt.study.table import build_table
 
 
 @pytest.fixture
@@ -15,15 +16,24 @@ def two_bases(folder):
     return resolve(read_spec("tiny.yaml"))
 
 
-def outcome(cell, value=None, status="finished", warnings=(), error="", headline="accuracy"):
-    metrics = {"stable_rank.mean": 1.5, "dc_share.mean": 0.25, "parameters.trainable": 4321.0}
+def outcome(cell, value=None, status="finished", warnings=(), error="", headline="accuracy", **metrics):
+    metrics = {"stable_rank.mean": 1.5, "dc_share.mean": 0.25, "parameters.trainable": 4321.0, **metrics}
     if value is not None:
         metrics[headline] = value
-    return Outcome(f"run-{cell.key}", cell.key, status, headline, metrics, tuple(warnings), error, None, 0)
+    environment = {"git_commit": "abc123", "torch": "2.13.0"}
+    return Outcome(f"run-{cell.key}", cell.key, status, headline, metrics, tuple(warnings), error, None, 0, environment)
 
 
 def outcomes(study, values, **options):
     return {cell.key: outcome(cell, value, **options) for cell, value in zip(study.cells, values, strict=True)}
+
+
+def reported(study, values, **options):
+    return report.make_report(build_table(study, outcomes(study, values, **options)))
+
+
+def no_pictures(run_id):
+    return {}
 
 
 SOUND = [0.80, 0.85, 0.79, 0.70, 0.71, 0.75, 0.75, 0.84, 0.77]
@@ -46,38 +56,52 @@ Published: the paper's table 13 (Qwen2). On another backbone and task, only the 
 
 
 def test_text(two_bases):
-    text = report.to_text(report.build_table(two_bases, outcomes(two_bases, SOUND)))
-    assert text == TEXT
+    assert words.to_text(reported(two_bases, SOUND)) == TEXT
 
 
 def test_markdown_has_as_many_columns_in_every_row(two_bases):
-    lines = report.to_markdown(report.build_table(two_bases, outcomes(two_bases, SOUND))).splitlines()
+    lines = words.to_markdown(reported(two_bases, SOUND)).splitlines()
     rows = [line for line in lines if line.startswith("|")]
     assert {line.count("|") for line in rows} == {10}
     assert len(rows) == 5
 
 
 def test_csv_holds_the_numbers(two_bases):
-    text = report.to_csv(report.build_table(two_bases, outcomes(two_bases, SOUND)))
+    text = words.to_csv(build_table(two_bases, outcomes(two_bases, SOUND)))
     rows = list(csv.DictReader(io.StringIO(text)))
     assert float(rows[0]["mean"]) == pytest.approx(2.44 / 3)
     assert float(rows[0]["difference"]) == pytest.approx(0.08 / 3)
+    half = 4.302653 * float(rows[0]["std"]) / 3**0.5  # t(0.975, 2)
+    assert float(rows[0]["mean_ci_low"]) == pytest.approx(2.44 / 3 - half)
     assert (rows[0]["n"], rows[0]["states"], rows[0]["published"]) == ("3", "finished: 1 2 3", "61.1")
     assert rows[2]["p_holm"] == ""
 
 
 def test_one_seed_has_no_deviation_and_no_test(folder):
     study = resolve(read_spec("tiny.yaml"), seeds=[1])
-    text = report.to_text(report.build_table(study, outcomes(study, [0.5, 0.6, 0.55])))
+    text = words.to_text(reported(study, [0.5, 0.6, 0.55]))
     assert "One seed a row (1): no deviation, interval or test." in text
     sinc = next(line for line in text.splitlines() if line.startswith("sinc"))
     assert sinc.split() == ["sinc", "50.00", "1", "-5.00", "-", "1.50", "0.250", "4,321", "61.1", "±", "0.2"]
 
 
 def test_a_metric_that_is_no_fraction_is_not_scaled(two_bases):
-    table = report.build_table(two_bases, outcomes(two_bases, [4.2] * 9, headline="score"))
-    assert not table.percent
-    assert "4.2000 ± 0.0000" in report.to_text(table)
+    found = reported(two_bases, [4.2] * 9, headline="score")
+    assert not found.table.percent
+    assert "4.2000 ± 0.0000" in words.to_text(found)
+
+
+def test_a_study_may_name_further_columns(folder):
+    path = folder / "tiny.yaml"
+    path.write_text(path.read_text() + "columns: [active_n.mean, parameters.transfer, no.such]\n")
+    study = resolve(read_spec("tiny.yaml"))
+    found = reported(study, SOUND, **{"active_n.mean": 24.125, "parameters.transfer": 3600.0})
+    line = next(line for line in words.to_text(found).splitlines() if line.startswith("fourier"))
+    assert line.split()[-6:] == ["24.1", "3,600", "-", "59.2", "±", "0.5"]
+    assert "active n |" in words.to_markdown(found)
+    row = next(csv.DictReader(io.StringIO(words.to_csv(found.table))))
+    assert (row["active_n.mean"], row["no.such"]) == ("24.125", "")
+    assert ">active n<" in report.report_files(found, no_pictures)["report.html"]
 
 
 def test_mixed_states(two_bases):
@@ -89,20 +113,55 @@ def test_mixed_states(two_bases):
     del known[cells[4].key]
     for cell in cells[6:8]:
         known[cell.key] = outcome(cell, 0.5, warnings=["collapsed"])
-    table = report.build_table(two_bases, known)
-    text = report.to_text(table)
-    assert table.unsound
-    assert "1 of 3 failed, 1 of 3 diverged" in text
-    assert "1 of 3 killed, 1 of 3 not run" in text
-    assert "Failed: sinc seed 1 (RuntimeError: out of memory)." in text
-    assert "Warning, LoRA seeds 1, 2: collapsed" in text
-    assert not report.build_table(two_bases, {}).unsound
-    assert "3 of 3 not run" in report.to_text(report.build_table(two_bases, {}))
+    found = report.make_report(build_table(two_bases, known))
+    assert found.unsound
+    page = report.report_files(found, no_pictures)["report.html"]
+    for text in (words.to_text(found), page):
+        assert "1 of 3 failed, 1 of 3 diverged" in text
+        assert "1 of 3 killed, 1 of 3 not run" in text
+        assert "Failed: sinc seed 1 (RuntimeError: out of memory)." in text
+        assert "Diverged: sinc seed 2." in text
+        assert "Warning, LoRA seeds 1, 2: collapsed" in text
+    assert "Cells: 1 failed, 1 diverged, 5 finished, 1 killed, 1 not run." in page
+    nothing = report.make_report(build_table(two_bases, {}))
+    assert not nothing.unsound
+    assert "3 of 3 not run" in words.to_text(nothing)
+    assert "No cell has recorded them." in report.report_files(nothing, no_pictures)["report.html"]
+
+
+TASKS = """
+title: Two tasks
+question: Do they agree?
+base: {task: docstrings, backbone: minilm, method: phi, adapter: {r: 4}}
+sweep: {basis: [sinc], task: [glue/cola, glue/rte, glue/mrpc]}
+beside:
+  - {label: LoRA, set: {method: lora}}
+reference: LoRA
+seeds: [1, 2]
+"""
+
+
+def test_rows_are_compared_within_their_task_and_over_all_tasks(folder):
+    (folder / "tasks.yaml").write_text(TASKS)
+    study = resolve(read_spec("tasks.yaml"))
+    assert [row.label for row in study.rows][2:4] == ["sinc, glue/mrpc", "LoRA, glue/cola"]
+    assert [row.task for row in study.rows][3:] == ["glue/cola", "glue/rte", "glue/mrpc"]
+    # Differences by task: 0.1 and 0.3, 0.2 and 0.4, 0.3 and 0.5; their means 0.2, 0.3, 0.4.
+    values = [0.5, 0.7, 0.6, 0.8, 0.7, 0.9, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4]
+    table = build_table(study, outcomes(study, values))
+    assert table.lines[1].difference.mean == pytest.approx(0.3)
+    sinc, lora = table.across
+    assert (sinc.name, sinc.difference.n) == ("sinc", 3)
+    # Mean 0.3, std 0.1, so t = 0.3 √3 / 0.1 with 2 degrees of freedom: p = 1 − t / √(t² + 2).
+    t = 3 * 3**0.5
+    assert sinc.difference.p == pytest.approx(1 - t / (t * t + 2) ** 0.5)
+    assert lora.difference is None
+    text = words.to_text(report.make_report(table))
+    line = [line for line in text.splitlines() if line.startswith("sinc ")][-1]
+    assert line.split()[:4] == ["sinc", "70.00", "3", "+30.00"]
 
 
 def test_figures(two_bases, tmp_path):
-    table = report.build_table(
-        two_bases, {**outcomes(two_bases, SOUND), two_bases.cells[0].key: outcome(two_bases.cells[0])}
-    )
-    report.comparison_figure(table).savefig(tmp_path / "comparison.png")
-    report.comparison_figure(report.build_table(two_bases, {})).savefig(tmp_path / "nothing.png")
+    known = {**outcomes(two_bases, SOUND), two_bases.cells[0].key: outcome(two_bases.cells[0])}
+    figures.comparison_figure(build_table(two_bases, known)).savefig(tmp_path / "comparison.png")
+    figures.comparison_figure(build_table(two_bases, {})).savefig(tmp_path / "nothing.png")

@@ -5,7 +5,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from basisadapt.study.statistics import difference, holm, mean, std
+from basisadapt.study.statistics import difference, holm, interval, mean, std
 
 
 def test_mean_and_sample_deviation():
@@ -53,3 +53,28 @@ def test_holm_lies_between_p_and_bonferroni_and_keeps_the_order(values):
     for p, q in zip(values, adjusted, strict=True):
         assert p <= q <= min(1.0, len(values) * p)
     assert [q for _, q in sorted(zip(values, adjusted, strict=True))] == sorted(adjusted)
+
+
+def test_interval_of_a_mean():
+    # 2, 4, 9: mean 5, std √13, t(0.975, 2) = 4.302653.
+    half = 4.302653 * (13 / 3) ** 0.5
+    assert interval([2.0, 4.0, 9.0]) == pytest.approx((5 - half, 5 + half), rel=1e-6)
+    assert interval([1.0]) is None
+    assert interval([0.1, 0.1]) is None
+
+
+def test_holm_keeps_a_smaller_product_from_overtaking():
+    # 4 · 0.0121 = 0.0484 exceeds 3 · 0.0142 = 0.0426, which is raised to it; 2 · 0.0513 = 0.1026; 0.1986.
+    assert holm([0.1986, 0.0142, 0.0513, 0.0121]) == pytest.approx([0.1986, 0.0484, 0.1026, 0.0484])
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8), st.floats(0.001, 0.2))
+def test_holm_rejects_what_its_step_down_procedure_rejects(values, level):
+    """Holm (1979): in order of p, reject while p ≤ level / (m − k), k = 0, 1, ..., and stop at the first other."""
+    rejected = []
+    for k, p in enumerate(sorted(values)):
+        if p > level / (len(values) - k):
+            break
+        rejected.append(p)
+    close = any(abs(q - level) < 1e-12 for q in holm(values))  # rounding may decide either way
+    assert close or sorted(p for p, q in zip(values, holm(values), strict=True) if q <= level) == rejected

@@ -1,0 +1,60 @@
+"""The figures of a report."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from basisadapt.study import statistics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from basisadapt.study.search import Found
+    from basisadapt.study.table import Table
+
+
+def comparison_figure(table: Table) -> Figure:
+    """Every row's seeds as dots, mean ± standard deviation over them, and the reference's mean as a line."""
+    from matplotlib.figure import Figure
+
+    scale = 100 if table.percent else 1
+    figure = Figure(figsize=(7, 1.2 + 0.4 * len(table.lines)), layout="constrained")
+    axes = figure.add_subplot()
+    for place, line in enumerate(table.lines):
+        values = [value * scale for value in line.values.values()]
+        centre, spread = statistics.mean(values), statistics.std(values)
+        axes.plot(values, [place] * len(values), "o", color="0.7", markersize=4)
+        if centre is not None:
+            axes.errorbar(centre, place, xerr=spread, fmt="o", color="C0", capsize=4)
+            if line.label == table.study.spec.reference:
+                axes.axvline(centre, color="0.5", linestyle="--", linewidth=1)
+    axes.set_yticks(range(len(table.lines)), [line.label for line in table.lines])
+    axes.set_ylim(len(table.lines) - 0.5, -0.5)
+    axes.set_xlabel(f"{table.headline}{', %' if table.percent else ''} (mean ± std over seeds)")
+    axes.set_title(table.study.spec.title)
+    axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def search_figure(found: Found, headline: str) -> Figure:
+    """Left: every trial's value in order, and the best so far. Right: the importance of each setting."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 1.8 + 0.3 * max(5, len(found.importance))), layout="constrained")
+    history, importance = figure.subplots(1, 2)
+    finished = [(trial.number, trial.value) for trial in found.trials if trial.value is not None]
+    best = [max(value for _, value in finished[: n + 1]) for n in range(len(finished))]
+    history.plot([number for number, _ in finished], [value for _, value in finished], "o", color="0.6", label="trial")
+    history.step([number for number, _ in finished], best, where="post", color="C0", label="best so far")
+    history.set_xlabel("trial")
+    history.set_ylabel(headline)
+    history.grid(alpha=0.3)
+    history.locator_params(axis="x", integer=True)
+    if finished:
+        history.legend()
+    names = [key.removeprefix("adapter.") for key in found.importance]
+    importance.barh(names[::-1], list(found.importance.values())[::-1], color="C0")
+    importance.set_xlabel("importance (fANOVA)")
+    if not names:
+        importance.set_axis_off()
+    return figure

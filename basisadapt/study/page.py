@@ -1,0 +1,270 @@
+"""A report as one HTML page that needs no network: tables, verdicts, figures, configurations and versions."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Iterable, Mapping
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from basisadapt.study import words
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from basisadapt.study.claims import Verdict
+    from basisadapt.study.report import Report
+    from basisadapt.study.table import Table
+    from basisadapt.study.words import Grid
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<main>
+<header>
+<h1>{title}</h1>
+<p class="lead">{question}</p>
+<p class="states">{states}</p>
+</header>
+{sections}
+</main>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+STYLE = """
+:root { --paper: #fff; --ink: #1c2126; --faint: #59636e; --line: #d5dae0; --shade: #f4f6f8; --accent: #0a58a8;
+  --good: #11672f; --good-paper: #def3e4; --bad: #9f1f1f; --bad-paper: #fbe4e3; --open: #6b4a00;
+  --open-paper: #faeecb; }
+@media (prefers-color-scheme: dark) { :root { --paper: #15181c; --ink: #e4e7eb; --faint: #a0a9b4; --line: #39414a;
+  --shade: #1e2328; --accent: #7db8f5; --good: #8fdba6; --good-paper: #173723; --bad: #f5a6a2; --bad-paper: #451d1d;
+  --open: #ecca75; --open-paper: #3c3010; } img { filter: brightness(.9); }
+  img.lines { filter: invert(.91) hue-rotate(180deg); } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 72rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
+h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .5rem; }
+h2 { font-size: 1.25rem; margin: 2.5rem 0 .75rem; padding-top: 1rem; border-top: 1px solid var(--line); }
+h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; }
+p, li, figcaption, dd { max-width: 46rem; overflow-wrap: anywhere; }
+.lead { margin: 0; }
+.states, .notes, figcaption { color: var(--faint); }
+.states { margin: .75rem 0 0; font-size: .9rem; }
+.box { overflow-x: auto; border: 1px solid var(--line); border-radius: .4rem; }
+:is(.box, button, summary):focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+table { border-collapse: collapse; width: max-content; min-width: 100%; font-size: .9rem;
+  font-variant-numeric: tabular-nums; }
+caption { text-align: left; padding: .5rem .75rem; color: var(--faint); }
+caption.unseen { position: absolute; width: 1px; height: 1px; padding: 0; overflow: hidden; clip-path: inset(50%); }
+th, td { padding: .4rem .75rem; text-align: right; white-space: nowrap; }
+th:first-child { position: sticky; left: 0; text-align: left; background: var(--paper); }
+thead th, thead th:first-child { white-space: normal; vertical-align: bottom; background: var(--shade);
+  border-bottom: 1px solid var(--line); }
+tbody tr + tr > * { border-top: 1px solid var(--line); }
+tbody th { font-weight: 600; }
+tr.reference, tr.reference th:first-child { background: var(--shade); }
+th button { all: unset; display: inline-block; max-width: 9rem; cursor: pointer; }
+th button::after { content: "\\a0\\2195"; color: var(--faint); }
+th[aria-sort=ascending] button::after { content: "\\a0\\2191"; }
+th[aria-sort=descending] button::after { content: "\\a0\\2193"; }
+.notes { padding-left: 1.1rem; font-size: .9rem; }
+.notes .trouble { color: var(--bad); }
+.verdicts { list-style: none; padding: 0; }
+.verdicts > li { padding: .6rem 0; border-bottom: 1px solid var(--line); }
+.verdicts ul { margin: .25rem 0 0; padding-left: 1.1rem; color: var(--faint); font-size: .9rem; }
+.word { display: inline-block; margin-right: .5rem; padding: 0 .5rem; border-radius: 1rem; font-size: .85rem;
+  font-weight: 600; color: var(--open); background: var(--open-paper); }
+.word.reproduced { color: var(--good); background: var(--good-paper); }
+.word.not-reproduced { color: var(--bad); background: var(--bad-paper); }
+figure { margin: 1rem 0; overflow-x: auto; }
+figcaption { font-size: .9rem; }
+img { display: block; width: max(100%, 32rem); max-width: 52rem; height: auto; background: #fff; border-radius: .4rem; }
+details { margin: .75rem 0; }
+summary { cursor: pointer; color: var(--accent); }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; font-size: .9rem; }
+dt { color: var(--faint); }
+dd { margin: 0; }
+"""
+
+# Without it the tables stand as they are: the heads become buttons only here.
+SCRIPT = """
+for (const table of document.querySelectorAll("table.sortable")) {
+  const body = table.tBodies[0], heads = [...table.tHead.rows[0].cells];
+  const read = (row, column) => row.cells[column].textContent.trim();
+  const number = text => parseFloat(text.replace(/,/g, "").replace(/^[<\\s]+/, ""));
+  heads.forEach((head, column) => {
+    const button = document.createElement("button");
+    button.append(...head.childNodes);
+    head.append(button);
+    button.onclick = () => {
+      const up = head.getAttribute("aria-sort") !== "ascending", sign = up ? 1 : -1;
+      heads.forEach(other => other.removeAttribute("aria-sort"));
+      head.setAttribute("aria-sort", up ? "ascending" : "descending");
+      const rows = [...body.rows], words = rows.every(row => isNaN(number(read(row, column))));
+      rows.sort((one, other) => {
+        const a = read(one, column), b = read(other, column);
+        if (words) return sign * a.localeCompare(b);
+        const x = number(a), y = number(b);
+        return isNaN(x) ? (isNaN(y) ? 0 : 1) : isNaN(y) ? -1 : sign * (x - y);
+      });
+      body.append(...rows);
+    };
+  });
+}
+"""
+
+CAPTIONS = {
+    "comparison.png": "Every row: its seeds as dots, mean ± standard deviation, and the reference's mean as a line",
+    "search.png": "Every trial's value in order with the best so far, and the importance of each setting",
+    "phi.png": "What φ has learned to add to an entry of BA, a line per layer",
+}
+
+
+def to_html(report: Report, figures: Mapping[str, Figure], pictures: Callable[[str], dict[str, bytes]]) -> str:
+    """The page. figures: file name to figure. pictures: the PNG files of the MLflow run with an id."""
+    table, spec = report.table, report.table.study.spec
+    alerts = set(words.trouble(table))
+    grids = words.grids(report)
+    drawn = [_figure(name, _png(figure), spec.title, "lines") for name, figure in figures.items()]
+    sections = [
+        _section("Result", _grid(grids[0], alerts, spec.reference), *drawn[:1]),
+        *([_section("Claims of the paper", _verdicts(report.verdicts))] if report.verdicts else []),
+        *(_section(grid.title, _grid(grid, alerts, spec.reference)) for grid in grids[1:]),
+        *([_section("The search in pictures", *drawn[1:])] if drawn[1:] else []),
+        _diagnostics(table, pictures),
+        _section("Configurations", _configurations(table)),
+        _section("Versions", _versions(table)),
+    ]
+    return PAGE.format(
+        title=escape(spec.title),
+        question=escape(" ".join(spec.question.split())),
+        states=escape(_states(table)),
+        style=STYLE,
+        script=SCRIPT,
+        sections="\n".join(filter(None, sections)),
+    )
+
+
+def _section(title: str, *parts: str) -> str:
+    return "\n".join([f"<section>\n<h2>{escape(title)}</h2>", *parts, "</section>"])
+
+
+def _states(table: Table) -> str:
+    """ "Cells: 20 finished, 1 failed"."""
+    counts: dict[str, int] = {}
+    for line in table.lines:
+        for state, seeds in line.seeds_by_state().items():
+            counts[state] = counts.get(state, 0) + len(seeds)
+    return "Cells: " + ", ".join(f"{count} {state}" for state, count in counts.items()) + "."
+
+
+def _grid(grid: Grid, alerts: set[str], reference: str | None) -> str:
+    notes = "".join(f"<li{' class=trouble' if note in alerts else ''}>{escape(note)}</li>" for note in grid.notes)
+    listed = f'<ul class="notes">{notes}</ul>'
+    if not grid.rows:
+        return listed
+    # The section's heading says what the table is to those who see it.
+    return f"{_table(grid.title, grid.header, grid.rows, reference, caption='unseen')}\n{listed}"
+
+
+def _table(
+    title: str, header: Iterable[str], rows: Iterable[list[str]], reference: str | None, caption: str = "seen"
+) -> str:
+    heads = "".join(f'<th scope="col">{escape(head)}</th>' for head in header)
+    lines = []
+    for name, *cells in rows:
+        marked = ' class="reference"' if name == reference else ""
+        data = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        lines.append(f'<tr{marked}><th scope="row">{escape(name)}</th>{data}</tr>')
+    return (
+        f'<div class="box" role="region" aria-label="{escape(title)}" tabindex="0">\n'
+        f'<table class="sortable"><caption class="{caption}">{escape(title)}</caption>\n'
+        f"<thead><tr>{heads}</tr></thead>\n<tbody>\n" + "\n".join(lines) + "\n</tbody></table></div>"
+    )
+
+
+def _verdicts(verdicts: Iterable[Verdict]) -> str:
+    items = []
+    for verdict in verdicts:
+        word = f'<span class="word {verdict.word.replace(" ", "-")}">{escape(verdict.word)}</span>'
+        reasons = "".join(f"<li>{escape(reason)}</li>" for reason in verdict.because)
+        items.append(f"<li>{word}{escape(verdict.claim.text)}<ul>{reasons}</ul></li>")
+    note = (
+        "Reproduced: every difference has the claimed sign and is significant at 0.05, Holm-corrected over all tests "
+        "of this list. Not reproduced: one is significant the other way, or its 95 % interval excludes the published "
+        "one. Not testable here: rows or seeds are missing, or the intervals are too wide to tell."
+    )
+    return f'<ul class="verdicts">{"".join(items)}</ul>\n<p class="states">{escape(note)}</p>'
+
+
+def _png(figure: Figure) -> bytes:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=150, metadata={"Software": None})
+    return content.getvalue()
+
+
+def _figure(name: str, content: bytes, of: str, kind: str = "coloured") -> str:
+    """kind: "lines" may be shown with light and dark exchanged; colours would lose their order."""
+    caption = CAPTIONS.get(name, name.rpartition(".")[0].replace("_", " ").capitalize())
+    data = base64.b64encode(content).decode()
+    image = f'<img class="{kind}" src="data:image/png;base64,{data}" alt="{escape(f"{caption}: {of}")}">'
+    return f"<figure>{image}<figcaption>{escape(caption)}.</figcaption></figure>"
+
+
+def _diagnostics(table: Table, pictures: Callable[[str], dict[str, bytes]]) -> str:
+    """The pictures of one cell of every row, folded."""
+    folds = []
+    for line in table.lines:
+        done = [(seed, outcome) for seed, outcome in line.outcomes.items() if outcome.done]
+        for seed, outcome in done[:1]:
+            cell = f"{line.label}, seed {seed}"
+            drawn = [_figure(name, content, cell) for name, content in pictures(outcome.run_id).items()]
+            if drawn:
+                folds.append(f"<details><summary>{escape(cell)}</summary>{''.join(drawn)}</details>")
+    return _section("Diagnostics of one cell a row", *folds) if folds else ""
+
+
+def _configurations(table: Table) -> str:
+    """What differs between the rows that have a setting as a table, and the others as a list."""
+    flat = {row.label: _flat(row.cells[0].config.to_mapping()) for row in table.study.rows}
+    keys = list(dict.fromkeys(key for settings in flat.values() for key in settings))
+    values = {key: list(dict.fromkeys(settings[key] for settings in flat.values() if key in settings)) for key in keys}
+    varying = [key for key in keys if len(values[key]) > 1]
+    rows = [[label, *(settings.get(key, words.DASH) for key in varying)] for label, settings in flat.items()]
+    shared = "".join(f"<dt>{escape(key)}</dt><dd>{escape(values[key][0])}</dd>" for key in keys if key not in varying)
+    heads = ["row", *(key.removeprefix("adapter.") for key in varying)]
+    return (
+        _table("Settings that differ between rows", heads, rows, table.study.spec.reference)
+        + f"\n<details><summary>Settings that every row with them shares</summary><dl>{shared}</dl></details>"
+    )
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, str]:
+    """The settings by dotted key, as text; the seed, in which the cells of a row differ, left out."""
+    flat: dict[str, str] = {}
+    for key, value in config.items():
+        inner = {f"{key}.{name}": item for name, item in value.items()} if isinstance(value, dict) else {key: value}
+        flat.update({name: str(item) for name, item in inner.items() if name != "seed"})
+    return flat
+
+
+def _versions(table: Table) -> str:
+    """Every name with each value that a cell was run with."""
+    found: dict[str, dict[str, None]] = {}
+    for line in table.lines:
+        for outcome in line.outcomes.values():
+            for name, value in outcome.environment.items():
+                found.setdefault(name, {})[value] = None
+    pairs = "".join(
+        f"<dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(', '.join(found[name]))}</dd>" for name in sorted(found)
+    )
+    return f"<dl>{pairs}</dl>" if pairs else "<p>No cell has recorded them.</p>"

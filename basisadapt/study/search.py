@@ -1,0 +1,233 @@
+"""A study as a search: an Optuna study of its own proposes configurations, and the cells of each are run."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from basisadapt.errors import InputError
+from basisadapt.study import statistics
+from basisadapt.study.engine import Invocation, Place, check_place, plan_cells, write_report
+from basisadapt.study.owner import Owner
+from basisadapt.study.record import Outcome, Record
+from basisadapt.study.report import Report, make_report
+from basisadapt.study.space import Space, distribution, edges, search_space
+from basisadapt.study.spec import Beside, Row, Study, StudySpec, resolve, split_changes
+from basisadapt.study.table import build_table
+from basisadapt.study.trials import is_orphan, open_study
+
+if TYPE_CHECKING:
+    from optuna.samplers import BaseSampler
+    from optuna.trial import FrozenTrial, Trial
+
+SHOWN = 5  # trials in the table beside the reference
+ENOUGH = 10  # finished trials, before importances are estimated from them
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A trial that came to an end. status: "finished" (with a value), "diverged" or "failed"."""
+
+    number: int
+    status: str
+    value: float | None
+    params: Mapping[str, Any]
+
+    @property
+    def label(self) -> str:
+        """What its row is called."""
+        return f"trial {self.number}"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search has found so far. importance: setting to share, or empty for the reason in no_importance."""
+
+    sampler: str
+    wanted: int
+    seeds: Sequence[int]
+    space: Space
+    trials: Sequence[Tried]
+    importance: Mapping[str, float]
+    no_importance: str
+
+    @property
+    def ranked(self) -> list[Tried]:
+        """The trials, best first; those without a value last."""
+        return sorted(self.trials, key=lambda trial: (trial.value is None, -(trial.value or 0.0), trial.number))
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is searched: a study under a preset and changes, by `sampler`, until `trials` trials have ended.
+
+    A trial is a configuration, run with every seed; its value is the mean. The first seed drives the sampler.
+    """
+
+    spec: StudySpec
+    preset: str
+    changes: Sequence[str]
+    seeds: Sequence[int] | None
+    sampler: str
+    trials: int
+
+    def __post_init__(self) -> None:
+        if self.trials < 1:
+            raise InputError(f"--trials must be at least 1, got {self.trials}")
+
+    def row(self, label: str, settings: Mapping[str, Any]) -> Row:
+        """The row of a trial: the study's base with `settings` over it. Raises InputError."""
+        presets = {
+            name: {key: value for key, value in overrides.items() if not key.startswith("sweep")}
+            for name, overrides in self.spec.presets.items()
+        }
+        alone = Beside(label=label, set=dict(settings))
+        spec = dataclasses.replace(self.spec, sweep={}, beside=(alone,), reference=None, presets=presets)
+        changes = [change for change in self.changes if not change.startswith("sweep.")]
+        return resolve(spec, preset=self.preset, changes=changes, seeds=self.seeds).rows[0]
+
+    def reference(self) -> list[Row]:
+        """The row that the trials are compared with, if the study has one."""
+        study = resolve(self.spec, preset=self.preset, changes=self.changes, seeds=self.seeds)
+        return [row for row in study.rows if row.label == self.spec.reference]
+
+    def space(self) -> Space:
+        """Where it looks."""
+        _, axes = split_changes(self.changes)
+        return search_space(self.spec, {**self.spec.sweep, **axes}, self.row("base", {}).cells[0].config)
+
+    def study(self, rows: Sequence[Row]) -> Study:
+        """The given rows as a study, whose table has no published one beside it."""
+        title = f"{self.spec.title}: search"
+        return Study(dataclasses.replace(self.spec, title=title, answers=None, claims=()), tuple(rows))
+
+
+def run_search(search: Search, place: Place, tags: Mapping[str, str]) -> Report:
+    """Run the trials that are missing, and report. What is finished is never run again.
+
+    Raises InputError before anything is recorded, and KeyboardInterrupt once what was interrupted is closed.
+    """
+    check_place(place)
+    rows = [search.row(f"{key}={value}", {key: value}) for edge in edges(search.space()) for key, value in edge.items()]
+    plan_cells([row.cells[0] for row in [*rows, *search.reference()]], place.data_dir)
+    with Invocation(search.spec, place, tags) as invocation:
+        hunt = Hunt(place.optuna_url, search)
+        hunt.close_orphans()
+        invocation.run(search.study(search.reference()))
+        while len(hunt.ended) < search.trials:
+            hunt.step(invocation)
+        report = _report(search, hunt, invocation.outcomes)
+        invocation.end(report)
+    return report
+
+
+def read_search(search: Search, place: Place) -> Report:
+    """The report of a search from the record alone. Raises InputError if nothing of it is recorded."""
+    check_place(place)
+    outcomes = Record.read(place.tracking_uri, search.spec.name)
+    hunt = Hunt(place.optuna_url, search) if outcomes else None
+    if hunt is None or not hunt.ended:
+        raise InputError(f"nothing of this search of {search.spec.name!r} is recorded in {place.optuna_url!r}")
+    report = _report(search, hunt, outcomes)
+    write_report(report, place)
+    return report
+
+
+def _report(search: Search, hunt: Hunt, outcomes: Mapping[str, Outcome]) -> Report:
+    found = hunt.found()
+    best = [search.row(trial.label, trial.params) for trial in found.ranked[:SHOWN]]
+    return make_report(build_table(search.study([*best, *search.reference()]), outcomes), found)
+
+
+class Hunt:
+    """The Optuna study behind a search.
+
+    Its name ends in a hash of what makes trials comparable: base configuration, seeds, space and sampler. The sampler
+    is seeded anew for each trial by the first seed and the trial's number, so that a search that was interrupted
+    goes on as if it had not been.
+    """
+
+    def __init__(self, storage: str, search: Search) -> None:
+        self._search, self._space = search, search.space()
+        base = search.row("base", {})
+        self._seeds = tuple(cell.seed for cell in base.cells)
+        same = [base.cells[0].key, self._seeds, {key: str(where) for key, where in self._space.items()}, search.sampler]
+        digest = hashlib.sha256(json.dumps(same).encode()).hexdigest()[:8]
+        self._study = open_study(storage, f"{search.spec.name} search {digest}")
+
+    @property
+    def ended(self) -> list[Tried]:
+        """The trials that came to an end; those killed are not among them."""
+        trials = [trial for trial in self._study.get_trials(deepcopy=False) if trial.state.is_finished()]
+        return [_tried(trial) for trial in trials if trial.user_attrs.get("status", "killed") != "killed"]
+
+    def close_orphans(self) -> None:
+        """Close the trials of dead processes."""
+        from optuna.trial import TrialState
+
+        for trial in self._study.get_trials(states=(TrialState.RUNNING,)):
+            if is_orphan(trial):
+                self._study.tell(trial.number, state=TrialState.FAIL)
+
+    def step(self, invocation: Invocation) -> None:
+        """One trial: ask, run its cells, tell."""
+        number = len(self.ended) + 1
+        self._study.sampler = self._sampler(number)
+        trial = self._study.ask({key: distribution(key, where) for key, where in self._space.items()})
+        for name, value in {"owner": str(Owner.me()), "number": number, "status": "killed"}.items():
+            trial.set_user_attr(name, value)  # "killed" until it is known better
+        try:
+            row = self._search.row(f"trial {number}", trial.params)
+            trial.set_user_attr("cells", [cell.key for cell in row.cells])
+            outcomes = invocation.run(self._search.study([row]))
+        except BaseException:
+            self._tell(trial, "killed", None)
+            raise
+        states = [outcomes[cell.key].status for cell in row.cells]
+        status = next((state for state in ("failed", "diverged", "killed") if state in states), "finished")
+        values = [outcomes[cell.key].value for cell in row.cells]
+        value = statistics.mean([value for value in values if value is not None]) if status == "finished" else None
+        self._tell(trial, status, value)
+        shown = status if value is None else f"{value:.4f}"
+        print(f"trial {number} of {self._search.trials}: {shown}", file=sys.stderr, flush=True)
+
+    def _tell(self, trial: Trial, status: str, value: float | None) -> None:
+        from optuna.trial import TrialState
+
+        trial.set_user_attr("status", status)
+        # TPE takes a pruned trial for one of the worst, as one that diverged is, and learns nothing from a failed one.
+        state = {"finished": TrialState.COMPLETE, "diverged": TrialState.PRUNED}.get(status, TrialState.FAIL)
+        self._study.tell(trial, value, state=state)
+
+    def _sampler(self, number: int) -> BaseSampler:
+        from optuna.samplers import RandomSampler, TPESampler
+
+        seed = random.Random(f"{self._seeds[0]} {number}").getrandbits(32)
+        return TPESampler(seed=seed) if self._search.sampler == "tpe" else RandomSampler(seed=seed)
+
+    def found(self) -> Found:
+        """What there is so far."""
+        importance, reason = self._importance()
+        search = self._search
+        return Found(search.sampler, search.trials, self._seeds, self._space, self.ended, importance, reason)
+
+    def _importance(self) -> tuple[dict[str, float], str]:
+        """Setting to its importance by fANOVA, or why there is none."""
+        values = [trial.value for trial in self.ended if trial.value is not None]
+        if len(values) < ENOUGH:
+            return {}, f"No importances: they need at least {ENOUGH} finished trials, and there are {len(values)}."
+        if len(set(values)) < 2:
+            return {}, "No importances: every trial has the same value."
+        from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+
+        return get_param_importances(self._study, evaluator=FanovaImportanceEvaluator(seed=self._seeds[0])), ""
+
+
+def _tried(trial: FrozenTrial) -> Tried:
+    return Tried(trial.user_attrs["number"], trial.user_attrs["status"], trial.value, trial.params)

@@ -1,0 +1,114 @@
+"""The space of a search: which settings, and where to look for each."""
+
+from __future__ import annotations
+
+import functools
+import operator
+import typing
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from basisadapt.errors import InputError
+from basisadapt.ranges import Choices, Range, parse_range
+from basisadapt.study.spec import StudySpec, full_key
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+    from basisadapt.registry import Registry
+    from basisadapt.run_config import RunConfig
+
+DECLARED = {  # where to look for a setting, unless a plug-in in play or the study says otherwise
+    "train.lr": Range(1e-4, 3e-2, log=True),
+    "adapter.num_basis": Range(8, 128, log=True),
+    "adapter.interval": Range(1.0, 10.0, log=True),
+    "adapter.omega_init": Range(0.3, 10.0, log=True),
+    "adapter.gain": Range(1.0, 300.0, log=True),
+    "adapter.transfer_lr": Range(0.01, 10.0, log=True),
+    "adapter.transfer_decay": Range(1e-3, 1.0, log=True),
+}
+
+Space = Mapping[str, Range | Choices]
+
+
+def search_space(spec: StudySpec, axes: Mapping[str, Iterable[Any]], base: RunConfig) -> Space:
+    """Full key to range or choices, in a fixed order.
+
+    A study with `search` looks at the settings listed there: [low, high], [low, high, log], a list of choices, or
+    `declared` for the range that plug-ins or DECLARED give. A study without it looks at its axes, by their values,
+    and at every setting with a declared range. `axes`: the sweep; `base`: the configuration that the trials share.
+    Raises InputError.
+    """
+    stated = {full_key(name): values for name, values in spec.search.items()}
+    chosen: dict[str, Range | Choices | None] = {full_key(axis): tuple(points) for axis, points in axes.items()}
+    if stated:
+        chosen = {key: None if values == "declared" else parse_range(values, key) for key, values in stated.items()}
+    plugins = _plugins(base, chosen)
+    if not stated:
+        spoken = [f"adapter.{name}" for kind in plugins for plugin in kind for name in plugin.search]
+        known = set(base.to_mapping()["adapter"])
+        declared = [key for key in (*DECLARED, *spoken) if not key.startswith("adapter.") or key[8:] in known]
+        chosen.update({full_key(key): None for key in declared if key not in chosen})
+    return {key: where if where is not None else _declared(key, plugins) for key, where in chosen.items()}
+
+
+def distribution(key: str, where: Range | Choices) -> BaseDistribution:
+    """The Optuna distribution of a setting; whole numbers where the setting holds nothing else."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if not isinstance(where, Range):
+        return CategoricalDistribution(where)
+    if _is_whole(key):
+        return IntDistribution(round(where.low), round(where.high), log=where.log)
+    return FloatDistribution(where.low, where.high, log=where.log)
+
+
+def edges(space: Space) -> list[dict[str, Any]]:
+    """Settings to check before a search begins: each range's ends and each choice, one at a time."""
+    found: list[dict[str, Any]] = []
+    for key, where in space.items():
+        ends = [where.low, where.high] if isinstance(where, Range) else list(where)
+        found += [{key: round(end) if isinstance(where, Range) and _is_whole(key) else end} for end in ends]
+    return found
+
+
+def _plugins(base: RunConfig, chosen: Mapping[str, Range | Choices | None]) -> list[list[Any]]:
+    """The classes of bases, of grids and of sharing policies that a trial may have."""
+    from basisadapt.phi.basis import BASES
+    from basisadapt.phi.grids import GRIDS
+    from basisadapt.phi.sharing import SHARING
+
+    kinds = []
+    registries: dict[str, Registry[Any]] = {"basis": BASES, "grid": GRIDS, "sharing": SHARING}
+    for name, registry in registries.items():
+        where = chosen.get(f"adapter.{name}") or (getattr(base.adapter, name, None),)
+        names = [] if isinstance(where, Range) else [choice for choice in where if choice is not None]
+        kinds.append([registry[choice] for choice in names])
+    return kinds
+
+
+def _declared(key: str, plugins: Iterable[Iterable[Any]]) -> Range:
+    """The smallest range that holds what every plug-in in play declares; the general one for those that do not."""
+    name = key.removeprefix("adapter.")
+    general = DECLARED.get(key)
+    spoken: list[Range | None] = [
+        plugin.search.get(name, general)
+        for kind in plugins
+        if any(name in plugin.search for plugin in kind)
+        for plugin in kind
+    ]
+    known = [where for where in spoken or [general] if where is not None]
+    if not known:
+        raise InputError(f"search.{key}: no range is declared for it; give one, as [low, high]")
+    return functools.reduce(operator.or_, known)
+
+
+def _is_whole(key: str) -> bool:
+    """Whether a setting holds whole numbers only."""
+    from basisadapt.phi.settings import PhiSettings
+    from basisadapt.run_config import TrainSettings
+
+    group, _, name = key.partition(".")
+    hints = typing.get_type_hints(TrainSettings if group == "train" else PhiSettings)
+    options = typing.get_args(hints.get(name)) or (hints.get(name),)
+    return int in options and float not in options

@@ -1,0 +1,159 @@
+"""The table of a study, from the record: its rows, each against the reference, and over all tasks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from basisadapt.study import statistics
+from basisadapt.study.spec import published_values
+
+if TYPE_CHECKING:
+    from basisadapt.study.record import Outcome
+    from basisadapt.study.spec import Row, Study
+
+PERCENT = ("accuracy", "f1", "matthews", "pearson", "spearman")  # metrics that are read as percentages
+COLUMNS = ("stable_rank.mean", "dc_share.mean", "parameters.trainable")  # of every table, before a study's own
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the table.
+
+    name: the label without the task. outcomes: seed to what the record holds of the cell. difference: to the
+    reference row. p: of its test, adjusted. published: value and standard deviation as printed in the paper.
+    """
+
+    label: str
+    name: str
+    task: str
+    seeds: tuple[int, ...]
+    outcomes: dict[int, Outcome]
+    published: tuple[str, str | None] | None
+    difference: statistics.Difference | None = None
+    p: float | None = None
+
+    @property
+    def values(self) -> dict[int, float]:
+        """Seed to headline metric, of the finished cells."""
+        return {seed: o.value for seed, o in self.outcomes.items() if o.value is not None}
+
+    def values_of(self, metric: str | None) -> dict[int, float]:
+        """Seed to any metric, of the finished cells that have it; None is the headline one."""
+        if metric is None:
+            return self.values
+        finished = {seed: o.metrics for seed, o in self.outcomes.items() if o.status == "finished"}
+        return {seed: metrics[metric] for seed, metrics in finished.items() if metric in metrics}
+
+    def mean_of(self, metric: str | None) -> float | None:
+        """The mean of a metric over the finished cells."""
+        return statistics.mean(list(self.values_of(metric).values()))
+
+    def seeds_by_state(self) -> dict[str, list[int]]:
+        """ "failed", "diverged", ... or "not run", to the seeds of which that is the last word."""
+        states: dict[str, list[int]] = {}
+        for seed in self.seeds:
+            state = self.outcomes[seed].status if seed in self.outcomes else "not run"
+            states.setdefault(state, []).append(seed)
+        return states
+
+
+@dataclass(frozen=True)
+class Across:
+    """Rows that differ in their task alone, taken together (paper, section B.2).
+
+    values: task to the mean over its seeds. difference: to the reference, paired by task: first the mean over the
+    seeds that both have, so that tasks are counted and not seeds of one task. p: of its test, adjusted.
+    """
+
+    name: str
+    values: dict[str, float]
+    difference: statistics.Difference | None = None
+    p: float | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of a study, in its order. headline: the metric that is compared. across: empty for one task."""
+
+    study: Study
+    headline: str
+    lines: tuple[Line, ...]
+    across: tuple[Across, ...]
+
+    @property
+    def unsound(self) -> bool:
+        """Whether a cell failed or diverged."""
+        return any({"failed", "diverged"} & line.seeds_by_state().keys() for line in self.lines)
+
+    @property
+    def percent(self) -> bool:
+        """Whether the headline metric is read as a percentage."""
+        values = [value for line in self.lines for value in line.values.values()]
+        return any(word in self.headline for word in PERCENT) and all(abs(value) <= 1 for value in values)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The metrics shown beside the headline one."""
+        return tuple(dict.fromkeys((*COLUMNS, *self.study.spec.columns)))
+
+    @property
+    def run_ids(self) -> list[str]:
+        """The MLflow runs behind the table."""
+        return [o.run_id for line in self.lines for o in line.outcomes.values() if o.done]
+
+    def values(self, label: str, metric: str | None) -> Mapping[int, float] | Mapping[str, float]:
+        """Seed to value of the row `label`, or task to value of that name over all tasks; empty if there is neither.
+
+        metric: None is the headline one.
+        """
+        for line in self.lines:
+            if line.label == label:
+                return line.values_of(metric)
+        means = {line.task: line.mean_of(metric) for line in self.lines if line.name == label}
+        return {task: value for task, value in means.items() if value is not None}
+
+
+def build_table(study: Study, outcomes: Mapping[str, Outcome]) -> Table:
+    """The table of a study's own cells, whichever invocation ran them."""
+    published = published_values(study.spec.answers)
+    lines = [_line(row, outcomes, published) for row in study.rows]
+    references = {line.task: line for line in lines if study.spec.reference in (line.name, line.label)}
+    lines = [_compared(line, references.get(line.task)) for line in lines]
+    adjusted = statistics.holm([line.difference.p if line.difference else None for line in lines])
+    lines = [dataclasses.replace(line, p=p) for line, p in zip(lines, adjusted, strict=True)]
+    headlines = dict.fromkeys(o.headline for line in lines for o in line.outcomes.values() if o.headline)
+    return Table(study, " / ".join(headlines) or "result", tuple(lines), _across(lines, references))
+
+
+def _line(row: Row, outcomes: Mapping[str, Outcome], published: Mapping[str, tuple[str, str | None]]) -> Line:
+    return Line(
+        label=row.label,
+        name=row.name,
+        task=row.task,
+        seeds=tuple(cell.seed for cell in row.cells),
+        outcomes={cell.seed: outcomes[cell.key] for cell in row.cells if cell.key in outcomes},
+        published=published.get(row.published or ""),
+    )
+
+
+def _compared(line: Line, reference: Line | None) -> Line:
+    if reference is None or line is reference:
+        return line
+    return dataclasses.replace(line, difference=statistics.difference(line.values, reference.values))
+
+
+def _across(lines: list[Line], references: Mapping[str, Line]) -> tuple[Across, ...]:
+    if len({line.task for line in lines}) < 2:
+        return ()
+    found = []
+    for name in dict.fromkeys(line.name for line in lines):
+        same = [line for line in lines if line.name == name]
+        means = {line.task: line.mean_of(None) for line in same}
+        gains = {line.task: line.difference.mean for line in same if line.difference is not None}
+        difference = statistics.difference(gains, dict.fromkeys(gains, 0.0))
+        found.append(Across(name, {task: mean for task, mean in means.items() if mean is not None}, difference))
+    adjusted = statistics.holm([line.difference.p if line.difference else None for line in found])
+    return tuple(dataclasses.replace(line, p=p) for line, p in zip(found, adjusted, strict=True))

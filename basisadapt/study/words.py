@@ -1,0 +1,284 @@
+"""A report in words: its tables, verdicts and notes, as text, Markdown and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from basisadapt.ranges import Choices, Range
+from basisadapt.study import statistics
+
+if TYPE_CHECKING:
+    from basisadapt.study.report import Report
+    from basisadapt.study.search import Found
+    from basisadapt.study.statistics import Difference
+    from basisadapt.study.table import Line, Table
+
+DASH = "-"
+HEADS = {  # metric to column head and format, where the plain ones would not do
+    "stable_rank.mean": ("stable rank", ".2f"),
+    "dc_share.mean": ("DC share", ".3f"),
+    "parameters.trainable": ("trainable", ",.0f"),
+}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table as text. rows: their cells, the first being the row's name. notes: sentences below it."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    notes: list[str]
+
+
+def grids(report: Report) -> list[Grid]:
+    """Every table of a report, the study's own first."""
+    table, found = report.table, report.search
+    made = [_main(table)]
+    if table.across:
+        made.append(_across(table))
+    if found is not None:
+        made += [_trials(found, _number_form(table)), _importance(found)]
+    return made
+
+
+def to_text(report: Report) -> str:
+    """The report for a terminal."""
+    parts = []
+    for grid in grids(report):
+        body = [_aligned(grid), ""] if grid.rows else []
+        parts.append("\n".join([grid.title, "", *body, *grid.notes]))
+    if report.verdicts:
+        lines = ["Claims of the paper", ""]
+        for verdict in report.verdicts:
+            lines += [f"{verdict.word}: {verdict.claim.text}", *(f"    {reason}" for reason in verdict.because)]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def to_markdown(report: Report) -> str:
+    """The report for a page."""
+    parts = []
+    for grid in grids(report):
+        rows = [[cell.replace("|", r"\|") for cell in row] for row in [grid.header, *grid.rows]]
+        rows.insert(1, ["---", *["---:"] * (len(grid.header) - 1)])
+        body = [*(f"| {' | '.join(row)} |" for row in rows), ""] if grid.rows else []
+        parts.append("\n".join([f"**{grid.title}**", "", *body, *(f"- {note}" for note in grid.notes)]))
+    if report.verdicts:
+        lines = ["**Claims of the paper**", ""]
+        for verdict in report.verdicts:
+            lines.append(f"- **{verdict.word}**: {verdict.claim.text}. {'; '.join(verdict.because)}.")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def to_csv(table: Table) -> str:
+    """The numbers behind the table, unrounded and unscaled."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    compared = ["difference", "ci_low", "ci_high", "p", "p_holm"]
+    ours = ["row", "metric", "n", "mean", "std", "mean_ci_low", "mean_ci_high"]
+    writer.writerow([*ours, *compared, *table.columns, "states", "published", "published_std"])
+    for line in table.lines:
+        values, difference = list(line.values.values()), line.difference
+        numbers = (difference.mean, difference.low, difference.high, difference.p) if difference else (None,) * 4
+        states = "; ".join(f"{state}: {' '.join(map(str, seeds))}" for state, seeds in line.seeds_by_state().items())
+        writer.writerow(
+            [
+                *(line.label, table.headline, len(values), statistics.mean(values), statistics.std(values)),
+                *(statistics.interval(values) or (None, None)),
+                *(*numbers, line.p),
+                *(line.mean_of(name) for name in table.columns),
+                *(states, *(line.published or (None, None))),
+            ]
+        )
+    return text.getvalue()
+
+
+def grid_to_csv(grid: Grid) -> str:
+    """A table as it is shown."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([grid.header, *grid.rows])
+    return text.getvalue()
+
+
+def _aligned(grid: Grid) -> str:
+    rows = [grid.header, *grid.rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(grid.header))]
+
+    def line(row: Sequence[str]) -> str:
+        padded = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        return "  ".join([row[0].ljust(widths[0]), *padded[1:]]).rstrip()
+
+    return "\n".join([line(grid.header), "  ".join("-" * width for width in widths), *map(line, grid.rows)])
+
+
+# --- the study's own table ---
+
+
+def _main(table: Table) -> Grid:
+    """A column that the study cannot fill is left out."""
+    reference, answers = table.study.spec.reference, table.study.spec.answers
+    number = _number_form(table)
+
+    def row(line: Line) -> list[str]:
+        values = list(line.values.values())
+        cells = [
+            line.label,
+            _with_std(number(statistics.mean(values), ""), number(statistics.std(values), "")),
+            _seeds(line),
+        ]
+        if reference is not None:
+            cells += [_difference(line.difference, number), _p(line.p)]
+        cells += [_metric(name, line.mean_of(name)) for name in table.columns]
+        if answers is not None:
+            cells.append(_with_std(*(line.published or (DASH, None))))
+        return cells
+
+    header = ["row", _headline(table), "seeds"]
+    header += [f"difference to {reference} (95 % CI)", "p (Holm)"] if reference is not None else []
+    header += [_head(name) for name in table.columns]
+    header += ["published"] if answers is not None else []
+    return Grid(table.study.spec.title, header, [row(line) for line in table.lines], _notes(table))
+
+
+def _across(table: Table) -> Grid:
+    number, reference = _number_form(table), table.study.spec.reference
+    rows = []
+    for line in table.across:
+        mean = number(statistics.mean(list(line.values.values())), "")
+        cells = [line.name, mean, str(len(line.values))]
+        rows.append([*cells, _difference(line.difference, number), _p(line.p)])
+    header = ["row", _headline(table), "tasks", f"difference to {reference} (95 % CI)", "p (Holm)"]
+    note = (
+        "Means over tasks. Differences are paired by task, each task's being its mean over seeds; two-sided paired "
+        "t-test over tasks, Holm-corrected (paper, section B.2)."
+    )
+    return Grid("Over all tasks", header, rows, [note])
+
+
+def _number_form(table: Table) -> Callable[[float | None, str], str]:
+    """How the headline metric is written: per cent with two digits, or four digits."""
+    scale, digits = (100, 2) if table.percent else (1, 4)
+    return lambda value, sign: DASH if value is None else f"{value * scale:{sign}.{digits}f}"
+
+
+def _headline(table: Table) -> str:
+    return f"{table.headline}, %" if table.percent else table.headline
+
+
+def _head(metric: str) -> str:
+    return HEADS[metric][0] if metric in HEADS else metric.removesuffix(".mean").replace("_", " ")
+
+
+def _metric(name: str, value: float | None) -> str:
+    form = HEADS[name][1] if name in HEADS else ",.0f" if value is not None and abs(value) >= 1000 else ".3g"
+    return DASH if value is None else format(value, form)
+
+
+def _difference(difference: Difference | None, number: Callable[[float | None, str], str]) -> str:
+    if difference is None:
+        return DASH
+    known = difference.low is not None
+    interval = f" [{number(difference.low, '+')}, {number(difference.high, '+')}]" if known else ""
+    return number(difference.mean, "+") + interval
+
+
+def _seeds(line: Line) -> str:
+    """ "3", or what became of the others: "1 of 3 failed"."""
+    total = len(line.seeds)
+    unfinished = {state: seeds for state, seeds in line.seeds_by_state().items() if state != "finished"}
+    return ", ".join(f"{len(seeds)} of {total} {state}" for state, seeds in unfinished.items()) or str(total)
+
+
+def _with_std(value: str, std: str | None) -> str:
+    return value if std in (None, "", DASH) else f"{value} ± {std}"
+
+
+def _p(p: float | None) -> str:
+    return DASH if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _notes(table: Table) -> list[str]:
+    spec, seeds = table.study.spec, table.lines[0].seeds
+    notes = []
+    if len(seeds) == 1:
+        notes.append(f"One seed a row ({seeds[0]}): no deviation, interval or test.")
+    else:
+        notes.append(f"Mean ± sample standard deviation over {len(seeds)} seeds ({', '.join(map(str, seeds))}).")
+        tests = sum(line.p is not None for line in table.lines)
+        if spec.reference is not None:
+            notes.append(
+                f"Differences to {spec.reference} are paired by seed: mean, 95 % confidence interval (t), "
+                f"two-sided paired t-test, Holm-corrected for {tests} test{'' if tests == 1 else 's'}."
+            )
+    notes += trouble(table)
+    if spec.answers is not None:
+        setting = f" ({spec.answers.setting})" if spec.answers.setting else ""
+        notes.append(
+            f"Published: the paper's {spec.answers.table.removesuffix('.csv').replace('_', ' ')}{setting}. "
+            "On another backbone and task, only the order of the rows can be compared."
+        )
+    return notes
+
+
+def trouble(table: Table) -> list[str]:
+    """A sentence for the unfinished cells of each row, and one for each warning, with its rows and seeds."""
+    notes = []
+    warned: dict[str, list[str]] = {}
+    for line in table.lines:
+        for state, seeds in line.seeds_by_state().items():
+            if state != "finished":
+                errors = dict.fromkeys(line.outcomes[seed].error for seed in seeds if seed in line.outcomes)
+                reason = "; ".join(filter(None, errors))
+                notes.append(f"{state.capitalize()}: {line.label} {_named(seeds)}{f' ({reason})' if reason else ''}.")
+        by_warning: dict[str, list[int]] = {}
+        for seed, outcome in line.outcomes.items():
+            for warning in outcome.warnings:
+                by_warning.setdefault(warning, []).append(seed)
+        for warning, seeds in by_warning.items():
+            warned.setdefault(warning, []).append(f"{line.label} {_named(seeds)}")
+    return notes + [f"Warning, {'; '.join(places)}: {warning}" for warning, places in warned.items()]
+
+
+def _named(seeds: Sequence[int]) -> str:
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+
+
+# --- a search ---
+
+
+def _trials(found: Found, number: Callable[[float | None, str], str]) -> Grid:
+    names = [key.removeprefix("adapter.") for key in found.space]
+    rows = [
+        [trial.label, number(trial.value, ""), trial.status, *(_setting(trial.params[key]) for key in found.space)]
+        for trial in found.ranked
+    ]
+    counts = f"{len(found.trials)} of {found.wanted} trials"
+    notes = [
+        f"{counts}, sampler {found.sampler}, seeded by {found.seeds[0]}; a trial's value is the mean over the seeds "
+        f"{', '.join(map(str, found.seeds))}.",
+        "The best of many trials is chosen on the seeds that it is shown with, which flatters it: its difference and "
+        "p-value are a lead, to be confirmed on other seeds.",
+        *(f"{name}: {_where(where)}." for name, where in zip(names, found.space.values(), strict=True)),
+    ]
+    return Grid("Trials", ["trial", "value", "state", *names], rows, notes)
+
+
+def _importance(found: Found) -> Grid:
+    rows = [[key.removeprefix("adapter."), f"{share:.2f}"] for key, share in found.importance.items()]
+    explained = "Share of the value's variance that a setting explains by itself (fANOVA), scaled to add up to 1; "
+    note = found.no_importance or f"{explained}rough for few trials."
+    return Grid("Importance", ["setting", "importance"], rows, [note])
+
+
+def _where(where: Range | Choices) -> str:
+    return str(where) if isinstance(where, Range) else ", ".join(map(_setting, where))
+
+
+def _setting(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
