@@ -36,7 +36,7 @@ def hill(config):
     """Highest at gain 10 and omega 1; LoRA lies at 0.5; seeds differ a little."""
     if not hasattr(config.adapter, "gain"):
         return 0.5 + config.seed / 1000
-    distance = (math.log10(config.adapter.gain) - 1) ** 2 + (config.adapter.omega0 - 1) ** 2 / 100
+    distance = (math.log10(config.adapter.gain) - 1) ** 2 + (config.adapter.omega_init - 1) ** 2 / 100
     return 0.8 - 0.2 * distance + (config.seed % 2) / 1000
 
 
