@@ -20,13 +20,14 @@ def comparison_figure(table: Table) -> Figure:
     scale = 100 if table.percent else 1
     figure = Figure(figsize=(7, 1.2 + 0.4 * len(table.lines)), layout="constrained")
     axes = figure.add_subplot()
+    alone = sum(line.row.is_reference for line in table.lines) == 1
     for place, line in enumerate(table.lines):
         values = [value * scale for value in line.values.values()]
         centre, spread = statistics.mean(values), statistics.std(values)
         axes.plot(values, [place] * len(values), "o", color="0.7", markersize=4)
         if centre is not None:
             axes.errorbar(centre, place, xerr=spread, fmt="o", color="C0", capsize=4)
-            if line.label == table.study.spec.reference:
+            if line.row.is_reference and alone:
                 axes.axvline(centre, color="0.5", linestyle="--", linewidth=1)
     axes.set_yticks(range(len(table.lines)), [line.label for line in table.lines])
     axes.set_ylim(len(table.lines) - 0.5, -0.5)

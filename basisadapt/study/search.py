@@ -93,9 +93,9 @@ class Search:
         return resolve(spec, preset=self.preset, changes=changes, seeds=self.seeds).rows[0]
 
     def reference(self) -> list[Row]:
-        """The row that the trials are compared with, if the study has one."""
+        """The rows that the trials are compared with, if the study has any."""
         study = resolve(self.spec, preset=self.preset, changes=self.changes, seeds=self.seeds)
-        return [row for row in study.rows if row.label == self.spec.reference]
+        return [row for row in study.rows if row.is_reference]
 
     def space(self) -> Space:
         """Where it looks."""

@@ -8,7 +8,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +63,8 @@ class StudySpec:
 
     title, question: what is compared and how to read it. base: the configuration that all rows share. sweep:
     an axis' name to its values; the rows are their product. beside: further rows, which no axis changes.
-    reference: the label of the row that the others are compared with. answers: the published table. presets:
+    reference: the label of the row that the others are compared with; or one axis' value, such as method=lora: then
+    each row's reference is the one that is equal on the other axes. answers: the published table. presets:
     a name to dotted overrides of the base, `seeds`, and axes in full: sweep.AXIS. columns: further recorded metrics to
     show. claims: of the paper, each judged by the record. search: setting to its range in a search, see `search_space`.
 
@@ -88,11 +89,17 @@ class StudySpec:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table: a configuration, run with every seed. published: its key in `published_values`."""
+    """A row of the table: a configuration, run with every seed.
+
+    published: its key in `published_values`. group: what it shares with the row that it is compared with; is_reference:
+    whether it is the one that the others of its group are compared with.
+    """
 
     label: str
     published: str | None
     cells: tuple[Cell, ...]
+    group: tuple[Any, ...] = ()
+    is_reference: bool = False
 
     @property
     def task(self) -> str:
@@ -281,11 +288,28 @@ def resolve(
     for label in labels:
         if labels.count(label) > 1:
             raise InputError(f"study {spec.name!r} has two rows called {label!r}")
-    if spec.reference is not None and spec.reference not in [*labels, *(row.name for row in rows)]:
-        raise unknown("reference row", spec.reference, labels)
     if not rows:
         raise InputError(f"study {spec.name!r} has no rows: give it a sweep or rows beside it")
+    rows = [_grouped(row, spec.reference, sweep) for row in rows]
+    if spec.reference is not None and not any(row.is_reference for row in rows):
+        raise unknown("reference row", spec.reference, labels)
     return Study(spec, tuple(rows))
+
+
+def _grouped(row: Row, reference: str | None, axes: Iterable[str]) -> Row:
+    """The row with its group; axes: in full."""
+    axis, equals, value = (reference or "").partition("=")
+    if not equals:
+        return replace(row, group=(row.task,), is_reference=reference in (row.name, row.label))
+    mapping = row.cells[0].config.to_mapping()
+    flat = {**mapping, **{f"{part}.{key}": v for part in ("adapter", "train") for key, v in mapping[part].items()}}
+    others = dict.fromkeys(["task", *axes])
+    others.pop(full_key(axis), None)
+    return replace(
+        row,
+        group=tuple(flat.get(key) for key in others),
+        is_reference=full_key(axis) in axes and _plain(flat.get(full_key(axis))) == value,
+    )
 
 
 Point = tuple[tuple[str, Any], ...]  # one value on every axis: (axis' name, value), ...

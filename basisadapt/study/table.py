@@ -22,18 +22,35 @@ COLUMNS = ("stable_rank.mean", "dc_share.mean", "parameters.trainable")  # of ev
 class Line:
     """A row of the table.
 
-    name: the label without the task. outcomes: seed to what the record holds of the cell. difference: to the
-    reference row. p: of its test, adjusted. published: value and standard deviation as printed in the paper.
+    outcomes: seed to what the record holds of the cell. difference: to the reference row of its group. p: of its test,
+    adjusted. published: value and standard deviation as printed in the paper.
     """
 
-    label: str
-    name: str
-    task: str
-    seeds: tuple[int, ...]
+    row: Row
     outcomes: dict[int, Outcome]
     published: tuple[str, str | None] | None
     difference: statistics.Difference | None = None
     p: float | None = None
+
+    @property
+    def label(self) -> str:
+        """The row's label."""
+        return self.row.label
+
+    @property
+    def name(self) -> str:
+        """The label without the task."""
+        return self.row.name
+
+    @property
+    def task(self) -> str:
+        """The row's task."""
+        return self.row.task
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds that it is to be run with."""
+        return tuple(cell.seed for cell in self.row.cells)
 
     @property
     def values(self) -> dict[int, float]:
@@ -120,20 +137,17 @@ def build_table(study: Study, outcomes: Mapping[str, Outcome]) -> Table:
     """The table of a study's own cells, whichever invocation ran them."""
     published = published_values(study.spec.answers)
     lines = [_line(row, outcomes, published) for row in study.rows]
-    references = {line.task: line for line in lines if study.spec.reference in (line.name, line.label)}
-    lines = [_compared(line, references.get(line.task)) for line in lines]
+    references = {line.row.group: line for line in reversed(lines) if line.row.is_reference}
+    lines = [_compared(line, references.get(line.row.group)) for line in lines]
     adjusted = statistics.holm([line.difference.p if line.difference else None for line in lines])
     lines = [dataclasses.replace(line, p=p) for line, p in zip(lines, adjusted, strict=True)]
     headlines = dict.fromkeys(o.headline for line in lines for o in line.outcomes.values() if o.headline)
-    return Table(study, " / ".join(headlines) or "result", tuple(lines), _across(lines, references))
+    return Table(study, " / ".join(headlines) or "result", tuple(lines), _across(lines))
 
 
 def _line(row: Row, outcomes: Mapping[str, Outcome], published: Mapping[str, tuple[str, str | None]]) -> Line:
     return Line(
-        label=row.label,
-        name=row.name,
-        task=row.task,
-        seeds=tuple(cell.seed for cell in row.cells),
+        row=row,
         outcomes={cell.seed: outcomes[cell.key] for cell in row.cells if cell.key in outcomes},
         published=published.get(row.published or ""),
     )
@@ -145,7 +159,7 @@ def _compared(line: Line, reference: Line | None) -> Line:
     return dataclasses.replace(line, difference=statistics.difference(line.values, reference.values))
 
 
-def _across(lines: list[Line], references: Mapping[str, Line]) -> tuple[Across, ...]:
+def _across(lines: list[Line]) -> tuple[Across, ...]:
     if len({line.task for line in lines}) < 2:
         return ()
     found = []

@@ -203,6 +203,11 @@ def _p(p: float | None) -> str:
     return DASH if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
+def reference_named(reference: str) -> str:
+    """LoRA; or, for method=lora, what that means."""
+    return f"the row with {reference} that is otherwise equal" if "=" in reference else reference
+
+
 def _notes(table: Table) -> list[str]:
     spec, seeds = table.study.spec, table.lines[0].seeds
     notes = []
@@ -213,8 +218,8 @@ def _notes(table: Table) -> list[str]:
         tests = sum(line.p is not None for line in table.lines)
         if spec.reference is not None:
             notes.append(
-                f"Differences to {spec.reference} are paired by seed: mean, 95 % confidence interval (t), "
-                f"two-sided paired t-test, Holm-corrected for {tests} test{'' if tests == 1 else 's'}."
+                f"Differences to {reference_named(spec.reference)} are paired by seed: mean, 95 % confidence interval "
+                f"(t), two-sided paired t-test, Holm-corrected for {tests} test{'' if tests == 1 else 's'}."
             )
     notes += trouble(table)
     if spec.answers is not None:

@@ -5,6 +5,7 @@ import io
 
 import pytest
 
+from basisadapt.errors import InputError
 from basisadapt.study import figures, report, words
 from basisadapt.study.record import Outcome
 from basisadapt.study.spec import read_spec, resolve
@@ -159,6 +160,32 @@ def test_rows_are_compared_within_their_task_and_over_all_tasks(folder):
     text = words.to_text(report.make_report(table))
     line = [line for line in text.splitlines() if line.startswith("sinc ")][-1]
     assert line.split()[:4] == ["sinc", "70.00", "3", "+30.00"]
+
+
+def test_an_axis_value_as_reference_pairs_rows_that_are_otherwise_equal(folder):
+    text = (
+        (folder / "tiny.yaml")
+        .read_text()
+        .replace("sweep: {basis: [sinc, fourier]}", "sweep: {method: [phi, lora], r: [4, 8]}")
+    )
+    text = text.replace("reference: LoRA", "reference: method=lora").replace(
+        "  - {label: LoRA, set: {method: lora}}", "  - {label: paper, set: {adapter.preset: paper, r: 8}}"
+    )
+    (folder / "tiny.yaml").write_text(text)
+    study = resolve(read_spec("tiny.yaml"))
+    values = {"phi, 4": 0.7, "phi, 8": 0.9, "lora, 4": 0.5, "lora, 8": 0.6, "paper": 0.3}
+    found = {cell.key: outcome(cell, values[cell.row]) for cell in study.cells}
+    table = build_table(study, found)
+    gains = {line.label: line.difference and pytest.approx(line.difference.mean) for line in table.lines}
+    assert gains == {"phi, 4": 0.2, "phi, 8": 0.3, "lora, 4": None, "lora, 8": None, "paper": -0.3}
+    assert "the row with method=lora that is otherwise equal" in words.to_text(report.make_report(table))
+
+
+def test_an_axis_value_that_is_not_there_is_refused_as_reference(folder):
+    text = (folder / "tiny.yaml").read_text().replace("reference: LoRA", "reference: basis=gaussian_rbf")
+    (folder / "tiny.yaml").write_text(text)
+    with pytest.raises(InputError, match="reference row 'basis=gaussian_rbf'"):
+        resolve(read_spec("tiny.yaml"))
 
 
 def test_figures(two_bases, tmp_path):

@@ -112,6 +112,12 @@ def test_every_study_shows_lora_and_most_the_literal_recipe():
     assert set(list_studies()) - literal == {"ablate_rank", "ablate_scale", "ablate_robustness"}
 
 
+@every_study
+def test_claims_name_rows_of_the_study(name):
+    spec = read_spec(name)
+    assert {label for claim in spec.claims for label in claim.labels} <= set(rows_of(spec))
+
+
 def test_the_formulations_cover_what_the_paper_leaves_open():
     adapters = [row.cells[0].config.adapter for row in resolve(read_spec("ablate_formulation")).rows[1:]]
     axes = {
