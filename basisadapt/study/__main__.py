@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 from basisadapt.errors import InputError
 from basisadapt.registry import load_plugin
 from basisadapt.study import spec as specs
+from basisadapt.study.cells import Study, resolve
 
 if TYPE_CHECKING:
     from basisadapt.study.engine import Place
@@ -120,7 +121,7 @@ def _run(options: argparse.Namespace, command: str) -> int:
         raise InputError("--search and --trials go together, such as --search tpe --trials 30")
     for plugin in options.plugin:
         load_plugin(plugin)
-    study = specs.resolve(study_spec, preset=options.preset, changes=options.set, seeds=_seeds(options.seeds))
+    study = resolve(study_spec, preset=options.preset, changes=options.set, seeds=_seeds(options.seeds))
 
     from basisadapt.study import engine
     from basisadapt.tasks.task import readable_folder
@@ -186,7 +187,7 @@ def _print_space(search: Search) -> None:
         print(f"{key}: {where}")
 
 
-def _print_plans(study: specs.Study, place: Place) -> None:
+def _print_plans(study: Study, place: Place) -> None:
     from basisadapt.study import engine
     from basisadapt.study.record import Record
 

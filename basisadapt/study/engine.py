@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 
 from basisadapt.diagnostics.figures import figures
 from basisadapt.errors import InputError
+from basisadapt.study.cells import Cell, Study
+from basisadapt.study.files import report_files
 from basisadapt.study.progress import Progress
 from basisadapt.study.record import Outcome, Record, check_database, one_line, sqlite_file
-from basisadapt.study.report import Report, make_report, report_files
-from basisadapt.study.spec import Cell, Study, StudySpec
+from basisadapt.study.report import Report, make_report
+from basisadapt.study.spec import StudySpec
 from basisadapt.study.table import build_table
 from basisadapt.study.trials import Trials
 

@@ -9,7 +9,7 @@ from basisadapt.study import statistics
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from basisadapt.study.search import Found
+    from basisadapt.study.report import Found
     from basisadapt.study.table import Table
 
 

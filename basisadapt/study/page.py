@@ -13,9 +13,9 @@ from basisadapt.study import words
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from basisadapt.study.claims import Verdict
     from basisadapt.study.report import Report
     from basisadapt.study.table import Table
+    from basisadapt.study.verdicts import Verdict
     from basisadapt.study.words import Grid
 
 PAGE = """<!doctype html>

@@ -7,7 +7,7 @@ import time
 
 from tqdm import tqdm
 
-from basisadapt.study.spec import Cell
+from basisadapt.study.cells import Cell
 
 
 class Progress:

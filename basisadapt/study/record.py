@@ -23,7 +23,8 @@ from basisadapt.study.owner import Owner
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from basisadapt.study.spec import Cell, StudySpec
+    from basisadapt.study.cells import Cell
+    from basisadapt.study.spec import StudySpec
     from basisadapt.training import RunResult
 
 DONE = ("finished", "diverged")  # a cell that has come to this is not run again

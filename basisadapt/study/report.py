@@ -1,21 +1,49 @@
-"""A report: a study's table, the verdicts on its claims, what a search found; and the files that keep it."""
+"""A report: a study's table, the verdicts on its claims, and what a search found."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from basisadapt.study import words
-from basisadapt.study.claims import Verdict, judge
-from basisadapt.study.figures import comparison_figure, search_figure
-from basisadapt.study.page import to_html
+from basisadapt.study.verdicts import Verdict, judge
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from basisadapt.study.search import Found
+    from basisadapt.study.space import Space
     from basisadapt.study.table import Table
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A trial that came to an end. status: "finished" (with a value), "diverged" or "failed"."""
+
+    number: int
+    status: str
+    value: float | None
+    params: Mapping[str, Any]
+
+    @property
+    def label(self) -> str:
+        """What its row is called."""
+        return f"trial {self.number}"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search has found so far. importance: setting to share, or empty for the reason in no_importance."""
+
+    sampler: str
+    wanted: int
+    seeds: Sequence[int]
+    space: Space
+    trials: Sequence[Tried]
+    importance: Mapping[str, float]
+    no_importance: str
+
+    @property
+    def ranked(self) -> list[Tried]:
+        """The trials, best first; those without a value last."""
+        return sorted(self.trials, key=lambda trial: (trial.value is None, -(trial.value or 0.0), trial.number))
 
 
 @dataclass(frozen=True)
@@ -36,21 +64,3 @@ class Report:
 def make_report(table: Table, search: Found | None = None) -> Report:
     """The report on a table."""
     return Report(table, judge(table), search)
-
-
-def report_files(report: Report, pictures: Callable[[str], dict[str, bytes]]) -> dict[str, str | Figure]:
-    """Everything that is kept of a report: file name to content.
-
-    pictures: the PNG files of the MLflow run with an id, name to content; the page holds those of each row.
-    """
-    figures = {"comparison.png": comparison_figure(report.table)}
-    if report.search is not None:
-        figures["search.png"] = search_figure(report.search, report.table.headline)
-    return {
-        "table.txt": words.to_text(report),
-        "table.md": words.to_markdown(report),
-        "table.csv": words.to_csv(report.table),
-        **{f"{grid.title.lower()}.csv": words.grid_to_csv(grid) for grid in words.grids(report)[1:]},
-        "report.html": to_html(report, figures, pictures),
-        **figures,
-    }

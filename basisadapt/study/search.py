@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from basisadapt.errors import InputError
 from basisadapt.study import statistics
+from basisadapt.study.cells import Row, Study, resolve, split_changes
 from basisadapt.study.engine import Invocation, Place, check_place, plan_cells, write_report
 from basisadapt.study.owner import Owner
 from basisadapt.study.record import Outcome, Record
-from basisadapt.study.report import Report, make_report
+from basisadapt.study.report import Found, Report, Tried, make_report
 from basisadapt.study.space import Space, distribution, edges, search_space
-from basisadapt.study.spec import Beside, Row, Study, StudySpec, resolve, split_changes
+from basisadapt.study.spec import Beside, StudySpec
 from basisadapt.study.table import build_table
 from basisadapt.study.trials import is_orphan, open_study
 
@@ -28,39 +29,6 @@ if TYPE_CHECKING:
 
 SHOWN = 5  # trials in the table beside the reference
 ENOUGH = 10  # finished trials, before importances are estimated from them
-
-
-@dataclass(frozen=True)
-class Tried:
-    """A trial that came to an end. status: "finished" (with a value), "diverged" or "failed"."""
-
-    number: int
-    status: str
-    value: float | None
-    params: Mapping[str, Any]
-
-    @property
-    def label(self) -> str:
-        """What its row is called."""
-        return f"trial {self.number}"
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a search has found so far. importance: setting to share, or empty for the reason in no_importance."""
-
-    sampler: str
-    wanted: int
-    seeds: Sequence[int]
-    space: Space
-    trials: Sequence[Tried]
-    importance: Mapping[str, float]
-    no_importance: str
-
-    @property
-    def ranked(self) -> list[Tried]:
-        """The trials, best first; those without a value last."""
-        return sorted(self.trials, key=lambda trial: (trial.value is None, -(trial.value or 0.0), trial.number))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from basisadapt.errors import InputError
 from basisadapt.ranges import Choices, Range, parse_range
-from basisadapt.study.spec import StudySpec, full_key
+from basisadapt.study.cells import full_key
+from basisadapt.study.spec import StudySpec
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

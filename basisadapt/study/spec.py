@@ -1,25 +1,19 @@
-"""What a study is: a YAML file in `studies/`, the command line's changes to it, and the cells they make."""
+"""What a study's file states: a YAML file in `studies/`, and the published table that it answers."""
 
 from __future__ import annotations
 
 import csv
-import hashlib
-import itertools
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from basisadapt.errors import InputError, unknown
 from basisadapt.settings import from_mapping
 from basisadapt.study.claims import Claim
-
-if TYPE_CHECKING:  # run configurations need torch, which --help and --list must not wait for
-    from basisadapt.run_config import RunConfig
 
 PRESETS = ("smoke", "quick", "paper")
 
@@ -85,66 +79,6 @@ class StudySpec:
     columns: tuple[str, ...] = ()
     claims: tuple[Claim, ...] = ()
     search: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of the table: a configuration, run with every seed.
-
-    published: its key in `published_values`. group: what it shares with the row that it is compared with; is_reference:
-    whether it is the one that the others of its group are compared with.
-    """
-
-    label: str
-    published: str | None
-    cells: tuple[Cell, ...]
-    group: tuple[Any, ...] = ()
-    is_reference: bool = False
-
-    @property
-    def task(self) -> str:
-        """The task of its cells."""
-        return self.cells[0].config.task
-
-    @property
-    def name(self) -> str:
-        """The label without the task, which rows of other tasks share."""
-        return ", ".join(part for part in self.label.split(", ") if part != self.task) or self.label
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of a study; `key` identifies it in every record."""
-
-    study: str
-    row: str
-    config: RunConfig
-
-    @property
-    def seed(self) -> int:
-        """The seed of the run."""
-        return self.config.seed
-
-    @property
-    def key(self) -> str:
-        """A hash of study, configuration and seed: 16 hexadecimal digits."""
-        config = self.config.to_mapping()
-        seed = config.pop("seed")
-        canonical = json.dumps({"study": self.study, "config": config, "seed": seed}, sort_keys=True)
-        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class Study:
-    """A spec with the command line's changes worked in: the rows to fill."""
-
-    spec: StudySpec
-    rows: tuple[Row, ...]
-
-    @property
-    def cells(self) -> tuple[Cell, ...]:
-        """Every cell, row by row."""
-        return tuple(cell for row in self.rows for cell in row.cells)
 
 
 # --- reading ---
@@ -228,7 +162,7 @@ def _spec(values: dict[str, Any]) -> StudySpec:
             raise unknown("preset", preset, PRESETS)
         if not isinstance(overrides, dict):
             raise InputError(f"presets.{preset} must hold keys and values, got {overrides!r}")
-        _check_axes(_axes(overrides))
+        _check_axes(axes_in(overrides))
     return spec
 
 
@@ -238,7 +172,7 @@ def _check_axes(axes: Mapping[str, Any]) -> None:
             raise InputError(f"sweep.{axis} must be a list of values, got {points!r}")
 
 
-def _axes(values: Mapping[str, Any]) -> dict[str, Any]:
+def axes_in(values: Mapping[str, Any]) -> dict[str, Any]:
     """Those of `values` that replace an axis, by its name."""
     return {name.removeprefix("sweep."): value for name, value in values.items() if name.startswith("sweep.")}
 
@@ -250,177 +184,6 @@ def _part(cls: type[Any], values: Any, where: str) -> Any:
         return from_mapping(cls, values, where)
     except TypeError as error:  # a field without default is missing
         raise InputError(f"{where}: {error}") from error
-
-
-# --- from spec to cells ---
-
-
-def resolve(
-    spec: StudySpec, *, preset: str = "quick", changes: Sequence[str] = (), seeds: Sequence[int] | None = None
-) -> Study:
-    """The cells of `spec`: base < preset < changes ("key=value") < axis value or the row's own `set`.
-
-    Every configuration is checked. Raises InputError.
-    """
-    overrides, axes = split_changes(changes)
-    if preset not in spec.presets and preset != "quick":  # quick is the default, which a study need not name
-        raise unknown("preset", preset, spec.presets)
-    preset_values = dict(spec.presets.get(preset, {}))
-    preset_seeds = preset_values.pop("seeds", None)
-    seeds = _checked_seeds(seeds or preset_seeds or spec.seeds)
-
-    preset_axes = _axes(preset_values)
-    preset_values = {name: value for name, value in preset_values.items() if not name.startswith("sweep.")}
-    base = {**_flat(spec.base), **_with_full_keys(preset_values), **overrides}
-    sweep: dict[str, tuple[str, list[Any]]] = {}
-    for name, points in (*spec.sweep.items(), *preset_axes.items(), *axes.items()):
-        sweep[full_key(name)] = (name, points)
-
-    rows = [_swept_row(spec, base, point, seeds) for point in _product(sweep.values())] if sweep else []
-    for beside in spec.beside:
-        for task in sweep["task"][1] if "task" in sweep else [None]:
-            label = beside.label if task is None else f"{beside.label}, {task}"
-            of_task = {} if task is None else {"task": task}
-            config = {**base, **_scaled(base, _with_full_keys(beside.set)), **of_task}
-            rows.append(_row(spec, label, beside.published, config, seeds))
-
-    labels = [row.label for row in rows]
-    for label in labels:
-        if labels.count(label) > 1:
-            raise InputError(f"study {spec.name!r} has two rows called {label!r}")
-    if not rows:
-        raise InputError(f"study {spec.name!r} has no rows: give it a sweep or rows beside it")
-    rows = [_grouped(row, spec.reference, sweep) for row in rows]
-    if spec.reference is not None and not any(row.is_reference for row in rows):
-        raise unknown("reference row", spec.reference, labels)
-    return Study(spec, tuple(rows))
-
-
-def _grouped(row: Row, reference: str | None, axes: Iterable[str]) -> Row:
-    """The row with its group; axes: in full."""
-    axis, equals, value = (reference or "").partition("=")
-    if not equals:
-        return replace(row, group=(row.task,), is_reference=reference in (row.name, row.label))
-    mapping = row.cells[0].config.to_mapping()
-    flat = {**mapping, **{f"{part}.{key}": v for part in ("adapter", "train") for key, v in mapping[part].items()}}
-    others = dict.fromkeys(["task", *axes])
-    others.pop(full_key(axis), None)
-    return replace(
-        row,
-        group=tuple(flat.get(key) for key in others),
-        is_reference=full_key(axis) in axes and _plain(flat.get(full_key(axis))) == value,
-    )
-
-
-Point = tuple[tuple[str, Any], ...]  # one value on every axis: (axis' name, value), ...
-
-
-def _product(axes: Iterable[tuple[str, list[Any]]]) -> list[Point]:
-    return list(itertools.product(*([(name, value) for value in points] for name, points in axes)))
-
-
-def _swept_row(spec: StudySpec, base: Mapping[str, Any], point: Point, seeds: Sequence[int]) -> Row:
-    label = ", ".join(_plain(value) for _, value in point)
-    published = ",".join(f"{name}={_plain(value)}" for name, value in point)
-    if spec.answers is not None:
-        published = {_plain(row): name for row, name in spec.answers.rows.items()}.get(label, published)
-    return _row(spec, label, published, {**base, **_with_full_keys(dict(point))}, seeds)
-
-
-def _row(spec: StudySpec, label: str, published: str | None, flat: Mapping[str, Any], seeds: Sequence[int]) -> Row:
-    from basisadapt.run_config import RunConfig
-
-    configs = (RunConfig.from_mapping({**_nested(flat), "seed": seed}) for seed in seeds)
-    cells = tuple(Cell(spec.name, label, config) for config in configs)
-    if published is not None and spec.answers is not None and isinstance(spec.answers.column, dict):
-        published = f"{published}, {cells[0].config.method}"
-    return Row(label, published, cells)
-
-
-def _scaled(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with factors such as x0.5 worked out."""
-    scaled = dict(values)
-    for key, value in values.items():
-        if isinstance(value, str) and (factor := re.fullmatch(r"x(\d+(?:\.\d+)?)", value)):
-            if not isinstance(base.get(key), int | float):
-                raise InputError(f"{key} is set to {value}, a factor, but the base has no number for it")
-            scaled[key] = base[key] * float(factor[1])
-    return scaled
-
-
-def split_changes(changes: Sequence[str]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
-    """The command line's "key=value" as overrides of the base (by full key) and replaced axes (by name)."""
-    overrides: dict[str, Any] = {}
-    axes: dict[str, list[Any]] = {}
-    for change in changes:
-        key, equals, text = change.partition("=")
-        if not equals:
-            raise InputError(f"--set needs key=value, got {change!r}")
-        if key.startswith("sweep."):
-            parts = [part for part in text.split(",") if part.strip()]
-            if not parts:
-                raise InputError(f"--set {key} needs at least one value")
-            full_key(key.removeprefix("sweep."))
-            axes[key.removeprefix("sweep.")] = [parse_yaml(part, f"--set {key}") for part in parts]
-        else:
-            overrides[full_key(key)] = parse_yaml(text, f"--set {key}")
-    return overrides, axes
-
-
-def _checked_seeds(seeds: Any) -> tuple[int, ...]:
-    if not isinstance(seeds, list | tuple) or not all(type(seed) is int and seed >= 0 for seed in seeds):
-        raise InputError(f"seeds must be whole numbers of at least 0, got {seeds!r}")
-    return tuple(dict.fromkeys(seeds))
-
-
-def known_keys() -> list[str]:
-    """Every key that a configuration may set, in full."""
-    from basisadapt.methods import METHODS
-    from basisadapt.phi.settings import field_names
-    from basisadapt.run_config import TrainSettings
-
-    adapter = {name: None for method in METHODS.values() for name in field_names(method.settings)}
-    train = field_names(TrainSettings)
-    return ["task", "backbone", "method", *(f"adapter.{n}" for n in adapter), *(f"train.{n}" for n in train)]
-
-
-def full_key(name: str) -> str:
-    """A key in full: a name without a dot may be that of an adapter's setting. Raises InputError."""
-    known = known_keys()
-    if f"adapter.{name}" in known:
-        return f"adapter.{name}"
-    if name not in known:
-        raise unknown("key", name, known)
-    return name
-
-
-def _with_full_keys(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {full_key(name): value for name, value in values.items()}
-
-
-def _flat(nested: Mapping[str, Any]) -> dict[str, Any]:
-    """{"adapter": {"r": 4}} as {"adapter.r": 4}, with every key checked."""
-    flat: dict[str, Any] = {}
-    for name, value in nested.items():
-        inner = {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
-        flat.update(_with_full_keys(inner))
-    return flat
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for name, value in flat.items():
-        group, dot, key = name.partition(".")
-        if dot:
-            nested.setdefault(group, {})[key] = value
-        else:
-            nested[name] = value
-    return nested
-
-
-def _plain(value: Any) -> str:
-    """A value as the command line takes it: true, 0.5, sinc."""
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 # --- the published table ---

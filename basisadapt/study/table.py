@@ -11,8 +11,8 @@ from basisadapt.study import statistics
 from basisadapt.study.spec import published_values
 
 if TYPE_CHECKING:
+    from basisadapt.study.cells import Row, Study
     from basisadapt.study.record import Outcome
-    from basisadapt.study.spec import Row, Study
 
 PERCENT = ("accuracy", "f1", "matthews", "pearson", "spearman")  # metrics that are read as percentages
 COLUMNS = ("stable_rank.mean", "dc_share.mean", "parameters.trainable")  # of every table, before a study's own

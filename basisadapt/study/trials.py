@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial, Trial, TrialState
 
-    from basisadapt.study.spec import Cell
+    from basisadapt.study.cells import Cell
 
 
 class Trials:

@@ -12,8 +12,7 @@ from basisadapt.ranges import Choices, Range
 from basisadapt.study import statistics
 
 if TYPE_CHECKING:
-    from basisadapt.study.report import Report
-    from basisadapt.study.search import Found
+    from basisadapt.study.report import Found, Report
     from basisadapt.study.statistics import Difference
     from basisadapt.study.table import Line, Table
 

@@ -13,8 +13,10 @@ import pytest
 from matplotlib.figure import Figure
 from test_report import SOUND, outcome, outcomes
 
-from basisadapt.study.report import make_report, report_files
-from basisadapt.study.spec import read_spec, resolve
+from basisadapt.study.cells import resolve
+from basisadapt.study.files import report_files
+from basisadapt.study.report import make_report
+from basisadapt.study.spec import read_spec
 from basisadapt.study.table import build_table
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)

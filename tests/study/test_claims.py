@@ -4,9 +4,11 @@ import pytest
 from test_report import SOUND, outcomes
 
 from basisadapt.errors import InputError
-from basisadapt.study.claims import NOT_REPRODUCED, REPRODUCED, UNTESTABLE, Claim, judge
-from basisadapt.study.spec import list_studies, read_spec, resolve
+from basisadapt.study.cells import resolve
+from basisadapt.study.claims import Claim
+from basisadapt.study.spec import list_studies, read_spec
 from basisadapt.study.table import build_table
+from basisadapt.study.verdicts import NOT_REPRODUCED, REPRODUCED, UNTESTABLE, judge
 
 
 @pytest.fixture

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from basisadapt.study.cells import resolve
 from basisadapt.study.owner import Owner
 from basisadapt.study.record import Record
-from basisadapt.study.spec import read_spec, resolve
+from basisadapt.study.spec import read_spec
 
 ALL = [(name, seed) for name in ("sinc", "fourier", "lora") for seed in (1, 2, 3)]
 

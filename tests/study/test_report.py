@@ -7,8 +7,10 @@ import pytest
 
 from basisadapt.errors import InputError
 from basisadapt.study import figures, report, words
+from basisadapt.study.cells import resolve
+from basisadapt.study.files import report_files
 from basisadapt.study.record import Outcome
-from basisadapt.study.spec import read_spec, resolve
+from basisadapt.study.spec import read_spec
 from basisadapt.study.table import build_table
 
 
@@ -102,7 +104,7 @@ def test_a_study_may_name_further_columns(folder):
     assert "active n |" in words.to_markdown(found)
     row = next(csv.DictReader(io.StringIO(words.to_csv(found.table))))
     assert (row["active_n.mean"], row["no.such"]) == ("24.125", "")
-    assert ">active n<" in report.report_files(found, no_pictures)["report.html"]
+    assert ">active n<" in report_files(found, no_pictures)["report.html"]
 
 
 def test_mixed_states(two_bases):
@@ -116,7 +118,7 @@ def test_mixed_states(two_bases):
         known[cell.key] = outcome(cell, 0.5, warnings=["collapsed"])
     found = report.make_report(build_table(two_bases, known))
     assert found.unsound
-    page = report.report_files(found, no_pictures)["report.html"]
+    page = report_files(found, no_pictures)["report.html"]
     for text in (words.to_text(found), page):
         assert "1 of 3 failed, 1 of 3 diverged" in text
         assert "1 of 3 killed, 1 of 3 not run" in text
@@ -127,7 +129,7 @@ def test_mixed_states(two_bases):
     nothing = report.make_report(build_table(two_bases, {}))
     assert not nothing.unsound
     assert "3 of 3 not run" in words.to_text(nothing)
-    assert "No cell has recorded them." in report.report_files(nothing, no_pictures)["report.html"]
+    assert "No cell has recorded them." in report_files(nothing, no_pictures)["report.html"]
 
 
 TASKS = """

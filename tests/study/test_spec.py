@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from basisadapt.errors import InputError
-from basisadapt.study.spec import list_studies, published_values, read_spec, resolve
+from basisadapt.study.cells import resolve
+from basisadapt.study.spec import list_studies, published_values, read_spec
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ import re
 
 import pytest
 
-from basisadapt.study.spec import PRESETS, list_studies, published_values, read_spec, resolve, studies_dir
+from basisadapt.study.cells import resolve
+from basisadapt.study.spec import PRESETS, list_studies, published_values, read_spec, studies_dir
 
 TABLES = {3, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23}
 OURS = {"ablate_interval", "ablate_formulation"}  # what the paper leaves open

@@ -1,0 +1,33 @@
+"""The files that keep a report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from basisadapt.study import words
+from basisadapt.study.figures import comparison_figure, search_figure
+from basisadapt.study.page import to_html
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from basisadapt.study.report import Report
+
+
+def report_files(report: Report, pictures: Callable[[str], dict[str, bytes]]) -> dict[str, str | Figure]:
+    """Everything that is kept of a report: file name to content.
+
+    pictures: the PNG files of the MLflow run with an id, name to content; the page holds those of each row.
+    """
+    figures = {"comparison.png": comparison_figure(report.table)}
+    if report.search is not None:
+        figures["search.png"] = search_figure(report.search, report.table.headline)
+    return {
+        "table.txt": words.to_text(report),
+        "table.md": words.to_markdown(report),
+        "table.csv": words.to_csv(report.table),
+        **{f"{grid.title.lower()}.csv": words.grid_to_csv(grid) for grid in words.grids(report)[1:]},
+        "report.html": to_html(report, figures, pictures),
+        **figures,
+    }
