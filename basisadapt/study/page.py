@@ -61,7 +61,7 @@ p, li, figcaption, dd { max-width: 46rem; overflow-wrap: anywhere; }
 .states { margin: .75rem 0 0; font-size: .9rem; }
 .box { overflow-x: auto; border: 1px solid var(--line); border-radius: .4rem; }
 :is(.box, button, summary):focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-table { border-collapse: collapse; width: max-content; min-width: 100%; font-size: .9rem;
+table { border-collapse: separate; border-spacing: 0; width: max-content; min-width: 100%; font-size: .9rem;
   font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding: .5rem .75rem; color: var(--faint); }
 caption.unseen { position: absolute; width: 1px; height: 1px; padding: 0; overflow: hidden; clip-path: inset(50%); }
@@ -85,9 +85,9 @@ th[aria-sort=descending] button::after { content: "\\a0\\2193"; }
   font-weight: 600; color: var(--open); background: var(--open-paper); }
 .word.reproduced { color: var(--good); background: var(--good-paper); }
 .word.not-reproduced { color: var(--bad); background: var(--bad-paper); }
-figure { margin: 1rem 0; overflow-x: auto; }
+figure { margin: 1rem 0; }
 figcaption { font-size: .9rem; }
-img { display: block; width: max(100%, 32rem); max-width: 52rem; height: auto; background: #fff; border-radius: .4rem; }
+img { display: block; width: 100%; max-width: 52rem; height: auto; background: #fff; border-radius: .4rem; }
 details { margin: .75rem 0; }
 summary { cursor: pointer; color: var(--accent); }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; font-size: .9rem; }

@@ -129,19 +129,17 @@ def _main(table: Table) -> Grid:
         cells = [
             line.label,
             _with_std(number(statistics.mean(values), ""), number(statistics.std(values), "")),
-            _seeds(line),
         ]
-        if reference is not None:
-            cells += [_difference(line.difference, number), _p(line.p)]
-        cells += [_metric(name, line.mean_of(name)) for name in table.columns]
         if answers is not None:
             cells.append(_with_std(*(line.published or (DASH, None))))
-        return cells
+        cells.append(_seeds(line))
+        if reference is not None:
+            cells += [_difference(line.difference, number), _p(line.p)]
+        return [*cells, *(_metric(name, line.mean_of(name)) for name in table.columns)]
 
-    header = ["row", _headline(table), "seeds"]
+    header = ["row", _headline(table), *(["published"] if answers is not None else []), "seeds"]
     header += [f"difference to {reference} (95 % CI)", "p (Holm)"] if reference is not None else []
     header += [_head(name) for name in table.columns]
-    header += ["published"] if answers is not None else []
     return Grid(table.study.spec.title, header, [row(line) for line in table.lines], _notes(table))
 
 
