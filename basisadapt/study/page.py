@@ -126,6 +126,12 @@ CAPTIONS = {
     "comparison.png": "Every row: its seeds as dots, mean ± standard deviation, and the reference's mean as a line",
     "search.png": "Every trial's value in order with the best so far, and the importance of each setting",
     "phi.png": "What φ has learned to add to an entry of BA, a line per layer",
+    "phi_evolution.png": "The same early in training, midway and at the end",
+    "stable_rank.png": "Stable rank of the updates against depth, on the way and at the end",
+    "spectrum.png": "Singular values of every update, and their median",
+    "modules.png": "Numbers of every module against depth",
+    "training.png": "The loss with its power law, and how straight the way through the parameters was",
+    "landscape.png": "The loss on a plane through the solution",
 }
 
 
