@@ -44,16 +44,27 @@ class Row:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a study; `key` identifies it in every record."""
+    """One run of a study; `key` identifies it in every record.
+
+    named: the settings, in full, that the study's rows or the command line set: what tells its cells apart.
+    """
 
     study: str
     row: str
     config: RunConfig
+    named: tuple[str, ...] = ()
 
     @property
     def seed(self) -> int:
         """The seed of the run."""
         return self.config.seed
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The configuration by full keys, such as adapter.r."""
+        config = self.config.to_mapping()
+        parts = {name: config.pop(name) for name in ("adapter", "train")}
+        return {**config, **{f"{part}.{key}": v for part, values in parts.items() for key, v in values.items()}}
 
     @property
     def key(self) -> str:
@@ -98,6 +109,8 @@ def resolve(
     for name, points in (*spec.sweep.items(), *preset_axes.items(), *axes.items()):
         sweep[full_key(name)] = (name, points)
 
+    beside_keys = (full_key(name) for beside in spec.beside for name in beside.set)
+    named = tuple(dict.fromkeys([*sweep, *beside_keys, *overrides]))
     rows = [_swept_row(spec, base, point, seeds) for point in _product(sweep.values())] if sweep else []
     for beside in spec.beside:
         for task in sweep["task"][1] if "task" in sweep else [None]:
@@ -112,10 +125,14 @@ def resolve(
             raise InputError(f"study {spec.name!r} has two rows called {label!r}")
     if not rows:
         raise InputError(f"study {spec.name!r} has no rows: give it a sweep or rows beside it")
-    rows = [_grouped(row, spec.reference, sweep) for row in rows]
+    rows = [_grouped(_with_named(row, named), spec.reference, sweep) for row in rows]
     if spec.reference is not None and not any(row.is_reference for row in rows):
         raise unknown("reference row", spec.reference, labels)
     return Study(spec, tuple(rows))
+
+
+def _with_named(row: Row, named: tuple[str, ...]) -> Row:
+    return replace(row, cells=tuple(replace(cell, named=named) for cell in row.cells))
 
 
 def _grouped(row: Row, reference: str | None, axes: Iterable[str]) -> Row:
@@ -123,8 +140,7 @@ def _grouped(row: Row, reference: str | None, axes: Iterable[str]) -> Row:
     axis, equals, value = (reference or "").partition("=")
     if not equals:
         return replace(row, group=(row.task,), is_reference=reference in (row.name, row.label))
-    mapping = row.cells[0].config.to_mapping()
-    flat = {**mapping, **{f"{part}.{key}": v for part in ("adapter", "train") for key, v in mapping[part].items()}}
+    flat = row.cells[0].settings
     others = dict.fromkeys(["task", *axes])
     others.pop(full_key(axis), None)
     return replace(

@@ -6,13 +6,14 @@ import base64
 import io
 from collections.abc import Callable, Iterable, Mapping
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from basisadapt.study import words
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from basisadapt.study.cells import Row
     from basisadapt.study.report import Report
     from basisadapt.study.table import Table
     from basisadapt.study.verdicts import Verdict
@@ -241,7 +242,7 @@ def _diagnostics(table: Table, pictures: Callable[[str], dict[str, bytes]]) -> s
 
 def _configurations(table: Table) -> str:
     """What differs between the rows that have a setting as a table, and the others as a list."""
-    flat = {row.label: _flat(row.cells[0].config.to_mapping()) for row in table.study.rows}
+    flat = {row.label: _settings(row) for row in table.study.rows}
     keys = list(dict.fromkeys(key for settings in flat.values() for key in settings))
     values = {key: list(dict.fromkeys(settings[key] for settings in flat.values() if key in settings)) for key in keys}
     varying = [key for key in keys if len(values[key]) > 1]
@@ -254,13 +255,9 @@ def _configurations(table: Table) -> str:
     )
 
 
-def _flat(config: Mapping[str, Any]) -> dict[str, str]:
-    """The settings by dotted key, as text; the seed, in which the cells of a row differ, left out."""
-    flat: dict[str, str] = {}
-    for key, value in config.items():
-        inner = {f"{key}.{name}": item for name, item in value.items()} if isinstance(value, dict) else {key: value}
-        flat.update({name: str(item) for name, item in inner.items() if name != "seed"})
-    return flat
+def _settings(row: Row) -> dict[str, str]:
+    """The settings by full key, as text; the seed, in which the cells of a row differ, left out."""
+    return {key: str(value) for key, value in row.cells[0].settings.items() if key != "seed"}
 
 
 def _versions(table: Table) -> str:

@@ -188,6 +188,7 @@ class Record:
         parameters = [Param(name, value[:TEXT_LIMIT]) for name, value in _parameters(cell).items()]
         for batch in _batches(parameters):
             self._client.log_batch(run_id, params=batch)
+        self._client.log_dict(run_id, cell.config.to_mapping(), "config.json")
         return run_id
 
     def finish(self, run_id: str, cell: Cell, result: RunResult, figures: Mapping[str, Figure]) -> None:
@@ -309,10 +310,13 @@ def _points(result: RunResult) -> Iterable[tuple[str, float, int]]:
 
 
 def _parameters(cell: Cell) -> dict[str, str]:
-    """The configuration by short names: those of the adapter without "adapter."."""
-    config = cell.config.to_mapping()
-    adapter, train = config.pop("adapter"), config.pop("train")
-    flat = {"row": cell.row, **config, **adapter, **{f"train.{name}": value for name, value in train.items()}}
+    """Row, seed and the settings that tell a study's cells apart, those of the adapter without "adapter.".
+
+    The others would crowd out these where MLflow picks parameters to draw; `config.json` has all.
+    """
+    settings = cell.settings
+    named = {key.removeprefix("adapter."): settings[key] for key in cell.named if key in settings}
+    flat = {"row": cell.row, "seed": cell.seed, **named}
     return {clean(name): value if isinstance(value, str) else json.dumps(value) for name, value in flat.items()}
 
 
@@ -327,6 +331,7 @@ How to compare: each invocation is a parent run, each cell (row and seed) a chil
 - Runs table: expand the parents, or filter with ``tags.`{STATUS}` = 'finished'``; group by the parameter
   `row` for means over seeds. Columns to show: the headline metric, `stable_rank.mean`, `dc_share.mean`,
   `parameters.trainable`.
+- A cell's parameters are the settings that this study varies; `config.json` has every setting.
 - A cell's page holds its pictures (`phi.png`, `phi_evolution.png`, `stable_rank.png`, `spectrum.png`, `modules.png`,
   `training.png`), `result.json`, its curves, and every layer's numbers under `stable_rank/`, `dc_share/` and so on.
 - Cells that diverged, failed or were killed say so in the tag `{STATUS}`.

@@ -62,9 +62,8 @@ def test_what_a_cell_leaves_in_mlflow(home, fake, study, runs, trials):
     assert run.data.tags["status"] == "finished"
     assert run.data.tags["environment.torch"] == "2"
     assert run.data.tags["mlflow.source.git.commit"] == "abc123"
-    assert run.data.params["basis"] == "sinc"
-    assert run.data.params["train.max_steps"] == "5"
-    assert run.data.params["row"] == "sinc"
+    # What the rows set; the rest is in config.json.
+    assert run.data.params == {"row": "sinc", "seed": "1", "basis": "sinc", "method": "phi"}
     assert 0.6 < run.data.metrics["accuracy"] < 0.9  # not the curve's last value, 0.2
     assert run.data.metrics["curve/accuracy"] == 0.2
     assert run.data.metrics["stable_rank/encoder.layer.0.attention.self.query"] == 1.2
@@ -75,8 +74,11 @@ def test_what_a_cell_leaves_in_mlflow(home, fake, study, runs, trials):
     loss = client.get_metric_history(run.info.run_id, "loss")
     assert [(point.step, point.value) for point in loss] == [(1, 2.0), (3, 1.0)]  # NaN is left out
     artifacts = Path(run.info.artifact_uri.removeprefix("file://"))
+    config = json.loads((artifacts / "config.json").read_text())
+    assert (config["train"]["max_steps"], config["adapter"]["basis"], config["seed"]) == (5, "sinc", 1)
     assert artifacts.is_relative_to(home / "mlruns" / "tiny")
     assert sorted(path.name for path in artifacts.iterdir()) == [
+        "config.json",
         "modules.png", "phi.png", "result.json", "stable_rank.png", "training.png",
     ]  # fmt: skip
     assert json.loads((artifacts / "result.json").read_text())["config"]["adapter"]["basis"] == "sinc"
