@@ -59,10 +59,9 @@ def compile_series(
     left out below it; so also for F' and for a probe, the function with other amplitudes, and its derivative: the
     gradients need every basis function resolved, also where α cancels them or is zero.
     """
-    coefficients = _Interpolate.apply(tables, radius, points, *parameters)  # type: ignore[no-untyped-call]
+    coefficients, both = _Interpolate.apply(tables, radius, points, *parameters)  # type: ignore[no-untyped-call]
     with torch.no_grad():
-        both = _with_probe(tables(*(p.double() for p in parameters)))
-        degree, resolved = _degree(_interpolate(both, radius, points), radius, tolerance)
+        degree, resolved = _degree(both, radius, tolerance)
     return SeriesBatch(coefficients, degree, radius, resolved)
 
 
@@ -126,15 +125,23 @@ def _degree(coefficients: Tensor, radius: Tensor, tolerance: float) -> tuple[Ten
 
 
 class _Interpolate(torch.autograd.Function):
-    """`_interpolate`, with powers. The backward evaluates F again: it can run many times, and N values per node are not
-    held."""
+    """The coefficients of F, with powers; and of F without its path beside the probe, from the same evaluation.
+
+    The backward evaluates F again: it can run many times, and N values per node are not held.
+    """
 
     @staticmethod
-    def forward(ctx: Any, tables: Tables, radius: Tensor, points: int, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, tables: Tables, radius: Tensor, points: int, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         # Copies, not saved tensors: with gradient accumulation one series serves several backward passes.
         ctx.inputs = tables, radius, points, [p.detach().double().clone() for p in parameters]
         ctx.dtypes = [p.dtype for p in parameters]
-        return _interpolate(tables(*ctx.inputs[3]), radius, points) @ with_powers(points, radius.device)
+        transfer = tables(*ctx.inputs[3])
+        both = _interpolate(_with_probe(transfer), radius, points)
+        coefficients = both[..., 0].clone()
+        if transfer.path:
+            coefficients[:, 1] += transfer.scaling * radius  # s p z, and z = R T_1(z / R)
+        ctx.mark_non_differentiable(both)
+        return coefficients @ with_powers(points, radius.device), both
 
     @staticmethod
     @once_differentiable
