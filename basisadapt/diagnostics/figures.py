@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PALEST = 0.9  # of the colour map: what lies beyond does not show on white
+ROUNDING = 1e-6
 LOWEST_SIGMA = 1e-4  # below, the spectrum is mostly rounding
 NUMBERS = {  # of a module: what is drawn against depth, and its label
     "dc_share": "DC share",
@@ -172,6 +173,9 @@ def modules_figure(title: str, modules: Mapping[str, Mapping[str, Any]]) -> Figu
         axes.set_title(label, fontsize=9)
         axes.locator_params(axis="x", integer=True)
         axes.ticklabel_format(axis="y", scilimits=(-3, 4), useOffset=False)
+        low, high = axes.get_ylim()
+        if high - low < ROUNDING:  # what rounding makes of equal numbers is not worth a scale
+            axes.set_ylim(min(0.0, low), max(1.05, high))
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize=7, frameon=False)
     figure.supxlabel("layer", fontsize=9)
