@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -49,7 +50,7 @@ class PhiModel(BaseTuner):  # type: ignore[misc]
             return
         if not layers:
             raise InputError(f"target_modules {config.target_modules!r} match no module: φ would be nowhere")
-        bank = TransferBank(config, [describe(layer.name) for layer in layers])
+        bank = TransferBank(config, [replace(describe(layer.name), in_features=layer.in_features) for layer in layers])
         if layers[0].base_layer.weight.dtype == torch.float64:
             bank.double()
         self.phi_bank[adapter_name] = bank

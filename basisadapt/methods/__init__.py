@@ -11,6 +11,7 @@ from basisadapt.methods import pissa as pissa
 from basisadapt.methods import plain as plain
 from basisadapt.methods import randlora as randlora
 from basisadapt.methods import rslora as rslora
+from basisadapt.methods import sinelora as sinelora
 from basisadapt.methods import vera as vera
 from basisadapt.methods.method import METHODS, Method, PeftMethod
 
