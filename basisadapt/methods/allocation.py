@@ -13,20 +13,18 @@ class AllocationSettings(LowRankSettings):
     """r: ranks per module on average, when all is settled. Raises InputError out of range.
 
     spare: a module has room for ⌈(1 + spare) r⌉ ranks. settle: the first and the last so many of the steps, as a
-    share, leave the ranks alone. every: steps between two moves. orthogonality: weight of AdaLoRA's regularisation.
+    share, leave the ranks alone. every: steps between two moves.
     """
 
     spare: float = 0.5
     settle: float = 0.2
     every: int = 1
-    orthogonality: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(0 <= self.spare < math.inf, "spare", self.spare, "at least 0")
         require(0 <= self.settle < 0.5, "settle", self.settle, "in [0, 0.5)")
         require(self.every >= 1, "every", self.every, "at least 1")
-        require(0 <= self.orthogonality < math.inf, "orthogonality", self.orthogonality, "at least 0")
 
     @property
     def room(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -30,7 +30,7 @@ class RandomBasisSettings(LowRankSettings):
 
 
 class Method(ABC):
-    """A way to fine-tune a model. Subclass it with a name and the class of its `settings`.
+    """A way to fine-tune a model. Subclass it with a name and the class of its `settings`; an object serves one run.
 
     bounded: whether r must not exceed the smaller side of an adapted weight.
     """
@@ -81,20 +81,25 @@ class PeftMethod(Method):
     def peft_config(self, settings: Any, common: Mapping[str, Any]) -> PeftConfig:
         """The configuration; `common` is what all share: task_type and target_modules."""
 
-    def attach(self, model: PreTrainedModel, settings: Any, task_type: str) -> PreTrainedModel | PeftModel:
+    def attach(self, model: PreTrainedModel, settings: Any, task_type: str) -> PeftModel:
         """The model with the adapter in it."""
-        import peft
+        return put_into(model, settings, task_type, self.peft_config)
 
-        names = [name for name, _ in model.named_modules()]
-        targets = settings.target_modules or target_pattern(settings.placement, names)
-        try:
-            config = self.peft_config(settings, {"task_type": task_type, "target_modules": targets})
-            adapted = peft.get_peft_model(model, config)
-        except InputError:
-            raise
-        except ValueError as error:  # peft's answer to target modules that match nothing
-            raise InputError(f"adapter.target_modules {targets}: {' '.join(str(error).split())}") from error
-        for name, parameter in adapted.named_parameters():
-            if ".ranknum." in name:  # AdaLoRA's count of ranks, which peft sets free where it moves a layer
-                parameter.requires_grad_(False)
-        return adapted
+
+def put_into(
+    model: PreTrainedModel,
+    settings: LowRankSettings,
+    task_type: str,
+    peft_config: Callable[[Any, Mapping[str, Any]], PeftConfig],
+) -> PeftModel:
+    """The model with an adapter in it, where the settings want it. Raises InputError as `Method.attach`."""
+    import peft
+
+    names = [name for name, _ in model.named_modules()]
+    targets = settings.target_modules or target_pattern(settings.placement, names)
+    try:
+        return peft.get_peft_model(model, peft_config(settings, {"task_type": task_type, "target_modules": targets}))
+    except InputError:
+        raise
+    except ValueError as error:  # peft's answer to target modules that match nothing
+        raise InputError(f"adapter.target_modules {targets}: {' '.join(str(error).split())}") from error

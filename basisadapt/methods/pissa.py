@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from basisadapt.methods.lora import lora_config
-from basisadapt.methods.method import PeftMethod
+from basisadapt.methods.method import Method, put_into
 from basisadapt.phi.settings import LowRankSettings
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 
-class PiSSA(PeftMethod, name="pissa"):
+class PiSSA(Method, name="pissa"):
     """LoRA that starts at W's leading singular triplets: s BA = U_r Σ_r V_rᵀ, with W − s BA frozen in W's place.
 
     Training begins at the pretrained function. Source: Meng, Wang & Zhang (2024).
     """
 
-    def peft_config(self, settings: LowRankSettings, common: Mapping[str, Any]) -> PeftConfig:
-        """Peft's LoraConfig with its variant's start."""
-        return lora_config(settings, common, init_lora_weights="pissa")
+    def attach(self, model: PreTrainedModel, settings: LowRankSettings, task_type: str) -> PeftModel:
+        """Peft's LoRA with its variant's start; there is none to be computed for a model of shapes alone."""
+        start = True if next(model.parameters()).is_meta else "pissa"
+        return put_into(model, settings, task_type, functools.partial(lora_config, init_lora_weights=start))
 
     def parameters(self, settings: LowRankSettings, out_features: int, in_features: int) -> int:
         """r (m + n)."""
