@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,10 @@ from basisadapt.backbones import is_head
 from basisadapt.diagnostics.figures import figures
 from basisadapt.methods import METHODS
 from basisadapt.observation import adapted_layers, adapter_parameters, observe
+from basisadapt.registry import load_plugin
 from basisadapt.run_config import RunConfig
+from basisadapt.study.cells import resolve
+from basisadapt.study.spec import read_spec
 from basisadapt.training import count_parameters, plan, run
 from tests.conftest import tiny
 
@@ -250,6 +254,35 @@ def test_a_configuration_keeps_its_own_settings_and_checks_the_others(name):
     assert RunConfig.from_mapping(chosen.to_mapping()) == chosen
     with pytest.raises(InputError, match="did you mean 'sinc'"):
         RunConfig.from_mapping({"method": name, "adapter": {"basis": "sink"}})
+
+
+def test_the_readmes_method_is_one_file(tokens, tmp_path):
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "PeftMethod" in block)
+    (tmp_path / "loha.py").write_text(code, encoding="utf-8")
+    load_plugin(str(tmp_path / "loha.py"))
+    try:
+        test_training_starts_at_the_pretrained_function("loha", tokens)
+        test_gradients_reach_every_trainable_tensor_within_three_steps("loha", tokens)
+        test_counts_by_formula_and_by_model_agree("loha")
+        test_save_and_load_give_the_same_function("loha", tokens, tmp_path)
+        test_merging_is_exact_or_refused_with_a_reason("loha", tokens)
+    finally:
+        del METHODS._classes["loha"]
+
+
+def test_the_comparison_gives_every_method_loras_budget():
+    """Within an eighth, by the formulas; the two that the study names as smaller are."""
+    rows = resolve(read_spec("compare_methods")).rows
+    shapes = [(384, 384)] * 24 + [(1536, 384), (384, 1536)] * 6
+    counts = {}
+    for row in rows:
+        config = row.cells[0].config
+        method = METHODS[config.method]()
+        counts[config.method] = sum(method.parameters(config.adapter, m, n) for m, n in shapes)
+    assert counts.keys() == set(METHODS), "every method has a row"
+    off = {name for name, count in counts.items() if abs(count / counts["lora"] - 1) > 0.126}
+    assert off == {*PLAIN, "vera", "nola"}
 
 
 def test_importing_the_package_is_enough_for_peft_to_know_every_method():
