@@ -115,6 +115,14 @@ BACKBONES = {
 }
 
 
+HEADS = ("classifier", "score")  # what transformers calls the head of a classifier; peft trains the same
+
+
+def is_head(parameter: str) -> bool:
+    """Whether a parameter of that name belongs to the task's head."""
+    return not set(HEADS).isdisjoint(parameter.split("."))
+
+
 def find(name: str) -> Backbone:
     """The backbone called `name`: one of BACKBONES, a local folder, or a hub id such as "Qwen/Qwen2-0.5B".
 

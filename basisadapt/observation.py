@@ -11,19 +11,17 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from basisadapt.backbones import is_head
 from basisadapt.diagnostics.path import Path
 from basisadapt.diagnostics.spectrum import dc_share, normalised, singular_values, stable_rank
 from basisadapt.diagnostics.transfer import active_count
 from basisadapt.phi.settings import LowRankSettings, PhiSettings
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 ADAPTER = "default"
 EARLY, MIDDLE = 0.1, 0.5  # of the steps; the paper looks at 5 %, 50 % and the end (appendix I.1)
@@ -35,31 +33,40 @@ CURVE_POINTS = 100
 
 Numbers = dict[str, Any]
 Curve = dict[str, list[float]]
+WeightChange = Callable[[Any], Tensor | None]  # ΔW of an adapted layer, or None where a method has no such matrix
 
 
-def adapted_layers(model: PeftModel) -> Iterator[tuple[str, Any]]:
-    """Name in the base model and layer of every adapted module."""
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Name in the base model and layer of every adapted module; none for a model without an adapter."""
+    from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    for name, module in model.base_model.model.named_modules():
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    for name, module in base.named_modules():
         if isinstance(module, BaseTunerLayer):
             yield name, module
 
 
-def adapter_parameters(model: PeftModel) -> dict[str, torch.nn.Parameter]:
-    """What trains, without the task's head: A and B, and φ's tables."""
-    return {n: p for n, p in model.named_parameters() if p.requires_grad and ".modules_to_save." not in n}
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What trains, without the task's head: A and B, φ's tables, or the backbone."""
+    return {n: p for n, p in model.named_parameters() if p.requires_grad and not is_head(n)}
+
+
+def delta_weight_of(layer: Any) -> Tensor:
+    """ΔW as peft's layers give it."""
+    delta: Tensor = layer.get_delta_weight(ADAPTER)
+    return delta
 
 
 class Observer:
     """Watches a model while it trains. `step` is called at step 0, before training, and after every step.
 
     snapshots: [{"step", "stable_rank": {module: number}, "phi": {module: curve}}, ...] at the start, early and midway.
-    seconds: what that took.
+    seconds: what that took. weight_change: see `observe`.
     """
 
-    def __init__(self, model: PeftModel) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, weight_change: WeightChange = delta_weight_of) -> None:
+        self._model, self._weight_change = model, weight_change
         self._start = {name: parameter.detach().clone() for name, parameter in adapter_parameters(model).items()}
         self._path = Path(self._point())
         self._smoothness: list[tuple[int, Tensor]] = []
@@ -76,7 +83,7 @@ class Observer:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()  # what is still at work is the training step's
             began = time.perf_counter()
-            modules, phi = observe(self._model)
+            modules, phi = observe(self._model, self._weight_change)
             stable_ranks = {name: numbers["stable_rank"] for name, numbers in modules.items()}
             self.snapshots.append({"step": step, "stable_rank": stable_ranks, "phi": phi})
             self.seconds += time.perf_counter() - began
@@ -97,6 +104,8 @@ class Observer:
 
     def warnings(self, modules: dict[str, Numbers], settings: LowRankSettings) -> list[str]:
         """Whether the adapter is a low-rank update in name only, and why."""
+        if not modules:
+            return []
         moved = self._moved(modules)
         # B starts at zero: what it moved is measured against A.
         scale = max(before.norm().item() for name, before in self._start.items() if ".phi_bank." not in name)
@@ -133,11 +142,13 @@ class Observer:
 
     def _point(self) -> Tensor:
         parameters = [parameter.detach().flatten() for parameter in adapter_parameters(self._model).values()]
-        return torch.cat([p.to(parameters[0]) for p in parameters])
+        return torch.cat([p.to(parameters[0]) for p in parameters]) if parameters else torch.zeros(1)
 
 
 def summary(modules: dict[str, Numbers]) -> dict[str, float]:
     """The headline numbers over the modules: means, population standard deviations, and the widest range."""
+    if not modules:
+        return {}
 
     def over(name: str, members: list[str]) -> list[float]:
         return [modules[m][name] for m in members if name in modules[m]]
@@ -167,16 +178,19 @@ def _kinds(modules: dict[str, Numbers]) -> dict[str, list[str]]:
 
 
 @torch.no_grad()
-def observe(model: PeftModel) -> tuple[dict[str, Numbers], dict[str, Curve]]:
+def observe(
+    model: nn.Module, weight_change: WeightChange = delta_weight_of
+) -> tuple[dict[str, Numbers], dict[str, Curve]]:
     """Every module's numbers and what φ adds to BA, as `training.RunResult` describes them.
 
-    Of weights that are no longer finite, the finite part is described.
+    weight_change: gives ΔW of a layer; modules for which it is None are left out. Of weights that are no longer finite,
+    the finite part is described.
     """
     from basisadapt.adapter.placement import describe
 
     modules: dict[str, Numbers] = {}
     phi: dict[str, Curve] = {}
-    for name, layer, update in _updates(model):
+    for name, layer, update in _updates(model, weight_change):
         delta = torch.nan_to_num(update, posinf=0.0, neginf=0.0)
         if delta.abs().max() < NEGLIGIBLE:
             delta = torch.zeros_like(delta)
@@ -195,14 +209,16 @@ def observe(model: PeftModel) -> tuple[dict[str, Numbers], dict[str, Curve]]:
     return modules, phi
 
 
-def _updates(model: PeftModel) -> Iterator[tuple[str, Any, Tensor]]:
+def _updates(model: nn.Module, weight_change: WeightChange) -> Iterator[tuple[str, Any, Tensor]]:
     """Name, layer and ΔW of every adapted module; ΔW of a Conv1D may come transposed."""
     from basisadapt.phi.weight import delta_weight
 
     compilers: dict[int, Any] = {}
     for name, layer in adapted_layers(model):
         if not _has_phi(layer):
-            yield name, layer, layer.get_delta_weight(ADAPTER)
+            change = weight_change(layer)
+            if change is not None:
+                yield name, layer, change
             continue
         source = layer.phi_source[ADAPTER]
         # A copy is as new: the original counts its compilations, and one more would change a later step's series.

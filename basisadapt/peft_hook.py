@@ -1,6 +1,6 @@
-"""Registers φ(BA) with peft, now or as soon as peft is imported.
+"""Registers our methods with peft, now or as soon as peft is imported.
 
-`import basisadapt` has to be enough for peft to know the method, and has to be quick; importing peft takes seconds. So
+`import basisadapt` has to be enough for peft to know them, and has to be quick; importing peft takes seconds. So
 where peft is not there yet, its registration follows its import.
 """
 
@@ -14,15 +14,20 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-METHOD = "basisadapt.adapter"
+METHODS = ("basisadapt.adapter", "basisadapt.methods")  # φ(BA), and the rivals that peft lacks
 
 
 def register_with_peft() -> None:
-    """Import the module that registers φ(BA) if peft is loaded, else arrange for that to follow peft's import."""
+    """Import what registers our methods if peft is loaded, else arrange for that to follow peft's import."""
     if "peft" in sys.modules:
-        importlib.import_module(METHOD)
+        _register()
     elif not any(isinstance(finder, _PeftFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _PeftFinder())
+
+
+def _register() -> None:
+    for name in METHODS:
+        importlib.import_module(name)
 
 
 class _PeftFinder(MetaPathFinder):
@@ -38,7 +43,7 @@ class _PeftFinder(MetaPathFinder):
 
             def execute_and_register(module: ModuleType) -> None:
                 execute(module)
-                importlib.import_module(METHOD)
+                _register()
 
             spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec

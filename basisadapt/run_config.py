@@ -10,7 +10,7 @@ from typing import Any
 from basisadapt import backbones
 from basisadapt.errors import unknown
 from basisadapt.methods import METHODS
-from basisadapt.phi.settings import LowRankSettings, PhiSettings, field_names, require
+from basisadapt.phi.settings import LowRankSettings, field_names, require
 from basisadapt.settings import from_mapping
 from basisadapt.tasks import TASKS
 
@@ -84,9 +84,9 @@ class RunConfig:
         keys = from_mapping(_Keys, values)
         if keys.method not in METHODS:
             raise unknown("method", keys.method, METHODS)
-        from_mapping(PhiSettings, keys.adapter, "adapter")  # checks every key, also those left out below
         settings = METHODS[keys.method].settings
         own = {key: value for key, value in keys.adapter.items() if key in field_names(settings)}
+        _check_foreign({key: value for key, value in keys.adapter.items() if key not in own})
         TASKS[keys.task], backbones.find(keys.backbone)
         return RunConfig(
             task=keys.task,
@@ -100,6 +100,22 @@ class RunConfig:
     def to_mapping(self) -> dict[str, Any]:
         """The canonical nested mapping: JSON types, every default spelled out; from_mapping takes it back."""
         return dataclasses.asdict(self)
+
+
+def _check_foreign(values: Mapping[str, Any]) -> None:
+    """Hold adapter settings that a run's method does not have against the methods that do."""
+    known = adapter_keys()
+    for key in values:
+        if key not in known:
+            raise unknown("key", f"adapter.{key}", [f"adapter.{name}" for name in known])
+    for settings in dict.fromkeys(METHODS[name].settings for name in METHODS):
+        theirs = {key: value for key, value in values.items() if key in field_names(settings)}
+        from_mapping(settings, theirs, "adapter")
+
+
+def adapter_keys() -> list[str]:
+    """The adapter settings of all methods."""
+    return list(dict.fromkeys(key for name in METHODS for key in field_names(METHODS[name].settings)))
 
 
 @dataclass(frozen=True, kw_only=True)

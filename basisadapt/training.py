@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from basisadapt import backbones
+from basisadapt.backbones import is_head
 from basisadapt.diagnostics.convergence import fit_power_law
 from basisadapt.diagnostics.landscape import landscape
 from basisadapt.environment import environment
 from basisadapt.errors import InputError
 from basisadapt.methods import METHODS
 from basisadapt.observation import CURVE_POINTS, Observer, adapted_layers, adapter_parameters, observe, summary
-from basisadapt.phi.settings import PhiSettings
+from basisadapt.phi.settings import PhiSettings, field_names
 from basisadapt.run_config import RunConfig
 from basisadapt.tasks import TASKS, Rows, TaskData
 
@@ -39,8 +40,8 @@ SEEN_ROWS = 2 * EVAL_BATCH  # training rows that the generalisation gap is measu
 class Plan:
     """What a run would be, from shapes alone: nothing is trained and no weight is loaded.
 
-    factors: parameters in A and B; transfer: in φ (α, ω, learned x); head: the task's head; modules: adapted modules;
-    total: parameters of the whole model, adapter included.
+    factors: what trains in the modules, such as A and B; transfer: in φ (α, ω, learned x); head: the task's head;
+    modules: adapted modules; total: parameters of the whole model, adapter included.
     """
 
     modules: int
@@ -66,13 +67,13 @@ class RunResult:
     "dc_share.mean" and, of φ, "active_n.mean", "utilisation.mean", "omega.mean" and ".std", "alpha.mean_abs" and
     "range.share", the largest of them; "convergence_exponent" (`diagnostics.convergence`), "update_smoothness"
     (`diagnostics.path`), "generalisation_gap" (the headline metric on up to 128 training rows less that on the held-out
-    ones); "parameters.trainable", ".factors", ".transfer", ".head"; "seconds.train", ".eval" and ".observe", which do
-    not overlap.
+    ones); "parameters.trainable", ".factors", ".transfer", ".head"; "adapter.bytes", the size of the saved weights;
+    "seconds.train", ".eval" and ".observe", which do not overlap.
     curves: name -> [(step, value), ...]: "loss", "update_smoothness" so far, "stable_rank.attention" and so on at the
     snapshots and the end, and "eval_loss" and the task's metrics where the run evaluates on its way.
-    modules: adapted module -> its numbers at the end: "kind", "stable_rank", "dc_share", "spectrum" (the leading
-    σᵢ / σ₁); of φ "active_n", "utilisation", "omega_mean", "omega_std", "alpha_mean", "alpha_std", "alpha_mean_abs",
-    "range_share" (max |g·BA| / I, the part of the grid's interval that BA reaches).
+    modules: adapted module -> its numbers at the end, if its method has a ΔW: "kind", "stable_rank", "dc_share",
+    "spectrum" (the leading σᵢ / σ₁); of φ "active_n", "utilisation", "omega_mean", "omega_std", "alpha_mean",
+    "alpha_std", "alpha_mean_abs", "range_share" (max |g·BA| / I, the part of the grid's interval that BA reaches).
     phi: adapted module -> {"z": [..], "phi": [..]}, what φ adds to BA, f(z), on the range of BA (empty for methods
     without φ). snapshots: [{"step", "stable_rank": {module: number}, "phi": as above}, ...] at the start and after 10 %
     and 50 % of the steps. landscape: `diagnostics.landscape` of the training loss, empty unless train.landscape asks.
@@ -104,35 +105,26 @@ def plan(config: RunConfig, data_dir: Path | None = None) -> Plan:
     return count_parameters(attach(backbones.shape_only(backbone, task.num_labels), config))
 
 
-def attach(model: PreTrainedModel, config: RunConfig) -> PeftModel:
-    """The model with the configured adapter in it. Raises InputError if no module matches or r is too large."""
-    import peft
-
-    settings = config.adapter
-    if isinstance(settings, PhiSettings) and settings.grid_seed is None:
-        settings = dataclasses.replace(settings, grid_seed=config.seed)
-    try:
-        with warnings.catch_warnings():
-            # peft asks transformers for this under a name that transformers is about to drop.
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-            names = [name for name, _ in model.named_modules()]
-            adapted = peft.get_peft_model(model, METHODS[config.method].peft_config(settings, "SEQ_CLS", names))
-    except InputError:
-        raise
-    except ValueError as error:  # peft's answer to target modules that match nothing
-        wanted = settings.target_modules
-        raise InputError(f"adapter.target_modules: {wanted} matches no module of {config.backbone!r}") from error
+def attach(model: PreTrainedModel, config: RunConfig) -> PreTrainedModel | PeftModel:
+    """The model with the configured method in it. Raises InputError if no module matches or r is too large."""
+    method, settings = METHODS[config.method](), config.adapter
+    seeds = {name for name in field_names(type(settings)) if name.endswith("_seed")}
+    unset: dict[str, Any] = {name: config.seed for name in seeds if getattr(settings, name) is None}
+    with warnings.catch_warnings():
+        # peft asks transformers for this under a name that transformers is about to drop.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        adapted = method.attach(model, dataclasses.replace(settings, **unset), "SEQ_CLS")
     for name, layer in adapted_layers(adapted):
         smaller = min(layer.in_features, layer.out_features)
-        if settings.r > smaller:
+        if method.bounded and settings.r > smaller:
             raise InputError(f"adapter.r must be at most {smaller}, the smaller side of {name!r}, got {settings.r}")
     return adapted
 
 
-def count_parameters(model: PeftModel) -> Plan:
+def count_parameters(model: PreTrainedModel | PeftModel) -> Plan:
     """The counts, from the model itself."""
     trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    head = sum(count for name, count in trainable.items() if ".modules_to_save." in name)
+    head = sum(count for name, count in trainable.items() if is_head(name))
     transfer = sum(count for name, count in trainable.items() if ".phi_bank." in name)
     return Plan(
         modules=sum(1 for _ in adapted_layers(model)),
@@ -175,8 +167,9 @@ def run(
             callbacks=_early_stopping(config.train.patience),
         )
         trainer.remove_callback(transformers.PrinterCallback)
-        observer = Observer(model)  # only now is the model where it trains
-        watch = _watch(observer, on_step)
+        method = METHODS[config.method]()
+        observer = Observer(model, method.weight_change)  # only now is the model where it trains
+        watch = _watch(observer, on_step, lambda step, total: method.after_step(model, config.adapter, step, total))
         trainer.add_callback(watch)
         began = time.perf_counter()
         training_loss = trainer.train().training_loss
@@ -185,11 +178,11 @@ def run(
         evaluated = time.perf_counter()
         seen = trainer.predict(_spread(trainer.train_dataset, SEEN_ROWS))
         slice_of_loss = _landscape(trainer, config)
-    if save_to is not None:
-        model.save_pretrained(save_to)
+        model.save_pretrained(save_to or checkpoints)
+        size = sum(file.stat().st_size for file in Path(save_to or checkpoints).glob("*.safetensors"))
 
     described = time.perf_counter()
-    modules, phi = observe(model)
+    modules, phi = observe(model, method.weight_change)
     observing = observer.seconds + time.perf_counter() - described
     curves = {**_curves(trainer.state.log_history), **observer.curves(modules, trainer.state.global_step)}
     law = fit_power_law(curves.get("loss", []))
@@ -208,6 +201,7 @@ def run(
         "parameters.transfer": counts.transfer,
         "parameters.head": counts.head,
         "parameters.trainable": counts.trainable,
+        "adapter.bytes": size,
         "seconds.train": trained - began - observer.seconds,
         "seconds.eval": evaluated - trained,
         "seconds.observe": observing,
@@ -281,7 +275,7 @@ def _arguments(config: RunConfig, rows: int, headline: str, folder: Path) -> Tra
     )
 
 
-def _optimizer(model: PeftModel, config: RunConfig) -> torch.optim.Optimizer:
+def _optimizer(model: PreTrainedModel | PeftModel, config: RunConfig) -> torch.optim.Optimizer:
     """AdamW with three groups: A, B and the head; α with its own rate and decay; ω and learned grid points."""
     train, settings = config.train, config.adapter
     groups: list[dict[str, Any]] = [{"params": [], "lr": train.lr, "weight_decay": train.weight_decay}]
@@ -297,8 +291,10 @@ def _optimizer(model: PeftModel, config: RunConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.999))
 
 
-def _watch(observer: Observer, on_step: Callable[[int, int], None] | None) -> Any:
-    """A callback that shows each step to the observer, reports it and ends a run whose loss is no longer finite."""
+def _watch(
+    observer: Observer, on_step: Callable[[int, int], None] | None, after_step: Callable[[int, int], None]
+) -> Any:
+    """A callback for each step: to the method, to the observer and to the user; ends a run of no longer finite loss."""
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):  # type: ignore[misc]
@@ -306,6 +302,9 @@ def _watch(observer: Observer, on_step: Callable[[int, int], None] | None) -> An
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             observer.step(0, state.max_steps)
+
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            after_step(state.global_step + 1, state.max_steps)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             observer.step(state.global_step, state.max_steps)
@@ -353,4 +352,6 @@ def _landscape(trainer: Any, config: RunConfig) -> dict[str, Any]:
 
     trainer.model.eval()
     parameters = list(adapter_parameters(trainer.model).values())
+    if not parameters:
+        return {}
     return landscape(parameters, loss, config.train.landscape, config.seed)

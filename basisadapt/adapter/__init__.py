@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from basisadapt.adapter.config import PhiConfig
 from basisadapt.adapter.layer import PhiLinear
-from basisadapt.adapter.model import PhiModel, register
+from basisadapt.adapter.model import PhiModel
+from basisadapt.adapter.peft_type import register
 
 __all__ = ["PhiConfig", "PhiLinear", "PhiModel"]
 
-register()
+register("phi", PhiConfig, PhiModel)

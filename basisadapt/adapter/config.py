@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from peft import PeftConfig
 
-from basisadapt.adapter.peft_type import PHI
+from basisadapt.adapter.peft_type import peft_type
 from basisadapt.phi.settings import PhiSettings
 
 
@@ -28,4 +28,4 @@ class PhiConfig(PhiSettings, PeftConfig):  # type: ignore[misc]
     def __post_init__(self) -> None:
         PeftConfig.__post_init__(self)
         PhiSettings.__post_init__(self)
-        self.peft_type = PHI
+        self.peft_type = peft_type("phi")

@@ -6,22 +6,20 @@ import math
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
 from basisadapt.adapter.config import PhiConfig
+from basisadapt.adapter.linear import AdaptedLinear
 from basisadapt.errors import InputError
 from basisadapt.phi.choice import compute_dtype
 from basisadapt.phi.compiler import Compiler
 from basisadapt.phi.weight import Execution, Weight, adapted_linear, delta_weight
 
-DEQUANTISED = ("Params4bit", "Int8Params")  # classes of weights that peft can dequantise
 
-
-class PhiLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+class PhiLinear(AdaptedLinear):
     """y = x (W + ΔW)ᵀ + b over an nn.Linear, or a transformers Conv1D, whose weight is stored transposed.
 
     An adapter without φ here, one of the rest with rest="lora", has ΔW = s BA and the path of LoRA, s (x Aᵀ) Bᵀ.
@@ -30,50 +28,20 @@ class PhiLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     adapter_layer_names = ("phi_A", "phi_B")
     other_param_names = ("phi_dropout", "phi_settings", "phi_source")
 
-    base_layer: nn.Linear  # or a Conv1D, which has the same members
-    in_features: int
-    out_features: int
-    active_adapters: list[str]
+    title = "φ(BA)"
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
-        super().__init__()
-        self._transposed = isinstance(base_layer, Conv1D)
-        if not (isinstance(base_layer, nn.Linear) or self._transposed):
-            raise InputError(
-                f"module {name!r} is a {type(base_layer).__name__}; φ(BA) adapts nn.Linear and Conv1D only"
-            )
-        self.base_layer = cast(nn.Linear, base_layer)
-        self._quantised = not self.base_layer.weight.is_floating_point()
-        if self._quantised and type(self.base_layer.weight).__name__ not in DEQUANTISED:
-            raise InputError(
-                f"module {name!r} has a weight of dtype {self.base_layer.weight.dtype}; of the quantised ones φ(BA) "
-                "adapts those of bitsandbytes"
-            )
-        if self._quantised:
-            self.out_features, self.in_features = self.base_layer.out_features, self.base_layer.in_features
-        else:
-            self.out_features, self.in_features = self._matrix(self.base_layer.weight).shape
-        self.name = name
+        super().__init__(base_layer, name)
         self.phi_A = nn.ParameterDict()
         self.phi_B = nn.ParameterDict()
         self.phi_dropout = nn.ModuleDict()
         self.phi_settings: dict[str, PhiConfig] = {}
         # By adapters with φ here. Not a submodule: φ's tables belong to the model, one bank for all layers.
         self.phi_source: dict[str, Compiler] = {}
-        self.merged_adapters: list[str] = []
-        self._unmerged_weight: Tensor | None = None
-
-    def _matrix(self, weight: Tensor) -> Tensor:
-        """The weight as (out_features, in_features); its own inverse."""
-        return weight.T if self._transposed else weight
 
     def update_layer(self, adapter: str, config: PhiConfig) -> None:
         """Add an adapter. Raises InputError if r exceeds the smaller side of the weight."""
-        if config.r > min(self.in_features, self.out_features):
-            raise InputError(
-                f"r must be at most {min(self.in_features, self.out_features)}, the smaller side of {self.name!r} "
-                f"({self.out_features} × {self.in_features}), got {config.r}"
-            )
+        self._check_rank(config.r)
         self.phi_settings[adapter] = config
         self.phi_dropout[adapter] = nn.Dropout(config.dropout)
         # Drawn in the order of peft's LoRA, whose two nn.Linear draw first: one seed gives both methods the same A,
@@ -153,33 +121,3 @@ class PhiLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         A, B = self.phi_A[adapter], self.phi_B[adapter]
         execution = Execution(source.backend(A.device), self.phi_settings[adapter].dense_gradient)
         return adapted_linear(x, weight, bias, A, B, source.evaluator(self.name, A, B), execution)
-
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add ΔW to the base weight; the original is kept, so that unmerge restores it bit for bit.
-
-        Raises ValueError, before anything changes, if `safe_merge` and the merged weight is not finite, and InputError
-        for a quantised weight.
-        """
-        if self._quantised:
-            raise InputError(f"{self.name!r} has a quantised weight; load the base model unquantised to merge into it")
-        weight = self.base_layer.weight
-        for adapter in check_adapters_to_merge(self, adapter_names):
-            if adapter not in self.phi_A:
-                continue
-            delta = self.get_delta_weight(adapter)
-            merged = (weight + delta).to(weight.dtype)
-            if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(f"merging adapter {adapter!r} into {self.name!r} gives NaN or infinite weights")
-            if self._unmerged_weight is None:
-                self._unmerged_weight = weight.detach().clone()
-            weight.data.copy_(merged)
-            self.merged_adapters.append(adapter)
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Restore the base weight bit for bit."""
-        if self._unmerged_weight is not None:
-            self.base_layer.weight.data.copy_(self._unmerged_weight)
-        self._unmerged_weight = None
-        self.merged_adapters.clear()

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
-from peft.utils import register_peft_method
 from torch import nn
 
 from basisadapt.adapter.config import PhiConfig
 from basisadapt.adapter.layer import PhiLinear
-from basisadapt.adapter.peft_type import PHI, PREFIX
 from basisadapt.adapter.placement import PROJECTION, describe, target_pattern
 from basisadapt.errors import InputError
 from basisadapt.phi.bank import TransferBank
@@ -27,7 +26,7 @@ class PhiModel(BaseTuner):  # type: ignore[misc]
     overriding; each override here keeps the banks in step with the layers.
     """
 
-    prefix = PREFIX
+    prefix = "phi_"
     tuner_layer_cls = PhiLinear
     uses_shared_state = True
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
@@ -49,7 +48,7 @@ class PhiModel(BaseTuner):  # type: ignore[misc]
             return
         if not layers:
             raise InputError(f"target_modules {config.target_modules!r} match no module: φ would be nowhere")
-        bank = TransferBank(config, [describe(layer.name) for layer in layers])
+        bank = TransferBank(config, [replace(describe(layer.name), in_features=layer.in_features) for layer in layers])
         if layers[0].base_layer.weight.dtype == torch.float64:
             bank.double()
         self.phi_bank[adapter_name] = bank
@@ -131,11 +130,3 @@ class PhiModel(BaseTuner):  # type: ignore[misc]
         if adapter_name in self.phi_bank:
             del self.phi_bank[adapter_name]
         self._train_banks()
-
-
-def register() -> None:
-    """Enter φ(BA) into peft's tables, once per process."""
-    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-
-    if PHI not in PEFT_TYPE_TO_TUNER_MAPPING:
-        register_peft_method(name=PHI.value.lower(), config_cls=PhiConfig, model_cls=PhiModel, prefix=PREFIX)

@@ -1,18 +1,20 @@
-"""The entry of φ(BA) in peft's table of methods.
+"""Methods of our own in peft's tables.
 
-peft's public hook, `register_peft_method`, wants a member of the enum `PeftType` and offers no way to add one, so one
-is added here, by the protocol of Python's enum module. The member carries this package's name, so that a process which
+peft's public hook, `register_peft_method`, wants a member of the enum `PeftType` and offers no way to add one, so it is
+added here, by the protocol of Python's enum module. A member carries this package's name, so that a process which
 loads an adapter without importing basisadapt sees `KeyError: 'BASISADAPT_PHI'`. Guarded by tests/adapter/test_peft.py.
 """
 
 from __future__ import annotations
 
-from peft import PeftType
+from peft import PeftConfig, PeftType
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import register_peft_method
 
-PREFIX = "phi_"
 
-
-def _extend(name: str) -> PeftType:
+def peft_type(method: str) -> PeftType:
+    """The member BASISADAPT_<METHOD> of peft's enum, made at the first call."""
+    name = f"BASISADAPT_{method.upper()}"
     if name in PeftType.__members__:
         return PeftType[name]
     member = str.__new__(PeftType, name)
@@ -25,4 +27,9 @@ def _extend(name: str) -> PeftType:
     return member
 
 
-PHI = _extend("BASISADAPT_PHI")
+def register(method: str, config: type[PeftConfig], model: type[BaseTuner]) -> None:
+    """Enter a method into peft's tables, once per process."""
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    if (member := peft_type(method)) not in PEFT_TYPE_TO_TUNER_MAPPING:
+        register_peft_method(name=member.value.lower(), config_cls=config, model_cls=model, prefix=model.prefix)

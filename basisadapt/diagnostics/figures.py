@@ -104,11 +104,13 @@ def evolution_figure(title: str, snapshots: Sequence[Mapping[str, Any]], phi: Ma
 
 def stable_rank_figure(
     title: str, snapshots: Sequence[Mapping[str, Any]], modules: Mapping[str, Mapping[str, Any]]
-) -> Figure:
+) -> Figure | None:
     """The stable rank against depth (paper, Figure 2): a panel per kind, a line per snapshot through the kind's mean.
 
     Dots are the modules at the end. A snapshot without updates, as at a start with B = 0, has no rank to draw.
     """
+    if not modules:
+        return None
     stages = {_stage(s): s["stable_rank"] for s in snapshots if any(s["stable_rank"].values())}
     stages["end"] = {name: numbers["stable_rank"] for name, numbers in modules.items()}
     kinds = list(dict.fromkeys(numbers["kind"] for numbers in modules.values()))
@@ -162,8 +164,10 @@ def spectrum_figure(title: str, modules: Mapping[str, Mapping[str, Any]]) -> Fig
     return figure
 
 
-def modules_figure(title: str, modules: Mapping[str, Mapping[str, Any]]) -> Figure:
+def modules_figure(title: str, modules: Mapping[str, Mapping[str, Any]]) -> Figure | None:
     """The modules' other numbers at the end against depth: a panel per number, a line per projection."""
+    if not modules:
+        return None
     shown = {key: label for key, label in NUMBERS.items() if any(key in numbers for numbers in modules.values())}
     figure, grid = _panels(title, len(shown))
     for axes, (key, label) in zip(grid, shown.items(), strict=False):

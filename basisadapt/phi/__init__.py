@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-from basisadapt.phi import bases as bases  # registers the five bases
+from basisadapt.phi import bases as bases  # registers them

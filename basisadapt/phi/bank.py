@@ -106,9 +106,9 @@ class TransferBank(nn.Module):
         alpha = torch.zeros(count["alpha"], settings.num_basis)
         self._table("grid", grid, strategy.trainable)
         self._table("raw_omega", omega, settings.learn_omega)
-        self._table("alpha", alpha, True)
+        self._table("alpha", alpha, settings.amplitude_init != "fan_in")
         if not self.alpha.is_meta:  # where peft makes empty modules to load into, there is nothing to initialise
-            self._initialise_alpha(settings.amplitude_init, settings.interval)
+            self._initialise_alpha(settings.amplitude_init, settings.interval, modules)
 
     def _table(self, name: str, values: Tensor, trainable: bool) -> None:
         if trainable:
@@ -117,9 +117,13 @@ class TransferBank(nn.Module):
             self.register_buffer(name, values)
 
     @torch.no_grad()
-    def _initialise_alpha(self, init: str, interval: float) -> None:
+    def _initialise_alpha(self, init: str, interval: float, modules: Sequence[AdaptedModule]) -> None:
         if init.startswith("normal:"):
             self.alpha.normal_(0.0, float(init.removeprefix("normal:")))
+        if init == "fan_in":
+            for module in modules:
+                assert module.in_features is not None
+                self.alpha[self.rows[module.name][0]] = module.in_features**-0.5
         if init == "identity":
             for alpha, omega, x in self.rows.values():
                 self.alpha[alpha] = _identity_fit(self._at(alpha, omega, x), interval)

@@ -1,4 +1,4 @@
-"""The five bases of the paper's Table 13."""
+"""The five bases of the paper's Table 13, and the sine of SineLoRA."""
 
 from __future__ import annotations
 
@@ -64,3 +64,13 @@ class Polynomial(TransferBasis, name="polynomial", argument="scaled"):
     def forward(self, u: Tensor) -> Tensor:
         """b(u)."""
         return (1 + u).pow(3)
+
+
+class Sinusoid(TransferBasis, name="sinusoid", argument="scaled"):
+    """sin(ωᵢ x), which has no grid. With N = 1 it is SineLoRA's function. Source: Ji et al. (2025)."""
+
+    search: ClassVar[Mapping[str, Range]] = {"omega_init": Range(10.0, 1000.0, log=True)}
+
+    def forward(self, u: Tensor) -> Tensor:
+        """b(u)."""
+        return torch.sin(u)

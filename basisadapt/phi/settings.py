@@ -82,7 +82,8 @@ class PhiSettings(LowRankSettings):
     linear in depth from LOW in the first block to HIGH in the last adapted one (paper, Table 23; a shared row starts
     at the mean of its modules). learn_omega: whether ω trains.
     identity_path p, centre c, gain g: see the formula. amplitude_init: "zero", "identity" (least-squares fit of
-    φ(x) = x on the grid's interval) or "normal:σ". factor_init: "lora" (A Kaiming-uniform, B = 0) or "both" (B as A).
+    φ(x) = x on the grid's interval), "normal:σ", or "fan_in": 1 / √in_features, which does not train.
+    factor_init: "lora" (A Kaiming-uniform, B = 0) or "both" (B as A).
     transfer_lr: learning rate of α, ω and learned x as a ratio to the base rate. transfer_decay: decoupled weight
     decay of α, towards φ = 0. grid_seed: of the random grid; None takes the run's seed, or 0 outside a run. backend:
     "auto" compiles φ once a step and takes fused kernels on a GPU with Triton; "triton" and "torch" choose; "direct"
@@ -143,7 +144,7 @@ class PhiSettings(LowRankSettings):
             _amplitude_known(self.amplitude_init),
             "amplitude_init",
             self.amplitude_init,
-            '"zero", "identity" or "normal:SIGMA"',
+            '"zero", "identity", "normal:SIGMA" or "fan_in"',
         )
 
     def _check_names(self) -> None:
@@ -179,7 +180,7 @@ def require(holds: bool, name: str, value: object, expected: str) -> None:
 
 
 def _amplitude_known(text: str | None) -> bool:
-    if text in ("zero", "identity"):
+    if text in ("zero", "identity", "fan_in"):
         return True
     kind, _, sigma = (text or "").partition(":")
     try:

@@ -15,11 +15,15 @@ SHARING: Registry[SharingPolicy] = Registry("sharing")
 
 @dataclass(frozen=True)
 class AdaptedModule:
-    """One adapted module: its name in the model, its kind ("attention", "mlp" or "other") and the block's index."""
+    """One adapted module: its name in the model, its kind ("attention", "mlp" or "other") and the block's index.
+
+    in_features: of its weight; None where nobody asked.
+    """
 
     name: str
     kind: str
     layer: int | None
+    in_features: int | None = None
 
 
 class SharingPolicy(ABC):

@@ -213,13 +213,11 @@ def _checked_seeds(seeds: Any) -> tuple[int, ...]:
 
 def known_keys() -> list[str]:
     """Every key that a configuration may set, in full."""
-    from basisadapt.methods import METHODS
     from basisadapt.phi.settings import field_names
-    from basisadapt.run_config import TrainSettings
+    from basisadapt.run_config import TrainSettings, adapter_keys
 
-    adapter = {name: None for method in METHODS.values() for name in field_names(method.settings)}
     train = field_names(TrainSettings)
-    return ["task", "backbone", "method", *(f"adapter.{n}" for n in adapter), *(f"train.{n}" for n in train)]
+    return ["task", "backbone", "method", *(f"adapter.{n}" for n in adapter_keys()), *(f"train.{n}" for n in train)]
 
 
 def full_key(name: str) -> str:

@@ -106,10 +106,11 @@ def _declared(key: str, plugins: Iterable[Iterable[Any]]) -> Range:
 
 def _is_whole(key: str) -> bool:
     """Whether a setting holds whole numbers only."""
-    from basisadapt.phi.settings import PhiSettings
+    from basisadapt.methods import METHODS
     from basisadapt.run_config import TrainSettings
 
     group, _, name = key.partition(".")
-    hints = typing.get_type_hints(TrainSettings if group == "train" else PhiSettings)
+    owners = [TrainSettings] if group == "train" else [METHODS[method].settings for method in METHODS]
+    hints = {key: hint for owner in owners for key, hint in typing.get_type_hints(owner).items()}
     options = typing.get_args(hints.get(name)) or (hints.get(name),)
     return int in options and float not in options

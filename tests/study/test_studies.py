@@ -12,7 +12,7 @@ from basisadapt.study.cells import resolve
 from basisadapt.study.spec import PRESETS, list_studies, published_values, read_spec, studies_dir
 
 TABLES = {3, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23}
-OURS = {"ablate_interval", "ablate_formulation"}  # what the paper leaves open
+OURS = {"ablate_interval", "ablate_formulation", "compare_methods"}  # what no one table has
 every_study = pytest.mark.parametrize("name", list_studies())
 
 
@@ -85,7 +85,9 @@ def test_every_row_builds_its_model(name, study, home):
 def test_presets(name):
     spec = read_spec(name)
     quick, smoke, paper = (resolve(spec, preset=preset) for preset in ("quick", "smoke", "paper"))
-    assert len(quick.cells) <= (51 if name == "ablate_formulation" else 30)  # a cell takes about 25 s on two cores
+    assert len(quick.cells) <= (
+        51 if name in ("ablate_formulation", "compare_methods") else 30
+    )  # a cell takes about 25 s on two cores
     assert len(smoke.cells) == len(quick.rows)
     for cell in (*smoke.cells, *quick.cells):
         assert (cell.config.task, cell.config.backbone) == ("docstrings", "minilm")
@@ -110,7 +112,7 @@ def test_every_study_shows_lora_and_most_the_literal_recipe():
         assert "lora" in {config.method for config in configs}
         if "paper" in {getattr(config.adapter, "preset", "") for config in configs}:
             literal.add(name)
-    assert set(list_studies()) - literal == {"ablate_rank", "ablate_scale", "ablate_robustness"}
+    assert set(list_studies()) - literal == {"ablate_rank", "ablate_scale", "ablate_robustness", "compare_methods"}
 
 
 @every_study

@@ -1,0 +1,102 @@
+"""What our adapted linear layers share: the frozen layer below, and merging with it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from basisadapt.errors import InputError
+
+DEQUANTISED = ("Params4bit", "Int8Params")  # classes of weights that peft can dequantise
+
+
+class AdaptedLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+    """Over an nn.Linear, or a transformers Conv1D, whose weight is stored transposed.
+
+    title: the method's name in messages. Raises InputError for another module, or a weight that it cannot work on.
+    """
+
+    title: ClassVar[str]
+    adapter_layer_names: ClassVar[tuple[str, ...]]  # of the dictionaries that hold the trained tensors, by adapter
+
+    base_layer: nn.Linear  # or a Conv1D, which has the same members
+    in_features: int
+    out_features: int
+    active_adapters: list[str]
+
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        super().__init__()
+        self._transposed = isinstance(base_layer, Conv1D)
+        if not (isinstance(base_layer, nn.Linear) or self._transposed):
+            raise InputError(
+                f"module {name!r} is a {type(base_layer).__name__}; {self.title} adapts nn.Linear and Conv1D only"
+            )
+        self.base_layer = cast(nn.Linear, base_layer)
+        self._quantised = not self.base_layer.weight.is_floating_point()
+        if self._quantised and type(self.base_layer.weight).__name__ not in DEQUANTISED:
+            raise InputError(
+                f"module {name!r} has a weight of dtype {self.base_layer.weight.dtype}; of the quantised ones "
+                f"{self.title} adapts those of bitsandbytes"
+            )
+        if self._quantised:
+            self.out_features, self.in_features = self.base_layer.out_features, self.base_layer.in_features
+        else:
+            self.out_features, self.in_features = self._matrix(self.base_layer.weight).shape
+        self.name = name
+        self.merged_adapters: list[str] = []
+        self._unmerged_weight: Tensor | None = None
+
+    @abstractmethod
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """ΔW of one adapter in the layout of the base weight, in float32 (float64 for a float64 adapter)."""
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        """The weight as (out_features, in_features); its own inverse."""
+        return weight.T if self._transposed else weight
+
+    def _check_rank(self, r: int) -> None:
+        if r > min(self.in_features, self.out_features):
+            raise InputError(
+                f"r must be at most {min(self.in_features, self.out_features)}, the smaller side of {self.name!r} "
+                f"({self.out_features} × {self.in_features}), got {r}"
+            )
+
+    def _holds(self, adapter: str) -> bool:
+        """Whether the adapter is in this layer."""
+        holders: nn.ParameterDict = getattr(self, self.adapter_layer_names[0])
+        return adapter in holders
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add ΔW to the base weight; the original is kept, so that unmerge restores it bit for bit.
+
+        Raises ValueError, before anything changes, if `safe_merge` and the merged weight is not finite, and InputError
+        for a quantised weight.
+        """
+        if self._quantised:
+            raise InputError(f"{self.name!r} has a quantised weight; load the base model unquantised to merge into it")
+        weight = self.base_layer.weight
+        for adapter in check_adapters_to_merge(self, adapter_names):
+            if not self._holds(adapter):
+                continue
+            delta = self.get_delta_weight(adapter)
+            merged = (weight + delta).to(weight.dtype)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(f"merging adapter {adapter!r} into {self.name!r} gives NaN or infinite weights")
+            if self._unmerged_weight is None:
+                self._unmerged_weight = weight.detach().clone()
+            weight.data.copy_(merged)
+            self.merged_adapters.append(adapter)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Restore the base weight bit for bit."""
+        if self._unmerged_weight is not None:
+            self.base_layer.weight.data.copy_(self._unmerged_weight)
+        self._unmerged_weight = None
+        self.merged_adapters.clear()

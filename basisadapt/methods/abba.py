@@ -1,0 +1,77 @@
+"""ABBA: the elementwise product of two low-rank matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from torch import Tensor
+
+from basisadapt.errors import InputError
+from basisadapt.methods.method import PeftMethod
+from basisadapt.methods.product import ProductConfig, ProductLinear, kaiming
+from basisadapt.phi.settings import LowRankSettings, require
+
+
+@dataclass(kw_only=True)
+class ABBASettings(LowRankSettings):
+    """r: of both pairs together, r / 2 each, so that it costs what LoRA of rank r does. Raises InputError for odd r."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.r % 2 == 0, "r", self.r, "an even number for ABBA, half for each pair of factors")
+
+
+class ABBALinear(ProductLinear):
+    """ΔW = s (B₁A₁) ∘ (B₂A₂), elementwise, each pair of rank k = r / 2; of rank up to k².
+
+    B₁A₁ starts at the truncated singular value decomposition of W, B₁ = U_k Σ_k^½ and A₁ = Σ_k^½ V_kᵀ; A₂ is
+    Kaiming-uniform and B₂ = 0, so ΔW = 0. All four train. No dense product is needed: ΔW is s times the product of the
+    Khatri-Rao products B_(i,ab) = B₁_ia B₂_ib (m × k²) and A_(ab,j) = A₁_aj A₂_bj (k² × n).
+    """
+
+    title = "ABBA"
+    adapter_layer_names = ("abba_A1", "abba_B1", "abba_A2", "abba_B2")
+
+    def start(self, adapter: str, settings: ABBASettings) -> Mapping[str, Tensor]:
+        """A₁ (k, n), B₁ (m, k), A₂ (k, n), B₂ (m, k)."""
+        if self._quantised:
+            raise InputError(f"{self.title} starts at the decomposition of W, which {self.name!r} holds quantised")
+        k = settings.r // 2
+        U, sigma, Vt = torch.linalg.svd(self._matrix(self.base_layer.weight.detach()).float(), full_matrices=False)
+        root = sigma[:k].sqrt()
+        return {
+            "abba_A1": root.unsqueeze(1) * Vt[:k],
+            "abba_B1": U[:, :k] * root,
+            "abba_A2": kaiming(k, self.in_features),
+            "abba_B2": torch.zeros(self.out_features, k),
+        }
+
+    def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """The Khatri-Rao products."""
+        A1, B1, A2, B2 = self.trained(adapter)
+        return (A1.unsqueeze(1) * A2).flatten(0, 1), (B1.unsqueeze(2) * B2.unsqueeze(1)).flatten(1)
+
+    def between(self, adapter: str, h: Tensor) -> Tensor:
+        """Nothing."""
+        return h
+
+
+@dataclass(kw_only=True)
+class ABBAConfig(ABBASettings, ProductConfig, method="abba", layer=ABBALinear):
+    """ABBASettings."""
+
+
+class ABBA(PeftMethod, name="abba", settings=ABBASettings):
+    """A Hadamard product that starts from W's own singular vectors, see `ABBALinear`. Source: Singhal et al. (2025)."""
+
+    def peft_config(self, settings: ABBASettings, common: Mapping[str, Any]) -> PeftConfig:
+        """ABBAConfig."""
+        return ABBAConfig(**{**asdict(settings), **common})
+
+    def parameters(self, settings: ABBASettings, out_features: int, in_features: int) -> int:
+        """r (m + n)."""
+        return settings.r * (out_features + in_features)

@@ -1,0 +1,73 @@
+"""AdaLoRA, peft's own, with its allocation at work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from basisadapt.methods.allocation import AllocationSettings
+from basisadapt.methods.method import ADAPTER, Method, put_into
+from basisadapt.phi.settings import require
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel
+
+
+@dataclass(kw_only=True)
+class AdaLoRASettings(AllocationSettings):
+    """orthogonality: weight of the regularisation. Raises InputError out of range."""
+
+    orthogonality: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.orthogonality < math.inf, "orthogonality", self.orthogonality, "at least 0")
+
+
+class AdaLoRA(Method, name="adalora", settings=AdaLoRASettings):
+    """ΔW ∝ B diag(E) A, E = 0 at the start; the least important ranks are cut until r a module are left on average.
+
+    Importance: |p g| of every entry of a triplet, smoothed, times its smoothed uncertainty. A penalty on ‖AAᵀ − I‖ and
+    ‖BᵀB − I‖ keeps triplets apart; peft adds it to every loss, that of evaluation included. Parameters are counted with
+    the room of the start. Source: Zhang et al. (2023).
+    """
+
+    def attach(self, model: PreTrainedModel, settings: AdaLoRASettings, task_type: str) -> PeftModel:
+        """Peft's AdaLoRA; its schedule in steps follows at the first step, when their number is known."""
+        adapted = put_into(model, settings, task_type, _config)
+        for name, parameter in adapted.named_parameters():
+            if ".ranknum." in name:  # a number of ranks, which peft sets free where it moves a layer
+                parameter.requires_grad_(False)
+        return adapted
+
+    def parameters(self, settings: AdaLoRASettings, out_features: int, in_features: int) -> int:
+        """R (m + n + 1), R = ⌈(1 + spare) r⌉."""
+        return settings.room * (out_features + in_features + 1)
+
+    def after_step(self, model: Any, settings: AdaLoRASettings, step: int, total: int) -> None:
+        """Peft's allocation."""
+        config = model.peft_config[ADAPTER]
+        if config.total_step != total:
+            settle = math.floor(settings.settle * total)
+            config.total_step, config.tinit, config.tfinal = total, settle, settle
+        model.base_model.update_and_allocate(step)
+
+
+def _config(settings: AdaLoRASettings, common: Mapping[str, Any]) -> PeftConfig:
+    from peft import AdaLoraConfig
+
+    return AdaLoraConfig(
+        init_r=settings.room,
+        target_r=settings.r,
+        deltaT=settings.every,
+        tinit=0,
+        tfinal=0,
+        total_step=1,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.dropout,
+        orth_reg_weight=settings.orthogonality,
+        **common,
+    )

@@ -1,0 +1,43 @@
+"""DoRA, peft's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from basisadapt.methods.lora import lora_config
+from basisadapt.methods.method import ADAPTER, PeftMethod
+from basisadapt.phi.settings import LowRankSettings
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+ROUNDING = 1e-6  # of a norm in float32
+
+
+class DoRA(PeftMethod, name="dora"):
+    """W + ΔW = diag(μ) V, with V = W + s BA and rows of V scaled to length 1; μ (m,) starts at the lengths of W's rows.
+
+    A, B and s as in LoRA. Source: Liu et al. (2024).
+    """
+
+    def peft_config(self, settings: LowRankSettings, common: Mapping[str, Any]) -> PeftConfig:
+        """Peft's LoraConfig with its variant's magnitudes."""
+        return lora_config(settings, common, use_dora=True)
+
+    def parameters(self, settings: LowRankSettings, out_features: int, in_features: int) -> int:
+        """r (m + n) + m."""
+        return settings.r * (out_features + in_features) + out_features
+
+    def weight_change(self, layer: Any) -> Tensor | None:
+        """diag(μ / ‖V‖) V − W; lengths that differ by their rounding alone are equal."""
+        W, transposed = layer.get_base_layer().weight, layer.fan_in_fan_out
+        W, delta = (M.T if transposed else M for M in (W, layer.get_delta_weight(ADAPTER)))
+        V = W + delta
+        scale = (layer.lora_magnitude_vector[ADAPTER].weight / V.norm(dim=1)).unsqueeze(1)
+        scale = torch.where((scale - 1).abs() < ROUNDING, 1.0, scale)
+        change: Tensor = scale * delta + (scale - 1) * W
+        return change.T if transposed else change

@@ -1,0 +1,57 @@
+"""DyLoRA: a LoRA that works at every rank up to r."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from torch import Tensor
+
+from basisadapt.methods.method import PeftMethod
+from basisadapt.methods.product import ProductConfig, ProductLinear, kaiming
+from basisadapt.phi.settings import LowRankSettings
+
+
+class DyLoRALinear(ProductLinear):
+    """ΔW = (lora_alpha / b) B[:, :b] A[:b], b uniform on 1..r at each training forward of a module, b = r otherwise."""
+
+    title = "DyLoRA"
+    adapter_layer_names = ("dylora_A", "dylora_B")
+
+    def start(self, adapter: str, settings: LowRankSettings) -> Mapping[str, Tensor]:
+        """A (r, n) Kaiming-uniform, B (m, r) = 0."""
+        r = settings.r
+        return {"dylora_A": kaiming(r, self.in_features), "dylora_B": torch.zeros(self.out_features, r)}
+
+    def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """A and B."""
+        A, B = self.trained(adapter)
+        return A, B
+
+    def between(self, adapter: str, h: Tensor) -> Tensor:
+        """Cut to the first b entries, times r / b; b comes from torch's generator of the CPU."""
+        if not self.training:
+            return h
+        r = h.shape[-1]
+        b = int(torch.randint(1, r + 1, ()))
+        return torch.nn.functional.pad(h[..., :b], (0, r - b)) * (r / b)
+
+
+@dataclass(kw_only=True)
+class DyLoRAConfig(ProductConfig, method="dylora", layer=DyLoRALinear):
+    """The settings that all share."""
+
+
+class DyLoRA(PeftMethod, name="dylora"):
+    """LoRA whose every prefix of ranks is trained, see `DyLoRALinear`. Source: Valipour et al. (2023)."""
+
+    def peft_config(self, settings: LowRankSettings, common: Mapping[str, Any]) -> PeftConfig:
+        """DyLoRAConfig."""
+        return DyLoRAConfig(**{**asdict(settings), **common})
+
+    def parameters(self, settings: LowRankSettings, out_features: int, in_features: int) -> int:
+        """r (m + n)."""
+        return settings.r * (out_features + in_features)

@@ -1,0 +1,33 @@
+"""HiRA, peft's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from basisadapt.methods.method import ADAPTER, PeftMethod
+from basisadapt.phi.settings import LowRankSettings
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+
+class HiRA(PeftMethod, name="hira"):
+    """ΔW = W ∘ (BA), elementwise, A Kaiming-uniform, B = 0; lora_alpha means nothing. Source: Huang et al. (2025)."""
+
+    def peft_config(self, settings: LowRankSettings, common: Mapping[str, Any]) -> PeftConfig:
+        """Peft's HiraConfig."""
+        from peft import HiraConfig
+
+        return HiraConfig(r=settings.r, hira_dropout=settings.dropout, **common)
+
+    def parameters(self, settings: LowRankSettings, out_features: int, in_features: int) -> int:
+        """r (m + n)."""
+        return settings.r * (out_features + in_features)
+
+    def weight_change(self, layer: Any) -> Tensor | None:
+        """W ∘ (BA)."""
+        change: Tensor = layer.get_base_layer().weight * layer.get_delta_weight(ADAPTER)
+        return change

@@ -1,0 +1,31 @@
+"""LoRA, peft's own, and the configuration that its variants share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from basisadapt.methods.method import PeftMethod
+from basisadapt.phi.settings import LowRankSettings
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+
+class LoRA(PeftMethod, name="lora"):
+    """ΔW = (lora_alpha / r) BA, A (r × n) Kaiming-uniform, B (m × r) = 0. Source: Hu et al. (2022)."""
+
+    def peft_config(self, settings: LowRankSettings, common: Mapping[str, Any]) -> PeftConfig:
+        """Peft's LoraConfig."""
+        return lora_config(settings, common)
+
+    def parameters(self, settings: LowRankSettings, out_features: int, in_features: int) -> int:
+        """r (m + n)."""
+        return settings.r * (out_features + in_features)
+
+
+def lora_config(settings: LowRankSettings, common: Mapping[str, Any], **variant: Any) -> PeftConfig:
+    """Peft's LoraConfig from the settings that all share, and what a `variant` adds."""
+    from peft import LoraConfig
+
+    return LoraConfig(r=settings.r, lora_alpha=settings.lora_alpha, lora_dropout=settings.dropout, **common, **variant)

@@ -1,0 +1,105 @@
+"""The contract of a method: how it enters a model, what it trains there, and what it does between steps."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+from basisadapt.adapter.placement import target_pattern
+from basisadapt.errors import InputError
+from basisadapt.phi.settings import LowRankSettings
+from basisadapt.registry import Registry
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel
+
+METHODS: Registry[Method] = Registry("method")
+ADAPTER = "default"  # peft's name for the adapter of a run
+
+
+@dataclass(kw_only=True)
+class RandomBasisSettings(LowRankSettings):
+    """A method whose random matrices are frozen. basis_seed: they follow from it; None takes the run's seed, or 0."""
+
+    basis_seed: int | None = None
+
+
+class Method(ABC):
+    """A way to fine-tune a model. Subclass it with a name and the class of its `settings`; an object serves one run.
+
+    bounded: whether r must not exceed the smaller side of an adapted weight.
+    """
+
+    settings: ClassVar[type[LowRankSettings]]
+    bounded: ClassVar[bool]
+
+    def __init_subclass__(
+        cls,
+        *,
+        name: str | None = None,
+        settings: type[LowRankSettings] = LowRankSettings,
+        bounded: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Register the class under `name`. Raises InputError if it is taken."""
+        super().__init_subclass__(**kwargs)
+        cls.settings, cls.bounded = settings, bounded
+        if name is not None:
+            METHODS.add(name, cls)
+
+    @abstractmethod
+    def attach(self, model: PreTrainedModel, settings: Any, task_type: str) -> PreTrainedModel | PeftModel:
+        """The model, changed in place, with exactly what this method trains set to train.
+
+        task_type: in peft's words, such as "SEQ_CLS", whose head trains as well. Raises InputError for a placement or
+        a rank that the model does not have.
+        """
+
+    @abstractmethod
+    def parameters(self, settings: Any, out_features: int, in_features: int) -> int:
+        """Trainable numbers in a module with a weight of (out_features, in_features); shared tables apart."""
+
+    def weight_change(self, layer: Any) -> Tensor | None:
+        """ΔW of an adapted layer, shape of its weight; None where there is no such matrix to look at."""
+        delta: Tensor = layer.get_delta_weight(ADAPTER)
+        return delta
+
+    def after_step(self, model: Any, settings: Any, step: int, total: int) -> None:
+        """Called when the optimiser has made step number `step` of `total`, with the gradients still there."""
+        return
+
+
+class PeftMethod(Method):
+    """A method that is a peft configuration."""
+
+    @abstractmethod
+    def peft_config(self, settings: Any, common: Mapping[str, Any]) -> PeftConfig:
+        """The configuration; `common` is what all share: task_type and target_modules."""
+
+    def attach(self, model: PreTrainedModel, settings: Any, task_type: str) -> PeftModel:
+        """The model with the adapter in it."""
+        return put_into(model, settings, task_type, self.peft_config)
+
+
+def put_into(
+    model: PreTrainedModel,
+    settings: LowRankSettings,
+    task_type: str,
+    peft_config: Callable[[Any, Mapping[str, Any]], PeftConfig],
+) -> PeftModel:
+    """The model with an adapter in it, where the settings want it. Raises InputError as `Method.attach`."""
+    import peft
+
+    names = [name for name, _ in model.named_modules()]
+    targets = settings.target_modules or target_pattern(settings.placement, names)
+    try:
+        return peft.get_peft_model(model, peft_config(settings, {"task_type": task_type, "target_modules": targets}))
+    except InputError:
+        raise
+    except ValueError as error:  # peft's answer to target modules that match nothing
+        raise InputError(f"adapter.target_modules {targets}: {' '.join(str(error).split())}") from error

@@ -1,0 +1,91 @@
+"""NoLA: LoRA's factors as combinations of frozen random matrices."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners._buffer_dict import BufferDict
+from torch import Tensor, nn
+
+from basisadapt.methods.method import PeftMethod, RandomBasisSettings
+from basisadapt.methods.product import ProductConfig, ProductLinear, kaiming
+from basisadapt.phi.settings import require
+
+
+@dataclass(kw_only=True)
+class NoLASettings(RandomBasisSettings):
+    """num_random: K, random matrices in each factor. Raises InputError out of range."""
+
+    num_random: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.num_random >= 1, "num_random", self.num_random, "at least 1")
+
+
+class NoLALinear(ProductLinear):
+    """ΔW = s B A, A = A₀ + Σ_k a_k U_k / √K and B = Σ_k b_k V_k / √K, k = 1..K.
+
+    A₀ (r × n) is drawn as LoRA's A is; U_k (r × n) and V_k (m × r) are uniform on ±1 / √n and ±1 / √r. They are frozen,
+    follow from the seed and the module's name, and are not saved; a and b (K,) train and start at 0, so ΔW = 0.
+    """
+
+    title = "NoLA"
+    adapter_layer_names = ("nola_a", "nola_b")
+    other_param_names = (*ProductLinear.other_param_names, "frozen_A", "frozen_B")
+
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        super().__init__(base_layer, name)
+        self.frozen_A = BufferDict({}, persistent=False)
+        self.frozen_B = BufferDict({}, persistent=False)
+
+    def start(self, adapter: str, settings: NoLASettings) -> Mapping[str, Tensor]:
+        """a = b = 0, and the frozen matrices: A₀, U_1, .., U_K as (K + 1, r, n), V_1, .., V_K as (K, m, r)."""
+        K, r, m, n = settings.num_random, settings.r, self.out_features, self.in_features
+        base = self.base_layer.weight
+        if base.is_meta:
+            self.frozen_A[adapter], self.frozen_B[adapter] = base.new_empty(K + 1, r, n), base.new_empty(K, m, r)
+        else:
+            seed = (settings.basis_seed or 0) + zlib.crc32(self.name.encode())
+            generator = torch.Generator().manual_seed(seed)
+            frozen_A = kaiming((K + 1) * r, n, generator).view(K + 1, r, n)
+            frozen_B = kaiming(K * m, r, generator).view(K, m, r)
+            self.frozen_A[adapter], self.frozen_B[adapter] = frozen_A.to(base.device), frozen_B.to(base.device)
+        return {"nola_a": torch.zeros(K), "nola_b": torch.zeros(K)}
+
+    def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """A and B, combined anew."""
+        a, b = self.trained(adapter)
+        first, *_ = frozen_A = self.frozen_A[adapter].to(a.dtype)
+        scale = len(a) ** -0.5
+        A = first + scale * torch.tensordot(a, frozen_A[1:], 1)
+        return A, scale * torch.tensordot(b, self.frozen_B[adapter].to(b.dtype), 1)
+
+    def between(self, adapter: str, h: Tensor) -> Tensor:
+        """Nothing."""
+        return h
+
+
+@dataclass(kw_only=True)
+class NoLAConfig(NoLASettings, ProductConfig, method="nola", layer=NoLALinear):
+    """NoLASettings."""
+
+
+class NoLA(PeftMethod, name="nola", settings=NoLASettings):
+    """Coefficients of random matrices, as few as one likes at any rank, see `NoLALinear`.
+
+    Source: Koohpayegani et al. (2024).
+    """
+
+    def peft_config(self, settings: NoLASettings, common: Mapping[str, Any]) -> PeftConfig:
+        """NoLAConfig."""
+        return NoLAConfig(**{**asdict(settings), **common})
+
+    def parameters(self, settings: NoLASettings, out_features: int, in_features: int) -> int:
+        """2K."""
+        return 2 * settings.num_random

