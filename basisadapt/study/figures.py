@@ -37,6 +37,27 @@ def comparison_figure(table: Table) -> Figure:
     return figure
 
 
+def against_figure(table: Table) -> Figure:
+    """The headline metric against each of the metrics that the study is read `against`, by logarithm: a point a row."""
+    from matplotlib.figure import Figure
+
+    scale, metrics = 100 if table.percent else 1, table.study.spec.against
+    figure = Figure(figsize=(1 + 5.5 * len(metrics), 5), layout="constrained")
+    for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
+        for line in table.lines:
+            x, values = line.mean_of(metric), [value * scale for value in line.values.values()]
+            centre, spread = statistics.mean(values), statistics.std(values)
+            if x is not None and x > 0 and centre is not None:
+                axes.errorbar(x, centre, yerr=spread, fmt="o", color="C1" if line.row.is_reference else "C0", capsize=3)
+                axes.annotate(line.label, (x, centre), (5, 4), textcoords="offset points", fontsize=7)
+        axes.set_xscale("log")
+        axes.set_xlabel(metric)
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel(f"{table.headline}{', %' if table.percent else ''} (mean ± std over seeds)")
+    figure.suptitle(table.study.spec.title)
+    return figure
+
+
 def search_figure(found: Found, headline: str) -> Figure:
     """Left: every trial's value in order, and the best so far. Right: the importance of each setting."""
     from matplotlib.figure import Figure

@@ -125,6 +125,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
 
 CAPTIONS = {
     "comparison.png": "Every row: its seeds as dots, mean ± standard deviation, and the reference's mean as a line",
+    "against.png": "Every row against what it costs, on a logarithmic scale",
     "search.png": "Every trial's value in order with the best so far, and the importance of each setting",
     "phi.png": "What φ has learned to add to an entry of BA, a line per layer",
     "phi_evolution.png": "The same early in training, midway and at the end",
@@ -141,12 +142,13 @@ def to_html(report: Report, figures: Mapping[str, Figure], pictures: Callable[[s
     table, spec = report.table, report.table.study.spec
     alerts = set(words.trouble(table))
     grids = words.grids(report)
-    drawn = [_figure(name, _png(figure), spec.title, "lines") for name, figure in figures.items()]
+    drawn = {name: _figure(name, _png(figure), spec.title, "lines") for name, figure in figures.items()}
+    search = drawn.pop("search.png", None)
     sections = [
-        _section("Result", _grid(grids[0], alerts, spec.reference), *drawn[:1]),
+        _section("Result", _grid(grids[0], alerts, spec.reference), *drawn.values()),
         *([_section("Claims of the paper", _verdicts(report.verdicts))] if report.verdicts else []),
         *(_section(grid.title, _grid(grid, alerts, spec.reference)) for grid in grids[1:]),
-        *([_section("The search in pictures", *drawn[1:])] if drawn[1:] else []),
+        *([_section("The search in pictures", search)] if search else []),
         _diagnostics(table, pictures),
         _section("Configurations", _configurations(table)),
         _section("Versions", _versions(table)),

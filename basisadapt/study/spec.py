@@ -60,7 +60,8 @@ class StudySpec:
     reference: the label of the row that the others are compared with; or one axis' value, such as method=lora: then
     each row's reference is the one that is equal on the other axes. answers: the published table. presets:
     a name to dotted overrides of the base, `seeds`, and axes in full: sweep.AXIS. columns: further recorded metrics to
-    show. claims: of the paper, each judged by the record. search: setting to its range in a search, see `search_space`.
+    show. against: recorded metrics that the headline metric is drawn against. claims: of the paper, each judged by the
+    record. search: setting to its range in a search, see `search_space`.
 
     A file that is `like` a shipped study takes over its base, presets and seeds, and states what differs. An axis
     called `task` also multiplies the rows beside; `reference` is then a label without its task.
@@ -77,6 +78,7 @@ class StudySpec:
     seeds: tuple[int, ...] = (42, 123, 456)
     presets: dict[str, Any] = field(default_factory=dict)
     columns: tuple[str, ...] = ()
+    against: tuple[str, ...] = ()
     claims: tuple[Claim, ...] = ()
     search: dict[str, Any] = field(default_factory=dict)
 

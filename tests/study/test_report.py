@@ -194,3 +194,14 @@ def test_figures(two_bases, tmp_path):
     known = {**outcomes(two_bases, SOUND), two_bases.cells[0].key: outcome(two_bases.cells[0])}
     figures.comparison_figure(build_table(two_bases, known)).savefig(tmp_path / "comparison.png")
     figures.comparison_figure(build_table(two_bases, {})).savefig(tmp_path / "nothing.png")
+
+
+def test_a_study_may_be_drawn_against_what_rows_cost(folder):
+    path = folder / "tiny.yaml"
+    path.write_text(path.read_text() + "against: [parameters.trainable, seconds.train]\n")
+    found = reported(resolve(read_spec("tiny.yaml")), SOUND, **{"seconds.train": 3.0})
+    figure = report_files(found, no_pictures)["against.png"]
+    assert [axes.get_xlabel() for axes in figure.axes] == ["parameters.trainable", "seconds.train"]
+    assert [{text.get_text() for text in axes.texts} for axes in figure.axes] == [{"sinc", "fourier", "LoRA"}] * 2
+    path.write_text(path.read_text().replace("against: ", "columns: "))
+    assert "against.png" not in report_files(reported(resolve(read_spec("tiny.yaml")), SOUND), no_pictures)
