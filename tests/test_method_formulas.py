@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
+import peft
 import pytest
 import torch
 from torch.nn import functional as F
 
+from basisadapt import InputError, PhiConfig
 from basisadapt.diagnostics.spectrum import singular_values, stable_rank
 from basisadapt.methods import METHODS
 from basisadapt.observation import adapted_layers
@@ -40,6 +42,12 @@ def test_sinelora(tokens):
         found, torch.autograd.grad(F.linear(x, 2 * torch.sin(50 * B @ A) / math.sqrt(48)), (A, B), upstream)
     )
     assert not [name for name, p in model.named_parameters() if "phi_bank" in name], "the sine has nothing to learn"
+
+
+def test_amplitudes_of_the_fan_in_are_not_shared_by_unlike_modules(bert):
+    config = PhiConfig(amplitude_init="fan_in", sharing="all", task_type="SEQ_CLS")
+    with pytest.raises(InputError, match="equal in_features"):
+        peft.get_peft_model(bert, config)
 
 
 def test_sinelora_has_a_higher_stable_rank_than_lora_on_the_same_factors():

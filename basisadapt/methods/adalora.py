@@ -35,6 +35,9 @@ class AdaLoRA(Method, name="adalora", settings=AdaLoRASettings):
     the room of the start. Source: Zhang et al. (2023).
     """
 
+    def __init__(self) -> None:
+        self._pattern: dict[str, list[bool]] | None = None
+
     def attach(self, model: PreTrainedModel, settings: AdaLoRASettings, task_type: str) -> PeftModel:
         """Peft's AdaLoRA; its schedule in steps follows at the first step, when their number is known."""
         adapted = put_into(model, settings, task_type, _config)
@@ -53,7 +56,11 @@ class AdaLoRA(Method, name="adalora", settings=AdaLoRASettings):
         if config.total_step != total:
             settle = math.floor(settings.settle * total)
             config.total_step, config.tinit, config.tfinal = total, settle, settle
+        # Kept out of the configuration between steps: saved with it, it would cut the tensors in the file, and those of
+        # a model that goes back to its best checkpoint. The ranks that are cut have E = 0 in any case.
+        config.rank_pattern = self._pattern
         model.base_model.update_and_allocate(step)
+        self._pattern, config.rank_pattern = config.rank_pattern, None
 
 
 def _config(settings: AdaLoRASettings, common: Mapping[str, Any]) -> PeftConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,21 +16,24 @@ if TYPE_CHECKING:
 class RandLoRA(PeftMethod, name="randlora", settings=RandomBasisSettings):
     """ΔW = s Σ_j B_j diag(λ_j) A_j diag(γ_j), j = 1..K: frozen random bases of rank r, enough of them for full rank.
 
-    K = ⌈min(m, n) / r⌉; λ_j (r,) = 0 and γ_j (min(m, n),) train. A larger r means fewer parameters. The authors take
-    lora_alpha = 20 r. Source: Albert et al. (2025).
+    K = ⌈min(m, n) / r⌉; λ_j (r,) = 0 and γ_j (min(m, n),) train. A larger r means fewer parameters. The bases follow
+    from the seed and are not saved. The authors take lora_alpha = 20 r. Source: Albert et al. (2025).
     """
 
     def peft_config(self, settings: RandomBasisSettings, common: Mapping[str, Any]) -> PeftConfig:
         """Peft's RandLoraConfig."""
         from peft import RandLoraConfig
 
-        return RandLoraConfig(
-            r=settings.r,
-            randlora_alpha=settings.lora_alpha,
-            randlora_dropout=settings.dropout,
-            projection_prng_key=settings.basis_seed or 0,
-            **common,
-        )
+        with warnings.catch_warnings():  # that another machine may draw other numbers from the seed
+            warnings.simplefilter("ignore", UserWarning)
+            return RandLoraConfig(
+                r=settings.r,
+                randlora_alpha=settings.lora_alpha,
+                randlora_dropout=settings.dropout,
+                projection_prng_key=settings.basis_seed or 0,
+                save_projection=False,
+                **common,
+            )
 
     def parameters(self, settings: RandomBasisSettings, out_features: int, in_features: int) -> int:
         """K (r + min(m, n))."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,16 +15,22 @@ if TYPE_CHECKING:
 class VeRA(PeftMethod, name="vera", settings=RandomBasisSettings, bounded=False):
     """ΔW = diag(λ_b) B diag(λ_d) A: A and B frozen, random and shared by all modules, λ_d (r,) = 0.1, λ_b (m,) = 0.
 
-    It has no scale; lora_alpha means nothing. The file holds A and B. Source: Kopiczko et al. (2024).
+    lora_alpha means nothing. A and B follow from the seed and are not saved. Source: Kopiczko et al. (2024).
     """
 
     def peft_config(self, settings: RandomBasisSettings, common: Mapping[str, Any]) -> PeftConfig:
         """Peft's VeraConfig."""
         from peft import VeraConfig
 
-        return VeraConfig(
-            r=settings.r, vera_dropout=settings.dropout, projection_prng_key=settings.basis_seed or 0, **common
-        )
+        with warnings.catch_warnings():  # that another machine may draw other numbers from the seed
+            warnings.simplefilter("ignore", UserWarning)
+            return VeraConfig(
+                r=settings.r,
+                vera_dropout=settings.dropout,
+                projection_prng_key=settings.basis_seed or 0,
+                save_projection=False,
+                **common,
+            )
 
     def parameters(self, settings: RandomBasisSettings, out_features: int, in_features: int) -> int:
         """r + m."""

@@ -121,9 +121,12 @@ class TransferBank(nn.Module):
         if init.startswith("normal:"):
             self.alpha.normal_(0.0, float(init.removeprefix("normal:")))
         if init == "fan_in":
+            fan_in: dict[int, int | None] = {}
             for module in modules:
-                assert module.in_features is not None
-                self.alpha[self.rows[module.name][0]] = module.in_features**-0.5
+                row = self.rows[module.name][0]
+                if module.in_features is None or fan_in.setdefault(row, module.in_features) != module.in_features:
+                    raise InputError('amplitude_init "fan_in" needs equal in_features wherever modules share alpha')
+                self.alpha[row] = module.in_features**-0.5
         if init == "identity":
             for alpha, omega, x in self.rows.values():
                 self.alpha[alpha] = _identity_fit(self._at(alpha, omega, x), interval)
