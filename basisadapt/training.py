@@ -178,8 +178,10 @@ def run(
         evaluated = time.perf_counter()
         seen = trainer.predict(_spread(trainer.train_dataset, SEEN_ROWS))
         slice_of_loss = _landscape(trainer, config)
-        model.save_pretrained(save_to or checkpoints)
-        size = sum(file.stat().st_size for file in Path(save_to or checkpoints).glob("*.safetensors"))
+        size = math.nan
+        if save_to is not None or hasattr(model, "peft_config"):  # a whole model is written where it is asked for only
+            model.save_pretrained(save_to or checkpoints)
+            size = sum(file.stat().st_size for file in Path(save_to or checkpoints).glob("*.safetensors"))
 
     described = time.perf_counter()
     modules, phi = observe(model, method.weight_change)
