@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from basisadapt.study import statistics
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from basisadapt.study.report import Found
     from basisadapt.study.table import Table
+
+NEAR = 0.3  # decades, within which two labels may meet
 
 
 def comparison_figure(table: Table) -> Figure:
@@ -44,18 +49,33 @@ def against_figure(table: Table) -> Figure:
     scale, metrics = 100 if table.percent else 1, table.study.spec.against
     figure = Figure(figsize=(1 + 5.5 * len(metrics), 5), layout="constrained")
     for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
+        points = []
         for line in table.lines:
             x, values = line.mean_of(metric), [value * scale for value in line.values.values()]
             centre, spread = statistics.mean(values), statistics.std(values)
             if x is not None and x > 0 and centre is not None:
                 axes.errorbar(x, centre, yerr=spread, fmt="o", color="C1" if line.row.is_reference else "C0", capsize=3)
-                axes.annotate(line.label, (x, centre), (5, 4), textcoords="offset points", fontsize=7)
+                points.append((centre, x, line.label))
         axes.set_xscale("log")
+        axes.margins(x=0.2)
+        _label(axes, points)
         axes.set_xlabel(metric)
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel(f"{table.headline}{', %' if table.percent else ''} (mean ± std over seeds)")
     figure.suptitle(table.study.spec.title)
     return figure
+
+
+def _label(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
+    """The name of every point (y, x, name) beside it, the upper of two that would lie on each other moved up."""
+    low, high = axes.get_ylim()
+    line = (high - low) / 35
+    placed: list[tuple[float, float]] = []
+    for y, x, name in sorted(points):
+        near = [there for there, at in placed if abs(math.log10(x / at)) < NEAR]
+        place = max([y, *(there + line for there in near)])
+        placed.append((place, x))
+        axes.annotate(name, (x, place), (6, 0), textcoords="offset points", fontsize=7, va="center")
 
 
 def search_figure(found: Found, headline: str) -> Figure:
