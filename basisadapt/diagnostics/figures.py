@@ -173,7 +173,8 @@ def modules_figure(title: str, modules: Mapping[str, Mapping[str, Any]]) -> Figu
     for axes, (key, label) in zip(grid, shown.items(), strict=False):
         for name, members in _by_name(modules).items():
             points = sorted((depth, numbers[key]) for depth, numbers in members if key in numbers)
-            axes.plot(*zip(*points, strict=True), ".-", linewidth=1.2, label=name)
+            if points:  # a projection without φ has none of φ's numbers
+                axes.plot(*zip(*points, strict=True), ".-", linewidth=1.2, label=name)
         axes.set_title(label, fontsize=9)
         axes.locator_params(axis="x", integer=True)
         axes.ticklabel_format(axis="y", scilimits=(-3, 4), useOffset=False)

@@ -97,6 +97,22 @@ def test_module_numbers(drawn):
     assert [line.get_label() for line in figure.axes[0].lines] == list(PROJECTIONS)
 
 
+def test_modules_without_phi_beside_modules_with_it(tmp_path):
+    """As under `rest: lora`: one projection has none of φ's numbers in any layer."""
+    result = plain_result()
+    first = next(iter(result["modules"])).rpartition(".")[2]
+    for name, numbers in result["modules"].items():
+        if name.endswith(first):
+            for key in ("omega_mean", "alpha_mean_abs"):
+                numbers.pop(key)
+            del result["phi"][name]
+    drawn = figures("mixed", result)
+    for name, figure in drawn.items():
+        figure.savefig(tmp_path / name)
+    panels = {axes.get_title(): axes for axes in drawn["modules.png"].axes}
+    assert len(panels["mean ω"].lines) == len(panels["DC share"].lines) - 1
+
+
 def test_training(drawn):
     loss, path = drawn["training.png"].axes
     assert loss.get_title() == "loss (generalisation gap +0.031)"
