@@ -117,7 +117,8 @@ def test_one_adapted_module_and_a_landscape():
     assert "stable_rank.mlp.mean" not in result.metrics
     losses = result.landscape["loss"]
     assert result.landscape["axis"] == [-1, 0, 1]
-    assert len({value for row in losses for value in row}) == 9
+    for line in [*losses, *zip(*losses, strict=True)]:  # two values may be equal in float32, three hardly
+        assert len(set(line)) > 1, "both directions move the loss"
     plain = run(config(train={"max_steps": 2, "lr": 0.05}, adapter=adapter))
     assert plain.landscape == {}
     assert plain.modules == result.modules, "the parameters are put back"
