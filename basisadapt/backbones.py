@@ -14,7 +14,7 @@ import torch
 from basisadapt.errors import InputError, unknown
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,21 @@ BACKBONES = {
 }
 
 
+@dataclass(frozen=True)
+class Form:
+    """What a model does for a task: the transformers classes that load it and its processor, peft's word for it."""
+
+    model: str
+    processor: str
+    peft: str | None
+
+
+FORMS = {
+    "text": Form("AutoModelForSequenceClassification", "AutoTokenizer", "SEQ_CLS"),
+    "image": Form("AutoModelForImageClassification", "AutoImageProcessor", None),
+    "completion": Form("AutoModelForCausalLM", "AutoTokenizer", "CAUSAL_LM"),
+}
+
 HEADS = ("classifier", "score")  # what transformers calls the head of a classifier; peft trains the same
 
 
@@ -135,40 +150,53 @@ def find(name: str) -> Backbone:
     raise unknown("backbone", name, BACKBONES)
 
 
-def shape_only(backbone: Backbone, num_labels: int) -> PreTrainedModel:
-    """A classifier with `num_labels` outputs on the meta device: shapes and names, no weights and no memory."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+def shape_only(backbone: Backbone, form: str, num_labels: int) -> PreTrainedModel:
+    """A model of that form, with `num_labels` outputs, on the meta device: shapes and names, no weights and no memory.
+
+    Raises InputError where the backbone cannot have it.
+    """
+    import transformers
 
     if backbone.shapes:
-        config = AutoConfig.for_model(num_labels=num_labels, **backbone.shapes)
+        config = transformers.AutoConfig.for_model(num_labels=num_labels, **backbone.shapes)
     else:
-        config = _ask(AutoConfig, backbone, num_labels=num_labels)
+        config = _ask(transformers.AutoConfig, backbone, num_labels=num_labels)
+    _check_form(backbone, form, config)
     with torch.device("meta"):
-        return AutoModelForSequenceClassification.from_config(config)
+        return getattr(transformers, FORMS[form].model).from_config(config)
 
 
-def load(backbone: Backbone, num_labels: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The pretrained classifier in float32, its head fresh, and the tokenizer.
+def load(backbone: Backbone, form: str, num_labels: int) -> tuple[PreTrainedModel, Any]:
+    """The pretrained model in float32, its head fresh, and its tokenizer or image processor.
 
     Raises InputError where the weights cannot be had or are not what they should be. Only safetensors are read, and
     no code from the hub is run.
     """
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    import transformers
 
     if backbone.sha256:
         _check_sha256(location(backbone) / "model.safetensors", backbone.sha256)
-    tokenizer = _ask(AutoTokenizer, backbone)
-    model = _ask(
-        AutoModelForSequenceClassification, backbone, num_labels=num_labels, dtype=torch.float32, use_safetensors=True
-    )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    _configuration(model).pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer
+    processor = _ask(getattr(transformers, FORMS[form].processor), backbone)
+    auto_class, options = getattr(transformers, FORMS[form].model), {"num_labels": num_labels}
+    model = _ask(auto_class, backbone, dtype=torch.float32, use_safetensors=True, **options)
+    _check_form(backbone, form, model.config)
+    if isinstance(processor, transformers.PreTrainedTokenizerBase):
+        if processor.pad_token is None:
+            processor.pad_token = processor.eos_token
+        model.config.pad_token_id = processor.pad_token_id
+    return model, processor
 
 
-def _configuration(model: PreTrainedModel) -> PretrainedConfig:
-    return model.config
+def _check_form(backbone: Backbone, form: str, config: PretrainedConfig) -> None:
+    from transformers.models.auto import modeling_auto
+
+    # transformers also offers encoders as causal language models, which they were not trained to be.
+    masked = config.model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if form == "completion" and masked:
+        raise InputError(
+            f"backbone {backbone.source!r} is an encoder ({config.model_type}); this task needs a language model, "
+            "such as smollm2-135m"
+        )
 
 
 def _ask(auto_class: Any, backbone: Backbone, **options: Any) -> Any:

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from basisadapt import backbones
+from basisadapt import backbones, tasks
 from basisadapt.errors import unknown
 from basisadapt.methods import METHODS
 from basisadapt.phi.settings import LowRankSettings, field_names, require
 from basisadapt.settings import from_mapping
-from basisadapt.tasks import TASKS
+from basisadapt.tasks import DataSettings
 
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -73,6 +73,7 @@ class RunConfig:
     method: str
     adapter: LowRankSettings
     train: TrainSettings
+    data: DataSettings
     seed: int
 
     @staticmethod
@@ -87,13 +88,15 @@ class RunConfig:
         settings = METHODS[keys.method].settings
         own = {key: value for key, value in keys.adapter.items() if key in field_names(settings)}
         _check_foreign({key: value for key, value in keys.adapter.items() if key not in own})
-        TASKS[keys.task], backbones.find(keys.backbone)
+        data = from_mapping(DataSettings, keys.data, "data")
+        tasks.find(keys.task, data), backbones.find(keys.backbone)
         return RunConfig(
             task=keys.task,
             backbone=keys.backbone,
             method=keys.method,
             adapter=from_mapping(settings, own, "adapter"),
             train=from_mapping(TrainSettings, keys.train, "train"),
+            data=data,
             seed=keys.seed,
         )
 
@@ -127,4 +130,5 @@ class _Keys:
     method: str = "phi"
     adapter: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
     seed: int = 42

@@ -8,15 +8,16 @@ import math
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from basisadapt import backbones
-from basisadapt.backbones import is_head
+from basisadapt import backbones, tasks
+from basisadapt.backbones import FORMS, is_head
 from basisadapt.diagnostics.convergence import fit_power_law
 from basisadapt.diagnostics.landscape import landscape
 from basisadapt.environment import environment
@@ -25,12 +26,11 @@ from basisadapt.methods import METHODS
 from basisadapt.observation import CURVE_POINTS, Observer, adapted_layers, adapter_parameters, observe, summary
 from basisadapt.phi.settings import PhiSettings, field_names
 from basisadapt.run_config import RunConfig
-from basisadapt.tasks import TASKS, Rows, TaskData
+from basisadapt.tasks import DataSettings, Example, Rows, Task, TaskData
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+    from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 EVAL_BATCH = 64
 SEEN_ROWS = 2 * EVAL_BATCH  # training rows that the generalisation gap is measured on
@@ -98,14 +98,14 @@ def plan(config: RunConfig, data_dir: Path | None = None) -> Plan:
     """Check `config` against the data's place and the model's shapes, and count. Raises InputError."""
     if config.train.precision == "fp16" and not torch.cuda.is_available():
         raise InputError("train.precision fp16 needs a GPU; on a CPU use fp32 or bf16")
-    task = TASKS[config.task]()
+    task = tasks.find(config.task, config.data)
     task.check(data_dir)
     backbone = backbones.find(config.backbone)
     backbones.location(backbone)
-    return count_parameters(attach(backbones.shape_only(backbone, task.num_labels), config))
+    return count_parameters(attach(backbones.shape_only(backbone, task.form, task.num_labels), config, task.form))
 
 
-def attach(model: PreTrainedModel, config: RunConfig) -> PreTrainedModel | PeftModel:
+def attach(model: PreTrainedModel, config: RunConfig, form: str) -> PreTrainedModel | PeftModel:
     """The model with the configured method in it. Raises InputError if no module matches or r is too large."""
     method, settings = METHODS[config.method](), config.adapter
     seeds = {name for name in field_names(type(settings)) if name.endswith("_seed")}
@@ -113,7 +113,7 @@ def attach(model: PreTrainedModel, config: RunConfig) -> PreTrainedModel | PeftM
     with warnings.catch_warnings():
         # peft asks transformers for this under a name that transformers is about to drop.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        adapted = method.attach(model, dataclasses.replace(settings, **unset), "SEQ_CLS")
+        adapted = method.attach(model, dataclasses.replace(settings, **unset), FORMS[form].peft)
     for name, layer in adapted_layers(adapted):
         smaller = min(layer.in_features, layer.out_features)
         if method.bounded and settings.r > smaller:
@@ -148,21 +148,25 @@ def run(
     """
     import transformers
 
-    task = TASKS[config.task]()
-    data = _load(config.task, data_dir)
+    task = tasks.find(config.task, config.data)
+    data = _load(config.task, config.data, data_dir)
     train, held_out = data.train.head(config.train.train_rows), data.eval.head(config.train.eval_rows)
     transformers.set_seed(config.seed)
-    base, tokenizer = backbones.load(backbones.find(config.backbone), task.num_labels)
-    model = attach(base, config)
+    base, processor = backbones.load(backbones.find(config.backbone), task.form, task.num_labels)
+    model = attach(base, config, task.form)
+    encode = functools.partial(task.examples, processor=processor, max_length=config.train.max_length)
+    held_out, questions = _longest_first(held_out, encode(held_out, training=False))
+    seen = _spread(train, SEEN_ROWS)
 
     with tempfile.TemporaryDirectory() as checkpoints:
-        trainer = transformers.Trainer(
+        trainer = _trainer_for(task)(
             model=model,
             args=_arguments(config, len(train), task.headline, Path(checkpoints)),
-            train_dataset=_tokenised(train, tokenizer, config.train.max_length),
-            eval_dataset=_tokenised(held_out, tokenizer, config.train.max_length),
-            processing_class=tokenizer,
-            compute_metrics=lambda output: task.metrics(output.predictions, output.label_ids),
+            train_dataset=encode(train, training=True),
+            eval_dataset=questions,
+            data_collator=task.collator(processor),
+            processing_class=processor,
+            compute_metrics=lambda output: task.measure(output.predictions, held_out, processor),
             optimizers=(_optimizer(model, config), None),
             callbacks=_early_stopping(config.train.patience),
         )
@@ -174,10 +178,11 @@ def run(
         began = time.perf_counter()
         training_loss = trainer.train().training_loss
         trained = time.perf_counter()
-        output = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
+        trainer.compute_metrics = None  # which measures the held-out rows
+        output = trainer.predict(questions, metric_key_prefix="eval")
         evaluated = time.perf_counter()
-        seen = trainer.predict(_spread(trainer.train_dataset, SEEN_ROWS))
-        slice_of_loss = _landscape(trainer, config)
+        on_seen = trainer.predict(encode(seen, training=False)).predictions
+        slice_of_loss = _landscape(trainer, encode(_spread(train, EVAL_BATCH), training=False), config)
         size = math.nan
         if save_to is not None or hasattr(model, "peft_config"):  # a whole model is written where it is asked for only
             model.save_pretrained(save_to or checkpoints)
@@ -188,8 +193,10 @@ def run(
     observing = observer.seconds + time.perf_counter() - described
     curves = {**_curves(trainer.state.log_history), **observer.curves(modules, trainer.state.global_step)}
     law = fit_power_law(curves.get("loss", []))
-    scores = {} if watch.diverged else task.metrics(output.predictions, output.label_ids)
-    on_seen = {} if watch.diverged else task.metrics(seen.predictions, seen.label_ids)
+    scores, gap = {}, math.nan
+    if not watch.diverged:
+        scores = task.measure(output.predictions, held_out, processor)
+        gap = task.measure(on_seen, seen, processor)[task.headline] - scores[task.headline]
     counts = count_parameters(model)
     metrics = {
         **scores,
@@ -197,7 +204,7 @@ def run(
         "train_loss": training_loss,
         **summary(modules),
         "convergence_exponent": law.exponent if law else math.nan,
-        "generalisation_gap": on_seen[task.headline] - scores[task.headline] if scores else math.nan,
+        "generalisation_gap": gap,
         "update_smoothness": observer.smoothness(),
         "parameters.factors": counts.factors,
         "parameters.transfer": counts.transfer,
@@ -224,17 +231,41 @@ def run(
 
 
 @functools.lru_cache(maxsize=2)
-def _load(task: str, data_dir: Path | None) -> TaskData:
-    loader = TASKS[task]()
+def _load(task: str, settings: DataSettings, data_dir: Path | None) -> TaskData:
+    loader = tasks.find(task, settings)
     loader.check(data_dir)
     return loader.load(data_dir)
 
 
-def _tokenised(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    from datasets import Dataset
+def _longest_first(rows: Rows, examples: Sequence[Example]) -> tuple[Rows, Sequence[Example]]:
+    """Rows and their examples by length, so that a batch is hardly padded; as they are where they have no length."""
+    if not isinstance(examples, list) or "input_ids" not in examples[0]:
+        return rows, examples
+    order = sorted(range(len(rows)), key=lambda i: -len(examples[i]["input_ids"]))
+    return rows.take(order), [examples[i] for i in order]
 
-    encoded = tokenizer(rows.first, rows.second, truncation=True, max_length=max_length)
-    return Dataset.from_dict({**encoded, "labels": rows.labels})
+
+def _spread(rows: Rows, count: int) -> Rows:
+    """At most `count` rows, evenly spread."""
+    count = min(count, len(rows))
+    return rows.take(range(0, len(rows) // count * count, len(rows) // count))
+
+
+def _trainer_for(task: Task) -> type[Trainer]:
+    """transformers' Trainer, which asks the task for the scores of a batch."""
+    import transformers
+
+    class TaskTrainer(transformers.Trainer):  # type: ignore[misc]
+        def prediction_step(
+            self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+        ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+            inputs = self._prepare_inputs(inputs)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss, scores = task.score(model, inputs)
+            # The labels are with the rows; the Trainer computes metrics only where it gets some.
+            return loss, *((None, None) if prediction_loss_only else (scores, scores.new_zeros(len(scores))))
+
+    return TaskTrainer
 
 
 def _arguments(config: RunConfig, rows: int, headline: str, folder: Path) -> TrainingArguments:
@@ -270,6 +301,7 @@ def _arguments(config: RunConfig, rows: int, headline: str, folder: Path) -> Tra
         logging_steps=max(1, int(steps // CURVE_POINTS)),
         logging_nan_inf_filter=False,
         label_names=["labels"],
+        remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to=[],
         disable_tqdm=True,
@@ -337,17 +369,11 @@ def _curves(history: list[dict[str, float]]) -> dict[str, list[tuple[int, float]
     return curves
 
 
-def _spread(dataset: Dataset, count: int) -> Dataset:
-    """At most `count` rows, evenly spread over the data set."""
-    count = min(count, len(dataset))
-    return dataset.select(range(0, len(dataset) // count * count, len(dataset) // count))
-
-
-def _landscape(trainer: Any, config: RunConfig) -> dict[str, Any]:
+def _landscape(trainer: Any, examples: Sequence[Example], config: RunConfig) -> dict[str, Any]:
     """The loss of one batch of training rows around the solution; empty where it is not asked for."""
     if config.train.landscape is None:
         return {}
-    batch = next(iter(trainer.get_eval_dataloader(_spread(trainer.train_dataset, EVAL_BATCH))))
+    batch = next(iter(trainer.get_eval_dataloader(examples)))
 
     def loss() -> float:
         return float(trainer.prediction_step(trainer.model, batch, prediction_loss_only=True)[0])

@@ -57,7 +57,7 @@ class Case:
         """The model: MiniLM with its weights and a classifier, the others with random weights in bfloat16."""
         torch.manual_seed(0)
         if self.backbone == "minilm":
-            model = backbones.load(backbones.find("minilm"), LABELS)[0].to(self.device)
+            model = backbones.load(backbones.find("minilm"), "text", LABELS)[0].to(self.device)
         else:
             config = AutoConfig.for_model(**(backbones.find(self.backbone).shapes or {}))
             with self.device:

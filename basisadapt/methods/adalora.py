@@ -38,7 +38,7 @@ class AdaLoRA(Method, name="adalora", settings=AdaLoRASettings):
     def __init__(self) -> None:
         self._pattern: dict[str, list[bool]] | None = None
 
-    def attach(self, model: PreTrainedModel, settings: AdaLoRASettings, task_type: str) -> PeftModel:
+    def attach(self, model: PreTrainedModel, settings: AdaLoRASettings, task_type: str | None) -> PeftModel:
         """Peft's AdaLoRA; its schedule in steps follows at the first step, when their number is known."""
         adapted = put_into(model, settings, task_type, _config)
         for name, parameter in adapted.named_parameters():

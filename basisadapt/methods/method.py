@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from basisadapt.adapter.placement import target_pattern
+from basisadapt.backbones import HEADS
 from basisadapt.errors import InputError
 from basisadapt.phi.settings import LowRankSettings
 from basisadapt.registry import Registry
@@ -53,11 +54,11 @@ class Method(ABC):
             METHODS.add(name, cls)
 
     @abstractmethod
-    def attach(self, model: PreTrainedModel, settings: Any, task_type: str) -> PreTrainedModel | PeftModel:
+    def attach(self, model: PreTrainedModel, settings: Any, task_type: str | None) -> PreTrainedModel | PeftModel:
         """The model, changed in place, with exactly what this method trains set to train.
 
-        task_type: in peft's words, such as "SEQ_CLS", whose head trains as well. Raises InputError for a placement or
-        a rank that the model does not have.
+        task_type: in peft's words, such as "SEQ_CLS", or None where it has none; the task's head, if there is one,
+        trains as well. Raises InputError for a placement or a rank that the model does not have.
         """
 
     @abstractmethod
@@ -81,7 +82,7 @@ class PeftMethod(Method):
     def peft_config(self, settings: Any, common: Mapping[str, Any]) -> PeftConfig:
         """The configuration; `common` is what all share: task_type and target_modules."""
 
-    def attach(self, model: PreTrainedModel, settings: Any, task_type: str) -> PeftModel:
+    def attach(self, model: PreTrainedModel, settings: Any, task_type: str | None) -> PeftModel:
         """The model with the adapter in it."""
         return put_into(model, settings, task_type, self.peft_config)
 
@@ -89,7 +90,7 @@ class PeftMethod(Method):
 def put_into(
     model: PreTrainedModel,
     settings: LowRankSettings,
-    task_type: str,
+    task_type: str | None,
     peft_config: Callable[[Any, Mapping[str, Any]], PeftConfig],
 ) -> PeftModel:
     """The model with an adapter in it, where the settings want it. Raises InputError as `Method.attach`."""
@@ -97,8 +98,11 @@ def put_into(
 
     names = [name for name, _ in model.named_modules()]
     targets = settings.target_modules or target_pattern(settings.placement, names)
+    common = {"task_type": task_type, "target_modules": targets}
+    if task_type is None:  # peft finds a head by the task's type
+        common["modules_to_save"] = [name for name in HEADS if name in names]
     try:
-        return peft.get_peft_model(model, peft_config(settings, {"task_type": task_type, "target_modules": targets}))
+        return peft.get_peft_model(model, peft_config(settings, common))
     except InputError:
         raise
     except ValueError as error:  # peft's answer to target modules that match nothing

@@ -22,7 +22,7 @@ class PiSSA(Method, name="pissa"):
     Training begins at the pretrained function. Source: Meng, Wang & Zhang (2024).
     """
 
-    def attach(self, model: PreTrainedModel, settings: LowRankSettings, task_type: str) -> PeftModel:
+    def attach(self, model: PreTrainedModel, settings: LowRankSettings, task_type: str | None) -> PeftModel:
         """Peft's LoRA with its variant's start; there is none to be computed for a model of shapes alone."""
         start = True if next(model.parameters()).is_meta else "pissa"
         return put_into(model, settings, task_type, functools.partial(lora_config, init_lora_weights=start))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class HeadOnly(Method, name="head"):
     """The frozen backbone with a trained head: what a task gives without an adapter. Adapter settings mean nothing."""
 
-    def attach(self, model: PreTrainedModel, settings: LowRankSettings, task_type: str) -> PreTrainedModel:
+    def attach(self, model: PreTrainedModel, settings: LowRankSettings, task_type: str | None) -> PreTrainedModel:
         """The model itself."""
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(is_head(name))
@@ -29,7 +29,7 @@ class HeadOnly(Method, name="head"):
 class FullFineTuning(Method, name="full"):
     """Every parameter trains. Adapter settings mean nothing."""
 
-    def attach(self, model: PreTrainedModel, settings: LowRankSettings, task_type: str) -> PreTrainedModel:
+    def attach(self, model: PreTrainedModel, settings: LowRankSettings, task_type: str | None) -> PreTrainedModel:
         """The model itself."""
         return model.requires_grad_(True)
 

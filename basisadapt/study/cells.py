@@ -63,7 +63,7 @@ class Cell:
     def settings(self) -> dict[str, Any]:
         """The configuration by full keys, such as adapter.r."""
         config = self.config.to_mapping()
-        parts = {name: config.pop(name) for name in ("adapter", "train")}
+        parts = {name: config.pop(name) for name in list(config) if isinstance(config[name], dict)}
         return {**config, **{f"{part}.{key}": v for part, values in parts.items() for key, v in values.items()}}
 
     @property
@@ -215,9 +215,10 @@ def known_keys() -> list[str]:
     """Every key that a configuration may set, in full."""
     from basisadapt.phi.settings import field_names
     from basisadapt.run_config import TrainSettings, adapter_keys
+    from basisadapt.tasks import DataSettings
 
-    train = field_names(TrainSettings)
-    return ["task", "backbone", "method", *(f"adapter.{n}" for n in adapter_keys()), *(f"train.{n}" for n in train)]
+    groups = {"adapter": adapter_keys(), "train": field_names(TrainSettings), "data": field_names(DataSettings)}
+    return ["task", "backbone", "method", *(f"{group}.{name}" for group, names in groups.items() for name in names)]
 
 
 def full_key(name: str) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from basisadapt.tasks import docstrings as docstrings
 from basisadapt.tasks import glue as glue
-from basisadapt.tasks.task import TASKS, Rows, Task, TaskData
+from basisadapt.tasks.settings import DataSettings
+from basisadapt.tasks.task import TASKS, Example, Rows, Task, TaskData, find
+from basisadapt.tasks.text import TextTask
 
-__all__ = ["TASKS", "Rows", "Task", "TaskData"]
+__all__ = ["TASKS", "DataSettings", "Example", "Rows", "Task", "TaskData", "TextTask", "find"]

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
-from basisadapt.tasks.task import Rows, Task, TaskData
+from basisadapt.tasks.task import Rows, TaskData
+from basisadapt.tasks.text import TextTask
 
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3", "turtledemo"}
 MINIMUM = 40  # characters: shorter docstrings say nothing
 
 
-class Docstrings(Task, name="docstrings"):
+class Docstrings(TextTask, name="docstrings"):
     """Ten classes: the ten standard-library packages with the most docstrings. One row in five is held out."""
 
     headline = "accuracy"
@@ -40,9 +41,8 @@ class Docstrings(Task, name="docstrings"):
         chosen = sorted((text for text in texts if texts[text] in packages), key=_order)
         train = [text for text in chosen if _order(text) % 5]
         held_out = [text for text in chosen if not _order(text) % 5]
-        return TaskData(
-            *(Rows(part, None, [packages.index(texts[text]) for text in part]) for part in (train, held_out))
-        )
+        rows, others = (Rows(part, [packages.index(texts[text]) for text in part]) for part in (train, held_out))
+        return TaskData(rows, others)
 
     def metrics(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """Accuracy."""

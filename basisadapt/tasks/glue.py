@@ -14,10 +14,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from basisadapt.errors import InputError
-from basisadapt.tasks.task import Rows, Task, TaskData, readable_folder
+from basisadapt.tasks.task import Rows, TaskData, readable_folder
+from basisadapt.tasks.text import TextTask
 
 
-class Glue(Task):
+class Glue(TextTask):
     """One GLUE task. The subclasses below are data.
 
     folder: the folder under `glue/`; text: the columns of the texts, by name, or by index where there is no header;
@@ -57,7 +58,7 @@ class Glue(Task):
         whole = [row for row in table if len(row) > max(place)]
         columns = [[row[i] for row in whole] for i in place]
         labels = [self._label(value) for value in columns[-1]]
-        return Rows(columns[0], columns[1] if len(self.text) == 2 else None, labels)
+        return Rows(_texts(columns[:-1]), labels)
 
     def _label(self, value: str) -> Any:
         return self.classes.index(value) if self.classes else float(value)
@@ -73,8 +74,7 @@ class Glue(Task):
             raise InputError(f"task glue/{subset} needs --data-dir or the hub, which failed: {reason}") from error
 
         def rows(part: Any) -> Rows:
-            second = list(part[self.hub_text[1]]) if len(self.hub_text) == 2 else None
-            return Rows(list(part[self.hub_text[0]]), second, list(part["label"]))
+            return Rows(_texts([list(part[name]) for name in self.hub_text]), list(part["label"]))
 
         return TaskData(_mixed(rows(parts["train"])), rows(parts["validation"]))
 
@@ -97,11 +97,15 @@ class Glue(Task):
         }
 
 
+def _texts(columns: list[list[str]]) -> list[Any]:
+    """One column of texts as it is, two as pairs."""
+    return columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
+
+
 def _mixed(rows: Rows) -> Rows:
     order = list(range(len(rows)))
     random.Random(0).shuffle(order)
-    second = None if rows.second is None else [rows.second[i] for i in order]
-    return Rows([rows.first[i] for i in order], second, [rows.labels[i] for i in order])
+    return rows.take(order)
 
 
 class CoLA(Glue, name="glue/cola"):

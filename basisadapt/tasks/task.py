@@ -1,61 +1,74 @@
-"""The contract of a task: rows of text with labels, and the metrics of predictions."""
+"""The contract of a task: rows, what a model sees of them, and the metrics of its answers."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from torch import Tensor
 
 from basisadapt.errors import InputError
 from basisadapt.registry import Registry
+from basisadapt.tasks.settings import DataSettings
 
 TASKS: Registry[Task] = Registry("task")
+
+Example = Mapping[str, Any]  # a row as a model takes it: token ids, or pixels
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Texts, a second text for pairs, and labels: class indices, or numbers for a regression."""
+    """What is asked, in a form of the task's own such as a text or a pair of texts, and the right answers."""
 
-    first: list[str]
-    second: list[str] | None
-    labels: list[Any]
+    inputs: Sequence[Any]
+    labels: Sequence[Any]
 
     def __len__(self) -> int:
-        return len(self.first)
+        return len(self.labels)
+
+    def take(self, indices: Sequence[int]) -> Rows:
+        """The rows of these numbers, in their order."""
+        return Rows([self.inputs[i] for i in indices], [self.labels[i] for i in indices])
 
     def head(self, count: int | None) -> Rows:
         """The first `count` rows; all for None."""
-        return Rows(self.first[:count], None if self.second is None else self.second[:count], self.labels[:count])
+        return Rows(self.inputs[:count], self.labels[:count])
 
 
 @dataclass(frozen=True)
 class TaskData:
-    """A task's rows. They are in a fixed, mixed order, so that the first ones are a fair sample."""
+    """A task's rows. They are in a fixed, mixed order, so that the first ones are a fair sample.
+
+    mark: what tells these data from others, where the rows are too many to be read for it.
+    """
 
     train: Rows
     eval: Rows
+    mark: str | None = None
 
     def fingerprint(self) -> str:
-        """A hash of every text and label."""
-        digest = hashlib.sha256()
-        for rows in (self.train, self.eval):
-            digest.update(json.dumps([rows.first, rows.second, rows.labels]).encode())
-        return digest.hexdigest()[:16]
+        """A hash of every input and label, or of the mark."""
+        content = self.mark or [[repr(rows.inputs), repr(rows.labels)] for rows in (self.train, self.eval)]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 class Task(ABC):
-    """A text task. Subclass it with a name; `headline` is the key of its main metric, greater being better.
+    """What a model is trained for and measured by. Subclass one of its forms with a name: `TextTask`, `ImageTask` or
+    `CompletionTask`.
 
-    `num_labels` is the number of classes, or 1 for a regression.
+    form: "text", "image" or "completion", what the model must be able to do. headline: the key of the main metric,
+    greater being better. num_labels: classes, or 1 for a regression; without meaning for completions.
     """
 
+    form: ClassVar[str]
     headline: ClassVar[str]
-    num_labels: ClassVar[int]
+    num_labels: int
 
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
         """Register the class under `name`. Raises InputError if it is taken."""
@@ -63,17 +76,37 @@ class Task(ABC):
         if name is not None:
             TASKS.add(name, cls)
 
+    def __init__(self, settings: DataSettings | None = None) -> None:
+        self.settings = settings or DataSettings()
+
     @abstractmethod
     def check(self, data_dir: Path | None) -> None:
         """Raise InputError if the data cannot be had; reads no rows."""
 
     @abstractmethod
     def load(self, data_dir: Path | None) -> TaskData:
-        """The rows, from `data_dir` where the task lives in files."""
+        """The rows, from `data_dir` where the task lives in files. Raises InputError naming file and row."""
 
     @abstractmethod
-    def metrics(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """Metrics of the model's `scores`, shape (rows, num_labels), against `labels`, shape (rows,)."""
+    def examples(self, rows: Rows, processor: Any, max_length: int, training: bool) -> Sequence[Example]:
+        """The rows as the model takes them, one for one. processor: the backbone's tokenizer or image processor."""
+
+    @abstractmethod
+    def collator(self, processor: Any) -> Callable[[list[Example]], dict[str, Tensor]]:
+        """What makes a batch of examples."""
+
+    @abstractmethod
+    def score(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The model's loss on a batch, and what `measure` needs of its answers, shape (rows, ...)."""
+
+    @abstractmethod
+    def measure(self, scores: np.ndarray, rows: Rows, processor: Any) -> dict[str, float]:
+        """Metrics of the answers, `scores` of all batches under one another, to `rows`."""
+
+
+def find(name: str, settings: DataSettings) -> Task:
+    """The task called `name`. Raises InputError naming the nearest."""
+    return TASKS[name](settings)
 
 
 def readable_folder(data_dir: Path) -> Path:
