@@ -1,0 +1,36 @@
+"""How a task's data are read, and how a language model's answers are trained and scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from basisadapt.errors import InputError, unknown
+
+SCORINGS = ("likelihood", "generation", "cloze")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """The `data.*` settings. Raises InputError out of range.
+
+    Of your own data (a file or a hub data set): text, second, label are columns, second for pairs of texts; test is the
+    file of the rows to evaluate on, where None holds out every fifth row.
+
+    Of language models: train_on_inputs, whether the loss covers the prompt too. scoring, how an answer among options is
+    found: "likelihood", the published answer sentence that the model finds likeliest; "generation", the first option
+    named in what it writes, the published rule; "cloze", the option whose text it finds likeliest, per character, as
+    the question's continuation.
+    """
+
+    text: str = "text"
+    second: str | None = None
+    label: str = "label"
+    test: str | None = None
+    train_on_inputs: bool = False
+    scoring: str = "likelihood"
+
+    def __post_init__(self) -> None:
+        if self.scoring not in SCORINGS:
+            raise unknown("data.scoring", self.scoring, SCORINGS)
+        if self.text == self.label or self.second in (self.text, self.label):
+            raise InputError(f"data.text, data.second and data.label must name different columns, got {self.label!r}")

@@ -1,0 +1,46 @@
+"""Text classification and regression: a text, or a pair of texts, and a label."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from basisadapt.tasks.task import Example, Rows, Task
+
+
+class TextTask(Task):
+    """Inputs are texts or pairs of texts; labels are class indices, or numbers for a regression (num_labels = 1)."""
+
+    form = "text"
+
+    @abstractmethod
+    def metrics(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """Metrics of the model's `scores`, shape (rows, num_labels), against `labels`, shape (rows,)."""
+
+    def examples(self, rows: Rows, processor: Any, max_length: int, training: bool) -> Sequence[Example]:
+        """Token ids, cut at max_length."""
+        pairs = len(rows) > 0 and not isinstance(rows.inputs[0], str)
+        texts = [list(column) for column in zip(*rows.inputs, strict=True)] if pairs else [list(rows.inputs)]
+        encoded = processor(*texts, truncation=True, max_length=max_length)
+        columns = {**encoded, "labels": list(rows.labels)}
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+    def collator(self, processor: Any) -> Callable[[list[Example]], dict[str, Tensor]]:
+        """Pads to the batch's longest."""
+        from transformers import DataCollatorWithPadding
+
+        collate: Callable[[list[Example]], dict[str, Tensor]] = DataCollatorWithPadding(processor)
+        return collate
+
+    def score(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The head's loss and outputs."""
+        output = model(**batch)
+        return output.loss, output.logits
+
+    def measure(self, scores: np.ndarray, rows: Rows, processor: Any) -> dict[str, float]:
+        """`metrics`."""
+        return self.metrics(scores, np.asarray(rows.labels))
