@@ -156,13 +156,13 @@ def run(
     model = attach(base, config, task.form)
     encode = functools.partial(task.examples, processor=processor, max_length=config.train.max_length)
     held_out, questions = _longest_first(held_out, encode(held_out, training=False))
-    seen = _spread(train, SEEN_ROWS)
+    seen, examples = _spread(train, SEEN_ROWS), encode(train, training=True)
 
     with tempfile.TemporaryDirectory() as checkpoints:
         trainer = _trainer_for(task)(
             model=model,
-            args=_arguments(config, len(train), task.headline, Path(checkpoints)),
-            train_dataset=encode(train, training=True),
+            args=_arguments(config, len(examples), task.headline, Path(checkpoints)),
+            train_dataset=examples,
             eval_dataset=questions,
             data_collator=task.collator(processor),
             processing_class=processor,
@@ -224,8 +224,11 @@ def run(
         phi=phi,
         snapshots=observer.snapshots,
         landscape=slice_of_loss,
-        warnings=observer.warnings(modules, config.adapter),
-        data={"fingerprint": data.fingerprint(), "train_rows": len(train), "eval_rows": len(held_out)},
+        warnings=[
+            *_left_out(len(train) - len(examples), len(train)),
+            *observer.warnings(modules, config.adapter),
+        ],
+        data={"fingerprint": data.fingerprint(), "train_rows": len(examples), "eval_rows": len(held_out)},
         environment=environment(),
     )
 
@@ -243,6 +246,12 @@ def _longest_first(rows: Rows, examples: Sequence[Example]) -> tuple[Rows, Seque
         return rows, examples
     order = sorted(range(len(rows)), key=lambda i: -len(examples[i]["input_ids"]))
     return rows.take(order), [examples[i] for i in order]
+
+
+def _left_out(count: int, rows: int) -> list[str]:
+    """What the user is told of training rows that were too long."""
+    reason = "have more tokens than train.max_length or the backbone allows, and were left out."
+    return [f"{count} of {rows} training rows {reason}"] if count else []
 
 
 def _spread(rows: Rows, count: int) -> Rows:

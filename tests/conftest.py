@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -29,6 +30,16 @@ def tiny(kind: str) -> torch.nn.Module:
 @pytest.fixture
 def bert() -> torch.nn.Module:
     return tiny("bert")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real data: BASISADAPT_DATA_DIR, or else `shared/data` beside the repository."""
+    beside = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("BASISADAPT_DATA_DIR") or beside)
+    if not folder.is_dir():
+        pytest.skip("no real data: set BASISADAPT_DATA_DIR to their folder")
+    return folder
 
 
 @pytest.fixture
