@@ -78,7 +78,7 @@ class RunResult:
     without φ). snapshots: [{"step", "stable_rank": {module: number}, "phi": as above}, ...] at the start and after 10 %
     and 50 % of the steps. landscape: `diagnostics.landscape` of the training loss, empty unless train.landscape asks.
     warnings: sentences for the user. data: fingerprint and row counts. environment: versions, git commit, platform,
-    threads.
+    threads, and the task's notes.
     """
 
     status: str
@@ -196,7 +196,7 @@ def run(
     scores, gap = {}, math.nan
     if not watch.diverged:
         scores = task.measure(output.predictions, held_out, processor)
-        gap = task.measure(on_seen, seen, processor)[task.headline] - scores[task.headline]
+        gap = task.measure(on_seen, seen, processor).get(task.headline, math.nan) - scores.get(task.headline, math.nan)
     counts = count_parameters(model)
     metrics = {
         **scores,
@@ -229,7 +229,7 @@ def run(
             *observer.warnings(modules, config.adapter),
         ],
         data={"fingerprint": data.fingerprint(), "train_rows": len(examples), "eval_rows": len(held_out)},
-        environment=environment(),
+        environment={**environment(), **task.notes},
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from basisadapt.tasks import docstrings as docstrings
 from basisadapt.tasks import glue as glue
+from basisadapt.tasks import instruct as instruct
 from basisadapt.tasks.completion import CompletionTask
 from basisadapt.tasks.settings import DataSettings
 from basisadapt.tasks.task import TASKS, Example, Rows, Task, TaskData, find

@@ -123,7 +123,7 @@ def judged(rows: Rows, answers: Sequence[Turns], judge: Judge) -> dict[str, floa
 # --- files ---
 
 
-def check_bench(data_dir: Path | None) -> None:
+def check_files(data_dir: Path | None) -> None:
     """Raise InputError unless the three files are there."""
     if data_dir is None:
         raise InputError(
@@ -139,15 +139,15 @@ def check_bench(data_dir: Path | None) -> None:
 def read_bench(data_dir: Path | None) -> Rows:
     """The questions, one of each category after the other, so that the first ones are a fair sample; labels are their
     gradings. Raises InputError naming file and line."""
-    check_bench(data_dir)
+    check_files(data_dir)
     assert data_dir is not None
     folder = data_dir / "instruct"
     prompts = dict(_parsed(folder / PROMPTS, _named_prompt))
     references = dict(_parsed(folder / REFERENCES, _numbered_turns))
-    questions = _parsed(folder / QUESTIONS, _question)
-    if not questions:
-        raise InputError(f"{folder / QUESTIONS} has no questions")
-    return Rows(*zip(*[(q, _grading(q, prompts, references, folder)) for q in _interleaved(questions)], strict=True))
+    questions = _interleaved(_parsed(folder / QUESTIONS, _question))
+    if not questions or len({question.number for question in questions}) < len(questions):
+        raise InputError(f"{folder / QUESTIONS} has {'a question twice' if questions else 'no questions'}")
+    return Rows(questions, [_grading(question, prompts, references, folder) for question in questions])
 
 
 def _grading(
@@ -164,7 +164,9 @@ def _grading(
     try:
         grading.messages(question, ("", ""))
     except (KeyError, IndexError, ValueError, AttributeError) as error:
-        raise InputError(f"{folder / PROMPTS}: a template of {' and '.join(names)} cannot be filled: {error}") from error
+        raise InputError(
+            f"{folder / PROMPTS}: a template of {' and '.join(names)} cannot be filled: {error}"
+        ) from error
     return grading
 
 

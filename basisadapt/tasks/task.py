@@ -64,7 +64,8 @@ class Task(ABC):
 
     form: "text", "image" or "completion", what the model must be able to do. headline: the key of the main metric,
     greater being better. num_labels: classes, or 1 for a regression; without meaning for completions. max_length: what
-    train.max_length is where nobody sets it; None for no limit.
+    train.max_length is where nobody sets it; None for no limit. notes: what the run's record is to say beside numbers,
+    such as who has judged.
     """
 
     form: ClassVar[str]
@@ -80,6 +81,7 @@ class Task(ABC):
 
     def __init__(self, settings: DataSettings | None = None) -> None:
         self.settings = settings or DataSettings()
+        self.notes: dict[str, str] = {}
 
     @abstractmethod
     def check(self, data_dir: Path | None) -> None:

@@ -2,62 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from basisadapt import InputError
 from basisadapt.tasks.judge import ATTEMPTS, EndpointJudge, Judge, RecordedJudge, configured_judge
+from tests.tasks.endpoint import says
 
 ASKED = [{"role": "system", "content": "Judge."}, {"role": "user", "content": "An answer."}]
 KEY = "sk-secret"
-
-
-def says(text):
-    return 200, json.dumps({"choices": [{"message": {"content": text}}]})
-
-
-class Endpoint:
-    """Answers with the given (status, body, headers...), one after the other, the last for ever."""
-
-    def __init__(self):
-        self.replies, self.requests, self.sleep = [], [], 0.0
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.requests.append((self.path, dict(self.headers), body))
-                time.sleep(outer.sleep)
-                status, text, *headers = outer.replies.pop(0) if len(outer.replies) > 1 else outer.replies[0]
-                try:
-                    self.send_response(status)
-                    for name, value in headers:
-                        self.send_header(name, value)
-                    self.send_header("Content-Length", str(len(text.encode())))
-                    self.end_headers()
-                    self.wfile.write(text.encode())
-                except OSError:
-                    pass  # the caller has not waited
-
-            def log_message(self, *_):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-
-
-@pytest.fixture
-def endpoint(monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    made = Endpoint()
-    yield made
-    made.server.shutdown()
-    made.server.server_close()
 
 
 def judge(endpoint, **values):
@@ -109,7 +63,9 @@ def test_it_gives_up_at_last(endpoint, trouble):
 
 def test_a_refusal_is_not_repeated_and_hides_the_key(endpoint):
     endpoint.replies = [(401, f"Incorrect key: {KEY}")]
-    with pytest.raises(InputError, match="judge 'tester' refuses: HTTP 401 Unauthorized Incorrect key: ...") as raised:
+    with pytest.raises(
+        InputError, match=r"judge 'tester' refuses: HTTP 401 Unauthorized Incorrect key: \.\.\."
+    ) as raised:
         judge(endpoint).ask(ASKED)
     assert len(endpoint.requests) == 1
     assert KEY not in str(raised.value)
@@ -165,7 +121,7 @@ def test_judgements_are_recorded_and_asked_once(tmp_path):
     assert behind.asked == 2
     alone = RecordedJudge(path, "tester")
     assert [alone.ask(ASKED), alone.ask(ASKED[:1])] == ["[[1]]", "[[2]]"]
-    with pytest.raises(InputError, match="has no judgement by 'tester' of the message that ends in 'Unseen.'"):
+    with pytest.raises(InputError, match=r"has no judgement by 'tester' of the message that ends in 'Unseen\.'"):
         alone.ask([{"role": "user", "content": "Unseen."}])
     with pytest.raises(InputError, match="no judgement by 'other'"):
         RecordedJudge(path, "other").ask(ASKED)
@@ -192,7 +148,7 @@ def test_files_that_cannot_be(tmp_path):
     with pytest.raises(InputError, match="cannot be read"):
         RecordedJudge(tmp_path, "tester")
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot be (read|recorded)"):
+    with pytest.raises(InputError, match="cannot be read: Not a directory"):
         RecordedJudge(tmp_path / "file" / "judgements.jsonl", "tester", Counting()).ask(ASKED)
 
 

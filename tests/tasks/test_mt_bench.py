@@ -9,7 +9,16 @@ import pytest
 
 from basisadapt import InputError
 from basisadapt.tasks.judge import Judge
-from basisadapt.tasks.mt_bench import PROMPTS, QUESTIONS, REFERENCES, judged, rating, read_answers, read_bench, save_answers
+from basisadapt.tasks.mt_bench import (
+    PROMPTS,
+    QUESTIONS,
+    REFERENCES,
+    judged,
+    rating,
+    read_answers,
+    read_bench,
+    save_answers,
+)
 from tests.tasks.bench import write_bench
 
 
@@ -76,7 +85,13 @@ def test_what_the_judge_is_asked(tmp_path):
 
 def test_scores_leave_out_what_has_no_rating(tmp_path):
     rows = read_bench(write_bench(tmp_path))
-    said = {"Q: Write 81.": "[[2]]", "Write 81.|": "[[4.5]]", "Q: Add": "none", "one|two": "[[9]]", "Write 82.|": "[[11]]"}
+    said = {
+        "Q: Write 81.": "[[2]]",
+        "Write 81.|": "[[4.5]]",
+        "Q: Add": "none",
+        "one|two": "[[9]]",
+        "Write 82.|": "[[11]]",
+    }
     judge = Says(lambda text: next((said[start] for start in said if text.startswith(start)), "Rating: [[3]]"))
     assert judged(rows, [("a", "b")] * 3, judge) == {
         "score": pytest.approx((2 + 4.5 + 9 + 3) / 4),
@@ -144,13 +159,17 @@ def test_missing_files_are_named(tmp_path):
         (QUESTIONS, '{"question_id": 1, "category": "math"}', "line 4: 'turns' is missing"),
         (QUESTIONS, '{"question_id": 1, "category": "math", "turns": ["a"]}', "line 4: turns must be two texts"),
         (QUESTIONS, '{"question_id": 1, "category": "math", "turns": ["a", 2]}', "line 4: turns must be two texts"),
-        (QUESTIONS, '{"question_id": "1", "category": "math", "turns": ["a", "b"]}', "line 4: question_id must be a whole"),
+        (
+            QUESTIONS,
+            '{"question_id": "1", "category": "math", "turns": ["a", "b"]}',
+            "line 4: question_id must be a whole",
+        ),
         (
             QUESTIONS,
             '{"question_id": 1, "category": "maths", "turns": ["a", "b"]}',
             "line 4: unknown category 'maths'; did you mean 'math'?",
         ),
-        (QUESTIONS, '{"question_id": 1, "category": "math", "turns": ["a", "b"]}', "no answers to question 1"),
+        (QUESTIONS, '{"question_id": 81, "category": "math", "turns": ["a", "b"]}', "has a question twice"),
         (PROMPTS, '{"name": "x", "system_prompt": null, "prompt_template": ""}', "line 5: name, system_prompt"),
         (
             PROMPTS,
@@ -176,6 +195,9 @@ def test_empty_and_broken_files(tmp_path):
     with pytest.raises(InputError, match="cannot be read"):
         read_bench(tmp_path)
     write_bench(tmp_path)
+    (folder / REFERENCES).write_text("")
+    with pytest.raises(InputError, match=f"{REFERENCES} has no answers to question 111"):
+        read_bench(tmp_path)
     (folder / PROMPTS).write_text("")
     with pytest.raises(InputError, match="has no prompt 'single-v1'"):
         read_bench(tmp_path)
@@ -194,7 +216,9 @@ def test_the_published_files(data_dir):
     assert len(texts) == 160
     assert sum("Reference" in text for text in texts) == 60
     for question in rows.inputs:
-        (alone, both) = sorted((text for text in texts if f"<first {question.number}>" in text), key=lambda t: "<sec" in t)
+        (alone, both) = sorted(
+            (text for text in texts if f"<first {question.number}>" in text), key=lambda t: "<sec" in t
+        )
         assert f"<second {question.number}>" in both
         assert all(turn in both for turn in question.turns)
         assert question.turns[1] not in alone
