@@ -111,7 +111,7 @@ def test_scores_count_response_tokens(language_model, tmp_path):
         logits = model(ids[None]).logits[0, len(prompt) - 1 : -1]
         right += int((logits.argmax(-1) == ids[len(prompt) :]).sum())
         tokens += len(ids) - len(prompt)
-        total += float(torch.nn.functional.cross_entropy(logits, ids[len(prompt) :], reduction="sum"))
+        total += torch.nn.functional.cross_entropy(logits, ids[len(prompt) :], reduction="sum").item()
     measured = task.measure(scores.numpy(), rows, processor)
     assert measured == pytest.approx(
         {"token_accuracy": right / tokens, "perplexity": math.exp(total / tokens)}, rel=1e-4
