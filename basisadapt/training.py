@@ -77,8 +77,8 @@ class RunResult:
     phi: adapted module -> {"z": [..], "phi": [..]}, what φ adds to BA, f(z), on the range of BA (empty for methods
     without φ). snapshots: [{"step", "stable_rank": {module: number}, "phi": as above}, ...] at the start and after 10 %
     and 50 % of the steps. landscape: `diagnostics.landscape` of the training loss, empty unless train.landscape asks.
-    warnings: sentences for the user. data: fingerprint and row counts. environment: versions, git commit, platform,
-    threads.
+    warnings: sentences for the user. data: fingerprint and row counts, and the backbone's note where it has one.
+    environment: versions, git commit, platform, threads.
     """
 
     status: str
@@ -94,14 +94,19 @@ class RunResult:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def plan(config: RunConfig, data_dir: Path | None = None) -> Plan:
-    """Check `config` against the data's place and the model's shapes, and count. Raises InputError."""
+def plan(config: RunConfig, data_dir: Path | None = None, dry: bool = False) -> Plan:
+    """Check `config` against the data's place and the model's shapes, and count. Raises InputError.
+
+    dry: count only; what a run needs of the backbone beyond its shapes need not be there.
+    """
     if config.train.precision == "fp16" and not torch.cuda.is_available():
         raise InputError("train.precision fp16 needs a GPU; on a CPU use fp32 or bf16")
     task = tasks.find(config.task, config.data)
     task.check(data_dir)
     backbone = backbones.find(config.backbone)
-    backbones.location(backbone)
+    backbones.check_weights(config.train.weights)
+    if not dry:
+        backbones.check_at_hand(backbone)
     return count_parameters(attach(backbones.shape_only(backbone, task.form, task.num_labels), config, task.form))
 
 
@@ -152,7 +157,8 @@ def run(
     data = _load(config.task, config.data, data_dir)
     train, held_out = data.train.head(config.train.train_rows), data.eval.head(config.train.eval_rows)
     transformers.set_seed(config.seed)
-    base, processor = backbones.load(backbones.find(config.backbone), task.form, task.num_labels)
+    backbone = backbones.find(config.backbone)
+    base, processor = backbones.load(backbone, task.form, task.num_labels, config.train.weights)
     model = attach(base, config, task.form)
     encode = functools.partial(task.examples, processor=processor, max_length=config.train.max_length)
     held_out, questions = _longest_first(held_out, encode(held_out, training=False))
@@ -225,7 +231,12 @@ def run(
         snapshots=observer.snapshots,
         landscape=slice_of_loss,
         warnings=observer.warnings(modules, config.adapter),
-        data={"fingerprint": data.fingerprint(), "train_rows": len(train), "eval_rows": len(held_out)},
+        data={
+            "fingerprint": data.fingerprint(),
+            "train_rows": len(train),
+            "eval_rows": len(held_out),
+            **({"backbone": backbone.note} if backbone.note else {}),
+        },
         environment=environment(),
     )
 
@@ -294,6 +305,8 @@ def _arguments(config: RunConfig, rows: int, headline: str, folder: Path) -> Tra
         lr_scheduler_type=train.schedule if train.schedule != "constant" else "constant_with_warmup",
         warmup_steps=train.warmup_ratio,  # below 1 it is a share of the steps
         max_grad_norm=train.max_grad_norm,
+        gradient_checkpointing=train.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},  # the other form needs inputs with gradients
         use_cpu=not torch.cuda.is_available(),
         bf16=train.precision == "bf16",
         fp16=train.precision == "fp16",
