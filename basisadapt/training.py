@@ -142,7 +142,9 @@ def run(
     on_step: Callable[[int, int], None] | None = None,
     save_to: Path | None = None,
 ) -> RunResult:
-    """Train and evaluate. `on_step(step, total)` is called after each step; `save_to` receives the adapter.
+    """Train, unless the method trains nothing, and evaluate. `save_to` receives the adapter.
+
+    `on_step(step, total)` is called after each step.
 
     Raises InputError for what plan() would have refused; a loss that is not finite is a result, status "diverged".
     """
@@ -154,6 +156,7 @@ def run(
     transformers.set_seed(config.seed)
     base, processor = backbones.load(backbones.find(config.backbone), task.form, task.num_labels)
     model = attach(base, config, task.form)
+    counts = count_parameters(model)
     encode = functools.partial(task.examples, processor=processor, max_length=config.train.max_length)
     held_out, questions = _longest_first(held_out, encode(held_out, training=False))
     seen, examples = _spread(train, SEEN_ROWS), encode(train, training=True)
@@ -176,7 +179,7 @@ def run(
         watch = _watch(observer, on_step, lambda step, total: method.after_step(model, config.adapter, step, total))
         trainer.add_callback(watch)
         began = time.perf_counter()
-        training_loss = trainer.train().training_loss
+        training_loss = trainer.train().training_loss if counts.trainable else math.nan
         trained = time.perf_counter()
         trainer.compute_metrics = None  # which measures the held-out rows
         output = trainer.predict(questions, metric_key_prefix="eval")
@@ -197,7 +200,6 @@ def run(
     if not watch.diverged:
         scores = task.measure(output.predictions, held_out, processor)
         gap = task.measure(on_seen, seen, processor)[task.headline] - scores[task.headline]
-    counts = count_parameters(model)
     metrics = {
         **scores,
         "eval_loss": output.metrics["eval_loss"],
@@ -318,8 +320,11 @@ def _arguments(config: RunConfig, rows: int, headline: str, folder: Path) -> Tra
     )
 
 
-def _optimizer(model: PreTrainedModel | PeftModel, config: RunConfig) -> torch.optim.Optimizer:
-    """AdamW with three groups: A, B and the head; α with its own rate and decay; ω and learned grid points."""
+def _optimizer(model: PreTrainedModel | PeftModel, config: RunConfig) -> torch.optim.Optimizer | None:
+    """AdamW with three groups: A, B and the head; α with its own rate and decay; ω and learned grid points.
+
+    None where nothing trains.
+    """
     train, settings = config.train, config.adapter
     groups: list[dict[str, Any]] = [{"params": [], "lr": train.lr, "weight_decay": train.weight_decay}]
     if isinstance(settings, PhiSettings):
@@ -331,7 +336,8 @@ def _optimizer(model: PreTrainedModel | PeftModel, config: RunConfig) -> torch.o
         if parameter.requires_grad:
             group = 0 if ".phi_bank." not in name else 1 if name.endswith(".alpha") else 2
             groups[group]["params"].append(parameter)
-    return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.999))
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999)) if groups else None
 
 
 def _watch(
