@@ -25,10 +25,10 @@ class TrainSettings:
 
     lr: base learning rate (A, B and the task's head). epochs, or max_steps where given. schedule: "linear", "cosine"
     or "constant", after a warm-up of warmup_ratio of the steps. weight_decay: of A, B and the head; max_grad_norm:
-    the gradient's norm is clipped there. precision: "fp32", or "bf16" and "fp16" by autocast. weights:
-    how the frozen backbone is held, "fp32", "bf16", or quantised by bitsandbytes, "int8" or "nf4"; adapter and head
-    stay in float32. gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
-    eval_steps: evaluate
+    the gradient's norm is clipped there. max_length: tokens of a row; None is the task's own, which the run's
+    configuration then has. precision: "fp32", or "bf16" and "fp16" by autocast. weights: how the frozen backbone is
+    held, "fp32", "bf16", or quantised by bitsandbytes, "int8" or "nf4"; what trains stays in float32.
+    gradient_checkpointing: compute activations again in the backward pass instead of keeping them. eval_steps: evaluate
     every so many steps and keep the best checkpoint; None evaluates once, at the end. patience: stop after so many
     evaluations without a better one. train_rows / eval_rows: use only so many rows. landscape: after
     training, evaluate the loss on a slice around the solution with so many points a side, an odd number; None does not.
@@ -39,7 +39,7 @@ class TrainSettings:
     epochs: float = 3.0
     max_steps: int | None = None
     batch_size: int = 16
-    max_length: int = 32
+    max_length: int | None = None
     schedule: str = "linear"
     warmup_ratio: float = 0.06
     weight_decay: float = 0.0
@@ -96,8 +96,10 @@ class RunConfig:
         own = {key: value for key, value in keys.adapter.items() if key in field_names(settings)}
         _check_foreign({key: value for key, value in keys.adapter.items() if key not in own})
         data = from_mapping(DataSettings, keys.data, "data")
-        tasks.find(keys.task, data), backbones.find(keys.backbone)
+        task, _ = tasks.find(keys.task, data), backbones.find(keys.backbone)
         train = from_mapping(TrainSettings, keys.train, "train")
+        if train.max_length is None:
+            train = dataclasses.replace(train, max_length=task.max_length)
         if train.weights in QUANTISED and not METHODS[keys.method].quantisable:
             raise InputError(
                 f"method {keys.method!r} cannot work on quantised weights; set train.weights to fp32 or bf16"

@@ -147,7 +147,9 @@ def run(
     on_step: Callable[[int, int], None] | None = None,
     save_to: Path | None = None,
 ) -> RunResult:
-    """Train and evaluate. `on_step(step, total)` is called after each step; `save_to` receives the adapter.
+    """Train, unless the method trains nothing, and evaluate. `save_to` receives the adapter.
+
+    `on_step(step, total)` is called after each step.
 
     Raises InputError for what plan() would have refused; a loss that is not finite is a result, status "diverged".
     """
@@ -160,15 +162,16 @@ def run(
     backbone = backbones.find(config.backbone)
     base, processor = backbones.load(backbone, task.form, task.num_labels, config.train.weights)
     model = attach(base, config, task.form)
+    counts = count_parameters(model)
     encode = functools.partial(task.examples, processor=processor, max_length=config.train.max_length)
     held_out, questions = _longest_first(held_out, encode(held_out, training=False))
-    seen = _spread(train, SEEN_ROWS)
+    seen, examples = _spread(train, SEEN_ROWS), encode(train, training=True)
 
     with tempfile.TemporaryDirectory() as checkpoints:
         trainer = _trainer_for(task)(
             model=model,
-            args=_arguments(config, len(train), task.headline, Path(checkpoints)),
-            train_dataset=encode(train, training=True),
+            args=_arguments(config, len(examples), task.headline, Path(checkpoints)),
+            train_dataset=examples,
             eval_dataset=questions,
             data_collator=task.collator(processor),
             processing_class=processor,
@@ -182,7 +185,7 @@ def run(
         watch = _watch(observer, on_step, lambda step, total: method.after_step(model, config.adapter, step, total))
         trainer.add_callback(watch)
         began = time.perf_counter()
-        training_loss = trainer.train().training_loss
+        training_loss = trainer.train().training_loss if counts.trainable else math.nan
         trained = time.perf_counter()
         trainer.compute_metrics = None  # which measures the held-out rows
         output = trainer.predict(questions, metric_key_prefix="eval")
@@ -203,7 +206,6 @@ def run(
     if not watch.diverged:
         scores = task.measure(output.predictions, held_out, processor)
         gap = task.measure(on_seen, seen, processor)[task.headline] - scores[task.headline]
-    counts = count_parameters(model)
     metrics = {
         **scores,
         "eval_loss": output.metrics["eval_loss"],
@@ -230,10 +232,13 @@ def run(
         phi=phi,
         snapshots=observer.snapshots,
         landscape=slice_of_loss,
-        warnings=observer.warnings(modules, config.adapter),
+        warnings=[
+            *_left_out(len(train) - len(examples), len(train)),
+            *observer.warnings(modules, config.adapter),
+        ],
         data={
             "fingerprint": data.fingerprint(),
-            "train_rows": len(train),
+            "train_rows": len(examples),
             "eval_rows": len(held_out),
             **({"backbone": backbone.note} if backbone.note else {}),
         },
@@ -254,6 +259,12 @@ def _longest_first(rows: Rows, examples: Sequence[Example]) -> tuple[Rows, Seque
         return rows, examples
     order = sorted(range(len(rows)), key=lambda i: -len(examples[i]["input_ids"]))
     return rows.take(order), [examples[i] for i in order]
+
+
+def _left_out(count: int, rows: int) -> list[str]:
+    """What the user is told of training rows that were too long."""
+    reason = "have more tokens than train.max_length or the backbone allows, and were left out."
+    return [f"{count} of {rows} training rows {reason}"] if count else []
 
 
 def _spread(rows: Rows, count: int) -> Rows:
@@ -296,6 +307,8 @@ def _arguments(config: RunConfig, rows: int, headline: str, folder: Path) -> Tra
             "metric_for_best_model": headline,
             "greater_is_better": True,
         }
+    if train.gradient_checkpointing:  # the reentrant form would need inputs that take gradients
+        every |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=train.batch_size,
@@ -305,8 +318,6 @@ def _arguments(config: RunConfig, rows: int, headline: str, folder: Path) -> Tra
         lr_scheduler_type=train.schedule if train.schedule != "constant" else "constant_with_warmup",
         warmup_steps=train.warmup_ratio,  # below 1 it is a share of the steps
         max_grad_norm=train.max_grad_norm,
-        gradient_checkpointing=train.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},  # the other form needs inputs with gradients
         use_cpu=not torch.cuda.is_available(),
         bf16=train.precision == "bf16",
         fp16=train.precision == "fp16",
@@ -322,8 +333,11 @@ def _arguments(config: RunConfig, rows: int, headline: str, folder: Path) -> Tra
     )
 
 
-def _optimizer(model: PreTrainedModel | PeftModel, config: RunConfig) -> torch.optim.Optimizer:
-    """AdamW with three groups: A, B and the head; α with its own rate and decay; ω and learned grid points."""
+def _optimizer(model: PreTrainedModel | PeftModel, config: RunConfig) -> torch.optim.Optimizer | None:
+    """AdamW with three groups: A, B and the head; α with its own rate and decay; ω and learned grid points.
+
+    None where nothing trains.
+    """
     train, settings = config.train, config.adapter
     groups: list[dict[str, Any]] = [{"params": [], "lr": train.lr, "weight_decay": train.weight_decay}]
     if isinstance(settings, PhiSettings):
@@ -335,7 +349,8 @@ def _optimizer(model: PreTrainedModel | PeftModel, config: RunConfig) -> torch.o
         if parameter.requires_grad:
             group = 0 if ".phi_bank." not in name else 1 if name.endswith(".alpha") else 2
             groups[group]["params"].append(parameter)
-    return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.999))
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999)) if groups else None
 
 
 def _watch(
