@@ -77,8 +77,8 @@ class RunResult:
     phi: adapted module -> {"z": [..], "phi": [..]}, what φ adds to BA, f(z), on the range of BA (empty for methods
     without φ). snapshots: [{"step", "stable_rank": {module: number}, "phi": as above}, ...] at the start and after 10 %
     and 50 % of the steps. landscape: `diagnostics.landscape` of the training loss, empty unless train.landscape asks.
-    warnings: sentences for the user. data: fingerprint and row counts. environment: versions, git commit, platform,
-    threads, and the task's notes.
+    warnings: sentences for the user. data: fingerprint and row counts, and the backbone's note where it has one.
+    environment: versions, git commit, platform, threads, and the task's notes.
     """
 
     status: str
@@ -94,14 +94,19 @@ class RunResult:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def plan(config: RunConfig, data_dir: Path | None = None) -> Plan:
-    """Check `config` against the data's place and the model's shapes, and count. Raises InputError."""
+def plan(config: RunConfig, data_dir: Path | None = None, dry: bool = False) -> Plan:
+    """Check `config` against the data's place and the model's shapes, and count. Raises InputError.
+
+    dry: count only; what a run needs of the backbone beyond its shapes need not be there.
+    """
     if config.train.precision == "fp16" and not torch.cuda.is_available():
         raise InputError("train.precision fp16 needs a GPU; on a CPU use fp32 or bf16")
     task = tasks.find(config.task, config.data)
     task.check(data_dir)
     backbone = backbones.find(config.backbone)
-    backbones.location(backbone)
+    backbones.check_weights(config.train.weights)
+    if not dry:
+        backbones.check_at_hand(backbone)
     return count_parameters(attach(backbones.shape_only(backbone, task.form, task.num_labels), config, task.form))
 
 
@@ -142,7 +147,9 @@ def run(
     on_step: Callable[[int, int], None] | None = None,
     save_to: Path | None = None,
 ) -> RunResult:
-    """Train and evaluate. `on_step(step, total)` is called after each step; `save_to` receives the adapter.
+    """Train, unless the method trains nothing, and evaluate. `save_to` receives the adapter.
+
+    `on_step(step, total)` is called after each step.
 
     Raises InputError for what plan() would have refused; a loss that is not finite is a result, status "diverged".
     """
@@ -152,8 +159,10 @@ def run(
     data = _load(config.task, config.data, data_dir)
     train, held_out = data.train.head(config.train.train_rows), data.eval.head(config.train.eval_rows)
     transformers.set_seed(config.seed)
-    base, processor = backbones.load(backbones.find(config.backbone), task.form, task.num_labels)
+    backbone = backbones.find(config.backbone)
+    base, processor = backbones.load(backbone, task.form, task.num_labels, config.train.weights)
     model = attach(base, config, task.form)
+    counts = count_parameters(model)
     encode = functools.partial(task.examples, processor=processor, max_length=config.train.max_length)
     held_out, questions = _longest_first(held_out, encode(held_out, training=False))
     seen, examples = _spread(train, SEEN_ROWS), encode(train, training=True)
@@ -176,7 +185,7 @@ def run(
         watch = _watch(observer, on_step, lambda step, total: method.after_step(model, config.adapter, step, total))
         trainer.add_callback(watch)
         began = time.perf_counter()
-        training_loss = trainer.train().training_loss
+        training_loss = trainer.train().training_loss if counts.trainable else math.nan
         trained = time.perf_counter()
         trainer.compute_metrics = None  # which measures the held-out rows
         output = trainer.predict(questions, metric_key_prefix="eval")
@@ -197,7 +206,6 @@ def run(
     if not watch.diverged:
         scores = task.measure(output.predictions, held_out, processor)
         gap = task.measure(on_seen, seen, processor).get(task.headline, math.nan) - scores.get(task.headline, math.nan)
-    counts = count_parameters(model)
     metrics = {
         **scores,
         "eval_loss": output.metrics["eval_loss"],
@@ -228,7 +236,12 @@ def run(
             *_left_out(len(train) - len(examples), len(train)),
             *observer.warnings(modules, config.adapter),
         ],
-        data={"fingerprint": data.fingerprint(), "train_rows": len(examples), "eval_rows": len(held_out)},
+        data={
+            "fingerprint": data.fingerprint(),
+            "train_rows": len(examples),
+            "eval_rows": len(held_out),
+            **({"backbone": backbone.note} if backbone.note else {}),
+        },
         environment={**environment(), **task.notes},
     )
 
@@ -294,6 +307,8 @@ def _arguments(config: RunConfig, rows: int, headline: str, folder: Path) -> Tra
             "metric_for_best_model": headline,
             "greater_is_better": True,
         }
+    if train.gradient_checkpointing:  # the reentrant form would need inputs that take gradients
+        every |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=train.batch_size,
@@ -318,8 +333,11 @@ def _arguments(config: RunConfig, rows: int, headline: str, folder: Path) -> Tra
     )
 
 
-def _optimizer(model: PreTrainedModel | PeftModel, config: RunConfig) -> torch.optim.Optimizer:
-    """AdamW with three groups: A, B and the head; α with its own rate and decay; ω and learned grid points."""
+def _optimizer(model: PreTrainedModel | PeftModel, config: RunConfig) -> torch.optim.Optimizer | None:
+    """AdamW with three groups: A, B and the head; α with its own rate and decay; ω and learned grid points.
+
+    None where nothing trains.
+    """
     train, settings = config.train, config.adapter
     groups: list[dict[str, Any]] = [{"params": [], "lr": train.lr, "weight_decay": train.weight_decay}]
     if isinstance(settings, PhiSettings):
@@ -331,7 +349,8 @@ def _optimizer(model: PreTrainedModel | PeftModel, config: RunConfig) -> torch.o
         if parameter.requires_grad:
             group = 0 if ".phi_bank." not in name else 1 if name.endswith(".alpha") else 2
             groups[group]["params"].append(parameter)
-    return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.999))
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999)) if groups else None
 
 
 def _watch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from basisadapt.tasks import commonsense as commonsense
 from basisadapt.tasks import docstrings as docstrings
 from basisadapt.tasks import glue as glue
 from basisadapt.tasks import instruct as instruct

@@ -111,7 +111,8 @@ class CompletionTask(Task):
     def _probed(self, rows: Rows, processor: Any) -> list[Example]:
         probes = [self.probe(*row) for row in zip(rows.inputs, rows.labels, strict=True)]
         prompts = [probe.prompt for probe in probes]
-        starts = token_ids(processor, prompts)
+        begin = processor.bos_token_id if processor.bos_token_id is not None else processor.eos_token_id
+        starts = [ids or [begin] for ids in token_ids(processor, prompts)]
         owners = [row for row, probe in enumerate(probes) for _ in probe.continuations]
         texts = [continuation for probe in probes for continuation in probe.continuations]
         leads = [prompts[row] + text.lead for row, text in zip(owners, texts, strict=True)]
@@ -131,9 +132,9 @@ class CompletionTask(Task):
         ]
         for row, text, before, whole in zip(owners, texts, led, wholes, strict=True):
             ids = [*whole, processor.eos_token_id] if text.ends else whole
-            begin = len(starts[row])
-            examples[row]["continuations"].append(ids[begin:])
-            examples[row]["labels"].append([IGNORED] * (len(before) - begin) + ids[len(before) :])
+            size = len(starts[row])
+            examples[row]["continuations"].append(ids[size:])
+            examples[row]["labels"].append([IGNORED] * (len(before) - size) + ids[len(before) :])
         return list(examples)
 
     def collator(self, processor: Any) -> Callable[[list[Example]], dict[str, Tensor]]:
@@ -291,11 +292,12 @@ def _tempered(temperatures: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
 
 @dataclass(frozen=True)
 class Instruction:
-    """A row of an instruction file."""
+    """A row of an instruction file. answer: what the output says in one word, where the file has that."""
 
     instruction: str
     input: str
     output: str
+    answer: str = ""
 
     @property
     def prompt(self) -> str:
@@ -308,24 +310,30 @@ def read_instructions(path: Path) -> list[Instruction]:
 
     Raises InputError naming the file and the row, counted from one.
     """
+    rows = read_json(path)
+    if not isinstance(rows, list) or not rows:
+        raise InputError(f"data file {str(path)!r} must hold a list of rows, at least one")
+    return [_instruction(row, f"data file {str(path)!r}, row {number}") for number, row in enumerate(rows, start=1)]
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds, which may begin with a byte-order mark. Raises InputError naming the file."""
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(f"data file {str(path)!r} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"data file {str(path)!r} is not UTF-8: {error.reason} at byte {error.start}") from error
     except ValueError as error:
         raise InputError(f"data file {str(path)!r} is not JSON: {error}") from error
-    if not isinstance(rows, list) or not rows:
-        raise InputError(f"data file {str(path)!r} must hold a list of rows, at least one")
-    return [_instruction(row, f"data file {str(path)!r}, row {number}") for number, row in enumerate(rows, start=1)]
 
 
 def _instruction(row: Any, where: str) -> Instruction:
     if not isinstance(row, dict):
         raise InputError(f"{where} must be an object, got {type(row).__name__}")
-    values = {"input": "", **row}
-    for key in ("instruction", "input", "output"):
+    values = {"input": "", "answer": "", **row}
+    for key in ("instruction", "input", "output", "answer"):
         if not isinstance(values.get(key), str):
-            raise InputError(f"{where} needs a text called {key!r}, got {values.get(key)!r:.80}")
-    return Instruction(values["instruction"], values["input"], values["output"])
+            found = f"got {values[key]!r:.80}" if key in values else "which is missing"
+            raise InputError(f"{where} needs a text called {key!r}, {found}")
+    return Instruction(values["instruction"], values["input"], values["output"], values["answer"])

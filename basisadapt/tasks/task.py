@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,12 @@ class Rows:
     def take(self, indices: Sequence[int]) -> Rows:
         """The rows of these numbers, in their order."""
         return Rows([self.inputs[i] for i in indices], [self.labels[i] for i in indices])
+
+    def mixed(self) -> Rows:
+        """The rows in an order drawn once for all, from a fixed seed."""
+        order = list(range(len(self)))
+        random.Random(0).shuffle(order)
+        return self.take(order)
 
     def head(self, count: int | None) -> Rows:
         """The first `count` rows; all for None."""
