@@ -17,6 +17,7 @@ class Endpoint:
 
     def __init__(self):
         self.replies, self.requests, self.sleep = [], [], 0.0
+        turn = threading.Lock()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -24,7 +25,8 @@ class Endpoint:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.requests.append((self.path, dict(self.headers), body))
                 time.sleep(outer.sleep)
-                status, text, *headers = outer.replies.pop(0) if len(outer.replies) > 1 else outer.replies[0]
+                with turn:
+                    status, text, *headers = outer.replies.pop(0) if len(outer.replies) > 1 else outer.replies[0]
                 try:
                     self.send_response(status)
                     for name, value in headers:
