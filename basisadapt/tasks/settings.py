@@ -19,7 +19,7 @@ class DataSettings:
     Of language models: train_on_inputs, whether the loss covers the prompt too. scoring, how an answer among options is
     found: "likelihood", the published answer sentence that the model finds likeliest; "generation", the first option
     named in what it writes, the published rule; "cloze", the option whose text it finds likeliest, per character, as
-    the question's continuation.
+    the question's continuation. max_new_tokens: of an answer to MT-Bench.
     """
 
     text: str = "text"
@@ -28,8 +28,11 @@ class DataSettings:
     test: str | None = None
     train_on_inputs: bool = False
     scoring: str = "likelihood"
+    max_new_tokens: int = 1024
 
     def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InputError(f"data.max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if self.scoring not in SCORINGS:
             raise unknown("data.scoring", self.scoring, SCORINGS)
         if self.text == self.label or self.second in (self.text, self.label):
