@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from basisadapt import backbones, tasks
-from basisadapt.errors import unknown
+from basisadapt.backbones import QUANTISED, WEIGHTS
+from basisadapt.errors import InputError, unknown
 from basisadapt.methods import METHODS
 from basisadapt.phi.settings import LowRankSettings, field_names, require
 from basisadapt.settings import from_mapping
@@ -25,7 +26,9 @@ class TrainSettings:
     lr: base learning rate (A, B and the task's head). epochs, or max_steps where given. schedule: "linear", "cosine"
     or "constant", after a warm-up of warmup_ratio of the steps. weight_decay: of A, B and the head; max_grad_norm:
     the gradient's norm is clipped there. max_length: tokens of a row; None is the task's own, which the run's
-    configuration then has. precision: "fp32", or "bf16" and "fp16" by autocast. eval_steps: evaluate
+    configuration then has. precision: "fp32", or "bf16" and "fp16" by autocast. weights: how the frozen backbone is
+    held, "fp32", "bf16", or quantised by bitsandbytes, "int8" or "nf4"; what trains stays in float32.
+    gradient_checkpointing: compute activations again in the backward pass instead of keeping them. eval_steps: evaluate
     every so many steps and keep the best checkpoint; None evaluates once, at the end. patience: stop after so many
     evaluations without a better one. train_rows / eval_rows: use only so many rows. landscape: after
     training, evaluate the loss on a slice around the solution with so many points a side, an odd number; None does not.
@@ -42,6 +45,8 @@ class TrainSettings:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     precision: str = "fp32"
+    weights: str = "fp32"
+    gradient_checkpointing: bool = False
     eval_steps: int | None = None
     patience: int | None = None
     train_rows: int | None = None
@@ -56,6 +61,7 @@ class TrainSettings:
         require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "at least 0")
         require(self.max_grad_norm > 0, "train.max_grad_norm", self.max_grad_norm, "above 0")
         require(self.precision in PRECISIONS, "train.precision", self.precision, f"one of {', '.join(PRECISIONS)}")
+        require(self.weights in WEIGHTS, "train.weights", self.weights, f"one of {', '.join(WEIGHTS)}")
         for name in ("max_steps", "batch_size", "max_length", "eval_steps", "patience", "train_rows", "eval_rows"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"train.{name}", value, "at least 1")
@@ -94,6 +100,10 @@ class RunConfig:
         train = from_mapping(TrainSettings, keys.train, "train")
         if train.max_length is None:
             train = dataclasses.replace(train, max_length=task.max_length)
+        if train.weights in QUANTISED and not METHODS[keys.method].quantisable:
+            raise InputError(
+                f"method {keys.method!r} cannot work on quantised weights; set train.weights to fp32 or bf16"
+            )
         return RunConfig(
             task=keys.task,
             backbone=keys.backbone,

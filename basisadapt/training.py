@@ -77,8 +77,8 @@ class RunResult:
     phi: adapted module -> {"z": [..], "phi": [..]}, what φ adds to BA, f(z), on the range of BA (empty for methods
     without φ). snapshots: [{"step", "stable_rank": {module: number}, "phi": as above}, ...] at the start and after 10 %
     and 50 % of the steps. landscape: `diagnostics.landscape` of the training loss, empty unless train.landscape asks.
-    warnings: sentences for the user. data: fingerprint and row counts. environment: versions, git commit, platform,
-    threads.
+    warnings: sentences for the user. data: fingerprint and row counts, and the backbone's note where it has one.
+    environment: versions, git commit, platform, threads.
     """
 
     status: str
@@ -94,14 +94,19 @@ class RunResult:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def plan(config: RunConfig, data_dir: Path | None = None) -> Plan:
-    """Check `config` against the data's place and the model's shapes, and count. Raises InputError."""
+def plan(config: RunConfig, data_dir: Path | None = None, dry: bool = False) -> Plan:
+    """Check `config` against the data's place and the model's shapes, and count. Raises InputError.
+
+    dry: count only; what a run needs of the backbone beyond its shapes need not be there.
+    """
     if config.train.precision == "fp16" and not torch.cuda.is_available():
         raise InputError("train.precision fp16 needs a GPU; on a CPU use fp32 or bf16")
     task = tasks.find(config.task, config.data)
     task.check(data_dir)
     backbone = backbones.find(config.backbone)
-    backbones.location(backbone)
+    backbones.check_weights(config.train.weights)
+    if not dry:
+        backbones.check_at_hand(backbone)
     return count_parameters(attach(backbones.shape_only(backbone, task.form, task.num_labels), config, task.form))
 
 
@@ -154,7 +159,8 @@ def run(
     data = _load(config.task, config.data, data_dir)
     train, held_out = data.train.head(config.train.train_rows), data.eval.head(config.train.eval_rows)
     transformers.set_seed(config.seed)
-    base, processor = backbones.load(backbones.find(config.backbone), task.form, task.num_labels)
+    backbone = backbones.find(config.backbone)
+    base, processor = backbones.load(backbone, task.form, task.num_labels, config.train.weights)
     model = attach(base, config, task.form)
     counts = count_parameters(model)
     encode = functools.partial(task.examples, processor=processor, max_length=config.train.max_length)
@@ -230,7 +236,12 @@ def run(
             *_left_out(len(train) - len(examples), len(train)),
             *observer.warnings(modules, config.adapter),
         ],
-        data={"fingerprint": data.fingerprint(), "train_rows": len(examples), "eval_rows": len(held_out)},
+        data={
+            "fingerprint": data.fingerprint(),
+            "train_rows": len(examples),
+            "eval_rows": len(held_out),
+            **({"backbone": backbone.note} if backbone.note else {}),
+        },
         environment=environment(),
     )
 
@@ -296,6 +307,8 @@ def _arguments(config: RunConfig, rows: int, headline: str, folder: Path) -> Tra
             "metric_for_best_model": headline,
             "greater_is_better": True,
         }
+    if train.gradient_checkpointing:  # the reentrant form would need inputs that take gradients
+        every |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=train.batch_size,

@@ -25,7 +25,7 @@ class Frozen(Method, name="frozen"):
         return 0
 
 
-class HeadOnly(Method, name="head"):
+class HeadOnly(Method, name="head", quantisable=False):
     """The frozen backbone with a trained head: what a task gives without an adapter. Adapter settings mean nothing."""
 
     def attach(self, model: PreTrainedModel, settings: LowRankSettings, task_type: str | None) -> PreTrainedModel:
@@ -41,7 +41,7 @@ class HeadOnly(Method, name="head"):
         return 0
 
 
-class FullFineTuning(Method, name="full"):
+class FullFineTuning(Method, name="full", quantisable=False):
     """Every parameter trains. Adapter settings mean nothing."""
 
     def attach(self, model: PreTrainedModel, settings: LowRankSettings, task_type: str | None) -> PreTrainedModel:

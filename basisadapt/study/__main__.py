@@ -191,7 +191,7 @@ def _print_plans(study: Study, place: Place) -> None:
     from basisadapt.study import engine
     from basisadapt.study.record import Record
 
-    plans = engine.plan_cells(study.cells, place.data_dir)
+    plans = engine.plan_cells(study.cells, place.data_dir, dry=True)
     outcomes = Record.read(place.tracking_uri, study.spec.name)
     width = max(len(row.label) for row in study.rows)
     columns = "{:>6}  {:>7}  {:>11}  {:>9}  {:>9}  {:>11}  {}".format
