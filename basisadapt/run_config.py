@@ -30,8 +30,10 @@ class TrainSettings:
     held, "fp32", "bf16", or quantised by bitsandbytes, "int8" or "nf4"; what trains stays in float32.
     gradient_checkpointing: compute activations again in the backward pass instead of keeping them. eval_steps: evaluate
     every so many steps and keep the best checkpoint; None evaluates once, at the end. patience: stop after so many
-    evaluations without a better one. train_rows / eval_rows: use only so many rows. landscape: after
-    training, evaluate the loss on a slice around the solution with so many points a side, an odd number; None does not.
+    evaluations without a better one. train_rows / eval_rows: use only so many rows. validation: the last such share of
+    the training rows is not trained on and evaluated in the place of the held-out rows, so that a choice may be made
+    before these are seen; None evaluates them. landscape: after training, evaluate the loss on a slice around the
+    solution with so many points a side, an odd number; None does not.
     Raises InputError out of range.
     """
 
@@ -51,6 +53,7 @@ class TrainSettings:
     patience: int | None = None
     train_rows: int | None = None
     eval_rows: int | None = None
+    validation: float | None = None
     landscape: int | None = None
 
     def __post_init__(self) -> None:
@@ -65,6 +68,8 @@ class TrainSettings:
         for name in ("max_steps", "batch_size", "max_length", "eval_steps", "patience", "train_rows", "eval_rows"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"train.{name}", value, "at least 1")
+        share = self.validation is None or 0 < self.validation < 1
+        require(share, "train.validation", self.validation, "between 0 and 1")
         odd = self.landscape is None or (self.landscape >= 3 and self.landscape % 2 == 1)
         require(odd, "train.landscape", self.landscape, "an odd number of at least 3, whose middle is the solution")
         paired = self.patience is None or self.eval_steps is not None

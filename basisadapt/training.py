@@ -18,6 +18,7 @@ from torch import Tensor
 
 from basisadapt import backbones, tasks
 from basisadapt.backbones import FORMS, is_head
+from basisadapt.cost import Cost
 from basisadapt.diagnostics.convergence import fit_power_law
 from basisadapt.diagnostics.landscape import landscape
 from basisadapt.environment import environment
@@ -68,6 +69,7 @@ class RunResult:
     "range.share", the largest of them; "convergence_exponent" (`diagnostics.convergence`), "update_smoothness"
     (`diagnostics.path`), "generalisation_gap" (the headline metric on up to 128 training rows less that on the held-out
     ones); "parameters.trainable", ".factors", ".transfer", ".head"; "adapter.bytes", the size of the saved weights;
+    "memory.peak_bytes" and "tokens_per_second" of training (`cost`);
     "seconds.train", ".eval" and ".observe", which do not overlap.
     curves: name -> [(step, value), ...]: "loss", "update_smoothness" so far, "stable_rank.attention" and so on at the
     snapshots and the end, and "eval_loss" and the task's metrics where the run evaluates on its way.
@@ -157,7 +159,10 @@ def run(
 
     task = tasks.find(config.task, config.data)
     data = _load(config.task, config.data, data_dir)
-    train, held_out = data.train.head(config.train.train_rows), data.eval.head(config.train.eval_rows)
+    train, held_out = data.train.head(config.train.train_rows), data.eval
+    if config.train.validation is not None:
+        train, held_out = train.split(config.train.validation)
+    held_out = held_out.head(config.train.eval_rows)
     transformers.set_seed(config.seed)
     backbone = backbones.find(config.backbone)
     base, processor = backbones.load(backbone, task.form, task.num_labels, config.train.weights)
@@ -182,11 +187,17 @@ def run(
         trainer.remove_callback(transformers.PrinterCallback)
         method = METHODS[config.method]()
         observer = Observer(model, method.weight_change)  # only now is the model where it trains
-        watch = _watch(observer, on_step, lambda step, total: method.after_step(model, config.adapter, step, total))
+        cost = Cost(model)
+        watch = _watch(
+            cost.aside(observer.step),
+            on_step,
+            lambda step, total: method.after_step(model, config.adapter, step, total),
+        )
         trainer.add_callback(watch)
-        began = time.perf_counter()
-        training_loss = trainer.train().training_loss if counts.trainable else math.nan
-        trained = time.perf_counter()
+        with cost:
+            began = time.perf_counter()
+            training_loss = trainer.train().training_loss if counts.trainable else math.nan
+            trained = time.perf_counter()
         trainer.compute_metrics = None  # which measures the held-out rows
         output = trainer.predict(questions, metric_key_prefix="eval")
         evaluated = time.perf_counter()
@@ -206,6 +217,7 @@ def run(
     if not watch.diverged:
         scores = task.measure(output.predictions, held_out, processor)
         gap = task.measure(on_seen, seen, processor)[task.headline] - scores[task.headline]
+    training_seconds = trained - began - observer.seconds
     metrics = {
         **scores,
         "eval_loss": output.metrics["eval_loss"],
@@ -219,7 +231,8 @@ def run(
         "parameters.head": counts.head,
         "parameters.trainable": counts.trainable,
         "adapter.bytes": size,
-        "seconds.train": trained - began - observer.seconds,
+        **cost.metrics(training_seconds),
+        "seconds.train": training_seconds,
         "seconds.eval": evaluated - trained,
         "seconds.observe": observing,
     }
@@ -354,22 +367,22 @@ def _optimizer(model: PreTrainedModel | PeftModel, config: RunConfig) -> torch.o
 
 
 def _watch(
-    observer: Observer, on_step: Callable[[int, int], None] | None, after_step: Callable[[int, int], None]
+    look: Callable[[int, int], None], on_step: Callable[[int, int], None] | None, after_step: Callable[[int, int], None]
 ) -> Any:
-    """A callback for each step: to the method, to the observer and to the user; ends a run of no longer finite loss."""
+    """A callback for each step: to the method, to `look` and to the user; ends a run of no longer finite loss."""
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):  # type: ignore[misc]
         diverged = False
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            observer.step(0, state.max_steps)
+            look(0, state.max_steps)
 
         def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             after_step(state.global_step + 1, state.max_steps)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            observer.step(state.global_step, state.max_steps)
+            look(state.global_step, state.max_steps)
             if on_step is not None:
                 on_step(state.global_step, state.max_steps)
 

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "basisadapt"
 # Rooms from the ground up; a room may import from every floor below, and from itself.
 FLOORS = [
     {"errors", "peft_hook"},
-    {"registry", "ranges", "settings", "environment", "diagnostics"},
+    {"registry", "ranges", "settings", "environment", "cost", "diagnostics"},
     {"phi", "tasks", "backbones"},
     {"testing", "adapter"},
     {"methods", "observation"},

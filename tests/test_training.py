@@ -13,6 +13,7 @@ from basisadapt import InputError
 from basisadapt.diagnostics.figures import figures
 from basisadapt.observation import Observer, observe
 from basisadapt.run_config import RunConfig
+from basisadapt.tasks import TASKS, Rows, TaskData, TextTask
 from basisadapt.training import plan, run
 
 SHORT = {"max_steps": 3, "eval_rows": 40, "train_rows": 200, "batch_size": 8}
@@ -36,7 +37,8 @@ def test_a_run_is_complete_and_repeats_bitwise(method, tmp_path):
     assert steps == [(1, 3), (2, 3), (3, 3)]
 
     def repeated(result):
-        metrics = {k: v for k, v in result.metrics.items() if not k.startswith("seconds.")}
+        measured = ("seconds.", "memory.", "tokens_per_second")
+        metrics = {k: v for k, v in result.metrics.items() if not k.startswith(measured)}
         return metrics, result.curves, result.modules, result.phi, result.snapshots, result.landscape
 
     assert repeated(first) == repeated(second)
@@ -153,6 +155,47 @@ def test_best_checkpoint_and_early_stopping():
     assert result.metrics["accuracy"] == pytest.approx(max(scores))
 
 
+def test_validation_rows_are_the_last_training_rows_and_not_trained_on():
+    evaluated = set()
+
+    class Numbered(TextTask, name="numbered_of_test"):
+        """Every row's label is its number: from 0 those to train on, from 1000 those held out."""
+
+        headline, num_labels = "score", 1
+
+        def check(self, data_dir):
+            pass
+
+        def load(self, data_dir):
+            train, held_out = range(40), range(1000, 1010)
+            return TaskData(*(Rows([f"row {n}" for n in part], [float(n) for n in part]) for part in (train, held_out)))
+
+        def metrics(self, scores, labels):
+            evaluated.add(tuple(sorted(labels.reshape(-1).tolist())))
+            return {"score": 0.0}
+
+    try:
+        short = {"max_steps": 2, "train_rows": 30, "batch_size": 4}
+        chosen = config(task="numbered_of_test", method="head", train={**short, "validation": 0.2})
+        result = run(chosen)
+        assert evaluated == {tuple(range(24, 30)), tuple(range(24))}, "and training rows, for the gap"
+        assert (result.data["train_rows"], result.data["eval_rows"]) == (24, 6)
+        run(config(task="numbered_of_test", method="head", train=short))
+        assert tuple(range(1000, 1010)) in evaluated
+    finally:
+        del TASKS._classes["numbered_of_test"]
+
+
+def test_what_training_costs():
+    """Full fine-tuning keeps two moments and a gradient of every weight, the head next to nothing."""
+    found = {method: run(config(method=method)).metrics for method in ("full", "head")}
+    assert all(metrics["tokens_per_second"] > 0 for metrics in found.values())
+    if "memory.peak_bytes" not in found["full"]:
+        pytest.skip("this system does not tell a process' peak memory")
+    weights = 4 * found["full"]["parameters.trainable"]
+    assert found["full"]["memory.peak_bytes"] > 3 * weights > 3 * found["head"]["memory.peak_bytes"] / 2
+
+
 def test_round_trip_and_hashable_form():
     chosen = config(adapter={"basis": "fourier"}, seed=7)
     mapping = chosen.to_mapping()
@@ -175,6 +218,7 @@ def test_round_trip_and_hashable_form():
         ({"train": {"lr": "fast"}}, "train.lr must be a number"),
         ({"train": {"lr": -1.0}}, "train.lr must be above 0"),
         ({"train": {"patience": 2}}, "train.patience"),
+        ({"train": {"validation": 1.0}}, "train.validation must be between 0 and 1, got 1.0"),
         ({"train": {"landscape": 4}}, "train.landscape must be an odd number of at least 3"),
         ({"tasks": "docstrings"}, "unknown key 'tasks'; did you mean 'task'"),
     ],

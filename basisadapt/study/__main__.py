@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, NoReturn
 from basisadapt.errors import InputError
 from basisadapt.registry import load_plugin
 from basisadapt.study import spec as specs
-from basisadapt.study.cells import Study, resolve
 
 if TYPE_CHECKING:
     from basisadapt.study.engine import Place
     from basisadapt.study.report import Report
     from basisadapt.study.search import Search
+    from basisadapt.study.tuning import Tuning
 
 SAMPLERS = ("tpe", "random")
 DONE, UNSOUND, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -73,7 +73,8 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="change a setting, such as adapter.r=8 or train.lr=1e-3, or an axis: sweep.basis=sinc,fourier",
+        help="change a setting, such as adapter.r=8 or train.lr=1e-3, or an axis: sweep.basis=sinc,fourier, "
+        "tune.train.lr=1e-3,1e-2",
     )
     parser.add_argument("--preset", choices=specs.PRESETS, default="quick", help="size of the runs (default: quick)")
     parser.add_argument("--seeds", metavar="N,N,...", help="seeds, instead of the study's")
@@ -121,7 +122,6 @@ def _run(options: argparse.Namespace, command: str) -> int:
         raise InputError("--search and --trials go together, such as --search tpe --trials 30")
     for plugin in options.plugin:
         load_plugin(plugin)
-    study = resolve(study_spec, preset=options.preset, changes=options.set, seeds=_seeds(options.seeds))
 
     from basisadapt.study import engine
     from basisadapt.tasks.task import readable_folder
@@ -135,24 +135,29 @@ def _run(options: argparse.Namespace, command: str) -> int:
         data_dir=options.data_dir,
         output=options.output,
     )
-    search = _search(study_spec, options)
-    if options.dry_run:
-        _print_plans(study, place) if search is None else _print_space(search)
-        return DONE
     tags = {"basisadapt.command": command, "basisadapt.preset": options.preset}
-    if search is not None:
+    if options.search is None:
+        from basisadapt.study.tuning import resolve_tuning
+
+        seeds = _seeds(options.seeds)
+        tuning = resolve_tuning(study_spec, preset=options.preset, changes=options.set, seeds=seeds)
+        if options.dry_run:
+            _print_plans(tuning, place)
+            return DONE
+        report = engine.read_report(tuning, place) if options.report else engine.run_study(tuning, place, tags)
+    else:
         from basisadapt.study.search import read_search, run_search
 
+        search = _search(study_spec, options)
+        if options.dry_run:
+            _print_space(search)
+            return DONE
         report = read_search(search, place) if options.report else run_search(search, place, tags)
-    else:
-        report = engine.read_report(study, place) if options.report else engine.run_study(study, place, tags)
     _print_report(report, place)
     return UNSOUND if report.unsound else DONE
 
 
-def _search(study_spec: specs.StudySpec, options: argparse.Namespace) -> Search | None:
-    if options.search is None:
-        return None
+def _search(study_spec: specs.StudySpec, options: argparse.Namespace) -> Search:
     from basisadapt.study.search import Search
 
     return Search(
@@ -187,18 +192,20 @@ def _print_space(search: Search) -> None:
         print(f"{key}: {where}")
 
 
-def _print_plans(study: Study, place: Place) -> None:
+def _print_plans(tuning: Tuning, place: Place) -> None:
     from basisadapt.study import engine
     from basisadapt.study.record import Record
 
-    plans = engine.plan_cells(study.cells, place.data_dir, dry=True)
-    outcomes = Record.read(place.tracking_uri, study.spec.name)
-    width = max(len(row.label) for row in study.rows)
+    outcomes = Record.read(place.tracking_uri, tuning.spec.name)
+    tuned = tuning.choose(outcomes)
+    cells, outcomes = [*tuning.trials.cells, *tuned.study.cells], tuned.seen(outcomes)
+    plans = engine.plan_cells(cells, place.data_dir, dry=True)
+    width = max(len(cell.row) for cell in cells)
     columns = "{:>6}  {:>7}  {:>11}  {:>9}  {:>9}  {:>11}  {}".format
-    print(f"{study.spec.title}: {len(study.cells)} cells\n")
+    print(f"{tuning.spec.title}: {len(cells)} cells\n")
     heads = columns("seed", "modules", "A and B", "phi", "head", "trainable", "state")
     print(f"{'row'.ljust(width)}  {heads}")
-    for cell in study.cells:
+    for cell in cells:
         plan = plans[cell.row]
         counts = (f"{count:,}" for count in (plan.factors, plan.transfer, plan.head, plan.trainable))
         state = outcomes[cell.key].status if cell.key in outcomes else "to run"

@@ -8,10 +8,10 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from basisadapt.errors import InputError, unknown
-from basisadapt.study.spec import StudySpec, axes_in, parse_yaml
+from basisadapt.study.spec import SWEEP, TUNE, StudySpec, axes_in, parse_yaml
 
 if TYPE_CHECKING:  # run configurations need torch, which --help and --list must not wait for
     from basisadapt.run_config import RunConfig
@@ -93,17 +93,17 @@ def resolve(
 ) -> Study:
     """The cells of `spec`: base < preset < changes ("key=value") < axis value or the row's own `set`.
 
-    Every configuration is checked. Raises InputError.
+    Every configuration is checked; what the spec tunes is left at the base's value. Raises InputError.
     """
-    overrides, axes = split_changes(changes)
+    overrides, axes, _ = split_changes(changes)
     if preset not in spec.presets and preset != "quick":  # quick is the default, which a study need not name
         raise unknown("preset", preset, spec.presets)
     preset_values = dict(spec.presets.get(preset, {}))
     preset_seeds = preset_values.pop("seeds", None)
     seeds = _checked_seeds(seeds or preset_seeds or spec.seeds)
 
-    preset_axes = axes_in(preset_values)
-    preset_values = {name: value for name, value in preset_values.items() if not name.startswith("sweep.")}
+    preset_axes = axes_in(preset_values, SWEEP)
+    preset_values = {name: value for name, value in preset_values.items() if not name.startswith((SWEEP, TUNE))}
     base = {**_flat(spec.base), **_with_full_keys(preset_values), **overrides}
     sweep: dict[str, tuple[str, list[Any]]] = {}
     for name, points in (*spec.sweep.items(), *preset_axes.items(), *axes.items()):
@@ -111,7 +111,7 @@ def resolve(
 
     beside_keys = (full_key(name) for beside in spec.beside for name in beside.set)
     named = tuple(dict.fromkeys([*sweep, *beside_keys, *overrides]))
-    rows = [_swept_row(spec, base, point, seeds) for point in _product(sweep.values())] if sweep else []
+    rows = [_swept_row(spec, base, point, seeds) for point in product(sweep.values())] if sweep else []
     for beside in spec.beside:
         for task in sweep["task"][1] if "task" in sweep else [None]:
             label = beside.label if task is None else f"{beside.label}, {task}"
@@ -146,22 +146,23 @@ def _grouped(row: Row, reference: str | None, axes: Iterable[str]) -> Row:
     return replace(
         row,
         group=tuple(flat.get(key) for key in others),
-        is_reference=full_key(axis) in axes and _plain(flat.get(full_key(axis))) == value,
+        is_reference=full_key(axis) in axes and plain(flat.get(full_key(axis))) == value,
     )
 
 
 Point = tuple[tuple[str, Any], ...]  # one value on every axis: (axis' name, value), ...
 
 
-def _product(axes: Iterable[tuple[str, list[Any]]]) -> list[Point]:
+def product(axes: Iterable[tuple[str, list[Any]]]) -> list[Point]:
+    """Every combination of the axes' values; one empty point where there is no axis."""
     return list(itertools.product(*([(name, value) for value in points] for name, points in axes)))
 
 
 def _swept_row(spec: StudySpec, base: Mapping[str, Any], point: Point, seeds: Sequence[int]) -> Row:
-    label = ", ".join(_plain(value) for _, value in point)
-    published = ",".join(f"{name}={_plain(value)}" for name, value in point)
+    label = ", ".join(plain(value) for _, value in point)
+    published = ",".join(f"{name}={plain(value)}" for name, value in point)
     if spec.answers is not None:
-        published = {_plain(row): name for row, name in spec.answers.rows.items()}.get(label, published)
+        published = {plain(row): name for row, name in spec.answers.rows.items()}.get(label, published)
     return _row(spec, label, published, {**base, **_with_full_keys(dict(point))}, seeds)
 
 
@@ -186,23 +187,34 @@ def _scaled(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any
     return scaled
 
 
-def split_changes(changes: Sequence[str]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
-    """The command line's "key=value" as overrides of the base (by full key) and replaced axes (by name)."""
-    overrides: dict[str, Any] = {}
-    axes: dict[str, list[Any]] = {}
+class Changes(NamedTuple):
+    """The command line's changes: overrides of the base, by full key; replaced axes of the rows and of what is tuned,
+    by name."""
+
+    overrides: dict[str, Any]
+    sweep: dict[str, list[Any]]
+    tune: dict[str, list[Any]]
+
+
+def split_changes(changes: Sequence[str]) -> Changes:
+    """The command line's "key=value", by kind. Raises InputError."""
+    split = Changes({}, {}, {})
     for change in changes:
         key, equals, text = change.partition("=")
         if not equals:
             raise InputError(f"--set needs key=value, got {change!r}")
-        if key.startswith("sweep."):
+        kind = next((kind for kind in (SWEEP, TUNE) if key.startswith(kind)), None)
+        if kind is not None:
             parts = [part for part in text.split(",") if part.strip()]
             if not parts:
                 raise InputError(f"--set {key} needs at least one value")
-            full_key(key.removeprefix("sweep."))
-            axes[key.removeprefix("sweep.")] = [parse_yaml(part, f"--set {key}") for part in parts]
+            name = key.removeprefix(kind)
+            full_key(name)
+            axes = split.sweep if kind == SWEEP else split.tune
+            axes[name] = [parse_yaml(part, f"--set {key}") for part in parts]
         else:
-            overrides[full_key(key)] = parse_yaml(text, f"--set {key}")
-    return overrides, axes
+            split.overrides[full_key(key)] = parse_yaml(text, f"--set {key}")
+    return split
 
 
 def _checked_seeds(seeds: Any) -> tuple[int, ...]:
@@ -255,6 +267,6 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
     """A value as the command line takes it: true, 0.5, sinc."""
     return value if isinstance(value, str) else json.dumps(value)

@@ -18,6 +18,7 @@ from basisadapt.study.report import Report, make_report
 from basisadapt.study.spec import StudySpec
 from basisadapt.study.table import build_table
 from basisadapt.study.trials import Trials
+from basisadapt.study.tuning import Tuned, Tuning
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,17 +48,19 @@ class Place:
         return self.storage or f"sqlite:///{beside.with_name('optuna.db') if beside else 'optuna.db'}"
 
 
-def run_study(study: Study, place: Place, tags: Mapping[str, str]) -> Report:
-    """Run the cells that the record lacks, and report. `tags` go to the invocation's run.
+def run_study(tuning: Tuning, place: Place, tags: Mapping[str, str]) -> Report:
+    """Run the cells that the record lacks, those that tune first, and report. `tags` go to the invocation's run.
 
     A cell that raises is recorded as failed and the others go on. Raises InputError before anything is
     recorded, and KeyboardInterrupt once the interrupted cell is recorded as killed.
     """
     check_place(place)
-    plan_cells(_missing(study, Record.read(place.tracking_uri, study.spec.name)), place.data_dir)
-    with Invocation(study.spec, place, tags) as invocation:
-        outcomes = invocation.run(study)
-        report = make_report(build_table(study, outcomes))
+    recorded = Record.read(place.tracking_uri, tuning.spec.name)
+    for study in (tuning.trials, tuning.choose(recorded).study):
+        plan_cells(_missing(study, recorded), place.data_dir)
+    with Invocation(tuning.spec, place, tags) as invocation:
+        tuned = tuning.choose(invocation.run(tuning.trials))
+        report = _report(tuned, invocation.run(tuned.chosen))
         invocation.end(report)
     return report
 
@@ -96,6 +99,8 @@ class Invocation:
     def run(self, study: Study) -> dict[str, Outcome]:
         """Run what the record lacks of the study's cells. Returns what it then holds."""
         outcomes = self.outcomes
+        if not study.rows:
+            return outcomes
         self._trials.follow(study.cells, outcomes)
         total = len({cell.key for cell in study.cells})
         done = total - len({cell.key for cell in _missing(study, outcomes)})
@@ -129,14 +134,18 @@ def plan_cells(cells: Sequence[Cell], data_dir: Path | None, dry: bool = False) 
     return plans
 
 
-def read_report(study: Study, place: Place) -> Report:
+def read_report(tuning: Tuning, place: Place) -> Report:
     """The report from the record alone. Raises InputError if nothing is recorded."""
-    outcomes = Record.read(place.tracking_uri, study.spec.name)
+    outcomes = Record.read(place.tracking_uri, tuning.spec.name)
     if not outcomes:
-        raise InputError(f"nothing of study {study.spec.name!r} is recorded in {place.tracking_uri!r}")
-    report = make_report(build_table(study, outcomes))
+        raise InputError(f"nothing of study {tuning.spec.name!r} is recorded in {place.tracking_uri!r}")
+    report = _report(tuning.choose(outcomes), outcomes)
     write_report(report, place)
     return report
+
+
+def _report(tuned: Tuned, outcomes: Mapping[str, Outcome]) -> Report:
+    return make_report(build_table(tuned.study, tuned.seen(outcomes)), tuned=tuned)
 
 
 def write_report(report: Report, place: Place) -> None:

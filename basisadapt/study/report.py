@@ -1,4 +1,4 @@
-"""A report: a study's table, the verdicts on its claims, and what a search found."""
+"""A report: a study's table, the verdicts on its claims, and what tuning or a search found."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from basisadapt.study.verdicts import Verdict, judge
 if TYPE_CHECKING:
     from basisadapt.study.space import Space
     from basisadapt.study.table import Table
+    from basisadapt.study.tuning import Tuned
 
 
 @dataclass(frozen=True)
@@ -48,19 +49,21 @@ class Found:
 
 @dataclass(frozen=True)
 class Report:
-    """What is said of a study. search: what a search has found, where there was one."""
+    """What is said of a study. search, tuned: what a search or tuning has found, where there was one."""
 
     table: Table
     verdicts: tuple[Verdict, ...]
     search: Found | None = None
+    tuned: Tuned | None = None
 
     @property
     def unsound(self) -> bool:
-        """Whether a cell failed or diverged, or a trial of the search did."""
+        """Whether a cell failed or diverged, or a trial of the search or of tuning did."""
         trials = self.search.trials if self.search else ()
-        return self.table.unsound or any(trial.value is None for trial in trials)
+        tuned = self.tuned is not None and self.tuned.unsound
+        return self.table.unsound or tuned or any(trial.value is None for trial in trials)
 
 
-def make_report(table: Table, search: Found | None = None) -> Report:
+def make_report(table: Table, search: Found | None = None, tuned: Tuned | None = None) -> Report:
     """The report on a table."""
-    return Report(table, judge(table), search)
+    return Report(table, judge(table), search, tuned)

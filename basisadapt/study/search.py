@@ -67,7 +67,7 @@ class Search:
 
     def space(self) -> Space:
         """Where it looks."""
-        _, axes = split_changes(self.changes)
+        axes = split_changes(self.changes).sweep
         return search_space(self.spec, {**self.spec.sweep, **axes}, self.row("base", {}).cells[0].config)
 
     def study(self, rows: Sequence[Row]) -> Study:

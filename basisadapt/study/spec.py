@@ -16,6 +16,7 @@ from basisadapt.settings import from_mapping
 from basisadapt.study.claims import Claim
 
 PRESETS = ("smoke", "quick", "paper")
+SWEEP, TUNE = "sweep.", "tune."  # what the axes of the rows, and of what is tuned, begin with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,16 +54,30 @@ class Beside:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tune:
+    """What is chosen for every row by itself, and how, before the row is run (see `tuning`).
+
+    grid: a setting to the values that are tried, all combinations of several. seeds: those that they are tried with,
+    none of the study's. validation: the share of the training rows that they are judged on.
+    """
+
+    grid: dict[str, Any]
+    seeds: tuple[int, ...]
+    validation: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class StudySpec:
     """A study as its file states it.
 
     title, question: what is compared and how to read it. base: the configuration that all rows share. sweep:
     an axis' name to its values; the rows are their product. beside: further rows, which no axis changes.
     reference: the label of the row that the others are compared with; or one axis' value, such as method=lora: then
-    each row's reference is the one that is equal on the other axes. answers: the published table. presets:
-    a name to dotted overrides of the base, `seeds`, and axes in full: sweep.AXIS. columns: further recorded metrics to
-    show. against: recorded metrics that the headline metric is drawn against. claims: of the paper, each judged by the
-    record. search: setting to its range in a search, see `search_space`.
+    each row's reference is the one that is equal on the other axes. answers: the published table. tune: what is chosen
+    for every row before it is run. presets: a name to dotted overrides of the base, `seeds`, and axes in full:
+    sweep.AXIS, tune.SETTING. columns: further recorded metrics to show. against: recorded metrics that the headline
+    metric is drawn against. claims: of the paper, each judged by the record. search: setting to its range in a search,
+    see `search_space`.
 
     A file that is `like` a shipped study takes over its base, presets and seeds, and states what differs. An axis
     called `task` also multiplies the rows beside; `reference` is then a label without its task.
@@ -77,6 +92,7 @@ class StudySpec:
     reference: str | None = None
     answers: Answers | None = None
     seeds: tuple[int, ...] = (42, 123, 456)
+    tune: Tune | None = None
     presets: dict[str, Any] = field(default_factory=dict)
     columns: tuple[str, ...] = ()
     against: tuple[str, ...] = ()
@@ -154,30 +170,34 @@ def _spec(values: dict[str, Any]) -> StudySpec:
             raise InputError(f"{key} is missing")
     if values.get("answers") is not None:
         values["answers"] = _part(Answers, values["answers"], "answers")
+    if values.get("tune") is not None:
+        values["tune"] = _part(Tune, values["tune"], "tune")
     values["beside"] = [_part(Beside, row, f"beside[{index}]") for index, row in enumerate(values.get("beside") or ())]
     values["claims"] = [
         _part(Claim, claim, f"claims[{index}]") for index, claim in enumerate(values.get("claims") or ())
     ]
     spec = from_mapping(StudySpec, values)
     _check_axes(spec.sweep)
+    _check_axes(spec.tune.grid if spec.tune else {}, TUNE)
     for preset, overrides in spec.presets.items():
         if preset not in PRESETS:
             raise unknown("preset", preset, PRESETS)
         if not isinstance(overrides, dict):
             raise InputError(f"presets.{preset} must hold keys and values, got {overrides!r}")
-        _check_axes(axes_in(overrides))
+        for kind in (SWEEP, TUNE):
+            _check_axes(axes_in(overrides, kind), kind)
     return spec
 
 
-def _check_axes(axes: Mapping[str, Any]) -> None:
+def _check_axes(axes: Mapping[str, Any], kind: str = SWEEP) -> None:
     for axis, points in axes.items():
         if not isinstance(points, list) or not points:
-            raise InputError(f"sweep.{axis} must be a list of values, got {points!r}")
+            raise InputError(f"{kind}{axis} must be a list of values, got {points!r}")
 
 
-def axes_in(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `values` that replace an axis, by its name."""
-    return {name.removeprefix("sweep."): value for name, value in values.items() if name.startswith("sweep.")}
+def axes_in(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Those of `values` that replace an axis of a kind, SWEEP or TUNE, by its name."""
+    return {name.removeprefix(kind): value for name, value in values.items() if name.startswith(kind)}
 
 
 def _part(cls: type[Any], values: Any, where: str) -> Any:

@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from basisadapt import backbones
 from basisadapt.ranges import Choices, Range
@@ -16,12 +16,27 @@ if TYPE_CHECKING:
     from basisadapt.study.report import Found, Report
     from basisadapt.study.statistics import Difference
     from basisadapt.study.table import Line, Table
+    from basisadapt.study.tuning import Choice, Tuned
 
 DASH = "-"
-HEADS = {  # metric to column head and format, where the plain ones would not do
-    "stable_rank.mean": ("stable rank", ".2f"),
-    "dc_share.mean": ("DC share", ".3f"),
-    "parameters.trainable": ("trainable", ",.0f"),
+
+
+class Form(NamedTuple):
+    """How a metric is shown: its head, the number's format, and what it is divided by."""
+
+    head: str
+    number: str
+    unit: float = 1
+
+
+FORMS = {  # of metrics for which the plain one would not do
+    "stable_rank.mean": Form("stable rank", ".2f"),
+    "dc_share.mean": Form("DC share", ".3f"),
+    "parameters.trainable": Form("trainable", ",.0f"),
+    "adapter.bytes": Form("adapter, MB", ",.2f", 1e6),
+    "memory.peak_bytes": Form("peak memory, MB", ",.0f", 1e6),
+    "seconds.train": Form("training, s", ",.1f"),
+    "tokens_per_second": Form("tokens/s", ",.0f"),
 }
 
 
@@ -37,8 +52,10 @@ class Grid:
 
 def grids(report: Report) -> list[Grid]:
     """Every table of a report, the study's own first."""
-    table, found = report.table, report.search
+    table, found, tuned = report.table, report.search, report.tuned
     made = [_main(table)]
+    if tuned is not None and tuned.tuning.trials.rows:
+        made.append(_tuning(tuned, table))
     if table.across:
         made.append(_across(table))
     if found is not None:
@@ -170,12 +187,14 @@ def _headline(table: Table) -> str:
 
 
 def _head(metric: str) -> str:
-    return HEADS[metric][0] if metric in HEADS else metric.removesuffix(".mean").replace("_", " ")
+    return FORMS[metric].head if metric in FORMS else metric.removesuffix(".mean").replace("_", " ")
 
 
 def _metric(name: str, value: float | None) -> str:
-    form = HEADS[name][1] if name in HEADS else ",.0f" if value is not None and abs(value) >= 1000 else ".3g"
-    return DASH if value is None else format(value, form)
+    if value is None:
+        return DASH
+    form = FORMS.get(name, Form("", ",.0f" if abs(value) >= 1000 else ".3g"))
+    return format(value / form.unit, form.number)
 
 
 def _difference(difference: Difference | None, number: Callable[[float | None, str], str]) -> str:
@@ -252,6 +271,39 @@ def trouble(table: Table) -> list[str]:
 
 def _named(seeds: Sequence[int]) -> str:
     return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+
+
+# --- tuning ---
+
+
+def _tuning(tuned: Tuned, table: Table) -> Grid:
+    """The choice and the value of every candidate, row by row."""
+    rule, number = tuned.tuning.spec.tune, _number_form(table)
+    assert rule is not None
+    candidates = [tried.candidate for tried in tuned.choices[0].tried]
+    keys = [key for key, _ in candidates[0].point]
+
+    def setting(choice: Choice, key: str) -> str:
+        settings = choice.row.cells[0].settings
+        if choice.best is None or key not in settings:
+            return DASH
+        return f"{_setting(settings[key])}{' (edge)' if key in choice.edges else ''}"
+
+    rows = []
+    for choice in tuned.choices:
+        values = [number(tried.value, "") if tried.value is not None else tried.state for tried in choice.tried]
+        rows.append([choice.row.label, *(setting(choice, key) for key in keys), *values])
+    names = [key.removeprefix("adapter.") for key in keys]
+    seeds, share = _named(rule.seeds), f"{100 * rule.validation:g} %"
+    notes = [
+        f"The rule: each row is first run with every {' and '.join(names)} above and {seeds}, trained on all but the "
+        f"last {share} of the training rows and evaluated on these; what gives the highest mean {table.headline} is "
+        "taken, the first of equals; what failed or diverged counts as worst."
+    ]
+    edges = [choice.row.label for choice in tuned.choices if choice.edges]
+    if edges:
+        notes.append(f"Chosen at an edge of the grid, beyond which a better value may lie: {', '.join(edges)}.")
+    return Grid("Tuning", ["row", *names, *(candidate.name for candidate in candidates)], rows, notes)
 
 
 # --- a search ---

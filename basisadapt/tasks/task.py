@@ -45,7 +45,18 @@ class Rows:
 
     def head(self, count: int | None) -> Rows:
         """The first `count` rows; all for None."""
-        return Rows(self.inputs[:count], self.labels[:count])
+        return self.between(0, count)
+
+    def between(self, start: int, end: int | None) -> Rows:
+        """The rows from place `start` to before place `end`."""
+        return Rows(self.inputs[start:end], self.labels[start:end])
+
+    def split(self, share: float) -> tuple[Rows, Rows]:
+        """All but the last `share` of the rows, and these; at least one each. Raises InputError for a single row."""
+        if len(self) < 2:
+            raise InputError(f"train.validation splits the training rows, and there is no more than {len(self)}")
+        place = min(max(1, round((1 - share) * len(self))), len(self) - 1)
+        return self.between(0, place), self.between(place, None)
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,20 @@ def test_mixed_states(two_bases):
     assert "No cell has recorded them." in report_files(nothing, no_pictures)["report.html"]
 
 
+def test_costs_have_units(folder):
+    path = folder / "tiny.yaml"
+    path.write_text(path.read_text() + "columns: [memory.peak_bytes, adapter.bytes, tokens_per_second]\n")
+    costs = {"memory.peak_bytes": 1.5e9, "adapter.bytes": 688_992.0, "tokens_per_second": 1234.5}
+    found = reported(resolve(read_spec("tiny.yaml")), SOUND, **costs)
+    (header,) = (line for line in words.to_markdown(found).splitlines() if line.startswith("| row"))
+    assert header.endswith("| peak memory, MB | adapter, MB | tokens/s |")
+    line = next(line for line in words.to_text(found).splitlines() if line.startswith("fourier"))
+    assert line.split()[-3:] == ["1,500", "0.69", "1,234"]
+    assert float(next(csv.DictReader(io.StringIO(words.to_csv(found.table))))["adapter.bytes"]) == 688_992, (
+        "as recorded"
+    )
+
+
 TASKS = """
 title: Two tasks
 question: Do they agree?

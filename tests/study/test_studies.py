@@ -11,6 +11,7 @@ import pytest
 
 from basisadapt.study.cells import resolve
 from basisadapt.study.spec import PRESETS, list_studies, published_values, read_spec, studies_dir
+from basisadapt.study.tuning import resolve_tuning
 
 TABLES = {1, 3, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23}
 OURS = {"ablate_interval", "ablate_formulation", "compare_methods"}  # what no one table has
@@ -105,6 +106,20 @@ def test_presets(name):
     assert {cell.config.train.max_steps for cell in quick.cells} == {50}
     assert {cell.config.train.schedule for cell in paper.cells} == {"constant"}
     assert {cell.seed for cell in quick.cells} == {42, 123, 456}
+
+
+def test_methods_are_compared_at_a_rate_of_their_own():
+    """Each row is tried with the same rates, on other seeds; the published protocol has one rate for all."""
+    spec = read_spec("compare_methods")
+    tuning = {preset: resolve_tuning(spec, preset=preset) for preset in PRESETS}
+    rates = {tuple(one.row.cells[0].config.train.lr for one in of_row) for of_row in tuning["quick"].candidates}
+    assert rates == {(3e-4, 1e-3, 3e-3, 1e-2, 3e-2)}
+    assert len(tuning["quick"].trials.cells) == 17 * 5
+    assert len(tuning["smoke"].trials.cells) == 17 * 2
+    steps = {cell.config.train.max_steps for cell in tuning["quick"].trials.cells}
+    assert steps == {50}, "as many as the rows that are reported"
+    assert tuning["paper"].trials.cells == ()
+    assert {row.cells[0].config.train.lr for row in tuning["paper"].choose({}).study.rows} == {1e-4}
 
 
 @every_study

@@ -1,0 +1,212 @@
+"""Tuning: every row is tried with the same values of some settings, and run with those that came out best for it.
+
+The trials are cells like any other, but for two things: their seeds are none of the study's, and they are evaluated on
+training rows that they do not train on (`train.validation`). So nothing is chosen on the rows that are reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from basisadapt.errors import InputError
+from basisadapt.study import statistics
+from basisadapt.study.cells import Cell, Point, Row, Study, full_key, plain, product, resolve, split_changes
+from basisadapt.study.record import Outcome
+from basisadapt.study.spec import TUNE, StudySpec, axes_in
+
+ENDED = ("finished", "diverged", "failed")  # how a trial may end; after a kill it is still to come
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A point of the grid for one row. trials: the cells that try it; row: what is run if it is chosen."""
+
+    point: Point
+    trials: tuple[Cell, ...]
+    row: Row
+
+    @property
+    def name(self) -> str:
+        """ "train.lr=0.001"."""
+        return ", ".join(f"{key.removeprefix('adapter.')}={plain(value)}" for key, value in self.point)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What became of a candidate. state: "finished", with the mean over its seeds as `value`, or another word."""
+
+    candidate: Candidate
+    state: str
+    value: float | None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One row's candidates, in the grid's order, and the one with the greatest value: of equals the first.
+
+    A candidate that diverged or failed counts as worst. best: None if none finished, or while one is still to be tried.
+    """
+
+    tried: tuple[Tried, ...]
+
+    @property
+    def best(self) -> Candidate | None:
+        """The choice."""
+        if len(self.tried) == 1:
+            return self.tried[0].candidate
+        values = [found.value for found in self.tried if found.value is not None]
+        if self.is_open or not values:
+            return None
+        return next(found.candidate for found in self.tried if found.value == max(values))
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a candidate is still to be tried."""
+        return any(found.state not in ENDED for found in self.tried)
+
+    @property
+    def row(self) -> Row:
+        """The row as it is run; as its first candidate has it, while there is no choice."""
+        return (self.best or self.tried[0].candidate).row
+
+    @property
+    def edges(self) -> list[str]:
+        """The settings whose chosen number is the least or the greatest of the grid: a better one may lie beyond."""
+        found = []
+        for key, value in self.best.point if self.best else ():
+            numbers = [dict(tried.candidate.point)[key] for tried in self.tried]
+            ordered = all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers)
+            if ordered and key in self.row.cells[0].settings and value in (min(numbers), max(numbers)):
+                found.append(key)
+        return found
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A study's rows with their candidates, in the grid's order; one each where there is nothing to choose."""
+
+    spec: StudySpec
+    candidates: tuple[tuple[Candidate, ...], ...]
+
+    @property
+    def trials(self) -> Study:
+        """What is run before anything is chosen."""
+        every = [candidate for candidates in self.candidates for candidate in candidates if candidate.trials]
+        return Study(self.spec, tuple(Row(one.trials[0].row, None, one.trials) for one in every))
+
+    def choose(self, outcomes: Mapping[str, Outcome]) -> Tuned:
+        """The choices that follow from the record."""
+        choices = [Choice(tuple(_tried(one, outcomes) for one in candidates)) for candidates in self.candidates]
+        return Tuned(self, tuple(choices))
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A study with what tuning has found."""
+
+    tuning: Tuning
+    choices: tuple[Choice, ...]
+
+    @property
+    def study(self) -> Study:
+        """Every row."""
+        return Study(self.tuning.spec, tuple(choice.row for choice in self.choices))
+
+    @property
+    def chosen(self) -> Study:
+        """The rows that have a choice: what may be run."""
+        return Study(self.tuning.spec, tuple(choice.row for choice in self.choices if choice.best))
+
+    @property
+    def unsound(self) -> bool:
+        """Whether a trial failed or diverged."""
+        return any(tried.state in ("failed", "diverged") for choice in self.choices for tried in choice.tried)
+
+    def seen(self, outcomes: Mapping[str, Outcome]) -> dict[str, Outcome]:
+        """The record as the table shows it: a row without a choice was not run, or failed if no candidate finished."""
+        shown = dict(outcomes)
+        for choice in self.choices:
+            reason = "tuning: " + ", ".join(f"{tried.candidate.name} {tried.state}" for tried in choice.tried)
+            for cell in choice.row.cells if choice.best is None else ():
+                shown.pop(cell.key, None)
+                if not choice.is_open:
+                    shown[cell.key] = Outcome("", cell.key, "failed", "", {}, (), reason, None, 0)
+        return shown
+
+
+def _tried(candidate: Candidate, outcomes: Mapping[str, Outcome]) -> Tried:
+    found = [outcomes.get(cell.key) for cell in candidate.trials]
+    states = [outcome.status if outcome else "not run" for outcome in found]
+    unfinished = [state for state in states if state not in ENDED] or [state for state in states if state != "finished"]
+    if unfinished:
+        return Tried(candidate, unfinished[0], None)
+    values = [outcome.value for outcome in found if outcome is not None and outcome.value is not None]
+    return Tried(candidate, "finished", statistics.mean(values))
+
+
+def resolve_tuning(
+    spec: StudySpec, *, preset: str = "quick", changes: Sequence[str] = (), seeds: Sequence[int] | None = None
+) -> Tuning:
+    """`resolve`, and the candidates of every row: a candidate is the study with each value of its point `--set`.
+
+    The grid: the spec's < preset's < changes' ("tune.train.lr=1e-3,1e-2"). Its only point needs no trial. Raises
+    InputError, also for a setting that is both tuned and set, and for tuning seeds that are the study's own.
+    """
+    grid = _grid(spec, preset, changes)
+    points = product(grid.items())
+    by_point = []
+    for point in points:
+        changed = [*changes, *(f"{key}={plain(value)}" for key, value in point)]
+        rows = resolve(spec, preset=preset, changes=changed, seeds=seeds).rows
+        trials: Sequence[Row | None] = [None for _ in rows]
+        if spec.tune is not None and len(points) > 1:
+            _check_seeds(spec.tune.seeds, rows)
+            changed.append(f"train.validation={spec.tune.validation}")
+            trials = resolve(spec, preset=preset, changes=changed, seeds=spec.tune.seeds).rows
+        by_point.append([_candidate(point, row, trial) for row, trial in zip(rows, trials, strict=True)])
+    candidates = tuple(zip(*by_point, strict=True))
+    for of_row in candidates:
+        _check_values(of_row, grid)
+    return Tuning(spec, candidates)
+
+
+def _grid(spec: StudySpec, preset: str, changes: Sequence[str]) -> dict[str, list[Any]]:
+    """Full key to values."""
+    overrides, _, axes = split_changes(changes)
+    axes = {**axes_in(spec.presets.get(preset, {}), TUNE), **axes}
+    if spec.tune is None:
+        if axes:
+            raise InputError(f"study {spec.name!r} tunes nothing, so that {TUNE}{next(iter(axes))} means nothing")
+        return {}
+    grid = {full_key(name): values for name, values in {**spec.tune.grid, **axes}.items()}
+    for key in grid:
+        if not key.startswith(("adapter.", "train.")):
+            raise InputError(f"{TUNE}{key}: only settings of the adapter and of training are tuned")
+        if key in overrides:
+            raise InputError(f"{key} is tuned; --set {TUNE}{key}={plain(overrides[key])} leaves it that value alone")
+    return grid
+
+
+def _candidate(point: Point, row: Row, trial: Row | None) -> Candidate:
+    candidate = Candidate(point, (), row)
+    if trial is None:
+        return candidate
+    label = f"{row.label}, tuning {candidate.name}"
+    return replace(candidate, trials=tuple(replace(cell, row=label) for cell in trial.cells))
+
+
+def _check_seeds(seeds: Sequence[int], rows: Sequence[Row]) -> None:
+    shared = sorted({cell.seed for row in rows for cell in row.cells} & set(seeds))
+    if shared or not seeds:
+        problem = f"{shared[0]} is one of the study's" if shared else "there are none"
+        raise InputError(f"tune.seeds must be seeds that no row is reported with: {problem}")
+
+
+def _check_values(candidates: Sequence[Candidate], grid: Mapping[str, Sequence[Any]]) -> None:
+    """Raise InputError for a row that sets itself what is tuned."""
+    settings = [candidate.row.cells[0].settings for candidate in candidates]
+    for key, values in grid.items():
+        if len(values) > 1 and key in settings[0] and len({plain(found[key]) for found in settings}) == 1:
+            raise InputError(f"row {candidates[0].row.label!r} sets {key}, which is tuned")
