@@ -27,7 +27,7 @@ class TrainSettings:
     or "constant", after a warm-up of warmup_ratio of the steps. weight_decay: of A, B and the head; max_grad_norm:
     the gradient's norm is clipped there. max_length: tokens of a row; None is the task's own, which the run's
     configuration then has. precision: "fp32", or "bf16" and "fp16" by autocast. weights: how the frozen backbone is
-    held, "fp32", "bf16", or quantised by bitsandbytes, "int8" or "nf4"; what trains stays in float32.
+    held, "fp32", "bf16", or quantised by bitsandbytes, "int8" or "nf4"; adapter and head stay in float32.
     gradient_checkpointing: compute activations again in the backward pass instead of keeping them. eval_steps: evaluate
     every so many steps and keep the best checkpoint; None evaluates once, at the end. patience: stop after so many
     evaluations without a better one. train_rows / eval_rows: use only so many rows. validation: the last such share of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,6 +44,8 @@ def loading_options(weights: str) -> dict[str, Any]:
     if weights in QUANTISED:
         from transformers import BitsAndBytesConfig
 
+        # It would tell at every product of LLM.int8 that it takes bfloat16 for float16.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_8bit=weights == "int8",
             load_in_4bit=weights == "nf4",

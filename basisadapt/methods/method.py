@@ -33,8 +33,8 @@ class RandomBasisSettings(LowRankSettings):
 class Method(ABC):
     """A way to fine-tune a model. Subclass it with a name and the class of its `settings`; an object serves one run.
 
-    bounded: whether r must not exceed the smaller side of an adapted weight. quantisable: whether it works on a
-    backbone with quantised weights, which cannot be trained or rewritten.
+    bounded: whether r must not exceed the smaller side of an adapted weight. quantisable: whether it trains on a
+    backbone with quantised weights.
     """
 
     settings: ClassVar[type[LowRankSettings]]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Frozen(Method, name="frozen"):
+class Frozen(Method, name="frozen", quantisable=False):
     """Nothing trains: the model as it was pretrained, where the task asks for no fresh head. No setting has effect."""
 
     def attach(self, model: PreTrainedModel, settings: LowRankSettings, task_type: str | None) -> PreTrainedModel:

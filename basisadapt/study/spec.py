@@ -25,7 +25,7 @@ class Answers:
 
     table: a file in `studies/paper/`; also: others that print the same values. key, column, std: the columns with a
     row's name, its value and the value's standard deviation; where methods have columns of their own, a method to its
-    column. setting: on what it was measured.
+    column. where: a column to the value that the answered rows have there. setting: on what it was measured.
     rows: the label of a row of the sweep to its name in the table, where that is not "axis=value,...". left_out: a row
     of the table that no row of the study answers, to the reason.
     """
@@ -34,6 +34,7 @@ class Answers:
     key: str
     column: str | dict[str, str]
     std: str | dict[str, str] | None = None
+    where: dict[str, str] = field(default_factory=dict)
     setting: str = ""
     also: tuple[str, ...] = ()
     rows: dict[Any, str] = field(default_factory=dict)
@@ -221,7 +222,8 @@ def published_values(answers: Answers | None) -> dict[str, tuple[str, str | None
     path = studies_dir() / "paper" / answers.table
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
+            table = list(csv.DictReader(file))
+        rows = [row for row in table if all(row[name] == value for name, value in answers.where.items())]
         columns, stds = _by_method(answers.column), _by_method(answers.std)
         return {
             f"{row[answers.key]}{suffix}": (row[column], row[stds[suffix]] if suffix in stds else None)

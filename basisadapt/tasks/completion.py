@@ -336,4 +336,8 @@ def _instruction(row: Any, where: str) -> Instruction:
         if not isinstance(values.get(key), str):
             found = f"got {values[key]!r:.80}" if key in values else "which is missing"
             raise InputError(f"{where} needs a text called {key!r}, {found}")
+        try:
+            values[key].encode()
+        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+            raise InputError(f"{where}: {key!r} has half a character at {error.start}") from error
     return Instruction(values["instruction"], values["input"], values["output"], values["answer"])
