@@ -77,8 +77,8 @@ class RunResult:
     phi: adapted module -> {"z": [..], "phi": [..]}, what φ adds to BA, f(z), on the range of BA (empty for methods
     without φ). snapshots: [{"step", "stable_rank": {module: number}, "phi": as above}, ...] at the start and after 10 %
     and 50 % of the steps. landscape: `diagnostics.landscape` of the training loss, empty unless train.landscape asks.
-    warnings: sentences for the user. data: fingerprint and row counts. environment: versions, git commit, platform,
-    threads.
+    warnings: sentences for the user. data: fingerprint, row counts and what the task says of its rows. environment:
+    versions, git commit, platform, threads.
     """
 
     status: str
@@ -149,7 +149,7 @@ def run(
     import transformers
 
     task = tasks.find(config.task, config.data)
-    data = _load(config.task, config.data, data_dir)
+    data = _load(config.task, config.data, data_dir, tasks.stamp(config.task, config.data))
     train, held_out = data.train.head(config.train.train_rows), data.eval.head(config.train.eval_rows)
     transformers.set_seed(config.seed)
     base, processor = backbones.load(backbones.find(config.backbone), task.form, task.num_labels)
@@ -225,13 +225,18 @@ def run(
         snapshots=observer.snapshots,
         landscape=slice_of_loss,
         warnings=observer.warnings(modules, config.adapter),
-        data={"fingerprint": data.fingerprint(), "train_rows": len(train), "eval_rows": len(held_out)},
+        data={
+            "fingerprint": data.fingerprint(),
+            "train_rows": len(train),
+            "eval_rows": len(held_out),
+            **data.about,
+        },
         environment=environment(),
     )
 
 
 @functools.lru_cache(maxsize=2)
-def _load(task: str, settings: DataSettings, data_dir: Path | None) -> TaskData:
+def _load(task: str, settings: DataSettings, data_dir: Path | None, stamp: tuple[tuple[int, ...], ...]) -> TaskData:
     loader = tasks.find(task, settings)
     loader.check(data_dir)
     return loader.load(data_dir)
