@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -24,6 +25,15 @@ def tiny(kind: str) -> torch.nn.Module:
     }
     config = AutoConfig.for_model(**shapes[kind], **common)
     return AutoModelForSequenceClassification.from_config(config).eval()
+
+
+@pytest.fixture(scope="session")
+def data_dir():
+    """Real data in the layout of the README: BASISADAPT_DATA_DIR, or a folder shared/data beside the repository."""
+    folder = Path(os.environ.get("BASISADAPT_DATA_DIR", Path(__file__).parents[2] / "shared" / "data"))
+    if not (folder / "glue").is_dir():
+        pytest.skip("needs real data: set BASISADAPT_DATA_DIR")
+    return folder
 
 
 @pytest.fixture

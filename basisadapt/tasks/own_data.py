@@ -16,7 +16,7 @@ import numpy as np
 from basisadapt.errors import InputError, unknown
 from basisadapt.tasks import metrics
 from basisadapt.tasks.split import divide, is_held_out, mixed
-from basisadapt.tasks.tables import Table
+from basisadapt.tasks.tables import Table, UnknownColumn
 from basisadapt.tasks.task import Rows, TaskData
 from basisadapt.tasks.text import TextTask
 
@@ -49,8 +49,8 @@ class OwnData(TextTask):
 
     @property
     def columns(self) -> list[str]:
-        """The columns that are read."""
-        return [*self._texts, self.settings.label]
+        """The columns that are read: of one text or two, and of the label."""
+        return [name for name in (self.settings.text, self.settings.second, self.settings.label) if name is not None]
 
     @property
     def headline(self) -> str:
@@ -74,31 +74,31 @@ class OwnData(TextTask):
         """Accuracy, macro-F1 and Matthews' correlation of classes; Pearson's and Spearman's of numbers."""
         return metrics.of_classes(scores, labels) if self._content.classes else metrics.of_numbers(scores, labels)
 
-    @property
-    def _texts(self) -> list[str]:
-        return [name for name in (self.settings.text, self.settings.second) if name is not None]
-
     @functools.cached_property
     def _content(self) -> Content:
-        train, test = self.tables()
-        classes = _classes(train, _labels(train, self.settings.label), self.settings.kind)
-        rows = self._rows(train, classes)
+        try:
+            train, test = self.tables()
+        except UnknownColumn as error:
+            raise InputError(f"{error}; data.text, data.second and data.label name the columns") from error
+        written = self._written(train)
+        classes = _classes(train, written.labels, self.settings.kind)
+        rows = mixed(_encoded(train, written, classes))
         if test is None:
             rows, others = _hold_out(rows, train.source)
             split = "one row in five is held out, chosen by its text"
         else:
-            others = self._rows(test, classes)
+            others = mixed(_encoded(test, self._written(test), classes))
             split = f"evaluated on {test.source}"
         if classes:
             return Content(TaskData(rows, others, about={"split": split, "classes": list(classes)}), classes)
         rows, others, scale = _standardised(rows, others, train.source)
         return Content(TaskData(rows, others, about={"split": split, **scale}), ())
 
-    def _rows(self, table: Table, classes: Sequence[str]) -> Rows:
-        texts = [_values(table, column) for column in self._texts]
-        labels = _labels(table, self.settings.label)
-        encoded: list[Any] = _indices(table, labels, classes) if classes else _numbers(table, labels)
-        return mixed(Rows(texts[0] if len(texts) == 1 else list(zip(*texts, strict=True)), encoded))
+    def _written(self, table: Table) -> Rows:
+        """The rows with their labels as texts."""
+        *texts, labels = (_values(table, column) for column in self.columns)
+        inputs: list[Any] = texts[0] if len(texts) == 1 else list(zip(*texts, strict=True))
+        return Rows(inputs, [label.strip() for label in labels])
 
 
 # --- values ---
@@ -119,10 +119,6 @@ def _value(table: Table, row: int, column: str, value: Any) -> str:
     if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
         raise table.error(row, f"column {column!r} holds half a character (a lone surrogate)")
     return text
-
-
-def _labels(table: Table, column: str) -> list[str]:
-    return [label.strip() for label in _values(table, column)]
 
 
 def _number(label: str) -> float | None:
@@ -180,6 +176,11 @@ def _are_numbers(table: Table, labels: Sequence[str], numbers: Sequence[float | 
             "say which with data.kind"
         )
     return False
+
+
+def _encoded(table: Table, written: Rows, classes: Sequence[str]) -> Rows:
+    labels: list[Any] = _indices(table, written.labels, classes) if classes else _numbers(table, written.labels)
+    return Rows(written.inputs, labels)
 
 
 def _indices(table: Table, labels: Sequence[str], classes: Sequence[str]) -> list[int]:

@@ -17,6 +17,10 @@ from typing import Any
 from basisadapt.errors import InputError, unknown
 
 
+class UnknownColumn(InputError):
+    """A column that was asked for is not there."""
+
+
 @dataclass(frozen=True)
 class Table:
     """Columns of a source, by name, and where its rows stand there: numbers, counted in `unit`, "line" or "row"."""
@@ -54,12 +58,11 @@ def read_table(path: Path, columns: Sequence[str], header: Sequence[str] | None 
 
 
 def check_columns(source: str, names: Iterable[str], columns: Sequence[str]) -> None:
-    """Raise InputError unless every one of `columns` is among `names` once."""
+    """Raise UnknownColumn or InputError unless every one of `columns` is among `names` once."""
     names = list(names)
     for column in columns:
         if column not in names:
-            missing = unknown("column", column, {" ".join(name.split()) for name in names})
-            raise InputError(f"{source}: {missing}")
+            raise UnknownColumn(f"{source}: {unknown('column', column, {' '.join(name.split()) for name in names})}")
         if names.count(column) > 1:
             raise InputError(f"{source} has {names.count(column)} columns called {column!r}")
 
