@@ -149,7 +149,7 @@ def run(
     import transformers
 
     task = tasks.find(config.task, config.data)
-    data = _load(config.task, config.data, data_dir, tasks.stamp(config.task, config.data))
+    data = load_data(config, data_dir)
     train, held_out = data.train.head(config.train.train_rows), data.eval.head(config.train.eval_rows)
     transformers.set_seed(config.seed)
     base, processor = backbones.load(backbones.find(config.backbone), task.form, task.num_labels)
@@ -233,6 +233,11 @@ def run(
         },
         environment=environment(),
     )
+
+
+def load_data(config: RunConfig, data_dir: Path | None = None) -> TaskData:
+    """All rows of the task, read once for as long as its files do not change. Raises InputError."""
+    return _load(config.task, config.data, data_dir, tasks.stamp(config.task, config.data))
 
 
 @functools.lru_cache(maxsize=2)

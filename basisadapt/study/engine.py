@@ -54,7 +54,9 @@ def run_study(study: Study, place: Place, tags: Mapping[str, str]) -> Report:
     recorded, and KeyboardInterrupt once the interrupted cell is recorded as killed.
     """
     check_place(place)
-    plan_cells(_missing(study, Record.read(place.tracking_uri, study.spec.name)), place.data_dir)
+    outcomes = Record.read(place.tracking_uri, study.spec.name)
+    _check_own_files(study, outcomes, place.data_dir)
+    plan_cells(_missing(study, outcomes), place.data_dir)
     with Invocation(study.spec, place, tags) as invocation:
         outcomes = invocation.run(study)
         report = make_report(build_table(study, outcomes))
@@ -145,6 +147,21 @@ def write_report(report: Report, place: Place) -> None:
         _make_folder(place.output)
         record = Record(place.tracking_uri, report.table.study.spec.name)
         _write(report_files(report, record.pictures), place.output)
+
+
+def _check_own_files(study: Study, outcomes: Mapping[str, Outcome], data_dir: Path | None) -> None:
+    """Raise InputError if a file of the user's own has changed since cells of the study were run on it."""
+    from basisadapt import tasks, training
+
+    for cell in study.cells:
+        seen = outcomes[cell.key].data.get("fingerprint") if cell.key in outcomes else None
+        if seen is None or not any(tasks.stamp(cell.config.task, cell.config.data)):
+            continue
+        if training.load_data(cell.config, data_dir).fingerprint() != seen:
+            raise InputError(
+                f"the rows of {cell.config.task!r} have changed since {cell.row!r} was run on them; under another name "
+                "they are run anew, and --report shows what is recorded of the old ones"
+            )
 
 
 def _missing(study: Study, outcomes: Mapping[str, Outcome]) -> list[Cell]:
