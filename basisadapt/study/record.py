@@ -324,6 +324,11 @@ def _parameters(cell: Cell) -> dict[str, str]:
     return {clean(name): value if isinstance(value, str) else json.dumps(value) for name, value in flat.items()}
 
 
+_TUNING = """- Rows called "..., tuning ..." are trials of a setting's values, evaluated on training rows
+  (`train.validation`): not to be compared with the others.
+"""
+
+
 def _guide(spec: StudySpec) -> str:
     return f"""**{spec.title}**
 
@@ -339,7 +344,7 @@ How to compare: each invocation is a parent run, each cell (row and seed) a chil
 - A cell's page holds its pictures (`phi.png`, `phi_evolution.png`, `stable_rank.png`, `spectrum.png`, `modules.png`,
   `training.png`), `result.json`, its curves, and every layer's numbers under `stable_rank/`, `dc_share/` and so on.
 - Cells that diverged, failed or were killed say so in the tag `{STATUS}`.
-"""
+{_TUNING if spec.tune else ""}"""
 
 
 def _cell_note(cell: Cell, result: RunResult) -> str:
