@@ -118,6 +118,7 @@ class MTBench(Task, name="instruct/mt_bench"):
     form = "completion"
     headline = "score"
     num_labels = 1
+    comparable = False
 
     def __init__(self, settings: DataSettings | None = None) -> None:
         super().__init__(settings)
@@ -138,7 +139,7 @@ class MTBench(Task, name="instruct/mt_bench"):
 
         Raises InputError for a conversation that would be longer than the backbone reads.
         """
-        if not _asks(rows):
+        if not isinstance(rows.inputs[0], mt_bench.Question):
             return self._alpaca.examples(rows, processor, max_length, training)
         firsts = token_ids(processor, [alpaca_prompt(question.turns[0]) for question in rows.inputs])
         seconds = token_ids(processor, [_follow_up(question.turns[1]) for question in rows.inputs], special=False)
@@ -178,8 +179,6 @@ class MTBench(Task, name="instruct/mt_bench"):
 
     def measure(self, scores: np.ndarray, rows: Rows, processor: Any) -> dict[str, float]:
         """`mt_bench.judged`. Raises InputError that says where the answers are, if the judge gives no answer."""
-        if not _asks(rows):
-            return self._alpaca.measure(scores, rows, processor)
         texts = [processor.batch_decode(turns, skip_special_tokens=True) for turns in scores]
         answers = [(first.strip(), second.strip()) for first, second in texts]
         saved = mt_bench.save_answers(rows, answers, judge.folder())
@@ -190,11 +189,6 @@ class MTBench(Task, name="instruct/mt_bench"):
         except InputError as error:
             again = f"the answers are kept: python -m basisadapt.mt_bench {saved} --data-dir DIR judges them"
             raise InputError(f"{error}; {again}") from error
-
-
-def _asks(rows: Rows) -> bool:
-    """Whether these are MT-Bench's questions, not Alpaca's rows."""
-    return isinstance(rows.inputs[0], mt_bench.Question)
 
 
 def _follow_up(text: str) -> str:

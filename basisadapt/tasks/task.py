@@ -82,14 +82,15 @@ class Task(ABC):
 
     form: "text", "image" or "completion", what the model must be able to do. headline: the key of the main metric,
     greater being better. num_labels: classes, or 1 for a regression; without meaning for completions. max_length: what
-    train.max_length is where nobody sets it; None for no limit. notes: what the run's record is to say beside numbers,
-    such as who has judged.
+    train.max_length is where nobody sets it; None for no limit. comparable: whether training rows can be measured
+    as the held-out ones are. notes: what the run's record is to say beside numbers, such as who has judged.
     """
 
     form: ClassVar[str]
     headline: ClassVar[str]
     num_labels: int
     max_length: ClassVar[int | None] = None
+    comparable: ClassVar[bool] = True
 
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
         """Register the class under `name`. Raises InputError if it is taken."""

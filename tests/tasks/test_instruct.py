@@ -19,16 +19,8 @@ from basisadapt.tasks.instruct import converse
 from basisadapt.tasks.mt_bench import read_answers, read_bench
 from basisadapt.tasks.settings import DataSettings
 from basisadapt.training import plan, run
-from tests.tasks.bench import write_bench
 from tests.tasks.endpoint import says
-
-
-def write_alpaca(folder, count=100, name="alpaca_data.json"):
-    rows = [{"instruction": f"Say {i}.", "input": str(i) * (i % 2), "output": f"It is {i}."} for i in range(count)]
-    path = folder / "instruct" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rows))
-    return folder
+from tests.tasks.files import write_alpaca, write_bench
 
 
 @pytest.fixture
@@ -201,6 +193,11 @@ def test_a_study_goes_on_when_its_judge_is_back(data, language_model, judged_by,
     assert re.search(rf"LoRA +{(4 + 4 + 4 + 10 + 10) / 5:.4f} ", capsys.readouterr().out)
     assert len(judged_by.requests) == 4
     assert "<dt>judge</dt><dd>tester</dd>" in (tmp_path / "page" / "report.html").read_text()
+
+
+def test_training_rows_do_not_stand_in_for_questions(config, data, judged_by):
+    with pytest.raises(InputError, match=r"validation measures .* which task 'instruct/mt_bench' cannot"):
+        plan(config("instruct/mt_bench", train={"validation": 0.2}), data)
 
 
 def test_the_command_refuses_bad_input(data, judged_by, tmp_path, capsys):
