@@ -29,6 +29,7 @@ from basisadapt.tasks.completion import (
     teacher_forced,
     token_ids,
 )
+from basisadapt.tasks.hub import ask_hub
 from basisadapt.tasks.settings import DataSettings
 from basisadapt.tasks.task import Example, Rows, Task, TaskData, readable_folder
 
@@ -87,13 +88,10 @@ def _files(data_dir: Path) -> list[Path]:
 
 
 def _from_hub() -> list[Instruction]:
-    from datasets import load_dataset
-
     try:
-        part = load_dataset("tatsu-lab/alpaca", split="train")
-    except Exception as error:  # the hub's client raises many kinds
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"task instruct/alpaca needs --data-dir or the hub, which failed: {reason}") from error
+        part = ask_hub("tatsu-lab/alpaca", None)["train"]
+    except InputError as error:
+        raise InputError(f"task instruct/alpaca needs --data-dir or the hub: {error}") from error
     return [Instruction(*row) for row in zip(part["instruction"], part["input"], part["output"], strict=True)]
 
 
