@@ -68,9 +68,9 @@ class RunResult:
     "dc_share.mean" and, of φ, "active_n.mean", "utilisation.mean", "omega.mean" and ".std", "alpha.mean_abs" and
     "range.share", the largest of them; "convergence_exponent" (`diagnostics.convergence`), "update_smoothness"
     (`diagnostics.path`), "generalisation_gap" (the headline metric on up to 128 training rows less that on the held-out
-    ones); "parameters.trainable", ".factors", ".transfer", ".head"; "adapter.bytes", the size of the saved weights;
-    "memory.peak_bytes" and "tokens_per_second" of training (`cost`);
-    "seconds.train", ".eval" and ".observe", which do not overlap.
+    ones, where they are comparable); "parameters.trainable", ".factors", ".transfer", ".head"; "adapter.bytes", the
+    size of the saved weights; "memory.peak_bytes" and "tokens_per_second" of training (`cost`); "seconds.train",
+    ".eval" and ".observe", which do not overlap.
     curves: name -> [(step, value), ...]: "loss", "update_smoothness" so far, "stable_rank.attention" and so on at the
     snapshots and the end, and "eval_loss" and the task's metrics where the run evaluates on its way.
     modules: adapted module -> its numbers at the end, if its method has a ΔW: "kind", "stable_rank", "dc_share",
@@ -104,6 +104,8 @@ def plan(config: RunConfig, data_dir: Path | None = None, dry: bool = False) -> 
     if config.train.precision == "fp16" and not torch.cuda.is_available():
         raise InputError("train.precision fp16 needs a GPU; on a CPU use fp32 or bf16")
     task = tasks.find(config.task, config.data)
+    if config.train.validation is not None and not task.comparable:
+        raise InputError(f"train.validation measures a run on training rows, which task {config.task!r} cannot")
     task.check(data_dir)
     backbone = backbones.find(config.backbone)
     backbones.check_weights(config.train.weights)
@@ -201,7 +203,7 @@ def run(
         trainer.compute_metrics = None  # which measures the held-out rows
         output = trainer.predict(questions, metric_key_prefix="eval")
         evaluated = time.perf_counter()
-        on_seen = trainer.predict(encode(seen, training=False)).predictions
+        on_seen = trainer.predict(encode(seen, training=False)).predictions if task.comparable else None
         slice_of_loss = _landscape(trainer, encode(_spread(train, EVAL_BATCH), training=False), config)
         size = math.nan
         if save_to is not None or hasattr(model, "peft_config"):  # a whole model is written where it is asked for only
@@ -216,7 +218,8 @@ def run(
     scores, gap = {}, math.nan
     if not watch.diverged:
         scores = task.measure(output.predictions, held_out, processor)
-        gap = task.measure(on_seen, seen, processor).get(task.headline, math.nan) - scores.get(task.headline, math.nan)
+        if on_seen is not None:
+            gap = task.measure(on_seen, seen, processor)[task.headline] - scores[task.headline]
     training_seconds = trained - began - observer.seconds
     metrics = {
         **scores,

