@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,6 +113,9 @@ BACKBONES = {
             "num_key_value_heads": 8,
         },
     ),
+    # Both transformers' defaults but for what is written.
+    "clip-vit-b32": Backbone(source="openai/clip-vit-base-patch32", shapes={"model_type": "clip"}),
+    "dinov2-base": Backbone(source="facebook/dinov2-base", shapes={"model_type": "dinov2", "image_size": 518}),
 }
 
 
@@ -127,6 +131,7 @@ class Form:
 FORMS = {
     "text": Form("AutoModelForSequenceClassification", "AutoTokenizer", "SEQ_CLS"),
     "image": Form("AutoModelForImageClassification", "AutoImageProcessor", None),
+    "zero_shot": Form("ZeroShotCLIP", "AutoImageProcessor", None),  # ours
     "completion": Form("AutoModelForCausalLM", "AutoTokenizer", "CAUSAL_LM"),
 }
 
@@ -163,12 +168,15 @@ def shape_only(backbone: Backbone, form: str, num_labels: int) -> PreTrainedMode
         config = _ask(transformers.AutoConfig, backbone, num_labels=num_labels)
     _check_form(backbone, form, config)
     with torch.device("meta"):
-        return getattr(transformers, FORMS[form].model).from_config(config)
+        return _model_class(form).from_config(config)
 
 
-def load(backbone: Backbone, form: str, num_labels: int) -> tuple[PreTrainedModel, Any]:
+def load(
+    backbone: Backbone, form: str, num_labels: int, prompts: Sequence[Sequence[str]] = ()
+) -> tuple[PreTrainedModel, Any]:
     """The pretrained model in float32, its head fresh, and its tokenizer or image processor.
 
+    prompts: sentences about each class, which the form "zero_shot" knows it by.
     Raises InputError where the weights cannot be had or are not what they should be. Only safetensors are read, and
     no code from the hub is run.
     """
@@ -177,9 +185,18 @@ def load(backbone: Backbone, form: str, num_labels: int) -> tuple[PreTrainedMode
     if backbone.sha256:
         _check_sha256(location(backbone) / "model.safetensors", backbone.sha256)
     processor = _ask(getattr(transformers, FORMS[form].processor), backbone)
-    auto_class, options = getattr(transformers, FORMS[form].model), {"num_labels": num_labels}
-    model = _ask(auto_class, backbone, dtype=torch.float32, use_safetensors=True, **options)
+    weights: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True}
+    model = _ask(_model_class(form), backbone, num_labels=num_labels, **weights)
     _check_form(backbone, form, model.config)
+    if form == "zero_shot":
+        from basisadapt.clip import class_embeddings
+
+        if len(prompts) != num_labels:
+            raise InputError(
+                f"data.head zero_shot needs the names of {num_labels} classes, and the data have {len(prompts)}"
+            )
+        whole, tokenizer = _ask(transformers.CLIPModel, backbone, **weights), _ask(transformers.AutoTokenizer, backbone)
+        model.classes.copy_(class_embeddings(whole, tokenizer, prompts))
     if isinstance(processor, transformers.PreTrainedTokenizerBase):
         if processor.pad_token is None:
             processor.pad_token = processor.eos_token
@@ -187,8 +204,25 @@ def load(backbone: Backbone, form: str, num_labels: int) -> tuple[PreTrainedMode
     return model, processor
 
 
+def _model_class(form: str) -> Any:
+    """What builds a model from a configuration or loads it."""
+    import transformers
+
+    if form == "zero_shot":
+        from basisadapt.clip import ZeroShotCLIP
+
+        return ZeroShotCLIP
+    return getattr(transformers, FORMS[form].model)
+
+
 def _check_form(backbone: Backbone, form: str, config: PretrainedConfig) -> None:
     from transformers.models.auto import modeling_auto
+
+    if form == "zero_shot" and config.model_type != "clip":
+        raise InputError(
+            f"data.head zero_shot needs a backbone with a text tower, such as clip-vit-b32; {backbone.source!r} is "
+            f"{config.model_type} and has data.head linear"
+        )
 
     # transformers also offers encoders as causal language models, which they were not trained to be.
     masked = config.model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES

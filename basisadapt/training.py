@@ -157,7 +157,7 @@ def run(
         train, held_out = train.split(config.train.validation)
     held_out = held_out.head(config.train.eval_rows)
     transformers.set_seed(config.seed)
-    base, processor = backbones.load(backbones.find(config.backbone), task.form, task.num_labels)
+    base, processor = backbones.load(backbones.find(config.backbone), task.form, task.num_labels, data.prompts)
     model = attach(base, config, task.form)
     encode = functools.partial(task.examples, processor=processor, max_length=config.train.max_length)
     held_out, questions = _longest_first(held_out, encode(held_out, training=False))

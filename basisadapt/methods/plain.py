@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from basisadapt.backbones import is_head
+from basisadapt.errors import InputError
 from basisadapt.methods.method import Method
 from basisadapt.phi.settings import LowRankSettings
 
@@ -19,6 +20,8 @@ class HeadOnly(Method, name="head"):
         """The model itself."""
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(is_head(name))
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise InputError("method 'head' trains a head, and this model's task has none that trains")
         return model
 
     def parameters(self, settings: LowRankSettings, out_features: int, in_features: int) -> int:

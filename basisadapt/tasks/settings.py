@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from basisadapt.errors import InputError, unknown
 
 SCORINGS = ("likelihood", "generation", "cloze")
+HEADS = ("linear", "zero_shot")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,9 @@ class DataSettings:
     found: "likelihood", the published answer sentence that the model finds likeliest; "generation", the first option
     named in what it writes, the published rule; "cloze", the option whose text it finds likeliest, per character, as
     the question's continuation.
+
+    Of images: head, "linear", a layer that is trained; or "zero_shot", the embeddings of sentences about the classes,
+    which stay as they are, for a backbone with a text tower (CLIP).
     """
 
     text: str = "text"
@@ -28,9 +32,12 @@ class DataSettings:
     test: str | None = None
     train_on_inputs: bool = False
     scoring: str = "likelihood"
+    head: str = "linear"
 
     def __post_init__(self) -> None:
         if self.scoring not in SCORINGS:
             raise unknown("data.scoring", self.scoring, SCORINGS)
+        if self.head not in HEADS:
+            raise unknown("data.head", self.head, HEADS)
         if self.text == self.label or self.second in (self.text, self.label):
             raise InputError(f"data.text, data.second and data.label must name different columns, got {self.label!r}")

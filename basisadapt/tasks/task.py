@@ -56,12 +56,14 @@ class Rows:
 class TaskData:
     """A task's rows. They are in a fixed, mixed order, so that the first ones are a fair sample.
 
-    mark: what tells these data from others, where the rows are too many to be read for it.
+    mark: what tells these data from others, where the rows are too many to be read for it. prompts: sentences about
+    each class, for a model that knows classes by them.
     """
 
     train: Rows
     eval: Rows
     mark: str | None = None
+    prompts: tuple[tuple[str, ...], ...] = ()
 
     def fingerprint(self) -> str:
         """A hash of every input and label, or of the mark."""
@@ -73,11 +75,11 @@ class Task(ABC):
     """What a model is trained for and measured by. Subclass one of its forms with a name: `TextTask`, `ImageTask` or
     `CompletionTask`.
 
-    form: "text", "image" or "completion", what the model must be able to do. headline: the key of the main metric,
-    greater being better. num_labels: classes, or 1 for a regression; without meaning for completions.
+    form: "text", "image", "zero_shot" or "completion", what the model must be able to do. headline: the key of the main
+    metric, greater being better. num_labels: classes, or 1 for a regression; without meaning for completions.
     """
 
-    form: ClassVar[str]
+    form: str
     headline: ClassVar[str]
     num_labels: int
 
