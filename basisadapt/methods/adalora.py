@@ -27,7 +27,7 @@ class AdaLoRASettings(AllocationSettings):
         require(0 <= self.orthogonality < math.inf, "orthogonality", self.orthogonality, "at least 0")
 
 
-class AdaLoRA(Method, name="adalora", settings=AdaLoRASettings):
+class AdaLoRA(Method, name="adalora", settings=AdaLoRASettings, quantisable=False):
     """ΔW ∝ B diag(E) A, E = 0 at the start; the least important ranks are cut until r a module are left on average.
 
     Importance: |p g| of every entry of a triplet, smoothed, times its smoothed uncertainty. A penalty on ‖AAᵀ − I‖ and

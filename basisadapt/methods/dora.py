@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 ROUNDING = 1e-6  # of a norm in float32
 
 
-class DoRA(PeftMethod, name="dora"):
+class DoRA(PeftMethod, name="dora", quantisable=False):
     """W + ΔW = diag(μ) V, with V = W + s BA and rows of V scaled to length 1; μ (m,) starts at the lengths of W's rows.
 
     A, B and s as in LoRA. Source: Liu et al. (2024).

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 
-class HiRA(PeftMethod, name="hira"):
+class HiRA(PeftMethod, name="hira", quantisable=False):
     """ΔW = W ∘ (BA), elementwise, A Kaiming-uniform, B = 0; lora_alpha means nothing. Source: Huang et al. (2025)."""
 
     def peft_config(self, settings: LowRankSettings, common: Mapping[str, Any]) -> PeftConfig:

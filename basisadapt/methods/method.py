@@ -33,11 +33,13 @@ class RandomBasisSettings(LowRankSettings):
 class Method(ABC):
     """A way to fine-tune a model. Subclass it with a name and the class of its `settings`; an object serves one run.
 
-    bounded: whether r must not exceed the smaller side of an adapted weight.
+    bounded: whether r must not exceed the smaller side of an adapted weight. quantisable: whether it trains on a
+    backbone with quantised weights.
     """
 
     settings: ClassVar[type[LowRankSettings]]
     bounded: ClassVar[bool]
+    quantisable: ClassVar[bool]
 
     def __init_subclass__(
         cls,
@@ -45,11 +47,12 @@ class Method(ABC):
         name: str | None = None,
         settings: type[LowRankSettings] = LowRankSettings,
         bounded: bool = True,
+        quantisable: bool = True,
         **kwargs: Any,
     ) -> None:
         """Register the class under `name`. Raises InputError if it is taken."""
         super().__init_subclass__(**kwargs)
-        cls.settings, cls.bounded = settings, bounded
+        cls.settings, cls.bounded, cls.quantisable = settings, bounded, quantisable
         if name is not None:
             METHODS.add(name, cls)
 

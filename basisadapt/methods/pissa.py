@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class PiSSA(Method, name="pissa"):
+class PiSSA(Method, name="pissa", quantisable=False):
     """LoRA that starts at W's leading singular triplets: s BA = U_r Σ_r V_rᵀ, with W − s BA frozen in W's place.
 
     Training begins at the pretrained function. Source: Meng, Wang & Zhang (2024).

@@ -1,4 +1,4 @@
-"""The references without an adapter: the task's head alone, and everything."""
+"""The references without an adapter: nothing, the task's head alone, and everything."""
 
 from __future__ import annotations
 
@@ -13,15 +13,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class HeadOnly(Method, name="head"):
-    """The frozen backbone with a trained head: what a task gives without an adapter. Adapter settings mean nothing."""
+class Frozen(Method, name="frozen", quantisable=False):
+    """Nothing trains: the model as it was pretrained, where the task asks for no fresh head. No setting has effect."""
 
     def attach(self, model: PreTrainedModel, settings: LowRankSettings, task_type: str | None) -> PreTrainedModel:
         """The model itself."""
+        return model.requires_grad_(False)
+
+    def parameters(self, settings: LowRankSettings, out_features: int, in_features: int) -> int:
+        """None."""
+        return 0
+
+
+class HeadOnly(Method, name="head", quantisable=False):
+    """The frozen backbone with a trained head: what a task gives without an adapter. Adapter settings mean nothing."""
+
+    def attach(self, model: PreTrainedModel, settings: LowRankSettings, task_type: str | None) -> PreTrainedModel:
+        """The model itself. Raises InputError if it has no head."""
+        if not any(is_head(name) for name, _ in model.named_parameters()):
+            raise InputError("method head trains the task's head, and this model has none; frozen trains nothing")
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(is_head(name))
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise InputError("method 'head' trains a head, and this model's task has none that trains")
         return model
 
     def parameters(self, settings: LowRankSettings, out_features: int, in_features: int) -> int:
@@ -29,7 +41,7 @@ class HeadOnly(Method, name="head"):
         return 0
 
 
-class FullFineTuning(Method, name="full"):
+class FullFineTuning(Method, name="full", quantisable=False):
     """Every parameter trains. Adapter settings mean nothing."""
 
     def attach(self, model: PreTrainedModel, settings: LowRankSettings, task_type: str | None) -> PreTrainedModel:

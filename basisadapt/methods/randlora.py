@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 
-class RandLoRA(PeftMethod, name="randlora", settings=RandomBasisSettings):
+class RandLoRA(PeftMethod, name="randlora", settings=RandomBasisSettings, quantisable=False):
     """ΔW = s Σ_j B_j diag(λ_j) A_j diag(γ_j), j = 1..K: frozen random bases of rank r, enough of them for full rank.
 
     K = ⌈min(m, n) / r⌉; λ_j (r,) = 0 and γ_j (min(m, n),) train. A larger r means fewer parameters. The bases follow

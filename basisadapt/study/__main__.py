@@ -199,7 +199,7 @@ def _print_plans(tuning: Tuning, place: Place) -> None:
     outcomes = Record.read(place.tracking_uri, tuning.spec.name)
     tuned = tuning.choose(outcomes)
     cells, outcomes = [*tuning.trials.cells, *tuned.study.cells], tuned.seen(outcomes)
-    plans = engine.plan_cells(cells, place.data_dir)
+    plans = engine.plan_cells(cells, place.data_dir, dry=True)
     width = max(len(cell.row) for cell in cells)
     columns = "{:>6}  {:>7}  {:>11}  {:>9}  {:>9}  {:>11}  {}".format
     print(f"{tuning.spec.title}: {len(cells)} cells\n")

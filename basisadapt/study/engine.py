@@ -123,14 +123,14 @@ class Invocation:
             _write(files, self._place.output)
 
 
-def plan_cells(cells: Sequence[Cell], data_dir: Path | None) -> dict[str, Plan]:
-    """Check every distinct configuration of `cells` against model and data. Returns row label to plan."""
+def plan_cells(cells: Sequence[Cell], data_dir: Path | None, dry: bool = False) -> dict[str, Plan]:
+    """Check every distinct configuration of `cells`, see `training.plan`. Returns row label to plan."""
     from basisadapt import training
 
     plans: dict[str, Plan] = {}
     for cell in cells:
         if cell.row not in plans:
-            plans[cell.row] = training.plan(cell.config, data_dir)
+            plans[cell.row] = training.plan(cell.config, data_dir, dry)
     return plans
 
 

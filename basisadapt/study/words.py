@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from basisadapt import backbones
 from basisadapt.ranges import Choices, Range
 from basisadapt.study import statistics
 
@@ -237,6 +238,8 @@ def _notes(table: Table) -> list[str]:
                 f"Differences to {reference_named(spec.reference)} are paired by seed: mean, 95 % confidence interval "
                 f"(t), two-sided paired t-test, Holm-corrected for {tests} test{'' if tests == 1 else 's'}."
             )
+    used = dict.fromkeys(cell.config.backbone for line in table.lines for cell in line.row.cells)
+    notes += [f"Backbone {name}: {note}." for name in used if (note := backbones.find(name).note)]
     notes += trouble(table)
     if spec.answers is not None:
         setting = f" ({spec.answers.setting})" if spec.answers.setting else ""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from basisadapt.tasks import commonsense as commonsense
 from basisadapt.tasks import digits as digits
 from basisadapt.tasks import docstrings as docstrings
 from basisadapt.tasks import fashion_mnist as fashion_mnist
 from basisadapt.tasks import glue as glue
 from basisadapt.tasks import vision as vision
+from basisadapt.tasks.completion import CompletionTask
 from basisadapt.tasks.image import ImageTask
 from basisadapt.tasks.settings import DataSettings
 from basisadapt.tasks.task import TASKS, Example, Rows, Task, TaskData, find
 from basisadapt.tasks.text import TextTask
 
-__all__ = ["TASKS", "DataSettings", "Example", "ImageTask", "Rows", "Task", "TaskData", "TextTask", "find"]
+__all__ = ["TASKS", "CompletionTask", "DataSettings", "Example", "ImageTask", "Rows", "Task", "TaskData", "TextTask", "find"]

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from basisadapt.tasks.image import ImageTask, mixed_order
+from basisadapt.tasks.image import ImageTask
 from basisadapt.tasks.task import Rows, TaskData
+
+HELD_OUT = 0.2
 
 
 class Digits(ImageTask, name="vision/digits"):
@@ -26,8 +28,6 @@ class Digits(ImageTask, name="vision/digits"):
 
         digits = load_digits()
         images, labels = np.round(digits.images * 255 / 16).astype(np.uint8), digits.target
-        order = mixed_order(len(labels))
-        held_out, train = np.split(order, [len(order) // 5])
-        rows = [Rows(list(images[part]), labels[part].tolist()) for part in (train, held_out)]
+        train, held_out = Rows(list(images), labels.tolist()).mixed().split(HELD_OUT)
         mark = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
-        return TaskData(rows[0], rows[1], mark=mark, prompts=self.prompts([str(name) for name in digits.target_names]))
+        return TaskData(train, held_out, mark=mark, prompts=self.prompts([str(name) for name in digits.target_names]))

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from basisadapt.errors import InputError
-from basisadapt.tasks.image import ImageTask, mixed_order
+from basisadapt.tasks.image import ImageTask
 from basisadapt.tasks.task import Rows, TaskData, readable_folder
 
 NAMES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
@@ -60,9 +60,8 @@ class FashionMNIST(ImageTask, name="vision/fashion_mnist"):
             )
         if labels.max() >= self.num_labels:
             raise InputError(f"{str(labels_file)!r} has label {labels.max()}, expected 0 to {self.num_labels - 1}")
-        order = mixed_order(len(labels))
         mark = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
-        return Rows(list(images[order]), labels[order].tolist()), mark
+        return Rows(list(images), labels.tolist()).mixed(), mark
 
 
 def read_idx(path: Path) -> np.ndarray:

@@ -7,7 +7,6 @@ it, the hub's `nyu-mll/glue`.
 from __future__ import annotations
 
 import csv
-import random
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -47,7 +46,7 @@ class Glue(TextTask):
             return self._from_hub()
         self.check(data_dir)
         folder = data_dir / "glue" / self.folder
-        return TaskData(_mixed(self._read(folder / "train.tsv")), self._read(folder / "dev.tsv"))
+        return TaskData(self._read(folder / "train.tsv").mixed(), self._read(folder / "dev.tsv"))
 
     def _read(self, path: Path) -> Rows:
         # Quotes are literal in these files; MRPC starts with a byte-order mark.
@@ -76,7 +75,7 @@ class Glue(TextTask):
         def rows(part: Any) -> Rows:
             return Rows(_texts([list(part[name]) for name in self.hub_text]), list(part["label"]))
 
-        return TaskData(_mixed(rows(parts["train"])), rows(parts["validation"]))
+        return TaskData(rows(parts["train"]).mixed(), rows(parts["validation"]))
 
     def metrics(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """Accuracy, F1 and Matthews' correlation of two classes; Pearson and Spearman of a regression."""
@@ -100,12 +99,6 @@ class Glue(TextTask):
 def _texts(columns: list[list[str]]) -> list[Any]:
     """One column of texts as it is, two as pairs."""
     return columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
-
-
-def _mixed(rows: Rows) -> Rows:
-    order = list(range(len(rows)))
-    random.Random(0).shuffle(order)
-    return rows.take(order)
 
 
 class CoLA(Glue, name="glue/cola"):

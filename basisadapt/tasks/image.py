@@ -28,8 +28,9 @@ Box = tuple[float, float, float, float]  # left, upper, right, lower, in pixels
 
 
 class ImageTask(Task):
-    """Inputs are images, labels class indices. An image is the path of a file, opened only when a batch has its turn;
-    or an array of bytes, (height, width) or (height, width, 3); or a PIL image.
+    """Inputs are images, labels class indices. An image is the path of a file, or a function without arguments that
+    gives a PIL image, opened only when a batch has its turn; or an array of bytes, (height, width) or (height, width,
+    3); or a PIL image.
 
     templates: sentences with {} for a class's name, for backbones with a text tower (`data.head` zero_shot).
     """
@@ -99,11 +100,6 @@ class _Pixels(Sequence[Example]):
         return {"pixel_values": pixels(image, box, self._side, flip), "labels": int(self._rows.labels[index])}
 
 
-def mixed_order(count: int) -> np.ndarray:
-    """The numbers below `count` in an order that is mixed and always the same."""
-    return np.random.default_rng(0).permutation(count)
-
-
 def resolution(processor: Any) -> int:
     """The side in pixels of the squares that a model takes, from its image processor. Raises InputError for none."""
     size = getattr(processor, "crop_size", None) or processor.size
@@ -115,6 +111,8 @@ def resolution(processor: Any) -> int:
 
 def decode(image: Any) -> Image.Image:
     """The image in RGB. Raises InputError naming a file that is none, or is cut short."""
+    if callable(image):
+        image = image()
     if isinstance(image, Image.Image):
         return image.convert("RGB")
     if isinstance(image, np.ndarray):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,12 @@ class Rows:
     def take(self, indices: Sequence[int]) -> Rows:
         """The rows of these numbers, in their order."""
         return Rows([self.inputs[i] for i in indices], [self.labels[i] for i in indices])
+
+    def mixed(self) -> Rows:
+        """The rows in an order drawn once for all, from a fixed seed."""
+        order = list(range(len(self)))
+        random.Random(0).shuffle(order)
+        return self.take(order)
 
     def head(self, count: int | None) -> Rows:
         """The first `count` rows; all for None."""
@@ -77,11 +84,13 @@ class Task(ABC):
 
     form: "text", "image", "zero_shot" or "completion", what the model must be able to do. headline: the key of the main
     metric, greater being better. num_labels: classes, or 1 for a regression; without meaning for completions.
+    max_length: what train.max_length is where nobody sets it; None for no limit.
     """
 
     form: str
     headline: ClassVar[str]
     num_labels: int
+    max_length: ClassVar[int | None] = None
 
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
         """Register the class under `name`. Raises InputError if it is taken."""
@@ -101,8 +110,11 @@ class Task(ABC):
         """The rows, from `data_dir` where the task lives in files. Raises InputError naming file and row."""
 
     @abstractmethod
-    def examples(self, rows: Rows, processor: Any, max_length: int, training: bool) -> Sequence[Example]:
-        """The rows as the model takes them, one for one. processor: the backbone's tokenizer or image processor."""
+    def examples(self, rows: Rows, processor: Any, max_length: int | None, training: bool) -> Sequence[Example]:
+        """The rows as the model takes them, one for one; for training, some that are too long may be left out.
+
+        processor: the backbone's tokenizer or image processor. max_length: in tokens.
+        """
 
     @abstractmethod
     def collator(self, processor: Any) -> Callable[[list[Example]], dict[str, Tensor]]:

@@ -16,12 +16,13 @@ class TextTask(Task):
     """Inputs are texts or pairs of texts; labels are class indices, or numbers for a regression (num_labels = 1)."""
 
     form = "text"
+    max_length = 32
 
     @abstractmethod
     def metrics(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """Metrics of the model's `scores`, shape (rows, num_labels), against `labels`, shape (rows,)."""
 
-    def examples(self, rows: Rows, processor: Any, max_length: int, training: bool) -> Sequence[Example]:
+    def examples(self, rows: Rows, processor: Any, max_length: int | None, training: bool) -> Sequence[Example]:
         """Token ids, cut at max_length."""
         pairs = len(rows) > 0 and not isinstance(rows.inputs[0], str)
         texts = [list(column) for column in zip(*rows.inputs, strict=True)] if pairs else [list(rows.inputs)]

@@ -5,18 +5,18 @@ They come from image folders through `--data-dir`, `vision/cifar100/{train,test}
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
 from basisadapt.errors import InputError
-from basisadapt.tasks.image import ImageTask, mixed_order
+from basisadapt.tasks.image import ImageTask
 from basisadapt.tasks.task import Rows, TaskData, readable_folder
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -87,27 +87,18 @@ class Photographs(ImageTask):
         labels = np.asarray(part[self.label])
         if labels.min() < 0 or labels.max() >= self.num_labels:
             raise InputError(f"the hub's {self.hub} has labels outside 0 to {self.num_labels - 1}")
-        order = mixed_order(len(labels))
-        return Rows(_HubImages(part.select_columns([self.image]), self.image, order), labels[order].tolist())
+        column = part.select_columns([self.image])
+        images = [functools.partial(_decoded, column, row) for row in range(len(labels))]
+        return Rows(images, labels.tolist()).mixed()
 
 
-class _HubImages(Sequence[Any]):
-    """The images of a hub data set in an order; each is decoded when it is asked for, and not kept."""
-
-    def __init__(self, part: Any, column: str, order: np.ndarray) -> None:
-        self._part, self._column, self._order = part, column, order
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return _HubImages(self._part, self._column, self._order[index])
-        row = int(self._order[index])
-        try:
-            return self._part[row][self._column]
-        except (OSError, SyntaxError, ValueError) as error:
-            raise InputError(f"the image in row {row} cannot be read: {' '.join(str(error).split())}") from error
+def _decoded(images: Any, row: int) -> Any:
+    """The image of a hub data set of one column, decoded now and not kept."""
+    try:
+        (image,) = images[row].values()
+        return image
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"the image in row {row} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def _subfolders(folder: Path) -> list[str]:
@@ -131,7 +122,7 @@ def _read(folder: Path, classes: list[str]) -> tuple[Rows, str]:
             raise InputError(f"image {entry.path!r} is empty")
         content.update(f"{classes[label]}/{entry.name} {size}\n".encode())
     rows = Rows([entry.path for entry, _ in files], [label for _, label in files])
-    return rows.take(mixed_order(len(rows)).tolist()), content.hexdigest()
+    return rows.mixed(), content.hexdigest()
 
 
 def _names(folder: Path, classes: list[str]) -> list[str]:

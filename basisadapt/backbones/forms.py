@@ -1,0 +1,90 @@
+"""The forms a model takes for a task, which models can take them, and the head that comes with some."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from basisadapt.backbones.catalogue import BACKBONES, Backbone
+from basisadapt.errors import InputError
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a model does for a task.
+
+    does: in words. model, processor: the transformers classes that load it and its tokenizer or image processor.
+    models: transformers' table of the model types that can. peft: peft's word for it.
+    """
+
+    does: str
+    model: str
+    models: str
+    processor: str
+    peft: str | None
+
+
+FORMS = {
+    "text": Form(
+        does="classify texts",
+        model="AutoModelForSequenceClassification",
+        models="MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+        processor="AutoTokenizer",
+        peft="SEQ_CLS",
+    ),
+    "image": Form(
+        does="classify images",
+        model="AutoModelForImageClassification",
+        models="MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+        processor="AutoImageProcessor",
+        peft=None,
+    ),
+    "zero_shot": Form(
+        does="classify images by sentences about the classes (data.head zero_shot)",
+        model="ZeroShotCLIP",  # ours
+        models="MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+        processor="AutoImageProcessor",
+        peft=None,
+    ),
+    "completion": Form(
+        does="complete texts",
+        model="AutoModelForCausalLM",
+        models="MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+        processor="AutoTokenizer",
+        peft="CAUSAL_LM",
+    ),
+}
+
+HEADS = ("classifier", "score")  # what transformers calls the head of a classifier; peft trains the same
+
+
+def model_class(form: str) -> Any:
+    """What builds a model of that form from a configuration, or loads one."""
+    import transformers
+
+    from basisadapt.backbones import clip
+
+    return clip.ZeroShotCLIP if form == "zero_shot" else getattr(transformers, FORMS[form].model)
+
+
+def is_head(parameter: str) -> bool:
+    """Whether a parameter of that name belongs to the task's head."""
+    return not set(HEADS).isdisjoint(parameter.split("."))
+
+
+def check_form(backbone: Backbone, form: str, model_type: str) -> None:
+    """Raise InputError, naming backbones that can, where a model of that type cannot take the form."""
+    if not _can(form, model_type):
+        able = [name for name, other in BACKBONES.items() if _can(form, other.shapes["model_type"])]
+        hint = f"; among the named ones, {', '.join(able)} can" if able else ""
+        raise InputError(f"backbone {backbone.name!r} ({model_type}) cannot {FORMS[form].does}{hint}")
+
+
+def _can(form: str, model_type: str) -> bool:
+    from transformers.models.auto import modeling_auto
+
+    # transformers also offers encoders as causal language models, which they were not trained to be.
+    encoder = model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if (form == "completion" and encoder) or (form == "zero_shot" and model_type != "clip"):
+        return False
+    return model_type in getattr(modeling_auto, FORMS[form].models)

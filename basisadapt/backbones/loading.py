@@ -1,0 +1,124 @@
+"""A model for a task: its shapes alone on the meta device, or its pretrained weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from basisadapt.backbones.catalogue import Backbone
+from basisadapt.backbones.failures import NO_SAFETENSORS, explained
+from basisadapt.backbones.forms import FORMS, check_form, is_head, model_class
+from basisadapt.backbones.packages import check_installed, folder_of
+from basisadapt.backbones.precision import keep_head_exact, loading_options
+from basisadapt.backbones.quiet import quietly
+from basisadapt.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+def shape_only(backbone: Backbone, form: str, num_labels: int) -> PreTrainedModel:
+    """A model of that form, with `num_labels` outputs, on the meta device: shapes and names, no weights and no memory.
+
+    Raises InputError where the backbone cannot have it.
+    """
+    import transformers
+
+    if backbone.shapes:
+        config = transformers.AutoConfig.for_model(num_labels=num_labels, **backbone.shapes)
+    else:
+        config = _config(backbone, num_labels)
+    check_form(backbone, form, config.model_type)
+    with torch.device("meta"), explained(backbone):
+        return model_class(form).from_config(config)
+
+
+def check_at_hand(backbone: Backbone) -> None:
+    """Raise InputError where a look shows that `load` would fail: at a package, or a local folder. No hub is asked."""
+    check_installed(backbone)
+    folder = Path(backbone.source)
+    if backbone.package is None and folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise InputError(f"backbone {backbone.name!r} {NO_SAFETENSORS}")
+
+
+def load(
+    backbone: Backbone, form: str, num_labels: int, weights: str = "fp32", prompts: Sequence[Sequence[str]] = ()
+) -> tuple[PreTrainedModel, Any]:
+    """The pretrained model, its head fresh and in float32, and its tokenizer or image processor.
+
+    weights: how the backbone is held, one of precision.WEIGHTS. prompts: sentences about each class, by which the form
+    "zero_shot" knows it. Raises InputError where the weights cannot be had or are not what they should be. Only
+    safetensors are read, and no code from the hub is run.
+    """
+    import transformers
+
+    config = _config(backbone, num_labels)
+    check_form(backbone, form, config.model_type)
+    processor = _ask(getattr(transformers, FORMS[form].processor), backbone)
+    model, report = _ask(
+        model_class(form),
+        backbone,
+        config=config,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # a head for other labels is replaced; of anything else the report tells
+        output_loading_info=True,
+        **loading_options(weights),
+    )
+    _check_fit(backbone, form, report)
+    if form == "zero_shot":
+        model.classes.copy_(_class_embeddings(backbone, num_labels, prompts))
+    if weights != "fp32":
+        keep_head_exact(model)
+    if isinstance(processor, transformers.PreTrainedTokenizerBase):
+        if len(processor) <= len(processor.all_special_tokens):  # what transformers makes of a missing vocabulary
+            raise InputError(f"backbone {backbone.name!r} has no tokenizer")
+        if processor.pad_token is None:
+            processor.pad_token = processor.eos_token
+        model.config.pad_token_id = processor.pad_token_id
+    return model, processor
+
+
+def _class_embeddings(backbone: Backbone, num_labels: int, prompts: Sequence[Sequence[str]]) -> Tensor:
+    import transformers
+
+    from basisadapt.backbones import clip
+
+    if len(prompts) != num_labels:
+        raise InputError(f"data.head zero_shot needs {num_labels} classes with names, and the data have {len(prompts)}")
+    whole = _ask(transformers.CLIPModel, backbone, dtype=torch.float32, use_safetensors=True)
+    return clip.class_embeddings(whole, _ask(transformers.AutoTokenizer, backbone), prompts)
+
+
+def _config(backbone: Backbone, num_labels: int) -> PretrainedConfig:
+    import transformers
+
+    return _ask(transformers.AutoConfig, backbone, num_labels=num_labels)
+
+
+def _ask(auto_class: Any, backbone: Backbone, **options: Any) -> Any:
+    source = backbone.source if backbone.package is None else str(folder_of(backbone, backbone.package))
+    if Path(source).is_dir() and not Path(source, "config.json").is_file():
+        raise InputError(f"backbone {backbone.name!r} is a folder without a config.json: it holds no model")
+    with explained(backbone), quietly():
+        return auto_class.from_pretrained(source, trust_remote_code=False, **options)
+
+
+def _check_fit(backbone: Backbone, form: str, report: dict[str, Any]) -> None:
+    """Raise InputError where weights are missing or have other shapes than their configuration says.
+
+    A classifier's head may, and so may what some models put between the blocks and the head, such as a pooler.
+    """
+    block = re.compile(r".*\.\d+\..*")
+    missing = [name for name in report["missing_keys"] if form == "completion" or block.fullmatch(name)]
+    other = [name for name, *_ in report["mismatched_keys"]]
+    wrong = sorted(name for name in [*missing, *other] if not is_head(name))
+    if wrong:
+        raise InputError(
+            f"backbone {backbone.name!r}: the weights do not fit its configuration: {len(wrong)} of them are missing "
+            f"or have another shape, such as {wrong[0]!r}"
+        )

@@ -1,0 +1,68 @@
+"""The precision in which a frozen backbone is held: full, half, or quantised by bitsandbytes."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from basisadapt.backbones.forms import HEADS
+from basisadapt.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+QUANTISED = ("int8", "nf4")  # LLM.int8 (Dettmers et al., 2022) and QLoRA's 4-bit NormalFloat (Dettmers et al., 2023)
+WEIGHTS = ("fp32", "bf16", *QUANTISED)
+
+
+def check_weights(weights: str) -> None:
+    """Raise InputError where this machine cannot hold weights so."""
+    if weights not in QUANTISED:
+        return
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(f"train.weights {weights} needs bitsandbytes: pip install bitsandbytes")
+    from transformers.integrations import validate_bnb_backend_availability
+
+    try:
+        validate_bnb_backend_availability(raise_exception=True)
+    except RuntimeError as error:
+        raise InputError(
+            f"train.weights {weights} needs a device that bitsandbytes supports, such as a GPU: "
+            f"{' '.join(str(error).split())[:200]}"
+        ) from error
+
+
+def loading_options(weights: str) -> dict[str, Any]:
+    """What `from_pretrained` is told; what is not quantised of a quantised model is in bfloat16."""
+    if weights == "fp32":
+        return {"dtype": torch.float32}
+    options: dict[str, Any] = {"dtype": torch.bfloat16}
+    if weights in QUANTISED:
+        from transformers import BitsAndBytesConfig
+
+        # It would tell at every product of LLM.int8 that it takes bfloat16 for float16.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=weights == "int8",
+            load_in_4bit=weights == "nf4",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            llm_int8_skip_modules=[*HEADS, "lm_head"],
+        )
+    return options
+
+
+def keep_head_exact(model: PreTrainedModel) -> None:
+    """Put the task's head, which trains, into float32; what reaches it in another precision is converted."""
+    for name in HEADS:
+        head = getattr(model, name, None)
+        if isinstance(head, nn.Module):
+            head.float().register_forward_pre_hook(_to_float)
+
+
+def _to_float(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(x.float() for x in inputs)

@@ -1,0 +1,321 @@
+"""The eight commonsense tasks and their suites (Hu et al., 2023), from a local folder or from the hub.
+
+The folder is that of LLM-Adapters: `commonsense/boolq/train.json` and `test.json`, and beside the tasks the published
+mixtures `commonsense_15k.json` and `commonsense_170k.json`. Of HellaSwag it may have a `subset.json` to be tested on.
+Without `--data-dir` the original data sets are read from the hub; their development sets are the tests where the test
+labels are withheld, as published. The published mixture has Winogrande's training rows in all six sizes, from the hub
+they are those of the largest, "xl".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from basisadapt.errors import InputError
+from basisadapt.tasks import commonsense_prompts as prompts
+from basisadapt.tasks.choice import ChoiceQuestion, ChoiceTask
+from basisadapt.tasks.commonsense_prompts import Asked, Layout
+from basisadapt.tasks.completion import Instruction, read_instructions, read_json
+from basisadapt.tasks.task import Rows, TaskData, readable_folder
+
+CONVERTED = "refs/convert/parquet"  # the hub's own conversion of data sets that are scripts
+SUBSET = "subset.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a task's rows come from.
+
+    folder: under `commonsense/`. hub: the original data set, its `subset` and `revision`; test: its split for testing.
+    convert: one of its rows to question, options and the right one.
+    """
+
+    folder: str
+    layout: Layout
+    hub: str
+    convert: Callable[[Mapping[str, Any]], Asked]
+    subset: str | None = None
+    revision: str | None = None
+    test: str = "validation"
+
+
+SOURCES = {
+    "boolq": Source("boolq", prompts.TRUE_FALSE, "google/boolq", prompts.from_boolq),
+    "piqa": Source("piqa", prompts.SOLUTIONS, "ybisk/piqa", prompts.from_piqa, revision=CONVERTED),
+    "social_i_qa": Source(
+        "social_i_qa", prompts.ANSWERS, "allenai/social_i_qa", prompts.from_social_i_qa, revision=CONVERTED
+    ),
+    "hellaswag": Source("hellaswag", prompts.ENDINGS, "Rowan/hellaswag", prompts.from_hellaswag),
+    "winogrande": Source(
+        "winogrande", prompts.FILLINGS, "allenai/winogrande", prompts.from_winogrande, "winogrande_xl", CONVERTED
+    ),
+    "arc_easy": Source("ARC-Easy", prompts.ANSWERS, "allenai/ai2_arc", prompts.from_arc, "ARC-Easy", test="test"),
+    "arc_challenge": Source(
+        "ARC-Challenge", prompts.ANSWERS, "allenai/ai2_arc", prompts.from_arc, "ARC-Challenge", test="test"
+    ),
+    "openbookqa": Source(
+        "openbookqa", prompts.ANSWERS, "allenai/openbookqa", prompts.from_openbookqa, "main", test="test"
+    ),
+}
+
+
+class CommonsenseTask(ChoiceTask):
+    """One of the eight, trained on its own training rows. The subclasses below are data: a key of SOURCES."""
+
+    source: ClassVar[str]
+
+    def check(self, data_dir: Path | None) -> None:
+        """Raise InputError unless both files are there, or the hub is to be asked."""
+        if data_dir is None:
+            return
+        if _test_file(data_dir, self.source) is None:
+            raise InputError(f"data folder {str(data_dir)!r} has no {_file(self.source, 'test.json')}")
+        if not (data_dir / _file(self.source, "train.json")).is_file():
+            raise InputError(
+                f"data folder {str(data_dir)!r} has no {_file(self.source, 'train.json')}; commonsense/all trains on "
+                f"what the folder has for other tasks and is evaluated on {self.source} as well"
+            )
+
+    def load(self, data_dir: Path | None) -> TaskData:
+        """Train and test rows, both mixed by a fixed seed."""
+        self.check(data_dir)
+        return _data([_train_rows(self.source, data_dir)], {self.source: _test_rows(self.source, data_dir)})
+
+
+class BoolQ(CommonsenseTask, name="commonsense/boolq"):
+    """True or false?"""
+
+    source = "boolq"
+
+
+class PIQA(CommonsenseTask, name="commonsense/piqa"):
+    """Which of two solutions works in the physical world?"""
+
+    source = "piqa"
+
+
+class SocialIQA(CommonsenseTask, name="commonsense/social_i_qa"):
+    """What do people do, want and feel? Three answers."""
+
+    source = "social_i_qa"
+
+
+class HellaSwag(CommonsenseTask, name="commonsense/hellaswag"):
+    """How does it go on? Four endings."""
+
+    source = "hellaswag"
+
+
+class WinoGrande(CommonsenseTask, name="commonsense/winogrande"):
+    """Which of two fills the blank?"""
+
+    source = "winogrande"
+
+
+class ARCEasy(CommonsenseTask, name="commonsense/arc_easy"):
+    """School science, three to five answers."""
+
+    source = "arc_easy"
+
+
+class ARCChallenge(CommonsenseTask, name="commonsense/arc_challenge"):
+    """School science that retrieval does not answer, three to five answers."""
+
+    source = "arc_challenge"
+
+
+class OpenBookQA(CommonsenseTask, name="commonsense/openbookqa"):
+    """Elementary science, four answers."""
+
+    source = "openbookqa"
+
+
+class CommonsenseSuite(ChoiceTask, name="commonsense/all"):
+    """Trained on every training file of the folder, tested on every test file; all eight from the hub.
+
+    "accuracy" is the unweighted mean over the tasks that the folder has. The first test rows are as many of each task.
+    """
+
+    def check(self, data_dir: Path | None) -> None:
+        """Raise InputError unless there are a training file and a test file, or the hub is to be asked."""
+        _tested(data_dir)
+        if not _trained(data_dir):
+            raise InputError(f"data folder {str(data_dir)!r} has no {_file('boolq', 'train.json')} or another task's")
+
+    def load(self, data_dir: Path | None) -> TaskData:
+        """The training rows of all tasks mixed by a fixed seed, the test rows in turn."""
+        self.check(data_dir)
+        trained = [_train_rows(source, data_dir) for source in _trained(data_dir)]
+        return _data(trained, {source: _test_rows(source, data_dir) for source in _tested(data_dir)})
+
+
+class CommonsenseMixture(ChoiceTask):
+    """Trained on a published mixture, tested on every test file of the folder. The subclasses below are data.
+
+    The tests are as of `commonsense/all`. The mixtures are files of LLM-Adapters and need `--data-dir`.
+    """
+
+    file: ClassVar[str]
+
+    def check(self, data_dir: Path | None) -> None:
+        """Raise InputError unless the mixture and a test file are there."""
+        if data_dir is None:
+            raise InputError(f"{self.file} needs --data-dir; commonsense/all trains on the original data of the hub")
+        if not (readable_folder(data_dir) / "commonsense" / self.file).is_file():
+            raise InputError(f"data folder {str(data_dir)!r} has no commonsense/{self.file}")
+        _tested(data_dir)
+
+    def load(self, data_dir: Path | None) -> TaskData:
+        """The mixture, mixed by a fixed seed, and the test rows in turn."""
+        self.check(data_dir)
+        assert data_dir is not None
+        trained = _rows(data_dir / "commonsense" / self.file, prompts.LAYOUTS, "mixture")
+        return _data([trained], {source: _test_rows(source, data_dir) for source in _tested(data_dir)})
+
+
+class Commonsense15k(CommonsenseMixture, name="commonsense/15k"):
+    """The regime of 15,000 rows."""
+
+    file = "commonsense_15k.json"
+
+
+class Commonsense170k(CommonsenseMixture, name="commonsense/170k"):
+    """The regime of 170,000 rows."""
+
+    file = "commonsense_170k.json"
+
+
+# --- files ---
+
+
+def _file(source: str, name: str) -> Path:
+    return Path("commonsense") / SOURCES[source].folder / name
+
+
+def _test_file(data_dir: Path, source: str) -> Path | None:
+    """A task's test file, where the folder has one."""
+    names = ("test.json", SUBSET) if source == "hellaswag" else ("test.json",)
+    paths = [readable_folder(data_dir) / _file(source, name) for name in names]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _trained(data_dir: Path | None) -> list[str]:
+    """The tasks that can be trained on."""
+    return [source for source in SOURCES if data_dir is None or (data_dir / _file(source, "train.json")).is_file()]
+
+
+def _tested(data_dir: Path | None) -> list[str]:
+    """The tasks that can be tested on. Raises InputError if there are none."""
+    tested = [source for source in SOURCES if data_dir is None or _test_file(data_dir, source)]
+    if not tested:
+        raise InputError(f"data folder {str(data_dir)!r} has no {_file('boolq', 'test.json')} or another task's")
+    return tested
+
+
+def _train_rows(source: str, data_dir: Path | None) -> Rows:
+    if data_dir is None:
+        return _from_hub(source, "train")
+    return _rows(data_dir / _file(source, "train.json"), [SOURCES[source].layout], source)
+
+
+def _test_rows(source: str, data_dir: Path | None) -> Rows:
+    if data_dir is None:
+        return _from_hub(source, SOURCES[source].test)
+    path = _test_file(data_dir, source)
+    assert path is not None
+    if path.name == SUBSET:
+        return _subset_rows(path)
+    return _rows(path, [SOURCES[source].layout], source)
+
+
+def _rows(path: Path, layouts: Sequence[Layout], group: str) -> Rows:
+    """The rows of an instruction file, each in one of the layouts."""
+    pairs = []
+    for number, row in enumerate(read_instructions(path), start=1):
+        try:
+            pairs.append(_question(row, layouts, group))
+        except InputError as error:
+            raise InputError(f"data file {str(path)!r}, row {number}: {error}") from error
+    return _of_pairs(pairs)
+
+
+def _question(row: Instruction, layouts: Sequence[Layout], group: str) -> tuple[ChoiceQuestion, str]:
+    layout = next((layout for layout in layouts if layout.opens(row.instruction)), layouts[0])
+    question = layout.question(row.instruction, group)
+    right = {option.response: option.name for option in question.options}
+    if row.output not in right:
+        raise InputError(f"output must be one of {', '.join(map(repr, right))}, got {row.output!r:.80}")
+    if row.answer not in ("", right[row.output]):
+        raise InputError(f"answer {row.answer!r:.80} is not that of the output, {row.output!r}")
+    return question, row.output
+
+
+def _subset_rows(path: Path) -> Rows:
+    """The test rows of a HellaSwag subset: {"test": [{"question", "choices": {"A": ...}, "answer": "A"}, ...]}."""
+    content = read_json(path)
+    rows = content.get("test") if isinstance(content, dict) else None
+    if not isinstance(rows, list) or not rows:
+        raise InputError(f"data file {str(path)!r} must hold a list of rows called 'test', at least one")
+    return _converted(rows, prompts.from_subset, "hellaswag", f"data file {str(path)!r}, test")
+
+
+def _converted(
+    rows: Iterable[Mapping[str, Any]], convert: Callable[[Mapping[str, Any]], Asked], source: str, where: str
+) -> Rows:
+    """Rows of another layout in the published one."""
+    layout, questions, responses = SOURCES[source].layout, [], []
+    for number, row in enumerate(rows, start=1):
+        try:
+            text, options, right = convert(row)
+            question = layout.question(layout.render(text, options), source)
+            if not 0 <= right < len(question.options):
+                raise InputError(f"there is no option {right + 1}")
+            responses.append(question.options[right].response)
+        except InputError as error:
+            raise InputError(f"{where}, row {number}: {error}") from error
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{where}, row {number} is not laid out as expected: {error!r}") from error
+        questions.append(question)
+    return Rows(questions, responses)
+
+
+def _from_hub(source: str, split: str) -> Rows:
+    from datasets import load_dataset
+
+    place = SOURCES[source]
+    try:
+        rows = load_dataset(place.hub, place.subset, split=split, revision=place.revision)
+    except Exception as error:  # the hub's client raises many kinds
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{source} needs --data-dir or the hub's {place.hub}, which failed: {reason}") from error
+    return _converted(rows, place.convert, source, f"{place.hub}, {split}")
+
+
+# --- what a task hands over ---
+
+
+def _data(trained: Sequence[Rows], tested: Mapping[str, Rows]) -> TaskData:
+    """Training rows in one mixed order; test rows mixed task by task, then taken from the tasks in turn."""
+    pairs = [[*zip(rows.inputs, rows.labels, strict=True)] for rows in map(Rows.mixed, tested.values())]
+    train = _of_pairs(pair for rows in trained for pair in zip(rows.inputs, rows.labels, strict=True)).mixed()
+    test = _of_pairs(pair for turn in itertools.zip_longest(*pairs) for pair in turn if pair is not None)
+    return TaskData(train, test, mark=_mark(train, test))
+
+
+def _of_pairs(pairs: Iterable[tuple[ChoiceQuestion, str]]) -> Rows:
+    questions, responses = zip(*pairs, strict=True)
+    return Rows(list(questions), list(responses))
+
+
+def _mark(*parts: Rows) -> str:
+    """A hash of every prompt and response."""
+    digest = hashlib.sha256()
+    for rows in parts:
+        for question, response in zip(rows.inputs, rows.labels, strict=True):
+            digest.update(f"{question.prompt}\0{response}\0".encode())
+    return digest.hexdigest()

@@ -1,0 +1,172 @@
+"""The published instructions of the eight commonsense tasks, read and written; pure functions.
+
+An instruction is an opening, the question, the options one after another, and the format of the answer. Source: the
+data of LLM-Adapters (Hu et al., 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from basisadapt.errors import InputError
+from basisadapt.tasks.choice import ChoiceQuestion, Option
+from basisadapt.tasks.completion import alpaca_prompt
+
+BLANK = "_"  # winogrande's
+
+
+def answer_sentence(name: str) -> str:
+    """The published response that chooses the option of that name."""
+    return f"the correct answer is {name}"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the instructions of one kind are written, and the plain form of their questions.
+
+    opening: the words before the question. names: what options can be called. listed: whether the options stand in the
+    instruction, after their names. between, before_format: what separates options, and them from the answer's format.
+    plain: "question", "sentence" that an option continues, or "blank" that an option fills.
+    """
+
+    opening: str
+    names: tuple[str, ...]
+    listed: bool = True
+    between: str = " "
+    before_format: str = "\n\n"
+    plain: str = "question"
+
+    def render(self, question: str, options: Sequence[str]) -> str:
+        """The instruction. options: their texts, in order; none where they are not listed."""
+        labelled = [f"{name.capitalize()}: {text}" for name, text in zip(self.names, options, strict=False)]
+        listing = f"\n\n{self.between.join(labelled)}" if self.listed else ""
+        names = self.names[: len(options)] if self.listed else self.names
+        return f"{self.opening}{question}{listing}{self.before_format}Answer format: {'/'.join(names)}"
+
+    def parse(self, instruction: str) -> tuple[str, tuple[str, ...]]:
+        """Question and texts of the options. Raises InputError if `render` could not have written the instruction."""
+        body, _, written = instruction.removeprefix(self.opening).rpartition(f"{self.before_format}Answer format: ")
+        names, texts = written.split("/"), list[str]()
+        if self.listed:
+            for name in reversed(names):  # from the end: a question may hold anything
+                separator = "\n\n" if name == self.names[0] else self.between
+                body, _, text = body.rpartition(f"{separator}{name.capitalize()}: ")
+                texts.insert(0, text)
+        if not self.opens(instruction) or self.render(body, texts) != instruction:
+            raise InputError(f"the instruction is not one of the published form {self._form()!r}")
+        return body, tuple(texts)
+
+    def opens(self, instruction: str) -> bool:
+        """Whether the instruction begins as those of this kind."""
+        return instruction.startswith(self.opening)
+
+    def _form(self) -> str:
+        return self.render("...", ["..."] * min(3, len(self.names)) if self.listed else [])
+
+    def question(self, instruction: str, group: str) -> ChoiceQuestion:
+        """What a task asks with the instruction. Raises InputError as `parse`.
+
+        The plain form, for "cloze": "Question: ...\\nAnswer:" and an option, true and false being yes and no; the
+        sentence of hellaswag and an ending; or winogrande's sentence up to its blank, the option there, of which only
+        what follows the blank is scored (Trinh & Le, 2018). Log-probabilities are per character, but not where the
+        options are yes and no, or what is scored is the same for all.
+        """
+        question, texts = self.parse(instruction)
+        names = self.names[: len(texts)] if self.listed else self.names
+        plain, options = self._plain(question, texts)
+        return ChoiceQuestion(
+            prompt=alpaca_prompt(instruction),
+            group=group,
+            names=self.names,
+            plain=plain,
+            options=tuple(
+                Option(name, answer_sentence(name), text, lead)
+                for name, (lead, text) in zip(names, options, strict=True)
+            ),
+            per_character=self.listed and self.plain != "blank",
+        )
+
+    def _plain(self, question: str, texts: Sequence[str]) -> tuple[str, list[tuple[str, str]]]:
+        """The plain question; lead and text of every option."""
+        if self.plain == "blank":
+            before, blank, after = question.partition(BLANK)
+            if not blank:
+                raise InputError(f"the sentence has no blank, {BLANK!r}")
+            gap = " " if before.endswith(" ") else ""  # belongs to the option's first token
+            return before.rstrip(), [(gap + text, after) for text in texts]
+        if not self.listed:
+            texts = ("yes", "no")
+        plain = question if self.plain == "sentence" else f"Question: {question}\nAnswer:"
+        return plain, [("", f" {text}") for text in texts]
+
+
+def _numbered(noun: str, count: int) -> tuple[str, ...]:
+    return tuple(f"{noun}{number}" for number in range(1, count + 1))
+
+
+TRUE_FALSE = Layout(
+    "Please answer the following question with true or false, question: ", ("true", "false"), listed=False
+)
+SOLUTIONS = Layout("Please choose the correct solution to the question: ", _numbered("solution", 2), between="\n\n")
+ANSWERS = Layout("Please choose the correct answer to the question: ", _numbered("answer", 5))
+ENDINGS = Layout(
+    "Please choose the correct ending to complete the given sentence: ", _numbered("ending", 4), plain="sentence"
+)
+FILLINGS = Layout(
+    "Please choose the correct answer to fill in the blank to complete the given sentence: ",
+    _numbered("option", 2),
+    before_format=" ",
+    plain="blank",
+)
+LAYOUTS = (TRUE_FALSE, SOLUTIONS, ANSWERS, ENDINGS, FILLINGS)
+
+
+# --- rows of the original data sets: question, texts of the options, number of the right one ---
+
+Asked = tuple[str, tuple[str, ...], int]
+
+
+def from_boolq(row: Mapping[str, Any]) -> Asked:
+    """google/boolq, without its passage, as published."""
+    return f"{row['question']}?", (), 0 if row["answer"] else 1
+
+
+def from_piqa(row: Mapping[str, Any]) -> Asked:
+    """ybisk/piqa."""
+    return row["goal"], (row["sol1"], row["sol2"]), int(row["label"])
+
+
+def from_social_i_qa(row: Mapping[str, Any]) -> Asked:
+    """allenai/social_i_qa; its labels count from one."""
+    return (
+        f"{row['context']} {row['question']}",
+        (row["answerA"], row["answerB"], row["answerC"]),
+        int(row["label"]) - 1,
+    )
+
+
+def from_hellaswag(row: Mapping[str, Any]) -> Asked:
+    """Rowan/hellaswag: the activity before the context, as published."""
+    return f"{row['activity_label']}: {row['ctx']}", tuple(row["endings"]), int(row["label"])
+
+
+def from_winogrande(row: Mapping[str, Any]) -> Asked:
+    """allenai/winogrande; its answers count from one."""
+    return row["sentence"], (row["option1"], row["option2"]), int(row["answer"]) - 1
+
+
+def from_arc(row: Mapping[str, Any]) -> Asked:
+    """allenai/ai2_arc, whose labels are letters or digits."""
+    return row["question"], tuple(row["choices"]["text"]), list(row["choices"]["label"]).index(row["answerKey"])
+
+
+def from_openbookqa(row: Mapping[str, Any]) -> Asked:
+    """allenai/openbookqa."""
+    return row["question_stem"], tuple(row["choices"]["text"]), list(row["choices"]["label"]).index(row["answerKey"])
+
+
+def from_subset(row: Mapping[str, Any]) -> Asked:
+    """A row of a HellaSwag subset with lettered choices. It has no activity, so the sentence is the context alone."""
+    return row["question"], tuple(row["choices"].values()), list(row["choices"]).index(row["answer"])

@@ -1,0 +1,319 @@
+"""Language models that complete prompts: Alpaca's template, how responses are trained, looked at and generated."""
+
+from __future__ import annotations
+
+import copy
+import json
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from basisadapt.errors import InputError
+from basisadapt.tasks.task import Example, Rows, Task
+
+IGNORED = -100  # torch's label for tokens that a loss leaves out
+LOGITS = 2**27  # numbers of a vocabulary's logits held at once: half a GB in float32
+
+
+def alpaca_prompt(instruction: str, input: str = "") -> str:
+    """Alpaca's template (Taori et al., 2023) up to the place where the response begins.
+
+    The commonsense scripts of LLM-Adapters use the same words, with every line but the first indented by sixteen
+    spaces, which we leave out.
+    """
+    with_input = ", paired with an input that provides further context" if input else ""
+    further = f"### Input:\n{input}\n\n" if input else ""
+    return (
+        f"Below is an instruction that describes a task{with_input}. "
+        "Write a response that appropriately completes the request.\n\n"
+        f"### Instruction:\n{instruction}\n\n{further}### Response:\n"
+    )
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a completion task's row asks. prompt: all that the model reads before its response. Tasks extend it."""
+
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A text whose probability is looked at.
+
+    lead: what the model reads between the prompt and the text, and is not looked at. ends: whether the token that ends
+    a response belongs to the text.
+    """
+
+    text: str
+    lead: str = ""
+    ends: bool = False
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What is looked at of a row: continuations of a prompt, the model's own or a plain one, and which is right."""
+
+    prompt: str
+    continuations: tuple[Continuation, ...]
+    right: int = 0
+
+
+class CompletionTask(Task):
+    """Inputs are `Question`s, labels the responses, as texts.
+
+    Training examples are prompt, response and the token that ends it; the loss covers the prompt only where
+    data.train_on_inputs says so. A training row of more than train.max_length tokens is left out, never cut; a question
+    is always asked in full. Evaluation looks at `probe`'s continuations (`teacher_forced`), or lets the model write
+    (`generate`).
+    """
+
+    form = "completion"
+    num_labels = 1
+    max_length = None
+
+    @abstractmethod
+    def probe(self, question: Any, response: str) -> Probe:
+        """What evaluation looks at: for free answers, the response."""
+
+    def examples(self, rows: Rows, processor: Any, max_length: int | None, training: bool) -> Sequence[Example]:
+        """For training input_ids and labels, fewer than `rows` where some are too long; else prompts and their probes.
+
+        Raises InputError if every training row is longer than max_length, or a question than the model can read.
+        """
+        return self._trained(rows, processor, max_length) if training else self._probed(rows, processor)
+
+    def _trained(self, rows: Rows, processor: Any, max_length: int | None) -> list[Example]:
+        prompts = [question.prompt for question in rows.inputs]
+        starts = _token_ids(processor, prompts)
+        wholes = _extended(processor, prompts, starts, rows.labels)
+        sizes = [len(whole) + 1 for whole in wholes]
+        limit = min(max_length or processor.model_max_length, processor.model_max_length)
+        if min(sizes) > limit:
+            raise InputError(
+                f"no training row fits into {limit} tokens (train.max_length, or what the backbone reads): they have "
+                f"{min(sizes)} to {max(sizes)}; train.max_length=null sets no limit"
+            )
+        examples: list[Example] = []
+        for start, whole, size in zip(starts, wholes, sizes, strict=True):
+            if size <= limit:
+                ids = [*whole, processor.eos_token_id]
+                hidden = 0 if self.settings.train_on_inputs else len(start)
+                examples.append({"input_ids": ids, "labels": [IGNORED] * hidden + ids[hidden:]})
+        return examples
+
+    def _probed(self, rows: Rows, processor: Any) -> list[Example]:
+        probes = [self.probe(*row) for row in zip(rows.inputs, rows.labels, strict=True)]
+        prompts = [probe.prompt for probe in probes]
+        begin = processor.bos_token_id if processor.bos_token_id is not None else processor.eos_token_id
+        starts = [ids or [begin] for ids in _token_ids(processor, prompts)]
+        owners = [row for row, probe in enumerate(probes) for _ in probe.continuations]
+        texts = [continuation for probe in probes for continuation in probe.continuations]
+        leads = [prompts[row] + text.lead for row, text in zip(owners, texts, strict=True)]
+        led = _extended(
+            processor, [prompts[row] for row in owners], [starts[row] for row in owners], [text.lead for text in texts]
+        )
+        wholes = _extended(processor, leads, led, [text.text for text in texts])
+        longest = max(map(len, wholes))
+        if longest > processor.model_max_length:
+            raise InputError(
+                f"a question with its answer has {longest} tokens, and the backbone reads {processor.model_max_length}"
+            )
+
+        examples: list[dict[str, Any]] = [
+            {"input_ids": start, "continuations": [], "labels": [], "right": probe.right}
+            for start, probe in zip(starts, probes, strict=True)
+        ]
+        for row, text, before, whole in zip(owners, texts, led, wholes, strict=True):
+            ids = [*whole, processor.eos_token_id] if text.ends else whole
+            size = len(starts[row])
+            examples[row]["continuations"].append(ids[size:])
+            examples[row]["labels"].append([IGNORED] * (len(before) - size) + ids[len(before) :])
+        return list(examples)
+
+    def collator(self, processor: Any) -> Callable[[list[Example]], dict[str, Tensor]]:
+        """Pads training examples on the right.
+
+        Of probes: input_ids and attention_mask, shape (rows, length), padded on the left; continuations and labels,
+        shape (rows, continuations, tokens), padded on the right; right, shape (rows,).
+        """
+        pad = processor.pad_token_id
+
+        def collate(examples: list[Example]) -> dict[str, Tensor]:
+            ids = [example["input_ids"] for example in examples]
+            if "continuations" not in examples[0]:
+                length = max(map(len, ids))
+                return {
+                    "input_ids": torch.tensor([row + [pad] * (length - len(row)) for row in ids]),
+                    "attention_mask": torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in ids]),
+                    "labels": torch.tensor([e["labels"] + [IGNORED] * (length - len(e["labels"])) for e in examples]),
+                }
+            return {
+                **pad_left(ids, pad),
+                "continuations": _block([example["continuations"] for example in examples], pad),
+                "labels": _block([example["labels"] for example in examples], IGNORED),
+                "right": torch.tensor([example["right"] for example in examples]),
+            }
+
+        return collate
+
+
+def pad_left(prompts: Sequence[list[int]], pad: int) -> dict[str, Tensor]:
+    """input_ids and attention_mask of prompts that are to be continued: each ends where its row ends."""
+    length = max(map(len, prompts))
+    return {
+        "input_ids": torch.tensor([[pad] * (length - len(row)) + row for row in prompts]),
+        "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in prompts]),
+    }
+
+
+def _block(rows: Sequence[Sequence[list[int]]], fill: int) -> Tensor:
+    """Lists of lists of tokens in one tensor, shape (rows, most lists, most tokens)."""
+    lists, tokens = max(map(len, rows)), max(len(ids) for row in rows for ids in row)
+    block = torch.full((len(rows), lists, tokens), fill)
+    for i, row in enumerate(rows):
+        for j, ids in enumerate(row):
+            block[i, j, : len(ids)] = torch.tensor(ids, dtype=torch.long)
+    return block
+
+
+def _token_ids(processor: Any, texts: Sequence[str], special: bool = True) -> list[list[int]]:
+    """Token ids, without the token that ends a text where a tokenizer adds one."""
+    encoded: list[list[int]] = processor(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
+    return [ids[:-1] if ids and ids[-1] == processor.eos_token_id else ids for ids in encoded]
+
+
+def _extended(processor: Any, starts: Sequence[str], ids: Sequence[list[int]], texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each start with its text after it, beginning with the start's `ids`.
+
+    Both are tokenized together, as a model has mostly seen them; apart where that would change the start's last token.
+    """
+    wholes = _token_ids(processor, [start + text for start, text in zip(starts, texts, strict=True)])
+    return [
+        whole if whole[: len(before)] == before else before + _token_ids(processor, [text], special=False)[0]
+        for whole, before, text in zip(wholes, ids, texts, strict=True)
+    ]
+
+
+@torch.no_grad()
+def teacher_forced(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """log p of every token of the continuations, in float32, and whether it is the likeliest one.
+
+    Both have the shape of the labels, (rows, continuations, tokens), and are zero where a label is -100. The prompt is
+    read once for all continuations of a row, which begin from copies of its cache.
+    """
+    rows, _, length = batch["labels"].shape
+    at_once = max(1, LOGITS // (length * model.config.get_text_config().vocab_size))
+    parts = [
+        _teacher_forced(model, {name: tensor[row : row + at_once] for name, tensor in batch.items()})
+        for row in range(0, rows, at_once)
+    ]
+    log_probs, likeliest = zip(*parts, strict=True)
+    return torch.cat(log_probs), torch.cat(likeliest)
+
+
+def _teacher_forced(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    mask, length = batch["attention_mask"], batch["labels"].shape[-1]
+    places = (mask.cumsum(-1) - 1).clamp(min=0)
+    prompt = model(
+        input_ids=batch["input_ids"], attention_mask=mask, position_ids=places, use_cache=True, logits_to_keep=1
+    )
+    log_probs, likeliest = [], []
+    for tokens, labels in zip(batch["continuations"].unbind(1), batch["labels"].unbind(1), strict=True):
+        logits = prompt.logits[:, -1:]
+        if length > 1:
+            output = model(
+                input_ids=tokens[:, :-1],
+                attention_mask=torch.cat([mask, mask.new_ones(len(mask), length - 1)], dim=1),
+                position_ids=places[:, -1:] + torch.arange(1, length, device=places.device),
+                past_key_values=copy.deepcopy(prompt.past_key_values),
+                use_cache=True,
+            )
+            logits = torch.cat([logits, output.logits], dim=1)
+        losses = functional.cross_entropy(
+            logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
+        )
+        log_probs.append(-losses)
+        likeliest.append(logits.argmax(-1) == labels)
+    return torch.stack(log_probs, dim=1), torch.stack(likeliest, dim=1)
+
+
+def response_loss(log_probs: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """The mean over the rows of the right continuation's mean loss per token, whatever rows share a batch."""
+    chosen = torch.arange(len(log_probs), device=log_probs.device), batch["right"]
+    tokens = (batch["labels"][chosen] != IGNORED).sum(-1)
+    return -(log_probs[chosen].sum(-1) / tokens.clamp(min=1)).mean()
+
+
+@torch.no_grad()
+def generate(model: Any, batch: Mapping[str, Tensor], max_new_tokens: int) -> Tensor:
+    """What the model writes after left-padded prompts, greedily: token ids, shape (rows, max_new_tokens)."""
+    prompts, pad = batch["input_ids"], model.config.pad_token_id
+    written = model.generate(
+        input_ids=prompts,
+        attention_mask=batch["attention_mask"],
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        pad_token_id=pad,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+    )[:, prompts.shape[1] :]
+    return functional.pad(written, (0, max_new_tokens - written.shape[1]), value=pad)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """A row of an instruction file. answer: what the output says in one word, where the file has that."""
+
+    instruction: str
+    input: str
+    output: str
+    answer: str = ""
+
+    @property
+    def prompt(self) -> str:
+        """In Alpaca's template."""
+        return alpaca_prompt(self.instruction, self.input)
+
+
+def read_instructions(path: Path) -> list[Instruction]:
+    """The rows of a JSON file in Alpaca's layout: a list of objects with instruction, output and, mostly, input.
+
+    Raises InputError naming the file and the row, counted from one.
+    """
+    rows = read_json(path)
+    if not isinstance(rows, list) or not rows:
+        raise InputError(f"data file {str(path)!r} must hold a list of rows, at least one")
+    return [_instruction(row, f"data file {str(path)!r}, row {number}") for number, row in enumerate(rows, start=1)]
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds, which may begin with a byte-order mark. Raises InputError naming the file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"data file {str(path)!r} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"data file {str(path)!r} is not UTF-8: {error.reason} at byte {error.start}") from error
+    except ValueError as error:
+        raise InputError(f"data file {str(path)!r} is not JSON: {error}") from error
+
+
+def _instruction(row: Any, where: str) -> Instruction:
+    if not isinstance(row, dict):
+        raise InputError(f"{where} must be an object, got {type(row).__name__}")
+    values = {"input": "", "answer": "", **row}
+    for key in ("instruction", "input", "output", "answer"):
+        if not isinstance(values.get(key), str):
+            found = f"got {values[key]!r:.80}" if key in values else "which is missing"
+            raise InputError(f"{where} needs a text called {key!r}, {found}")
+    return Instruction(values["instruction"], values["input"], values["output"], values["answer"])
