@@ -320,8 +320,10 @@ def _arguments(config: RunConfig, rows: int, headline: str, folder: Path) -> Tra
             "metric_for_best_model": headline,
             "greater_is_better": True,
         }
-    if train.gradient_checkpointing:  # the reentrant form would need inputs that take gradients
-        every |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    if train.gradient_checkpointing:  # called so in earlier releases; the reentrant form needs inputs with gradients
+        recent = hasattr(TrainingArguments, "activation_checkpointing")
+        name = "activation_checkpointing" if recent else "gradient_checkpointing"
+        every |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=train.batch_size,

