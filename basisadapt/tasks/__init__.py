@@ -14,4 +14,15 @@ from basisadapt.tasks.settings import DataSettings
 from basisadapt.tasks.task import TASKS, Example, Rows, Task, TaskData, find
 from basisadapt.tasks.text import TextTask
 
-__all__ = ["TASKS", "CompletionTask", "DataSettings", "Example", "ImageTask", "Rows", "Task", "TaskData", "TextTask", "find"]
+__all__ = [
+    "TASKS",
+    "CompletionTask",
+    "DataSettings",
+    "Example",
+    "ImageTask",
+    "Rows",
+    "Task",
+    "TaskData",
+    "TextTask",
+    "find",
+]

@@ -46,7 +46,7 @@ class ImageTask(Task):
         plain = [name.split(",")[0].replace("_", " ").strip() for name in names]
         return tuple(tuple(template.format(name) for template in self.templates) for name in plain)
 
-    def examples(self, rows: Rows, processor: Any, max_length: int, training: bool) -> Sequence[Example]:
+    def examples(self, rows: Rows, processor: Any, max_length: int | None, training: bool) -> Sequence[Example]:
         """Pixels of the image processor's resolution, (3, side, side), made when they are asked for.
 
         Training sees a random crop, flipped or not, drawn from torch's global generator; evaluation the largest square

@@ -123,7 +123,7 @@ def test_presets_of_vision(name):
     smoke, quick, paper = (resolve(spec, preset=preset) for preset in ("smoke", "quick", "paper"))
     assert {cell.config.backbone for study in (smoke, quick, paper) for cell in study.cells} == {VISION[name]}
     assert {cell.config.task for study in (smoke, quick) for cell in study.cells} == {"vision/digits"}
-    assert len(smoke.cells) == len(quick.cells) == 5
+    assert len(smoke.cells) == len(quick.cells) == (6 if name == "vision_clip" else 5)
     assert {cell.config.train.max_steps for cell in smoke.cells} == {2}
     epochs = {cell.config.task: cell.config.train.epochs for cell in paper.cells}
     known = {"imagenet": 10, "cifar100": 6, "flowers102": 40, "sun397": 14, "pets": 5}
