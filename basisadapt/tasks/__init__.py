@@ -7,11 +7,13 @@ from basisadapt.tasks import digits as digits
 from basisadapt.tasks import docstrings as docstrings
 from basisadapt.tasks import fashion_mnist as fashion_mnist
 from basisadapt.tasks import glue as glue
+from basisadapt.tasks import instruct as instruct
 from basisadapt.tasks import vision as vision
 from basisadapt.tasks.completion import CompletionTask
 from basisadapt.tasks.image import ImageTask
+from basisadapt.tasks.lookup import find, stamp
 from basisadapt.tasks.settings import DataSettings
-from basisadapt.tasks.task import TASKS, Example, Rows, Task, TaskData, find
+from basisadapt.tasks.task import TASKS, Example, Rows, Task, TaskData
 from basisadapt.tasks.text import TextTask
 
 __all__ = [
@@ -25,4 +27,5 @@ __all__ = [
     "TaskData",
     "TextTask",
     "find",
+    "stamp",
 ]

