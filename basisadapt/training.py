@@ -167,7 +167,7 @@ def run(
     held_out = held_out.head(config.train.eval_rows)
     transformers.set_seed(config.seed)
     backbone = backbones.find(config.backbone)
-    base, processor = backbones.load(backbone, task.form, task.num_labels, config.train.weights)
+    base, processor = backbones.load(backbone, task.form, task.num_labels, config.train.weights, data.prompts)
     model = attach(base, config, task.form)
     counts = count_parameters(model)
     encode = functools.partial(task.examples, processor=processor, max_length=config.train.max_length)

