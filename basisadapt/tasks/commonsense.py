@@ -273,6 +273,7 @@ def _converted(
         try:
             text, options, right = convert(row)
             question = layout.question(layout.render(text, options), source)
+            question.prompt.encode()  # JSON can spell half of a surrogate pair
             if not 0 <= right < len(question.options):
                 raise InputError(f"there is no option {right + 1}")
             responses.append(question.options[right].response)

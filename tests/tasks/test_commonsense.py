@@ -362,6 +362,11 @@ def test_a_hellaswag_subset_is_for_testing(tmp_path):
         ({"test": []}, "at least one"),
         ({"test": [SUBSET_ROW, {**SUBSET_ROW, "answer": "E"}]}, "test, row 2 is not laid out as expected: ValueError"),
         ({"test": [SUBSET_ROW, "row"]}, "test, row 2 is not laid out as expected: TypeError"),
+        ({"test": [{**SUBSET_ROW, "question": "\ud83d"}]}, "row 1 is not laid out as expected: UnicodeEncodeError"),
+        (
+            {"test": [{**SUBSET_ROW, "choices": {**SUBSET_ROW["choices"], "E": "E"}}]},
+            "row 1: there are 5 options, and names for 4",
+        ),
     ]:
         path.write_text(json.dumps(spoilt), encoding="utf-8")
         with pytest.raises(InputError, match=message) as raised:
