@@ -79,8 +79,8 @@ class RunResult:
     phi: adapted module -> {"z": [..], "phi": [..]}, what φ adds to BA, f(z), on the range of BA (empty for methods
     without φ). snapshots: [{"step", "stable_rank": {module: number}, "phi": as above}, ...] at the start and after 10 %
     and 50 % of the steps. landscape: `diagnostics.landscape` of the training loss, empty unless train.landscape asks.
-    warnings: sentences for the user. data: fingerprint and row counts, and the backbone's note where it has one.
-    environment: versions, git commit, platform, threads.
+    warnings: sentences for the user. data: fingerprint, row counts, what the task says of its rows, and the backbone's
+    note where it has one. environment: versions, git commit, platform, threads, and the task's notes.
     """
 
     status: str
@@ -158,7 +158,7 @@ def run(
     import transformers
 
     task = tasks.find(config.task, config.data)
-    data = _load(config.task, config.data, data_dir)
+    data = load_data(config, data_dir)
     train, held_out = data.train.head(config.train.train_rows), data.eval
     if config.train.validation is not None:
         train, held_out = train.split(config.train.validation)
@@ -216,7 +216,7 @@ def run(
     scores, gap = {}, math.nan
     if not watch.diverged:
         scores = task.measure(output.predictions, held_out, processor)
-        gap = task.measure(on_seen, seen, processor)[task.headline] - scores[task.headline]
+        gap = task.measure(on_seen, seen, processor).get(task.headline, math.nan) - scores.get(task.headline, math.nan)
     training_seconds = trained - began - observer.seconds
     metrics = {
         **scores,
@@ -253,14 +253,20 @@ def run(
             "fingerprint": data.fingerprint(),
             "train_rows": len(examples),
             "eval_rows": len(held_out),
+            **data.about,
             **({"backbone": backbone.note} if backbone.note else {}),
         },
-        environment=environment(),
+        environment={**environment(), **task.notes},
     )
 
 
+def load_data(config: RunConfig, data_dir: Path | None = None) -> TaskData:
+    """All rows of the task, read once for as long as its files do not change. Raises InputError."""
+    return _load(config.task, config.data, data_dir, tasks.stamp(config.task, config.data))
+
+
 @functools.lru_cache(maxsize=2)
-def _load(task: str, settings: DataSettings, data_dir: Path | None) -> TaskData:
+def _load(task: str, settings: DataSettings, data_dir: Path | None, stamp: tuple[tuple[int, ...], ...]) -> TaskData:
     loader = tasks.find(task, settings)
     loader.check(data_dir)
     return loader.load(data_dir)

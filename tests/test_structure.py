@@ -12,7 +12,7 @@ FLOORS = [
     {"errors", "peft_hook"},
     {"registry", "ranges", "settings", "environment", "cost", "diagnostics"},
     {"phi", "tasks", "backbones"},
-    {"testing", "adapter"},
+    {"testing", "adapter", "mt_bench"},
     {"methods", "observation"},
     {"run_config"},
     {"training"},

@@ -171,6 +171,8 @@ def _row(spec: StudySpec, label: str, published: str | None, flat: Mapping[str, 
 
     configs = (RunConfig.from_mapping({**_nested(flat), "seed": seed}) for seed in seeds)
     cells = tuple(Cell(spec.name, label, config) for config in configs)
+    if spec.answers is not None and spec.answers.names:
+        published = ", ".join(spec.answers.names.get(part, part) for part in label.split(", "))
     if published is not None and spec.answers is not None and isinstance(spec.answers.column, dict):
         published = f"{published}, {cells[0].config.method}"
     return Row(label, published, cells)

@@ -57,6 +57,7 @@ def run_study(tuning: Tuning, place: Place, tags: Mapping[str, str]) -> Report:
     check_place(place)
     recorded = Record.read(place.tracking_uri, tuning.spec.name)
     for study in (tuning.trials, tuning.choose(recorded).study):
+        _check_own_files(study, recorded, place.data_dir)
         plan_cells(_missing(study, recorded), place.data_dir)
     with Invocation(tuning.spec, place, tags) as invocation:
         tuned = tuning.choose(invocation.run(tuning.trials))
@@ -154,6 +155,21 @@ def write_report(report: Report, place: Place) -> None:
         _make_folder(place.output)
         record = Record(place.tracking_uri, report.table.study.spec.name)
         _write(report_files(report, record.pictures), place.output)
+
+
+def _check_own_files(study: Study, outcomes: Mapping[str, Outcome], data_dir: Path | None) -> None:
+    """Raise InputError if a file of the user's own has changed since cells of the study were run on it."""
+    from basisadapt import tasks, training
+
+    for cell in study.cells:
+        seen = outcomes[cell.key].data.get("fingerprint") if cell.key in outcomes else None
+        if seen is None or not any(tasks.stamp(cell.config.task, cell.config.data)):
+            continue
+        if training.load_data(cell.config, data_dir).fingerprint() != seen:
+            raise InputError(
+                f"the rows of {cell.config.task!r} have changed since {cell.row!r} was run on them; under another name "
+                "they are run anew, and --report shows what is recorded of the old ones"
+            )
 
 
 def _missing(study: Study, outcomes: Mapping[str, Outcome]) -> list[Cell]:

@@ -38,7 +38,7 @@ TERMINAL = {
 # The tags that the engine reads back.
 CELL, ROW, STATUS, OWNER = "basisadapt.cell", "basisadapt.row", "status", "basisadapt.owner"
 HEADLINE, WARNINGS, ERROR = "basisadapt.headline", "basisadapt.warnings", "basisadapt.error"
-ENVIRONMENT = "environment."
+ENVIRONMENT, DATA = "environment.", "data."
 
 TEXT_LIMIT = 5000  # below every limit that MLflow sets for tags, parameters and notes
 BATCH = 90  # entities in one call, likewise
@@ -58,6 +58,7 @@ class Outcome:
     owner: Owner | None
     ended: int
     environment: Mapping[str, str] = field(default_factory=dict)
+    data: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def done(self) -> bool:
@@ -207,7 +208,7 @@ class Record:
             "mlflow.note.content": _cell_note(cell, result),
             "mlflow.source.git.commit": result.environment.get("git_commit", "unknown"),
             **{f"{ENVIRONMENT}{name}": value for name, value in result.environment.items()},
-            **{f"data.{name}": str(value) for name, value in result.data.items()},
+            **{f"{DATA}{name}": str(value) for name, value in result.data.items()},
         }
         self._client.log_batch(run_id, tags=[RunTag(clean(name), value[:TEXT_LIMIT]) for name, value in tags.items()])
         self._client.log_dict(run_id, {"config": cell.config.to_mapping(), **asdict(result)}, "result.json")
@@ -281,10 +282,13 @@ class Record:
             error=tags.get(ERROR, ""),
             owner=Owner.parse(tags[OWNER]) if OWNER in tags else None,
             ended=run.info.end_time or 0,
-            environment={
-                name.removeprefix(ENVIRONMENT): value for name, value in tags.items() if name.startswith(ENVIRONMENT)
-            },
+            environment=_part(tags, ENVIRONMENT),
+            data=_part(tags, DATA),
         )
+
+
+def _part(tags: Mapping[str, str], prefix: str) -> dict[str, str]:
+    return {name.removeprefix(prefix): value for name, value in tags.items() if name.startswith(prefix)}
 
 
 def _precedence(outcome: Outcome) -> tuple[int, int]:

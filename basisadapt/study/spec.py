@@ -24,20 +24,23 @@ class Answers:
     """The published table that a study answers.
 
     table: a file in `studies/paper/`; also: others that print the same values. key, column, std: the columns with a
-    row's name, its value and the value's standard deviation; where methods have columns of their own, a method to its
-    column. where: a column to the value that the answered rows have there. setting: on what it was measured.
-    rows: the label of a row of the sweep to its name in the table, where that is not "axis=value,...". left_out: a row
-    of the table that no row of the study answers, to the reason.
+    row's name (several names are joined by ", "), its value and the value's standard deviation; where methods have
+    columns of their own, a method to its column. where: a column to the value that rows must have there. setting: on
+    what it was measured.
+    rows: the label of a row of the sweep to its name in the table, where that is not "axis=value,...". names: what the
+    parts of labels, such as a method and a task, are called there; given it, a row's name is its label with these in
+    place. left_out: a row of the table that no row of the study answers, to the reason.
     """
 
     table: str
-    key: str
+    key: str | list[str]
     column: str | dict[str, str]
     std: str | dict[str, str] | None = None
-    where: dict[str, str] = field(default_factory=dict)
     setting: str = ""
     also: tuple[str, ...] = ()
+    where: dict[str, str] = field(default_factory=dict)
     rows: dict[Any, str] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
 
@@ -224,9 +227,10 @@ def published_values(answers: Answers | None) -> dict[str, tuple[str, str | None
         with path.open(encoding="utf-8", newline="") as file:
             table = list(csv.DictReader(file))
         rows = [row for row in table if all(row[name] == value for name, value in answers.where.items())]
+        keys = answers.key if isinstance(answers.key, list) else [answers.key]
         columns, stds = _by_method(answers.column), _by_method(answers.std)
         return {
-            f"{row[answers.key]}{suffix}": (row[column], row[stds[suffix]] if suffix in stds else None)
+            ", ".join(row[key] for key in keys) + suffix: (row[column], row[stds[suffix]] if suffix in stds else None)
             for suffix, column in columns.items()
             for row in rows
         }

@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from basisadapt import backbones
 from basisadapt.ranges import Choices, Range
@@ -241,6 +241,7 @@ def _notes(table: Table) -> list[str]:
     used = dict.fromkeys(cell.config.backbone for line in table.lines for cell in line.row.cells)
     notes += [f"Backbone {name}: {note}." for name in used if (note := backbones.find(name).note)]
     notes += trouble(table)
+    notes += _splits(table)
     if spec.answers is not None:
         setting = f" ({spec.answers.setting})" if spec.answers.setting else ""
         notes.append(
@@ -251,8 +252,8 @@ def _notes(table: Table) -> list[str]:
 
 
 def trouble(table: Table) -> list[str]:
-    """A sentence for the unfinished cells of each row, and one for each warning, with its rows and seeds."""
-    notes = []
+    """A sentence for each task whose data changed, for the unfinished cells of each row, and for each warning."""
+    notes = _changed_data(table)
     warned: dict[str, list[str]] = {}
     for line in table.lines:
         for state, seeds in line.seeds_by_state().items():
@@ -267,6 +268,32 @@ def trouble(table: Table) -> list[str]:
         for warning, seeds in by_warning.items():
             warned.setdefault(warning, []).append(f"{line.label} {_named(seeds)}")
     return notes + [f"Warning, {'; '.join(places)}: {warning}" for warning, places in warned.items()]
+
+
+def _changed_data(table: Table) -> list[str]:
+    """A sentence for each task whose cells did not all see the same rows."""
+    seen: dict[Any, dict[str, list[str]]] = {}
+    for line in table.lines:
+        seeds_by_data: dict[str, list[int]] = {}
+        for seed, outcome in line.outcomes.items():
+            if outcome.done and "fingerprint" in outcome.data:
+                seeds_by_data.setdefault(outcome.data["fingerprint"], []).append(seed)
+        of_task = seen.setdefault((line.task, line.row.cells[0].config.data), {})
+        for fingerprint, seeds in seeds_by_data.items():
+            of_task.setdefault(fingerprint, []).append(f"{line.label} {_named(seeds)}")
+    return [
+        f"The rows of {task} changed between cells, which cannot be compared across the change: "
+        + "; ".join(f"{', '.join(places)} saw {fingerprint}" for fingerprint, places in of_task.items())
+        + "."
+        for (task, _), of_task in seen.items()
+        if len(of_task) > 1
+    ]
+
+
+def _splits(table: Table) -> list[str]:
+    """How a task's rows were split, where they do not come that way."""
+    outcomes = ((line.task, outcome) for line in table.lines for outcome in line.outcomes.values())
+    return list(dict.fromkeys(f"Rows of {task}: {o.data['split']}." for task, o in outcomes if "split" in o.data))
 
 
 def _named(seeds: Sequence[int]) -> str:

@@ -5,9 +5,22 @@ from __future__ import annotations
 from basisadapt.tasks import commonsense as commonsense
 from basisadapt.tasks import docstrings as docstrings
 from basisadapt.tasks import glue as glue
+from basisadapt.tasks import instruct as instruct
 from basisadapt.tasks.completion import CompletionTask
+from basisadapt.tasks.lookup import find, stamp
 from basisadapt.tasks.settings import DataSettings
-from basisadapt.tasks.task import TASKS, Example, Rows, Task, TaskData, find
+from basisadapt.tasks.task import TASKS, Example, Rows, Task, TaskData
 from basisadapt.tasks.text import TextTask
 
-__all__ = ["TASKS", "CompletionTask", "DataSettings", "Example", "Rows", "Task", "TaskData", "TextTask", "find"]
+__all__ = [
+    "TASKS",
+    "CompletionTask",
+    "DataSettings",
+    "Example",
+    "Rows",
+    "Task",
+    "TaskData",
+    "TextTask",
+    "find",
+    "stamp",
+]

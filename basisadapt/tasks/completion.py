@@ -91,7 +91,7 @@ class CompletionTask(Task):
 
     def _trained(self, rows: Rows, processor: Any, max_length: int | None) -> list[Example]:
         prompts = [question.prompt for question in rows.inputs]
-        starts = _token_ids(processor, prompts)
+        starts = token_ids(processor, prompts)
         wholes = _extended(processor, prompts, starts, rows.labels)
         sizes = [len(whole) + 1 for whole in wholes]
         limit = min(max_length or processor.model_max_length, processor.model_max_length)
@@ -112,7 +112,7 @@ class CompletionTask(Task):
         probes = [self.probe(*row) for row in zip(rows.inputs, rows.labels, strict=True)]
         prompts = [probe.prompt for probe in probes]
         begin = processor.bos_token_id if processor.bos_token_id is not None else processor.eos_token_id
-        starts = [ids or [begin] for ids in _token_ids(processor, prompts)]
+        starts = [ids or [begin] for ids in token_ids(processor, prompts)]
         owners = [row for row, probe in enumerate(probes) for _ in probe.continuations]
         texts = [continuation for probe in probes for continuation in probe.continuations]
         leads = [prompts[row] + text.lead for row, text in zip(owners, texts, strict=True)]
@@ -183,7 +183,7 @@ def _block(rows: Sequence[Sequence[list[int]]], fill: int) -> Tensor:
     return block
 
 
-def _token_ids(processor: Any, texts: Sequence[str], special: bool = True) -> list[list[int]]:
+def token_ids(processor: Any, texts: Sequence[str], special: bool = True) -> list[list[int]]:
     """Token ids, without the token that ends a text where a tokenizer adds one."""
     encoded: list[list[int]] = processor(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
     return [ids[:-1] if ids and ids[-1] == processor.eos_token_id else ids for ids in encoded]
@@ -194,9 +194,9 @@ def _extended(processor: Any, starts: Sequence[str], ids: Sequence[list[int]], t
 
     Both are tokenized together, as a model has mostly seen them; apart where that would change the start's last token.
     """
-    wholes = _token_ids(processor, [start + text for start, text in zip(starts, texts, strict=True)])
+    wholes = token_ids(processor, [start + text for start, text in zip(starts, texts, strict=True)])
     return [
-        whole if whole[: len(before)] == before else before + _token_ids(processor, [text], special=False)[0]
+        whole if whole[: len(before)] == before else before + token_ids(processor, [text], special=False)[0]
         for whole, before, text in zip(wholes, ids, texts, strict=True)
     ]
 
@@ -252,22 +252,42 @@ def response_loss(log_probs: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def generate(model: Any, batch: Mapping[str, Tensor], max_new_tokens: int) -> Tensor:
-    """What the model writes after left-padded prompts, greedily: token ids, shape (rows, max_new_tokens)."""
+def generate(
+    model: Any, batch: Mapping[str, Tensor], max_new_tokens: int, temperatures: Tensor | None = None
+) -> Tensor:
+    """What the model writes after left-padded prompts: token ids, shape (rows, max_new_tokens).
+
+    temperatures: of the rows, shape (rows,); 0 is greedy, and so is every row without them.
+    """
     prompts, pad = batch["input_ids"], model.config.pad_token_id
     written = model.generate(
         input_ids=prompts,
         attention_mask=batch["attention_mask"],
         max_new_tokens=max_new_tokens,
-        do_sample=False,
+        do_sample=temperatures is not None,
+        logits_processor=[] if temperatures is None else [_tempered(temperatures)],
         num_beams=1,
         use_cache=True,
         pad_token_id=pad,
+        # A backbone may come with other habits.
+        repetition_penalty=1.0,
         temperature=None,
         top_p=None,
         top_k=None,
     )[:, prompts.shape[1] :]
     return functional.pad(written, (0, max_new_tokens - written.shape[1]), value=pad)
+
+
+def _tempered(temperatures: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """Divides each row's logits by its temperature; at 0 the likeliest token alone remains."""
+    warm = temperatures.clamp(min=1e-3)[:, None]
+
+    def temper(_: Tensor, logits: Tensor) -> Tensor:
+        likeliest = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, logits.argmax(-1, keepdim=True), True)
+        only = logits.masked_fill(~likeliest, -torch.inf)
+        return torch.where(temperatures[:, None] > 0, logits / warm, only)
+
+    return temper
 
 
 @dataclass(frozen=True)

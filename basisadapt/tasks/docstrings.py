@@ -7,7 +7,6 @@ Python version to the next; the data's fingerprint tells.
 from __future__ import annotations
 
 import ast
-import hashlib
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from basisadapt.tasks.split import split
 from basisadapt.tasks.task import Rows, TaskData
 from basisadapt.tasks.text import TextTask
 
@@ -38,20 +38,12 @@ class Docstrings(TextTask, name="docstrings"):
             texts.setdefault(text, package)
         sizes = Counter(texts.values())
         packages = sorted(sorted(sizes, key=lambda package: (-sizes[package], package))[: self.num_labels])
-        chosen = sorted((text for text in texts if texts[text] in packages), key=_order)
-        train = [text for text in chosen if _order(text) % 5]
-        held_out = [text for text in chosen if not _order(text) % 5]
-        rows, others = (Rows(part, [packages.index(texts[text]) for text in part]) for part in (train, held_out))
-        return TaskData(rows, others)
+        chosen = [text for text in texts if texts[text] in packages]
+        return TaskData(*split(Rows(chosen, [packages.index(texts[text]) for text in chosen])))
 
     def metrics(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """Accuracy."""
         return {"accuracy": float(np.mean(scores.argmax(axis=-1) == labels))}
-
-
-def _order(text: str) -> int:
-    """A number that depends on the text alone: it mixes the rows, and decides which are held out."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def _docstrings(library: Path) -> Iterator[tuple[str, str]]:

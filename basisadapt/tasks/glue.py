@@ -1,18 +1,21 @@
 """GLUE (Wang et al., 2019), from a local folder in the layout `glue/CoLA/train.tsv` or from the hub.
 
 Development sets are the evaluation sets, as usual where the test labels are withheld. Needs `--data-dir`, or, without
-it, the hub's `nyu-mll/glue`.
+it, the hub's `nyu-mll/glue`. Every row of a file counts: one that is malformed is an error that names it.
 """
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from basisadapt.errors import InputError
+from basisadapt.errors import InputError, unknown
+from basisadapt.tasks import metrics
+from basisadapt.tasks.hub import ask_hub
+from basisadapt.tasks.split import split
+from basisadapt.tasks.tables import Table, read_table
 from basisadapt.tasks.task import Rows, TaskData, readable_folder
 from basisadapt.tasks.text import TextTask
 
@@ -20,23 +23,26 @@ from basisadapt.tasks.text import TextTask
 class Glue(TextTask):
     """One GLUE task. The subclasses below are data.
 
-    folder: the folder under `glue/`; text: the columns of the texts, by name, or by index where there is no header;
-    label: likewise; classes: the labels as written in the files, none for a regression.
+    folder: the folder under `glue/`; text, label: columns of its files, whose names are `header` where a file does not
+    begin with them; classes: the labels as written in the files, none for a regression; hub_text: the columns of the
+    texts on the hub. splits_dev: a folder without train.tsv is taken too: four in five rows of dev.tsv are trained on,
+    the others evaluated on, chosen by their first text.
     """
 
     folder: ClassVar[str]
-    text: ClassVar[tuple[str | int, ...]]
-    label: ClassVar[str | int]
+    text: ClassVar[tuple[str, ...]]
+    label: ClassVar[str] = "label"
+    header: ClassVar[tuple[str, ...] | None] = None
     classes: ClassVar[tuple[str, ...]]
     hub_text: ClassVar[tuple[str, ...]]
+    splits_dev: ClassVar[bool] = False
 
     def check(self, data_dir: Path | None) -> None:
-        """Raise InputError unless both files are there, or the hub is to be asked."""
+        """Raise InputError unless the files are there, or the hub is to be asked."""
         if data_dir is None:
             return
         readable_folder(data_dir)
-        for part in ("train", "dev"):
-            path = data_dir / "glue" / self.folder / f"{part}.tsv"
+        for path in self._files(data_dir):
             if not path.is_file():
                 raise InputError(f"data folder {str(data_dir)!r} has no {path.relative_to(data_dir)}")
 
@@ -45,32 +51,40 @@ class Glue(TextTask):
         if data_dir is None:
             return self._from_hub()
         self.check(data_dir)
-        folder = data_dir / "glue" / self.folder
-        return TaskData(self._read(folder / "train.tsv").mixed(), self._read(folder / "dev.tsv"))
+        parts = [self._read(path) for path in self._files(data_dir)]
+        if len(parts) == 1:
+            return TaskData(*split(parts[0]), about={"split": "dev.tsv only: four in five rows train"})
+        return TaskData(parts[0].mixed(), parts[1])
+
+    def _files(self, data_dir: Path) -> list[Path]:
+        train, dev = (data_dir / "glue" / self.folder / f"{part}.tsv" for part in ("train", "dev"))
+        return [dev] if self.splits_dev and not train.exists() else [train, dev]
 
     def _read(self, path: Path) -> Rows:
-        # Quotes are literal in these files; MRPC starts with a byte-order mark.
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            table = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-        header = {} if isinstance(self.label, int) else {name: i for i, name in enumerate(table.pop(0))}
-        place = [column if isinstance(column, int) else header[column] for column in (*self.text, self.label)]
-        whole = [row for row in table if len(row) > max(place)]
-        columns = [[row[i] for row in whole] for i in place]
-        labels = [self._label(value) for value in columns[-1]]
-        return Rows(_texts(columns[:-1]), labels)
+        table = read_table(path, (*self.text, self.label), self.header)
+        texts = [table.columns[name] for name in self.text]
+        return Rows(_texts(texts), [self._label(table, row) for row in range(len(table))])
 
-    def _label(self, value: str) -> Any:
-        return self.classes.index(value) if self.classes else float(value)
+    def _label(self, table: Table, row: int) -> Any:
+        value = table.columns[self.label][row]
+        if self.classes:
+            if value not in self.classes:
+                raise table.error(row, str(unknown("label", value, self.classes)))
+            return self.classes.index(value)
+        try:
+            score = float(value)
+        except ValueError:
+            score = np.nan
+        if not np.isfinite(score):
+            raise table.error(row, f"label {value!r} is not a finite number")
+        return score
 
     def _from_hub(self) -> TaskData:
-        from datasets import load_dataset
-
         subset = type(self).__name__.lower()
         try:
-            parts = load_dataset("nyu-mll/glue", subset)
-        except Exception as error:  # the hub's client raises many kinds
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"task glue/{subset} needs --data-dir or the hub, which failed: {reason}") from error
+            parts = ask_hub("nyu-mll/glue", subset)
+        except InputError as error:
+            raise InputError(f"task glue/{subset} needs --data-dir or the hub: {error}") from error
 
         def rows(part: Any) -> Rows:
             return Rows(_texts([list(part[name]) for name in self.hub_text]), list(part["label"]))
@@ -78,45 +92,36 @@ class Glue(TextTask):
         return TaskData(rows(parts["train"]).mixed(), rows(parts["validation"]))
 
     def metrics(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """Accuracy, F1 and Matthews' correlation of two classes; Pearson and Spearman of a regression."""
-        from scipy import stats
-        from sklearn.metrics import f1_score, matthews_corrcoef
+        """Accuracy, F1 of the second class and Matthews' correlation; Pearson and Spearman of a regression."""
+        from sklearn.metrics import f1_score
 
         if not self.classes:
-            predicted = scores.reshape(-1)
-            return {
-                "pearson": float(stats.pearsonr(predicted, labels).statistic),
-                "spearman": float(stats.spearmanr(predicted, labels).statistic),
-            }
-        chosen = scores.argmax(axis=-1)
-        return {
-            "accuracy": float(np.mean(chosen == labels)),
-            "f1": float(f1_score(labels, chosen)),
-            "matthews": float(matthews_corrcoef(labels, chosen)),
-        }
+            return metrics.of_numbers(scores, labels)
+        return {**metrics.of_classes(scores, labels), "f1": float(f1_score(labels, scores.argmax(axis=-1)))}
 
 
-def _texts(columns: list[list[str]]) -> list[Any]:
+def _texts(columns: list[Any]) -> list[Any]:
     """One column of texts as it is, two as pairs."""
-    return columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
+    return list(columns[0]) if len(columns) == 1 else list(zip(*columns, strict=True))
 
 
 class CoLA(Glue, name="glue/cola"):
     """Is the sentence grammatical? Matthews' correlation."""
 
-    folder, text, label, classes, hub_text = "CoLA", (3,), 1, ("0", "1"), ("sentence",)
+    folder, header, text = "CoLA", ("source", "label", "mark", "sentence"), ("sentence",)
+    classes, hub_text = ("0", "1"), ("sentence",)
     headline, num_labels = "matthews", 2
 
 
 class SST2(Glue, name="glue/sst2"):
     """Is the sentence positive? Accuracy."""
 
-    folder, text, label, classes, hub_text = "SST-2", ("sentence",), "label", ("0", "1"), ("sentence",)
+    folder, text, classes, hub_text = "SST-2", ("sentence",), ("0", "1"), ("sentence",)
     headline, num_labels = "accuracy", 2
 
 
 class MRPC(Glue, name="glue/mrpc"):
-    """Do the sentences say the same? Accuracy."""
+    """Do the sentences say the same? Accuracy; F1, which GLUE also gives, is recorded."""
 
     folder, text, label, classes = "MRPC", ("#1 String", "#2 String"), "Quality", ("0", "1")
     hub_text = ("sentence1", "sentence2")
@@ -126,16 +131,16 @@ class MRPC(Glue, name="glue/mrpc"):
 class RTE(Glue, name="glue/rte"):
     """Does the first text entail the second? Accuracy."""
 
-    folder, text, label = "RTE", ("sentence1", "sentence2"), "label"
-    classes, hub_text = ("entailment", "not_entailment"), ("sentence1", "sentence2")
+    folder, text, classes = "RTE", ("sentence1", "sentence2"), ("entailment", "not_entailment")
+    hub_text = ("sentence1", "sentence2")
     headline, num_labels = "accuracy", 2
 
 
 class QNLI(Glue, name="glue/qnli"):
-    """Does the sentence answer the question? Accuracy."""
+    """Does the sentence answer the question? Accuracy. Rows of one question stay together where dev.tsv is split."""
 
-    folder, text, label = "QNLI", ("question", "sentence"), "label"
-    classes, hub_text = ("entailment", "not_entailment"), ("question", "sentence")
+    folder, text, classes = "QNLI", ("question", "sentence"), ("entailment", "not_entailment")
+    hub_text, splits_dev = ("question", "sentence"), True
     headline, num_labels = "accuracy", 2
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from basisadapt.errors import InputError, unknown
 
+KINDS = ("classes", "numbers")
 SCORINGS = ("likelihood", "generation", "cloze")
 
 
@@ -14,22 +15,29 @@ class DataSettings:
     """The `data.*` settings. Raises InputError out of range.
 
     Of your own data (a file or a hub data set): text, second, label are columns, second for pairs of texts; test is the
-    file of the rows to evaluate on, where None holds out every fifth row.
+    file or the split of the rows to evaluate on, where None holds out one row in five of a file. kind: whether labels
+    are "classes" or "numbers"; None lets them say it themselves.
 
     Of language models: train_on_inputs, whether the loss covers the prompt too. scoring, how an answer among options is
     found: "likelihood", the published answer sentence that the model finds likeliest; "generation", the first option
     named in what it writes, the published rule; "cloze", the option whose text it finds likeliest, per character, as
-    the question's continuation.
+    the question's continuation. max_new_tokens: of an answer to MT-Bench.
     """
 
     text: str = "text"
     second: str | None = None
     label: str = "label"
     test: str | None = None
+    kind: str | None = None
     train_on_inputs: bool = False
     scoring: str = "likelihood"
+    max_new_tokens: int = 1024
 
     def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InputError(f"data.max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if self.kind is not None and self.kind not in KINDS:
+            raise unknown("data.kind", self.kind, KINDS)
         if self.scoring not in SCORINGS:
             raise unknown("data.scoring", self.scoring, SCORINGS)
         if self.text == self.label or self.second in (self.text, self.label):

@@ -7,7 +7,7 @@ import json
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -63,12 +63,14 @@ class Rows:
 class TaskData:
     """A task's rows. They are in a fixed, mixed order, so that the first ones are a fair sample.
 
-    mark: what tells these data from others, where the rows are too many to be read for it.
+    mark: what tells these data from others, where the rows are too many to be read for it. about: what is to be
+    recorded of them, in plain JSON types; "split", in words, where it is not the published one.
     """
 
     train: Rows
     eval: Rows
     mark: str | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     def fingerprint(self) -> str:
         """A hash of every input and label, or of the mark."""
@@ -80,14 +82,11 @@ class Task(ABC):
     """What a model is trained for and measured by. Subclass one of its forms with a name: `TextTask`, `ImageTask` or
     `CompletionTask`.
 
-    form: "text", "image" or "completion", what the model must be able to do. headline: the key of the main metric,
-    greater being better. num_labels: classes, or 1 for a regression; without meaning for completions. max_length: what
-    train.max_length is where nobody sets it; None for no limit.
+    form: "text", "image" or "completion", what the model must be able to do. max_length: what train.max_length is where
+    nobody sets it; None for no limit. notes: what the run's record is to say beside numbers, such as who has judged.
     """
 
     form: ClassVar[str]
-    headline: ClassVar[str]
-    num_labels: int
     max_length: ClassVar[int | None] = None
 
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
@@ -98,10 +97,21 @@ class Task(ABC):
 
     def __init__(self, settings: DataSettings | None = None) -> None:
         self.settings = settings or DataSettings()
+        self.notes: dict[str, str] = {}
+
+    @property
+    @abstractmethod
+    def headline(self) -> str:
+        """The key of the main metric, greater being better."""
+
+    @property
+    @abstractmethod
+    def num_labels(self) -> int:
+        """Classes, or 1 for a regression; without meaning for completions. Raises InputError."""
 
     @abstractmethod
     def check(self, data_dir: Path | None) -> None:
-        """Raise InputError if the data cannot be had; reads no rows."""
+        """Raise InputError if the data cannot be had; the built-in tasks read no rows for it."""
 
     @abstractmethod
     def load(self, data_dir: Path | None) -> TaskData:
@@ -125,11 +135,6 @@ class Task(ABC):
     @abstractmethod
     def measure(self, scores: np.ndarray, rows: Rows, processor: Any) -> dict[str, float]:
         """Metrics of the answers, `scores` of all batches under one another, to `rows`."""
-
-
-def find(name: str, settings: DataSettings) -> Task:
-    """The task called `name`. Raises InputError naming the nearest."""
-    return TASKS[name](settings)
 
 
 def readable_folder(data_dir: Path) -> Path:

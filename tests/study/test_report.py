@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 
 import pytest
@@ -219,3 +220,21 @@ def test_a_study_may_be_drawn_against_what_rows_cost(folder):
     assert [{text.get_text() for text in axes.texts} for axes in figure.axes] == [{"sinc", "fourier", "LoRA"}] * 2
     path.write_text(path.read_text().replace("against: ", "columns: "))
     assert "against.png" not in report_files(reported(resolve(read_spec("tiny.yaml")), SOUND), no_pictures)
+
+
+def test_data_that_changed_between_cells_and_splits_are_said(two_bases):
+    found = outcomes(two_bases, SOUND)
+    for number, cell in enumerate(two_bases.cells):
+        data = {"fingerprint": "new" if number == 4 else "old", "split": "one row in five is held out"}
+        found[cell.key] = dataclasses.replace(found[cell.key], data=data)
+    made = report.make_report(build_table(two_bases, found))
+    text = words.to_text(made)
+    changed = (
+        "The rows of docstrings changed between cells, which cannot be compared across the change: "
+        "sinc seeds 1, 2, 3, fourier seeds 1, 3, LoRA seeds 1, 2, 3 saw old; fourier seed 2 saw new."
+    )
+    assert f"\n{changed}\n" in text
+    assert "\nRows of docstrings: one row in five is held out.\n" in text
+    assert words.trouble(made.table) == [changed]
+    same = {key: dataclasses.replace(outcome, data={"fingerprint": "old"}) for key, outcome in found.items()}
+    assert words.to_text(report.make_report(build_table(two_bases, same))) == TEXT

@@ -1,0 +1,57 @@
+"""Have saved answers to MT-Bench judged again: `python -m basisadapt.mt_bench FILE --data-dir DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from basisadapt.errors import InputError
+
+DONE, BAD_INPUT, INTERRUPTED = 0, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        _judge(options.answers, options.data_dir)
+    except InputError as error:
+        print(f"basisadapt: error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("\nInterrupted. Judgements so far are kept; the same command goes on.", file=sys.stderr)
+        return INTERRUPTED
+    return DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m basisadapt.mt_bench",
+        description="Have saved answers to MT-Bench judged by the judge that BASISADAPT_JUDGE_URL, _MODEL and _KEY "
+        "name, and print their scores. Judgements in BASISADAPT_JUDGE_DIR are not asked for again.",
+    )
+    parser.add_argument(
+        "answers", nargs="+", type=Path, metavar="FILE", help="answers that a run saved, or others in FastChat's format"
+    )
+    parser.add_argument(
+        "--data-dir", type=Path, required=True, metavar="DIR", help="its folder instruct/ has MT-Bench's files"
+    )
+    return parser
+
+
+def _judge(files: Sequence[Path], data_dir: Path) -> None:
+    from basisadapt.tasks.judge import configured_judge
+    from basisadapt.tasks.mt_bench import judged, read_answers, read_bench
+
+    judge, bench = configured_judge(), read_bench(data_dir)
+    read = {path: read_answers(path, bench) for path in files}
+    for path, (rows, answers) in read.items():
+        print(f"{path}: {len(rows)} questions, judged by {judge.name}")
+        for name, value in judged(rows, answers, judge).items():
+            print(f"  {name:<17}{value:>8.4g}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

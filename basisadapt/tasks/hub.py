@@ -1,0 +1,71 @@
+"""A task from a data set on the Hugging Face hub: `task: hub:owner/name` or `hub:owner/name/config`."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from basisadapt.errors import InputError, unknown
+from basisadapt.tasks.own_data import OwnData
+from basisadapt.tasks.settings import DataSettings
+from basisadapt.tasks.tables import Table, check_columns
+
+PREFIX = "hub:"
+
+
+class HubTask(OwnData):
+    """Trains on the split "train"; evaluates on `data.test`, or else on "validation", or else on "test".
+
+    `datasets` downloads and caches; no code of the hub is run.
+    """
+
+    def __init__(self, name: str, settings: DataSettings) -> None:
+        """Raises InputError for a malformed name."""
+        super().__init__(settings)
+        owner, _, rest = name.removeprefix(PREFIX).partition("/")
+        self._name, _, config = rest.partition("/")
+        if not owner or not self._name or "/" in config:
+            raise InputError(f"task {name!r} must be hub:owner/name or hub:owner/name/config")
+        self._source, self._config = f"{owner}/{self._name}", config or None
+
+    def tables(self) -> tuple[Table, Table | None]:
+        """The splits, from the hub or `datasets`' cache."""
+        parts = ask_hub(self._source, self._config)
+        for split in ("train", *([self.settings.test] if self.settings.test else [])):
+            if split not in parts:
+                raise InputError(f"hub data set {self._source!r}: {unknown('split', split, parts)}")
+        if self.settings.test == "train":
+            raise InputError("data.test 'train' is the split that is trained on")
+        test = self.settings.test or next((split for split in ("validation", "test") if split in parts), None)
+        return self._table(parts, "train"), None if test is None else self._table(parts, test)
+
+    def _table(self, parts: Any, split: str) -> Table:
+        source, part = f"hub data set {self._source!r}, split {split!r}", parts[split]
+        check_columns(source, part.column_names, self.columns)
+        values = {column: list(part[column]) for column in self.columns}
+        table = Table(source, "row", range(1, len(part) + 1), values)
+        if not len(table):
+            raise InputError(f"{source} has no rows")
+        names = getattr(part.features[self.settings.label], "names", None)
+        return table if names is None else _named(table, self.settings.label, names)
+
+
+def _named(table: Table, column: str, names: list[str]) -> Table:
+    """The table with the classes' names for their indices; -1 marks a label that is withheld."""
+    for row, index in enumerate(table.columns[column]):
+        if index == -1:
+            raise table.error(row, "the label is withheld; name another split with data.test")
+    named = [None if index is None else names[index] for index in table.columns[column]]
+    return Table(table.source, table.unit, table.numbers, {**table.columns, column: named})
+
+
+@functools.lru_cache(maxsize=2)
+def ask_hub(source: str, config: str | None) -> Any:
+    """A data set's splits, name to rows. Raises InputError, in one line, where it cannot be had."""
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(source, config)
+    except Exception as error:  # the hub's client raises many kinds
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"hub data set {source!r} could not be loaded: {reason}") from error

@@ -1,0 +1,237 @@
+"""Instruction tuning: Alpaca, and MT-Bench's questions to a model that has learned from it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from basisadapt.errors import InputError
+from basisadapt.tasks import judge, mt_bench
+from basisadapt.tasks.completion import (
+    IGNORED,
+    CompletionTask,
+    Continuation,
+    Instruction,
+    Probe,
+    Question,
+    alpaca_prompt,
+    generate,
+    pad_left,
+    read_instructions,
+    response_loss,
+    teacher_forced,
+    token_ids,
+)
+from basisadapt.tasks.settings import DataSettings
+from basisadapt.tasks.task import Example, Rows, Task, TaskData, readable_folder
+
+HELD_OUT = 20  # one row in so many
+
+
+class Alpaca(CompletionTask, name="instruct/alpaca"):
+    """Following instructions (Taori et al., 2023): the files `instruct/alpaca*.json`, or the hub's tatsu-lab/alpaca.
+
+    One row in twenty is held out, by a hash of its content; a row that occurs twice counts once. Metrics, of the
+    held-out responses and the tokens that end them, each token predicted from the right ones before it:
+    token_accuracy, how many are the likeliest one, and perplexity, exp of the mean loss per token.
+    """
+
+    headline = "token_accuracy"
+
+    def check(self, data_dir: Path | None) -> None:
+        """Raise InputError unless there is a file, or the hub is to be asked."""
+        if data_dir is not None:
+            _files(data_dir)
+
+    def load(self, data_dir: Path | None) -> TaskData:
+        """The rows in the order of their hashes."""
+        if data_dir is None:
+            found = _from_hub()
+        else:
+            found = [row for path in _files(data_dir) for row in read_instructions(path)]
+        rows = sorted(dict.fromkeys(found), key=_order)
+        train, held_out = ([row for row in rows if (_order(row) % HELD_OUT == 0) == held] for held in (False, True))
+        if not train or not held_out:
+            raise InputError(f"instruct/alpaca: {len(rows)} rows are too few to hold out one in {HELD_OUT}")
+        return TaskData(_rows(train), _rows(held_out))
+
+    def probe(self, question: Any, response: str) -> Probe:
+        """The response, to its end."""
+        return Probe(question.prompt, (Continuation(response, ends=True),))
+
+    def score(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The mean loss of a response's tokens; of each row how many are right, how many there are, and their loss."""
+        log_probs, likeliest = teacher_forced(model, batch)
+        tokens = batch["labels"] != IGNORED
+        sums = [part.sum(dim=(1, 2), dtype=torch.float32) for part in (likeliest, tokens, -log_probs)]
+        return response_loss(log_probs, batch), torch.stack(sums, dim=1)
+
+    def measure(self, scores: np.ndarray, rows: Rows, processor: Any) -> dict[str, float]:
+        """token_accuracy and perplexity, over all tokens."""
+        right, tokens, loss = scores.sum(axis=0, dtype=np.float64)
+        return {"token_accuracy": float(right / tokens), "perplexity": float(np.exp(loss / tokens))}
+
+
+def _files(data_dir: Path) -> list[Path]:
+    found = sorted((readable_folder(data_dir) / "instruct").glob("alpaca*.json"))
+    if not found:
+        raise InputError(f"data folder {str(data_dir)!r} has no instruct/alpaca*.json")
+    return found
+
+
+def _from_hub() -> list[Instruction]:
+    from datasets import load_dataset
+
+    try:
+        part = load_dataset("tatsu-lab/alpaca", split="train")
+    except Exception as error:  # the hub's client raises many kinds
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"task instruct/alpaca needs --data-dir or the hub, which failed: {reason}") from error
+    return [Instruction(*row) for row in zip(part["instruction"], part["input"], part["output"], strict=True)]
+
+
+def _order(row: Instruction) -> int:
+    """A number that depends on the row alone: it mixes the rows, and decides which are held out."""
+    return int.from_bytes(hashlib.sha256(f"{row.prompt}{row.output}".encode()).digest()[:8], "big")
+
+
+def _rows(instructions: Sequence[Instruction]) -> Rows:
+    return Rows([Question(row.prompt) for row in instructions], [row.output for row in instructions])
+
+
+class MTBench(Task, name="instruct/mt_bench"):
+    """Trained on Alpaca's rows, asked MT-Bench's questions (`mt_bench`), and judged by the judge that is set (`judge`).
+
+    Both turns are answered in Alpaca's template, the second after the first with its answer, at the temperature that
+    is published for the question's category; each answer has at most data.max_new_tokens tokens. The answers are saved
+    before the judge is asked, so that `python -m basisadapt.mt_bench` can have them judged again. There is no loss of
+    the answers, and no generalisation gap.
+    """
+
+    form = "completion"
+    headline = "score"
+    num_labels = 1
+
+    def __init__(self, settings: DataSettings | None = None) -> None:
+        super().__init__(settings)
+        self._alpaca = Alpaca(self.settings)
+
+    def check(self, data_dir: Path | None) -> None:
+        """Raise InputError unless there are rows of Alpaca, MT-Bench's files and a judge."""
+        mt_bench.check_files(data_dir)
+        self._alpaca.check(data_dir)
+        judge.configured_judge()
+
+    def load(self, data_dir: Path | None) -> TaskData:
+        """Alpaca's training rows, and MT-Bench's questions with their gradings."""
+        return TaskData(self._alpaca.load(data_dir).train, mt_bench.read_bench(data_dir))
+
+    def examples(self, rows: Rows, processor: Any, max_length: int | None, training: bool) -> Sequence[Example]:
+        """Of questions input_ids, the first turn's prompt, second, what follows its answer, and temperature.
+
+        Raises InputError for a conversation that would be longer than the backbone reads.
+        """
+        if not _asks(rows):
+            return self._alpaca.examples(rows, processor, max_length, training)
+        firsts = token_ids(processor, [alpaca_prompt(question.turns[0]) for question in rows.inputs])
+        seconds = token_ids(processor, [_follow_up(question.turns[1]) for question in rows.inputs], special=False)
+        longest = max(len(first) + len(second) + 1 for first, second in zip(firsts, seconds, strict=True))
+        if longest + 2 * self.settings.max_new_tokens > processor.model_max_length:
+            raise InputError(
+                f"data.max_new_tokens {self.settings.max_new_tokens} is too long: MT-Bench's questions have up to "
+                f"{longest} tokens, with two answers, and the backbone reads {processor.model_max_length}"
+            )
+        return [
+            {"input_ids": first, "second": [processor.eos_token_id, *second], "temperature": question.temperature}
+            for first, second, question in zip(firsts, seconds, rows.inputs, strict=True)
+        ]
+
+    def collator(self, processor: Any) -> Callable[[list[Example]], dict[str, Tensor]]:
+        """Pads a question's first prompt on the left, and what follows the answer on the right, with -100."""
+        of_responses = self._alpaca.collator(processor)
+
+        def collate(examples: list[Example]) -> dict[str, Tensor]:
+            if "second" not in examples[0]:
+                return of_responses(examples)
+            seconds = [torch.tensor(example["second"]) for example in examples]
+            return {
+                **pad_left([example["input_ids"] for example in examples], processor.pad_token_id),
+                "second": torch.nn.utils.rnn.pad_sequence(seconds, batch_first=True, padding_value=IGNORED),
+                "temperature": torch.tensor([example["temperature"] for example in examples]),
+            }
+
+        return collate
+
+    def score(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Of questions no loss (NaN), and the answers' token ids, shape (rows, 2, data.max_new_tokens)."""
+        if "second" not in batch:
+            return self._alpaca.score(model, batch)
+        answers = converse(model, batch, self.settings.max_new_tokens)
+        return torch.full((), torch.nan, device=answers.device), answers
+
+    def measure(self, scores: np.ndarray, rows: Rows, processor: Any) -> dict[str, float]:
+        """`mt_bench.judged`. Raises InputError that says where the answers are, if the judge gives no answer."""
+        if not _asks(rows):
+            return self._alpaca.measure(scores, rows, processor)
+        texts = [processor.batch_decode(turns, skip_special_tokens=True) for turns in scores]
+        answers = [(first.strip(), second.strip()) for first, second in texts]
+        saved = mt_bench.save_answers(rows, answers, judge.folder())
+        chosen = judge.configured_judge()
+        self.notes = {"judge": chosen.name, "answers": str(saved)}
+        try:
+            return mt_bench.judged(rows, answers, chosen)
+        except InputError as error:
+            again = f"the answers are kept: python -m basisadapt.mt_bench {saved} --data-dir DIR judges them"
+            raise InputError(f"{error}; {again}") from error
+
+
+def _asks(rows: Rows) -> bool:
+    """Whether these are MT-Bench's questions, not Alpaca's rows."""
+    return isinstance(rows.inputs[0], mt_bench.Question)
+
+
+def _follow_up(text: str) -> str:
+    return f"\n\n### Instruction:\n{text}\n\n### Response:\n"
+
+
+@torch.no_grad()
+def converse(model: Any, batch: Mapping[str, Tensor], max_new_tokens: int) -> Tensor:
+    """The model's answers to both turns: token ids, shape (rows, 2, max_new_tokens), padded after their ends.
+
+    Equal for equal seeds of the run (`torch.initial_seed`), and no random number of the run is used up.
+    """
+    device, temperatures = batch["input_ids"].device, batch["temperature"]
+    with _own_random_numbers(device):
+        first = generate(model, batch, max_new_tokens, temperatures)
+        follow_ups = pad_left(_conversations(model, batch, first), model.config.pad_token_id)
+        second = generate(
+            model, {name: ids.to(device) for name, ids in follow_ups.items()}, max_new_tokens, temperatures
+        )
+    return torch.stack([first, second], dim=1)
+
+
+def _conversations(model: Any, batch: Mapping[str, Tensor], answers: Tensor) -> list[list[int]]:
+    """The second turns' prompts: the first, its answer up to its end, and what follows."""
+    ends = model.generation_config.eos_token_id
+    ends = {model.config.pad_token_id, *(ends if isinstance(ends, list) else [ends])}
+    whole = []
+    rows = (batch["input_ids"], batch["attention_mask"], answers, batch["second"])
+    for prompt, mask, answer, second in zip(*(part.tolist() for part in rows), strict=True):
+        length = next((place for place, token in enumerate(answer) if token in ends), len(answer))
+        asked = [token for token, seen in zip(prompt, mask, strict=True) if seen]
+        whole.append([*asked, *answer[:length], *(token for token in second if token != IGNORED)])
+    return whole
+
+
+@contextmanager
+def _own_random_numbers(device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(torch.initial_seed())
+        yield

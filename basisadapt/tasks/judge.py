@@ -1,0 +1,210 @@
+"""Who judges an answer: any OpenAI-compatible endpoint, or judgements that were recorded before."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import threading
+import time
+import urllib.error
+import urllib.request
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from basisadapt.errors import InputError
+
+ATTEMPTS = 5
+LONGEST_PAUSE = 60.0  # seconds
+PASSING = (408, 425, 429)  # HTTP statuses below 500 that another attempt may not meet again
+
+Message = Mapping[str, str]  # {"role": "system" or "user", "content": text}
+
+
+class Judge(ABC):
+    """Answers messages with a text. name: the model's, as records have it. Safe to be asked from several threads."""
+
+    name: str
+
+    @abstractmethod
+    def ask(self, messages: Sequence[Message]) -> str:
+        """The judge's text. Raises InputError if there is none to be had."""
+
+
+@dataclass(frozen=True)
+class EndpointJudge(Judge):
+    """A model behind `url`/chat/completions, asked at temperature 0 for up to 2,048 tokens, as MT-Bench asks its judge.
+
+    key: sent as a bearer token, and nowhere else: not to another address that the endpoint names, not into a message.
+    timeout: seconds without a sign of life. pause: seconds before the second of at most ATTEMPTS attempts, doubled each
+    time, unless the endpoint says how long. Raises InputError for an address that is not http or https.
+    """
+
+    url: str
+    name: str
+    key: str = field(default="", repr=False)
+    timeout: float = 120.0
+    pause: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise InputError(f"the judge's address must begin with http:// or https://, got {self.url!r}")
+
+    def ask(self, messages: Sequence[Message]) -> str:
+        """The first choice's text. Another attempt follows what may pass: 408, 425, 429, 5xx, silence, broken JSON."""
+        for attempt in range(ATTEMPTS):
+            pause = self.pause * 2**attempt
+            try:
+                return _text(self._post(messages))
+            except urllib.error.HTTPError as error:
+                reason = self._reason(error)
+                if error.code < 500 and error.code not in PASSING:
+                    raise InputError(f"judge {self.name!r} refuses: {reason}") from error
+                pause = _seconds(error.headers.get("Retry-After"), pause)
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                reason = " ".join(str(error).split()) or type(error).__name__
+            if attempt + 1 < ATTEMPTS:
+                time.sleep(min(pause, LONGEST_PAUSE))
+        raise InputError(f"judge {self.name!r} gave no answer in {ATTEMPTS} attempts, at last: {reason}")
+
+    def _post(self, messages: Sequence[Message]) -> Any:
+        content = {"model": self.name, "messages": list(messages), "temperature": 0, "max_tokens": 2048}
+        headers = {"Content-Type": "application/json"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        address = f"{self.url.rstrip('/')}/chat/completions"
+        request = urllib.request.Request(address, json.dumps(content).encode(), headers)
+        with urllib.request.build_opener(_Stay).open(request, timeout=self.timeout) as reply:
+            return json.loads(reply.read())
+
+    def _reason(self, error: urllib.error.HTTPError) -> str:
+        """Status and beginning of the body, in one line, without the key."""
+        try:
+            body = error.read(1000).decode(errors="replace")
+        except (OSError, http.client.HTTPException):
+            body = ""
+        text = f"HTTP {error.code} {error.reason} {body}"
+        return " ".join((text.replace(self.key, "...") if self.key else text).split())[:300]
+
+
+class _Stay(urllib.request.HTTPRedirectHandler):
+    """Follows no redirection: urllib would send the key along."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """None, which makes the redirection an error."""
+
+
+def _text(reply: Any) -> str:
+    try:
+        text = reply["choices"][0]["message"]["content"]
+    except (KeyError, IndexError, TypeError):
+        text = None
+    if not isinstance(text, str):
+        raise ValueError(f"a reply without choices[0].message.content: {json.dumps(reply)[:200]}")
+    return text
+
+
+def _seconds(text: str | None, otherwise: float) -> float:
+    """The header Retry-After, where it is a number."""
+    return float(text) if text is not None and text.isascii() and text.isdigit() else otherwise
+
+
+class RecordedJudge(Judge):
+    """What `path` records of the judge called `name`; what it lacks is asked of `behind` and added to it.
+
+    A line of the file is {"judge": name, "messages": [...], "text": "..."}. A line that a kill cut off is passed over
+    where there is a judge behind, who is asked again. Raises InputError for a file that cannot be read or written and,
+    with nobody behind, for a malformed line, naming it, and for messages that the file does not have.
+    """
+
+    def __init__(self, path: Path, name: str, behind: Judge | None = None) -> None:
+        self.name = name
+        self._path, self._behind, self._writing = path, behind, threading.Lock()
+        self._texts: dict[str, str] = {}
+        content = self._read()
+        self._whole = not content or content.endswith("\n")
+        for number, line in enumerate(content.split("\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                entry = json.loads(line)
+                if entry["judge"] == name:
+                    self._texts[_canonical(entry["messages"])] = str(entry["text"])
+            except (ValueError, KeyError, TypeError) as error:
+                if behind is None:
+                    raise InputError(
+                        f"{path}, line {number}: expected an object with judge, messages and text"
+                    ) from error
+
+    def _read(self) -> str:
+        try:
+            return self._path.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError as error:
+            if self._behind is None:
+                raise InputError(f"there are no recorded judgements in {self._path}") from error
+            return ""
+        except OSError as error:
+            raise InputError(f"recorded judgements {self._path} cannot be read: {error.strerror}") from error
+
+    def ask(self, messages: Sequence[Message]) -> str:
+        """The recorded text, or that of the judge behind."""
+        key = _canonical(messages)
+        if key not in self._texts:
+            if self._behind is None:
+                end = messages[-1]["content"][-80:]
+                raise InputError(f"{self._path} has no judgement by {self.name!r} of the message that ends in {end!r}")
+            text = self._behind.ask(messages)
+            with self._writing:
+                self._append(json.dumps({"judge": self.name, "messages": list(messages), "text": text}))
+                self._texts[key] = text
+        return self._texts[key]
+
+    def _append(self, line: str) -> None:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("ab") as file:
+                file.write(f"{'' if self._whole else chr(10)}{line}\n".encode())
+        except OSError as error:
+            raise InputError(f"judgements cannot be recorded in {self._path}: {error.strerror}") from error
+        self._whole = True
+
+
+def _canonical(messages: Sequence[Message]) -> str:
+    return json.dumps(list(messages), sort_keys=True)
+
+
+# --- the judge that the environment names ---
+
+
+def folder() -> Path:
+    """Where answers and judgements are kept: BASISADAPT_JUDGE_DIR, or `mt_bench` in the current folder."""
+    return Path(os.environ.get("BASISADAPT_JUDGE_DIR") or "mt_bench")
+
+
+def configured_judge() -> Judge:
+    """The judge BASISADAPT_JUDGE_MODEL at BASISADAPT_JUDGE_URL, such as https://api.openai.com/v1, with the key in
+    BASISADAPT_JUDGE_KEY if it needs one; `folder()`/judgements.jsonl records what it says and is asked first.
+
+    Without an address only the record is asked, and only where BASISADAPT_JUDGE_DIR names its folder. Raises InputError
+    if no judge is set, or its judgements could not be recorded.
+    """
+    url, name = os.environ.get("BASISADAPT_JUDGE_URL"), os.environ.get("BASISADAPT_JUDGE_MODEL")
+    if not name or not (url or os.environ.get("BASISADAPT_JUDGE_DIR")):
+        raise InputError(
+            "MT-Bench needs a judge: set BASISADAPT_JUDGE_URL to an OpenAI-compatible endpoint, such as "
+            "https://api.openai.com/v1, BASISADAPT_JUDGE_MODEL to the model's name there, and BASISADAPT_JUDGE_KEY if "
+            "it asks for one"
+        )
+    _check_writable(folder())
+    behind = EndpointJudge(url, name, os.environ.get("BASISADAPT_JUDGE_KEY", "")) if url else None
+    return RecordedJudge(folder() / "judgements.jsonl", name, behind)
+
+
+def _check_writable(place: Path) -> None:
+    """Raise InputError unless files can be made there. Leaves nothing behind."""
+    existing = next(path for path in (place, *place.absolute().parents) if path.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        raise InputError(f"the folder {str(place)!r} for answers and judgements cannot be written: see {existing}")

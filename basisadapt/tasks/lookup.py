@@ -1,0 +1,33 @@
+"""From what a configuration calls a task to the task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from basisadapt.errors import InputError
+from basisadapt.tasks import files
+from basisadapt.tasks.files import FileTask
+from basisadapt.tasks.hub import PREFIX, HubTask
+from basisadapt.tasks.settings import DataSettings
+from basisadapt.tasks.tables import SUFFIXES
+from basisadapt.tasks.task import TASKS, Task
+
+
+def find(name: str, settings: DataSettings) -> Task:
+    """The task called `name`: a registered one, a file by its suffix, or "hub:owner/name". Reads nothing.
+
+    Raises InputError naming the nearest.
+    """
+    if name.startswith(PREFIX):
+        return HubTask(name, settings)
+    if Path(name).suffix.lower() in SUFFIXES:
+        return FileTask(Path(name), settings)
+    if Path(name).is_file():
+        raise InputError(f"task {name!r} is a file of none of the formats {', '.join(SUFFIXES)}")
+    return TASKS[name](settings)
+
+
+def stamp(name: str, settings: DataSettings) -> tuple[tuple[int, ...], ...]:
+    """What changes when one of the task's own files does."""
+    paths = [Path(path) for path in (name, settings.test) if path is not None]
+    return tuple(files.stamp(path) for path in paths if path.suffix.lower() in SUFFIXES)

@@ -1,0 +1,266 @@
+"""MT-Bench (Zheng et al., 2023): two-turn questions, the prompts their judge gets, and the scores in what it says.
+
+The files are those that FastChat publishes (`fastchat/llm_judge/data`), in the folder `instruct/` of the data:
+mt_bench_question.jsonl, judge_prompts.jsonl and mt_bench_reference_gpt-4.jsonl.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any, TypeVar
+
+from basisadapt.errors import InputError, unknown
+from basisadapt.tasks.judge import Judge, Message
+from basisadapt.tasks.task import Rows, readable_folder
+
+QUESTIONS, PROMPTS, REFERENCES = "mt_bench_question.jsonl", "judge_prompts.jsonl", "mt_bench_reference_gpt-4.jsonl"
+TEMPERATURES = {  # of the answers, by category, as published
+    "writing": 0.7,
+    "roleplay": 0.7,
+    "reasoning": 0.0,
+    "math": 0.0,
+    "coding": 0.0,
+    "extraction": 0.0,
+    "stem": 0.1,
+    "humanities": 0.1,
+}
+WITH_REFERENCE = ("reasoning", "math", "coding")  # categories whose judge sees a reference answer
+AT_ONCE = 8  # judgements asked for at the same time
+RATING = re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]")
+
+T = TypeVar("T")
+Turns = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked: the second turn once the first is answered."""
+
+    number: int
+    category: str
+    turns: Turns
+
+    @property
+    def temperature(self) -> float:
+        """At which it is answered; 0 is greedy."""
+        return TEMPERATURES[self.category]
+
+
+@dataclass(frozen=True)
+class JudgePrompt:
+    """The judge's system message, and the template of what it is asked."""
+
+    system: str
+    template: str
+
+    def messages(self, fields: Mapping[str, str]) -> list[Message]:
+        """The template filled in. Raises KeyError for a field that it names and `fields` lacks."""
+        return [
+            {"role": "system", "content": self.system},
+            {"role": "user", "content": self.template.format_map(fields)},
+        ]
+
+
+@dataclass(frozen=True)
+class Grading:
+    """How the answers to a question are judged: a prompt for each turn, and the reference answers, if it has any."""
+
+    prompts: tuple[JudgePrompt, JudgePrompt]
+    references: Turns | None
+
+    def messages(self, question: Question, answers: Turns) -> tuple[list[Message], list[Message]]:
+        """What the judge is asked about the first answer, and about the second."""
+        fields = {"question": question.turns[0], "answer": answers[0]}
+        for turn in (0, 1):
+            fields[f"question_{turn + 1}"] = question.turns[turn]
+            fields[f"answer_{turn + 1}"] = answers[turn]
+            if self.references is not None:
+                fields[f"ref_answer_{turn + 1}"] = self.references[turn]
+        first, second = self.prompts
+        return first.messages(fields), second.messages(fields)
+
+
+# --- judging ---
+
+
+def rating(text: str) -> float | None:
+    """The number in the first [[number]] of a judgement, the published rule; None if there is none, or not 1 to 10."""
+    found = RATING.search(text)
+    value = float(found[1]) if found else 0.0
+    return value if 1 <= value <= 10 else None
+
+
+def judged(rows: Rows, answers: Sequence[Turns], judge: Judge) -> dict[str, float]:
+    """The metrics of `answers` to the questions of `rows`, by what `judge` says of each turn.
+
+    "score", the mean rating over questions and turns (1 to 10), "score.turn1", "score.turn2", and "score.math" and so
+    on of each category; "unparsable", how many judgements name no rating, which are left out of the means. A mean over
+    no ratings is missing. Raises InputError where the judge gives no answer.
+    """
+    asked = [
+        message
+        for question, grading, turns in zip(rows.inputs, rows.labels, answers, strict=True)
+        for message in grading.messages(question, turns)
+    ]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        ratings = list(map(rating, pool.map(judge.ask, asked)))
+    groups: dict[str, list[float]] = {}
+    for place, value in enumerate(ratings):
+        if value is not None:
+            question, turn = rows.inputs[place // 2], place % 2 + 1
+            for name in ("score", f"score.turn{turn}", f"score.{question.category}"):
+                groups.setdefault(name, []).append(value)
+    return {**{name: fmean(values) for name, values in groups.items()}, "unparsable": float(ratings.count(None))}
+
+
+# --- files ---
+
+
+def check_files(data_dir: Path | None) -> None:
+    """Raise InputError unless the three files are there."""
+    if data_dir is None:
+        raise InputError(
+            f"MT-Bench needs --data-dir with instruct/{QUESTIONS}, {PROMPTS} and {REFERENCES}, "
+            "which FastChat publishes in fastchat/llm_judge/data"
+        )
+    readable_folder(data_dir)
+    for name in (QUESTIONS, PROMPTS, REFERENCES):
+        if not (data_dir / "instruct" / name).is_file():
+            raise InputError(f"data folder {str(data_dir)!r} has no instruct/{name}")
+
+
+def read_bench(data_dir: Path | None) -> Rows:
+    """The questions, one of each category after the other, so that the first ones are a fair sample; labels are their
+    gradings. Raises InputError naming file and line."""
+    check_files(data_dir)
+    assert data_dir is not None
+    folder = data_dir / "instruct"
+    prompts = dict(_parsed(folder / PROMPTS, _named_prompt))
+    references = dict(_parsed(folder / REFERENCES, _numbered_turns))
+    questions = _interleaved(_parsed(folder / QUESTIONS, _question))
+    if not questions or len({question.number for question in questions}) < len(questions):
+        raise InputError(f"{folder / QUESTIONS} has {'a question twice' if questions else 'no questions'}")
+    return Rows(questions, [_grading(question, prompts, references, folder) for question in questions])
+
+
+def _grading(
+    question: Question, prompts: Mapping[str, JudgePrompt], references: Mapping[int, Turns], folder: Path
+) -> Grading:
+    referenced = question.category in WITH_REFERENCE
+    if referenced and question.number not in references:
+        raise InputError(f"{folder / REFERENCES} has no answers to question {question.number}")
+    names = ("single-math-v1", "single-math-v1-multi-turn") if referenced else ("single-v1", "single-v1-multi-turn")
+    for name in names:
+        if name not in prompts:
+            raise InputError(f"{folder / PROMPTS} has no prompt {name!r}")
+    grading = Grading((prompts[names[0]], prompts[names[1]]), references[question.number] if referenced else None)
+    try:
+        grading.messages(question, ("", ""))
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{folder / PROMPTS}: a template of {' and '.join(names)} cannot be filled: {error}"
+        ) from error
+    return grading
+
+
+def _interleaved(questions: Sequence[Question]) -> list[Question]:
+    """Every category's first question, then every category's second, ..."""
+    before: dict[str, int] = {}
+    places = []
+    for question in questions:
+        places.append(before.get(question.category, 0))
+        before[question.category] = places[-1] + 1
+    return [questions[i] for i in sorted(range(len(questions)), key=lambda i: places[i])]
+
+
+def _question(entry: Any) -> Question:
+    number, turns = _numbered(entry, entry["turns"])
+    if entry["category"] not in TEMPERATURES:
+        raise unknown("category", entry["category"], TEMPERATURES)
+    return Question(number, entry["category"], turns)
+
+
+def _numbered_turns(entry: Any) -> tuple[int, Turns]:
+    return _numbered(entry, entry["choices"][0]["turns"])
+
+
+def _numbered(entry: Any, turns: Any) -> tuple[int, Turns]:
+    if not (isinstance(turns, list) and len(turns) == 2 and all(isinstance(turn, str) for turn in turns)):
+        raise InputError("turns must be two texts")
+    if type(entry["question_id"]) is not int:
+        raise InputError("question_id must be a whole number")
+    return entry["question_id"], (turns[0], turns[1])
+
+
+def _named_prompt(entry: Any) -> tuple[str, JudgePrompt]:
+    texts = entry["name"], entry["system_prompt"], entry["prompt_template"]
+    if not all(isinstance(text, str) for text in texts):
+        raise InputError("name, system_prompt and prompt_template must be texts")
+    return entry["name"], JudgePrompt(entry["system_prompt"], entry["prompt_template"])
+
+
+def _parsed(path: Path, parse: Callable[[Any], T]) -> list[T]:
+    """What `parse` makes of every line of a JSONL file. Raises InputError naming file and line."""
+    return [_named(f"{path}, line {number}", line, parse) for number, line in _lines(path)]
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise InputError(f"{path} cannot be read: {reason}") from error
+    yield from ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+
+
+def _named(where: str, line: str, parse: Callable[[Any], T]) -> T:
+    try:
+        return parse(json.loads(line))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not JSON: {error}") from error
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    except KeyError as error:
+        raise InputError(f"{where}: {error} is missing") from error
+    except (TypeError, IndexError) as error:
+        raise InputError(f"{where}: not an entry of this file: {error}") from error
+
+
+# --- answers that were saved ---
+
+
+def save_answers(rows: Rows, answers: Sequence[Turns], folder: Path) -> Path:
+    """Write the answers in FastChat's format. Returns the file, whose name is a hash of them. Raises InputError."""
+    chosen = [
+        {"question_id": question.number, "choices": [{"index": 0, "turns": list(turns)}]}
+        for question, turns in sorted(zip(rows.inputs, answers, strict=True), key=lambda pair: pair[0].number)
+    ]
+    name = f"answers-{hashlib.sha256(json.dumps(chosen).encode()).hexdigest()[:12]}"
+    path = folder / f"{name}.jsonl"
+    half = path.with_suffix(".half")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        half.write_text("".join(f"{json.dumps({**entry, 'model_id': name})}\n" for entry in chosen), encoding="utf-8")
+        half.replace(path)
+    except OSError as error:
+        raise InputError(f"answers cannot be saved in {folder}: {error.strerror}") from error
+    return path
+
+
+def read_answers(path: Path, bench: Rows) -> tuple[Rows, list[Turns]]:
+    """The questions of `bench` that a file in FastChat's format answers, and the answers. Raises InputError."""
+    answers = dict(_parsed(path, _numbered_turns))
+    chosen = [i for i, question in enumerate(bench.inputs) if question.number in answers]
+    strangers = answers.keys() - {question.number for question in bench.inputs}
+    if strangers or not chosen:
+        found = f"question {min(strangers)}, which MT-Bench does not have" if strangers else "no question of MT-Bench"
+        raise InputError(f"{path} answers {found}")
+    rows = bench.take(chosen)
+    return rows, [answers[question.number] for question in rows.inputs]

@@ -1,0 +1,233 @@
+"""Your own texts and labels, from columns of a table: classes or numbers, as the labels say."""
+
+from __future__ import annotations
+
+import functools
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from basisadapt.errors import InputError, unknown
+from basisadapt.tasks import metrics
+from basisadapt.tasks.split import divide, is_held_out, ordered
+from basisadapt.tasks.tables import Table, UnknownColumn
+from basisadapt.tasks.task import Rows, TaskData
+from basisadapt.tasks.text import TextTask
+
+MOST_NUMBERS = 20  # whole numbers with at most so many different values are classes
+
+
+@dataclass(frozen=True)
+class Content:
+    """Rows, and the names of their classes in the order of their indices; none where the labels are numbers."""
+
+    data: TaskData
+    classes: tuple[str, ...]
+
+
+class OwnData(TextTask):
+    """Texts and labels in the columns `data.text`, `data.second` (of pairs) and `data.label`.
+
+    Labels that are texts, or whole numbers with at most 20 different values, are classes, in sorted order; numbers with
+    a fraction are numbers, of which the model learns (y − mean) / deviation over the training rows. Whole numbers with
+    more values may be either: `data.kind` says which, and may overrule the labels. Space around a label is dropped.
+
+    Without rows to evaluate on, one row in five is held out, chosen by its (first) text, but the only row of a class is
+    trained on. A row without text or label, a number that is not finite, and a label that no training row has are
+    errors that name the row.
+    """
+
+    @abstractmethod
+    def tables(self) -> tuple[Table, Table | None]:
+        """The rows to train on, and those to evaluate on, with `columns`. Raises InputError."""
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that are read: of one text or two, and of the label."""
+        return [name for name in (self.settings.text, self.settings.second, self.settings.label) if name is not None]
+
+    @property
+    def headline(self) -> str:
+        """Accuracy of classes, Pearson's correlation of numbers."""
+        return "accuracy" if self._content.classes else "pearson"
+
+    @property
+    def num_labels(self) -> int:
+        """The classes, or 1."""
+        return len(self._content.classes) or 1
+
+    def check(self, data_dir: Path | None) -> None:
+        """Read the rows: an error in the last one is found before anything runs."""
+        self.load(data_dir)
+
+    def load(self, data_dir: Path | None) -> TaskData:
+        """The rows, mixed."""
+        return self._content.data
+
+    def metrics(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """Accuracy, macro-F1 and Matthews' correlation of classes; Pearson's and Spearman's of numbers."""
+        return metrics.of_classes(scores, labels) if self._content.classes else metrics.of_numbers(scores, labels)
+
+    @functools.cached_property
+    def _content(self) -> Content:
+        try:
+            train, test = self.tables()
+        except UnknownColumn as error:
+            raise InputError(f"{error}; data.text, data.second and data.label name the columns") from error
+        written = self._written(train)
+        classes = _classes(train, written.labels, self.settings.kind)
+        rows = ordered(_encoded(train, written, classes))
+        if test is None:
+            rows, others = _hold_out(rows, train.source)
+            split = "one row in five is held out, chosen by its text"
+        else:
+            others = ordered(_encoded(test, self._written(test), classes))
+            split = f"evaluated on {test.source}"
+        if classes:
+            return Content(TaskData(rows, others, about={"split": split, "classes": list(classes)}), classes)
+        rows, others, scale = _standardised(rows, others, train.source)
+        return Content(TaskData(rows, others, about={"split": split, **scale}), ())
+
+    def _written(self, table: Table) -> Rows:
+        """The rows with their labels as texts."""
+        *texts, labels = (_values(table, column) for column in self.columns)
+        inputs: list[Any] = texts[0] if len(texts) == 1 else list(zip(*texts, strict=True))
+        return Rows(inputs, [label.strip() for label in labels])
+
+
+# --- values ---
+
+
+def _values(table: Table, column: str) -> list[str]:
+    """A column as texts, none of them empty."""
+    return [_value(table, row, column, value) for row, value in enumerate(table.columns[column])]
+
+
+def _value(table: Table, row: int, column: str, value: Any) -> str:
+    missing = value is None or (isinstance(value, float) and math.isnan(value))
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    if missing or not text.strip():
+        raise table.error(row, f"nothing in column {column!r}")
+    if not isinstance(value, str | int | float | Decimal):
+        raise table.error(row, f"column {column!r} must hold texts or numbers, got {type(value).__name__}")
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise table.error(row, f"column {column!r} holds half a character (a lone surrogate)")
+    return text
+
+
+def _number(label: str) -> float | None:
+    try:
+        return None if "_" in label else float(label)
+    except ValueError:
+        return None
+
+
+def _whole(label: str) -> str:
+    """1, 1.0 and 01 as "1"; anything else as it is."""
+    number = _number(label)
+    if number is None or not number.is_integer():
+        return label
+    return str(int(number)) if abs(number) < 2**53 else label
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= 40 else f"{label[:40]}..."
+
+
+# --- what the labels are ---
+
+
+def _classes(table: Table, labels: Sequence[str], kind: str | None) -> tuple[str, ...]:
+    """The classes in sorted order, whole numbers by size; none where the labels are numbers."""
+    numbers = [_number(label) for label in labels]
+    if kind == "numbers" or (kind is None and _are_numbers(table, labels, numbers)):
+        return ()
+    if all(number is not None and number.is_integer() for number in numbers):
+        names = sorted({_whole(label) for label in labels}, key=float)
+    else:
+        names = sorted(set(labels))
+    if len(names) == 1:
+        raise InputError(f"{table.source}: all rows have the label {_short(names[0])!r}, which leaves nothing to learn")
+    if 2 * len(names) > len(labels):
+        raise InputError(
+            f"{table.source}: {len(names)} different labels in {len(labels)} rows are too many for classes"
+        )
+    return tuple(names)
+
+
+def _are_numbers(table: Table, labels: Sequence[str], numbers: Sequence[float | None]) -> bool:
+    texts = [row for row, number in enumerate(numbers) if number is None]
+    different = len(set(labels))
+    if texts:
+        if different > MOST_NUMBERS and 2 * len(texts) < len(labels):
+            raise table.error(texts[0], f"label {_short(labels[texts[0]])!r} is not a number, as most labels are")
+        return False
+    if any(not float(number or 0).is_integer() for number in numbers):
+        return True
+    if different > MOST_NUMBERS:
+        raise InputError(
+            f"{table.source}: whole numbers with {different} different values as labels may be classes or numbers; "
+            "say which with data.kind"
+        )
+    return False
+
+
+def _encoded(table: Table, written: Rows, classes: Sequence[str]) -> Rows:
+    labels: list[Any] = _indices(table, written.labels, classes) if classes else _numbers(table, written.labels)
+    return Rows(written.inputs, labels)
+
+
+def _indices(table: Table, labels: Sequence[str], classes: Sequence[str]) -> list[int]:
+    index = {name: i for i, name in enumerate(classes)}
+    for row, label in enumerate(labels):
+        if label not in index and _whole(label) not in index:
+            raise table.error(row, f"{unknown('label', _short(label), map(_short, classes))}")
+    return [index[label] if label in index else index[_whole(label)] for label in labels]
+
+
+def _numbers(table: Table, labels: Sequence[str]) -> list[float]:
+    numbers = []
+    for row, label in enumerate(labels):
+        number = _number(label)
+        if number is None or not math.isfinite(number):
+            raise table.error(row, f"label {_short(label)!r} is not a finite number")
+        numbers.append(number)
+    return numbers
+
+
+# --- parts ---
+
+
+def _hold_out(rows: Rows, source: str) -> tuple[Rows, Rows]:
+    """Mixed rows in two parts; of classes (whole labels) every one is trained on."""
+    held_out = [is_held_out(question) for question in rows.inputs]
+    trained = {label for label, out in zip(rows.labels, held_out, strict=True) if not out}
+    for row, label in enumerate(rows.labels):
+        if isinstance(label, int) and label not in trained:
+            held_out[row] = False
+            trained.add(label)
+    train, test = divide(rows, held_out)
+    if not len(train) or not len(test):
+        raise InputError(f"{source}: {len(rows)} rows are too few to hold one in five out; give data.test")
+    return train, test
+
+
+def _standardised(train: Rows, test: Rows, source: str) -> tuple[Rows, Rows, dict[str, float]]:
+    """Labels as (y − mean) / deviation over the training rows, and these two. Raises InputError if all are equal."""
+    largest = max(abs(label) for label in train.labels) or 1.0
+    shares = np.array(train.labels) / largest  # whose squares do not overflow
+    mean, deviation = float(shares.mean()), float(shares.std())
+    if deviation == 0 or len(set(test.labels)) == 1:
+        raise InputError(f"{source}: all labels to train on, or all to evaluate on, are one number")
+    rows, others = (
+        Rows(part.inputs, [(label / largest - mean) / deviation for label in part.labels]) for part in (train, test)
+    )
+    if not all(abs(label) < 1e15 for label in (*rows.labels, *others.labels)):
+        raise InputError(f"{source}: some labels are 1e15 times as far apart as those to train on")
+    return rows, others, {"mean": mean * largest, "deviation": deviation * largest}

@@ -1,0 +1,193 @@
+"""Files of rows with named columns: CSV, TSV, JSON lines, JSON and parquet.
+
+Text is UTF-8, with or without a byte-order mark. CSV follows RFC 4180: commas, and quotes around fields that hold a
+comma, a quote or a line's end. In TSV a quote is a letter like any other. Empty lines are passed over. A JSON file is a
+list of objects. Only the columns that are asked for are kept.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from basisadapt.errors import InputError, unknown
+
+
+class UnknownColumn(InputError):
+    """A column that was asked for is not there."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns of a source, by name, and where its rows stand there: numbers, counted in `unit`, "line" or "row"."""
+
+    source: str
+    unit: str
+    numbers: Sequence[int]
+    columns: Mapping[str, Sequence[Any]]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def error(self, row: int, what: str) -> InputError:
+        """The error for one of the rows."""
+        return InputError(f"{self.source}, {self.unit} {self.numbers[row]}: {what}")
+
+
+def read_table(path: Path, columns: Sequence[str], header: Sequence[str] | None = None) -> Table:
+    """The named columns of a file; header: the names of all columns, where a CSV or TSV file does not begin with them.
+
+    Values are as the format has them: texts in CSV and TSV. Raises InputError naming file and row for whatever cannot
+    be read, and for a table without rows.
+    """
+    source = f"data file {str(path)!r}"
+    try:
+        if path.suffix.lower() in SEPARATORS:
+            table = _read_separated(path, source, columns, header)
+        else:
+            table = READERS[path.suffix.lower()](path, source, columns)
+    except OSError as error:
+        raise InputError(f"{source} cannot be read: {error.strerror or error}") from error
+    if not len(table):
+        raise InputError(f"{source} has no rows")
+    return table
+
+
+def check_columns(source: str, names: Iterable[str], columns: Sequence[str]) -> None:
+    """Raise UnknownColumn or InputError unless every one of `columns` is among `names` once."""
+    names = list(names)
+    for column in columns:
+        if column not in names:
+            raise UnknownColumn(f"{source}: {unknown('column', column, {' '.join(name.split()) for name in names})}")
+        if names.count(column) > 1:
+            raise InputError(f"{source} has {names.count(column)} columns called {column!r}")
+
+
+# --- formats ---
+
+
+def _read_separated(path: Path, source: str, columns: Sequence[str], header: Sequence[str] | None) -> Table:
+    records = _records(path, source)
+    if header is None:
+        _, header = next(records, (0, None))
+        if header is None:
+            raise InputError(f"{source} is empty")
+    check_columns(source, header, columns)
+    places = [header.index(column) for column in columns]
+    numbers: list[int] = []
+    values: list[list[str]] = [[] for _ in columns]
+    for number, record in records:
+        if len(record) != len(header):
+            raise InputError(f"{source}, line {number}: {len(record)} fields, where there are {len(header)} columns")
+        numbers.append(number)
+        for column, place in zip(values, places, strict=True):
+            column.append(record[place])
+    return Table(source, "line", numbers, dict(zip(columns, values, strict=True)))
+
+
+def _records(path: Path, source: str) -> Iterator[tuple[int, list[str]]]:
+    """The fields of every record, and the line in which it begins."""
+    separator = SEPARATORS[path.suffix.lower()]
+    lines = _lines(path, source)
+    if separator == "\t":
+        reader = csv.reader(lines, delimiter=separator, quoting=csv.QUOTE_NONE)
+    else:
+        reader = csv.reader(lines, delimiter=separator, strict=True)
+    begin = 1
+    try:
+        for record in reader:
+            if record:
+                yield begin, record
+            begin = reader.line_num + 1
+    except csv.Error as error:
+        raise InputError(f"{source}, line {begin}: {error}") from error
+
+
+def _read_jsonl(path: Path, source: str, columns: Sequence[str]) -> Table:
+    lines = ((number, line) for number, line in enumerate(_lines(path, source), 1) if line.strip())
+    return _objects(source, "line", ((n, _json(line, f"{source}, line {n}")) for n, line in lines), columns)
+
+
+def _read_json(path: Path, source: str, columns: Sequence[str]) -> Table:
+    values = _json("".join(_lines(path, source)), source)
+    if not isinstance(values, list):
+        raise InputError(f"{source} must hold a list of objects")
+    return _objects(source, "row", enumerate(values, 1), columns)
+
+
+def _objects(source: str, unit: str, objects: Iterable[tuple[int, Any]], columns: Sequence[str]) -> Table:
+    numbers: list[int] = []
+    values: dict[str, list[Any]] = {column: [] for column in columns}
+    for number, found in objects:
+        if not isinstance(found, dict):
+            raise InputError(f"{source}, {unit} {number} must be an object with the keys {', '.join(columns)}")
+        if not numbers:
+            check_columns(source, found, columns)
+        numbers.append(number)
+        for column in columns:
+            values[column].append(found.get(column))
+    return Table(source, unit, numbers, values)
+
+
+def _read_parquet(path: Path, source: str, columns: Sequence[str]) -> Table:
+    from pyarrow import parquet
+
+    with path.open("rb") as stream:
+        try:
+            file = parquet.ParquetFile(stream)
+            check_columns(source, file.schema_arrow.names, columns)
+            values = file.read(columns=list(columns)).to_pydict()
+        except InputError:
+            raise
+        except Exception as error:  # pyarrow raises many kinds for a damaged file
+            raise InputError(f"{source} is not a parquet file that can be read: {_one_line(error)}") from error
+    return Table(source, "row", range(1, len(values[columns[0]]) + 1), values)
+
+
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+READERS: dict[str, Callable[[Path, str, Sequence[str]], Table]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+}
+SUFFIXES = (*SEPARATORS, *READERS)
+
+
+# --- text ---
+
+
+def _lines(path: Path, source: str) -> Iterator[str]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                byte = error.object[error.start]
+                raise InputError(
+                    f"{source}, line {number}: byte 0x{byte:02x} is not UTF-8, in which the file must be"
+                ) from error
+            if "\0" in text:
+                raise InputError(f"{source}, line {number}: a NUL byte, which is no text")
+            yield text
+
+
+def _json(text: str, place: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{place} is not valid JSON: {_one_line(error)}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("an object has the same key twice")
+    return found
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
