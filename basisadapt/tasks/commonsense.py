@@ -21,6 +21,7 @@ from basisadapt.tasks import commonsense_prompts as prompts
 from basisadapt.tasks.choice import ChoiceQuestion, ChoiceTask
 from basisadapt.tasks.commonsense_prompts import Asked, Layout
 from basisadapt.tasks.completion import Instruction, read_instructions, read_json
+from basisadapt.tasks.hub import ask_hub
 from basisadapt.tasks.task import Rows, TaskData, readable_folder
 
 CONVERTED = "refs/convert/parquet"  # the hub's own conversion of data sets that are scripts
@@ -84,7 +85,8 @@ class CommonsenseTask(ChoiceTask):
     def load(self, data_dir: Path | None) -> TaskData:
         """Train and test rows, both mixed by a fixed seed."""
         self.check(data_dir)
-        return _data([_train_rows(self.source, data_dir)], {self.source: _test_rows(self.source, data_dir)})
+        trained = {self.source: _train_rows(self.source, data_dir)}
+        return _data(trained, {self.source: _test_rows(self.source, data_dir)})
 
 
 class BoolQ(CommonsenseTask, name="commonsense/boolq"):
@@ -150,7 +152,7 @@ class CommonsenseSuite(ChoiceTask, name="commonsense/all"):
     def load(self, data_dir: Path | None) -> TaskData:
         """The training rows of all tasks mixed by a fixed seed, the test rows in turn."""
         self.check(data_dir)
-        trained = [_train_rows(source, data_dir) for source in _trained(data_dir)]
+        trained = {source: _train_rows(source, data_dir) for source in _trained(data_dir)}
         return _data(trained, {source: _test_rows(source, data_dir) for source in _tested(data_dir)})
 
 
@@ -174,8 +176,8 @@ class CommonsenseMixture(ChoiceTask):
         """The mixture, mixed by a fixed seed, and the test rows in turn."""
         self.check(data_dir)
         assert data_dir is not None
-        trained = _rows(data_dir / "commonsense" / self.file, prompts.LAYOUTS, "mixture")
-        return _data([trained], {source: _test_rows(source, data_dir) for source in _tested(data_dir)})
+        trained = {self.file: _rows(data_dir / "commonsense" / self.file, prompts.LAYOUTS, "mixture")}
+        return _data(trained, {source: _test_rows(source, data_dir) for source in _tested(data_dir)})
 
 
 class Commonsense15k(CommonsenseMixture, name="commonsense/15k"):
@@ -273,6 +275,7 @@ def _converted(
         try:
             text, options, right = convert(row)
             question = layout.question(layout.render(text, options), source)
+            question.prompt.encode()  # JSON can spell half of a surrogate pair
             if not 0 <= right < len(question.options):
                 raise InputError(f"there is no option {right + 1}")
             responses.append(question.options[right].response)
@@ -285,26 +288,28 @@ def _converted(
 
 
 def _from_hub(source: str, split: str) -> Rows:
-    from datasets import load_dataset
-
     place = SOURCES[source]
     try:
-        rows = load_dataset(place.hub, place.subset, split=split, revision=place.revision)
-    except Exception as error:  # the hub's client raises many kinds
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{source} needs --data-dir or the hub's {place.hub}, which failed: {reason}") from error
+        rows = ask_hub(place.hub, place.subset, place.revision)[split]
+    except InputError as error:
+        raise InputError(f"{source} needs --data-dir or the hub: {error}") from error
     return _converted(rows, place.convert, source, f"{place.hub}, {split}")
 
 
 # --- what a task hands over ---
 
 
-def _data(trained: Sequence[Rows], tested: Mapping[str, Rows]) -> TaskData:
+def _data(trained: Mapping[str, Rows], tested: Mapping[str, Rows]) -> TaskData:
     """Training rows in one mixed order; test rows mixed task by task, then taken from the tasks in turn."""
     pairs = [[*zip(rows.inputs, rows.labels, strict=True)] for rows in map(Rows.mixed, tested.values())]
-    train = _of_pairs(pair for rows in trained for pair in zip(rows.inputs, rows.labels, strict=True)).mixed()
+    train = _of_pairs(pair for rows in trained.values() for pair in zip(rows.inputs, rows.labels, strict=True)).mixed()
     test = _of_pairs(pair for turn in itertools.zip_longest(*pairs) for pair in turn if pair is not None)
-    return TaskData(train, test, mark=_mark(train, test))
+    split = f"trained on {_sizes(trained)}; tested on {_sizes(tested)}"
+    return TaskData(train, test, mark=_mark(train, test), about={"split": split})
+
+
+def _sizes(parts: Mapping[str, Rows]) -> str:
+    return ", ".join(f"{name} ({len(rows)})" for name, rows in parts.items())
 
 
 def _of_pairs(pairs: Iterable[tuple[ChoiceQuestion, str]]) -> Rows:

@@ -39,7 +39,12 @@ class Layout:
     plain: str = "question"
 
     def render(self, question: str, options: Sequence[str]) -> str:
-        """The instruction. options: their texts, in order; none where they are not listed."""
+        """The instruction. options: their texts, in order; none where they are not listed.
+
+        Raises InputError for more options than have names.
+        """
+        if len(options) > len(self.names):
+            raise InputError(f"there are {len(options)} options, and names for {len(self.names)}")
         labelled = [f"{name.capitalize()}: {text}" for name, text in zip(self.names, options, strict=False)]
         listing = f"\n\n{self.between.join(labelled)}" if self.listed else ""
         names = self.names[: len(options)] if self.listed else self.names

@@ -60,12 +60,12 @@ def _named(table: Table, column: str, names: list[str]) -> Table:
 
 
 @functools.lru_cache(maxsize=2)
-def ask_hub(source: str, config: str | None) -> Any:
+def ask_hub(source: str, config: str | None, revision: str | None = None) -> Any:
     """A data set's splits, name to rows. Raises InputError, in one line, where it cannot be had."""
     from datasets import load_dataset
 
     try:
-        return load_dataset(source, config)
+        return load_dataset(source, config, revision=revision)
     except Exception as error:  # the hub's client raises many kinds
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"hub data set {source!r} could not be loaded: {reason}") from error

@@ -15,6 +15,7 @@ from basisadapt.tasks import DataSettings, Rows, find
 from basisadapt.tasks import commonsense_prompts as prompts
 from basisadapt.tasks.choice import extract
 from basisadapt.tasks.commonsense import SOURCES
+from basisadapt.tasks.hub import ask_hub
 from basisadapt.training import plan, run
 
 TRUE_FALSE, SOLUTIONS, ANSWERS, ENDINGS, FILLINGS = prompts.LAYOUTS
@@ -56,6 +57,13 @@ WRITTEN = {
 def written_row(layout, right):
     instruction, name = WRITTEN[layout][0], layout.names[right]
     return {"instruction": instruction, "input": "", "output": f"the correct answer is {name}", "answer": name}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_hub():
+    ask_hub.cache_clear()
+    yield
+    ask_hub.cache_clear()
 
 
 LAYOUT_OF = {source.folder: source.layout for source in SOURCES.values()}
@@ -237,14 +245,15 @@ def test_rows_of_the_hub_become_published_prompts(monkeypatch, source, row, inst
     import datasets
 
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or [row, row])
+    tested = "test" if source in ("arc_easy", "arc_challenge", "openbookqa") else "validation"
+    splits = {"train": [row, row], tested: [row]}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or splits)
     data = find(f"commonsense/{source}", DataSettings()).load(None)
     layout, place = SOURCES[source].layout, SOURCES[source]
     assert data.eval.inputs[0] == layout.question(instruction, source)
     assert set(data.eval.labels) == {f"the correct answer is {layout.names[right]}"}
-    assert asked[0] == ((place.hub, place.subset), {"split": "train", "revision": place.revision})
-    tested = "test" if source in ("arc_easy", "arc_challenge", "openbookqa") else "validation"
-    assert asked[1][1]["split"] == tested
+    assert asked == [((place.hub, place.subset), {"revision": place.revision})], "once for both splits"
+    assert data.about == {"split": f"trained on {source} (2); tested on {source} (1)"}
 
 
 def test_a_hub_that_fails_or_changed(monkeypatch):
@@ -254,13 +263,14 @@ def test_a_hub_that_fails_or_changed(monkeypatch):
         raise ConnectionError("no\nroute")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(InputError, match="boolq needs --data-dir or the hub's google/boolq, which failed: no route"):
+    with pytest.raises(InputError, match=r"boolq needs --data-dir or the hub: .*'google/boolq' .*: no route"):
         find("commonsense/boolq", DataSettings()).load(None)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: [{"goal": "a"}])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: {"train": [{"goal": "a"}]})
     with pytest.raises(InputError, match="ybisk/piqa, train, row 1 is not laid out as expected: KeyError"):
         find("commonsense/piqa", DataSettings()).load(None)
+    ask_hub.cache_clear()
     row = {"goal": "a", "sol1": "b", "sol2": "c", "label": -1}
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: [row])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: {"train": [row]})
     with pytest.raises(InputError, match="row 1: there is no option 0"):
         find("commonsense/piqa", DataSettings()).load(None)
 
@@ -362,6 +372,11 @@ def test_a_hellaswag_subset_is_for_testing(tmp_path):
         ({"test": []}, "at least one"),
         ({"test": [SUBSET_ROW, {**SUBSET_ROW, "answer": "E"}]}, "test, row 2 is not laid out as expected: ValueError"),
         ({"test": [SUBSET_ROW, "row"]}, "test, row 2 is not laid out as expected: TypeError"),
+        ({"test": [{**SUBSET_ROW, "question": "\ud83d"}]}, "row 1 is not laid out as expected: UnicodeEncodeError"),
+        (
+            {"test": [{**SUBSET_ROW, "choices": {**SUBSET_ROW["choices"], "E": "E"}}]},
+            "row 1: there are 5 options, and names for 4",
+        ),
     ]:
         path.write_text(json.dumps(spoilt), encoding="utf-8")
         with pytest.raises(InputError, match=message) as raised:

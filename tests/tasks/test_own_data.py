@@ -370,7 +370,7 @@ def hub(tmp_path, monkeypatch):
     original = datasets.load_dataset
     asked = []
 
-    def load(source, config):
+    def load(source, config, revision):
         asked.append((source, config))
         folder = tmp_path / "hub" / source / (config or "")
         if not folder.is_dir():
