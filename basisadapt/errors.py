@@ -1,4 +1,4 @@
-"""The one error that users are meant to read, and the nearest valid choice that goes into it."""
+"""The one error that users are meant to read, the nearest valid choice that goes into it, and others in one line."""
 
 from __future__ import annotations
 
@@ -20,3 +20,8 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
     listed = f" (known: {', '.join(names) or 'none'})" if not nearest or len(names) <= 12 else ""
     return InputError(f"unknown {kind} {str(name)!r}{hint}{listed}")
+
+
+def one_line(error: BaseException) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import runpy
 import tempfile
 import time
 import warnings
@@ -80,7 +81,7 @@ class RunResult:
     without φ). snapshots: [{"step", "stable_rank": {module: number}, "phi": as above}, ...] at the start and after 10 %
     and 50 % of the steps. landscape: `diagnostics.landscape` of the training loss, empty unless train.landscape asks.
     warnings: sentences for the user. data: fingerprint and row counts. environment: versions, git commit, platform,
-    threads.
+    threads. accumulate: how many smaller batches made up a batch, see `run`.
     """
 
     status: str
@@ -94,6 +95,7 @@ class RunResult:
     warnings: list[str] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    accumulate: int = 1
 
 
 def plan(config: RunConfig, data_dir: Path | None = None) -> Plan:
@@ -143,8 +145,11 @@ def run(
     data_dir: Path | None = None,
     on_step: Callable[[int, int], None] | None = None,
     save_to: Path | None = None,
+    accumulate: int = 1,
 ) -> RunResult:
     """Train and evaluate. `on_step(step, total)` is called after each step; `save_to` receives the adapter.
+
+    accumulate: how many smaller batches make up a batch, which it must divide; they take less memory and more time.
 
     Raises InputError for what plan() would have refused; a loss that is not finite is a result, status "diverged".
     """
@@ -166,7 +171,7 @@ def run(
     with tempfile.TemporaryDirectory() as checkpoints:
         trainer = _trainer_for(task)(
             model=model,
-            args=_arguments(config, len(train), task.headline, Path(checkpoints)),
+            args=_arguments(config, len(train), task.headline, Path(checkpoints), accumulate),
             train_dataset=encode(train, training=True),
             eval_dataset=questions,
             data_collator=task.collator(processor),
@@ -240,6 +245,7 @@ def run(
         warnings=observer.warnings(modules, config.adapter),
         data={"fingerprint": data.fingerprint(), "train_rows": len(train), "eval_rows": len(held_out)},
         environment=environment(),
+        accumulate=accumulate,
     )
 
 
@@ -281,7 +287,7 @@ def _trainer_for(task: Task) -> type[Trainer]:
     return TaskTrainer
 
 
-def _arguments(config: RunConfig, rows: int, headline: str, folder: Path) -> TrainingArguments:
+def _arguments(config: RunConfig, rows: int, headline: str, folder: Path, accumulate: int) -> TrainingArguments:
     from transformers import TrainingArguments
 
     train = config.train
@@ -300,7 +306,8 @@ def _arguments(config: RunConfig, rows: int, headline: str, folder: Path) -> Tra
         }
     return TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=train.batch_size,
+        per_device_train_batch_size=train.batch_size // accumulate,
+        gradient_accumulation_steps=accumulate,
         per_device_eval_batch_size=EVAL_BATCH,
         num_train_epochs=train.epochs,
         max_steps=train.max_steps or -1,
@@ -396,3 +403,7 @@ def _landscape(trainer: Any, examples: Sequence[Example], config: RunConfig) -> 
     if not parameters:
         return {}
     return landscape(parameters, loss, config.train.landscape, config.seed)
+
+
+if __name__ == "__main__":  # the program that does many of these lies on a floor above
+    runpy.run_module("basisadapt.execution", run_name="__main__")

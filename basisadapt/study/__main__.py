@@ -16,6 +16,7 @@ from basisadapt.registry import load_plugin
 from basisadapt.study import spec as specs
 
 if TYPE_CHECKING:
+    from basisadapt.execution.executor import Executor
     from basisadapt.study.engine import Place
     from basisadapt.study.report import Report
     from basisadapt.study.search import Search
@@ -107,6 +108,15 @@ def _parser() -> argparse.ArgumentParser:
         help="MLflow's store (default: %(default)s)",
     )
     parser.add_argument("--storage", metavar="URL", help="Optuna's store (default: optuna.db beside MLflow's file)")
+    parser.add_argument("--workers", type=int, metavar="N", help="run so many cells at once, each in its own process")
+    parser.add_argument(
+        "--timeout", type=float, metavar="SECONDS", help="a cell that takes longer fails; the others go on"
+    )
+    parser.add_argument(
+        "--halve-batch",
+        action="store_true",
+        help="repeat a cell that runs out of memory with half the batch and twice the gradient accumulation",
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an input error")
     return parser
 
@@ -135,6 +145,7 @@ def _run(options: argparse.Namespace, command: str) -> int:
         data_dir=options.data_dir,
         output=options.output,
     )
+    executor = _executor(options)
     tags = {"basisadapt.command": command, "basisadapt.preset": options.preset}
     if options.search is None:
         from basisadapt.study.tuning import resolve_tuning
@@ -144,7 +155,9 @@ def _run(options: argparse.Namespace, command: str) -> int:
         if options.dry_run:
             _print_plans(tuning, place)
             return DONE
-        report = engine.read_report(tuning, place) if options.report else engine.run_study(tuning, place, tags)
+        report = (
+            engine.read_report(tuning, place) if options.report else engine.run_study(tuning, place, tags, executor)
+        )
     else:
         from basisadapt.study.search import read_search, run_search
 
@@ -152,9 +165,22 @@ def _run(options: argparse.Namespace, command: str) -> int:
         if options.dry_run:
             _print_space(search)
             return DONE
-        report = read_search(search, place) if options.report else run_search(search, place, tags)
+        report = read_search(search, place) if options.report else run_search(search, place, tags, executor)
     _print_report(report, place)
     return UNSOUND if report.unsound else DONE
+
+
+def _executor(options: argparse.Namespace) -> Executor:
+    from basisadapt.execution.executor import JobSettings
+    from basisadapt.execution.workers import local_executor
+
+    settings = JobSettings(
+        data_dir=options.data_dir,
+        plugins=tuple(options.plugin),
+        halve_batch=options.halve_batch,
+        timeout=options.timeout,
+    )
+    return local_executor(options.workers, settings)
 
 
 def _search(study_spec: specs.StudySpec, options: argparse.Namespace) -> Search:

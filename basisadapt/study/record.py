@@ -10,14 +10,13 @@ import re
 import sqlite3
 import tempfile
 import time
-import traceback
 import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from basisadapt.errors import InputError
+from basisadapt.errors import InputError, one_line
 from basisadapt.study.owner import Owner
 
 if TYPE_CHECKING:
@@ -39,6 +38,7 @@ TERMINAL = {
 CELL, ROW, STATUS, OWNER = "basisadapt.cell", "basisadapt.row", "status", "basisadapt.owner"
 HEADLINE, WARNINGS, ERROR = "basisadapt.headline", "basisadapt.warnings", "basisadapt.error"
 ENVIRONMENT = "environment."
+ACCUMULATE = "basisadapt.accumulate"  # how many smaller batches made up a batch, where memory asked for it
 
 TEXT_LIMIT = 5000  # below every limit that MLflow sets for tags, parameters and notes
 BATCH = 90  # entities in one call, likewise
@@ -173,12 +173,14 @@ class Record:
         """Start a cell's child run, with its parameters. None if another process was faster."""
         from mlflow.entities import Param
 
+        if any(self._outcome(other).done or self._outcome(other).busy for other in self._runs_of(cell)):
+            return None
         tags = {"mlflow.parentRunId": parent, CELL: cell.key, ROW: cell.row, OWNER: str(Owner.me())}
         name = clean(f"{cell.row} seed {cell.seed}")
         run = self._client.create_run(self.experiment_id, tags=tags, run_name=name)
         run_id = str(run.info.run_id)
         # Two processes may have found the cell free: both have a run now, both see both, the earlier stays.
-        for other in self._runs(f"tags.`{CELL}` = '{cell.key}'"):
+        for other in self._runs_of(cell):
             earlier = (other.info.start_time, other.info.run_id) < (run.info.start_time, run_id)
             outcome = self._outcome(other)
             if outcome.done or (outcome.busy and earlier):
@@ -208,6 +210,7 @@ class Record:
             "mlflow.source.git.commit": result.environment.get("git_commit", "unknown"),
             **{f"{ENVIRONMENT}{name}": value for name, value in result.environment.items()},
             **{f"data.{name}": str(value) for name, value in result.data.items()},
+            **({ACCUMULATE: str(result.accumulate)} if result.accumulate > 1 else {}),
         }
         self._client.log_batch(run_id, tags=[RunTag(clean(name), value[:TEXT_LIMIT]) for name, value in tags.items()])
         self._client.log_dict(run_id, {"config": cell.config.to_mapping(), **asdict(result)}, "result.json")
@@ -218,12 +221,12 @@ class Record:
         self._client.set_experiment_tag(self.experiment_id, "mlflow.experiment.primaryMetric.greaterIsBetter", "True")
         self.close(run_id, result.status)
 
-    def fail(self, run_id: str, error: Exception) -> None:
-        """Record a cell that raised."""
-        self._client.set_tag(run_id, ERROR, one_line(error)[:TEXT_LIMIT])
-        self._client.set_tag(run_id, "mlflow.note.content", f"Failed: {one_line(error)}"[:TEXT_LIMIT])
-        self._client.log_text(run_id, "".join(traceback.format_exception(error)), "traceback.txt")
-        self.close(run_id, "failed")
+    def fail(self, run_id: str, error: str, traceback: str = "") -> None:
+        """Record a cell that failed."""
+        self._client.set_tag(run_id, "mlflow.note.content", f"Failed: {error}"[:TEXT_LIMIT])
+        if traceback:
+            self._client.log_text(run_id, traceback, "traceback.txt")
+        self.close(run_id, "failed", error)
 
     def end(self, parent: str, note: str, files: Mapping[str, str | Figure]) -> None:
         """Write an invocation's table and figure, and end its parent run."""
@@ -233,8 +236,10 @@ class Record:
         self._client.set_tag(parent, "mlflow.note.content", note[:TEXT_LIMIT])
         self.close(parent, "finished")
 
-    def close(self, run_id: str, status: str) -> None:
-        """Give a run its last status."""
+    def close(self, run_id: str, status: str, error: str = "") -> None:
+        """Give a run its last status, and say why where it is not a good one."""
+        if error:
+            self._client.set_tag(run_id, ERROR, error[:TEXT_LIMIT])
         self._client.set_tag(run_id, STATUS, status)
         self._client.set_terminated(run_id, TERMINAL[status])
 
@@ -255,6 +260,9 @@ class Record:
         lists = {"runs": list(run_ids), "experiments": [self.experiment_id]}
         query = {name: json.dumps(ids, separators=(",", ":")) for name, ids in lists.items()}
         return f"/#/compare-runs?{urllib.parse.urlencode(query, safe='[],')}"
+
+    def _runs_of(self, cell: Cell) -> Iterable[Any]:
+        return self._runs(f"tags.`{CELL}` = '{cell.key}'")
 
     def _runs(self, where: str = "") -> Iterable[Any]:
         token: str | None = None
@@ -348,11 +356,6 @@ def _cell_note(cell: Cell, result: RunResult) -> str:
 def clean(name: str) -> str:
     """`name` in the characters that MLflow allows in names."""
     return " ".join(re.sub(r"[^A-Za-z0-9_\-. :/]+", " ", name).split())
-
-
-def one_line(error: BaseException) -> str:
-    """An exception in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _batches(items: Sequence[Any]) -> Iterable[Sequence[Any]]:
