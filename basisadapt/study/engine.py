@@ -11,7 +11,7 @@ from traceback import format_exception
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from basisadapt.diagnostics.figures import figures
+from basisadapt.diagnostics.figures import pictures
 from basisadapt.errors import InputError, one_line
 from basisadapt.execution.executor import Died, Ended, Executor, Job
 from basisadapt.study.cells import Cell, Study
@@ -180,7 +180,7 @@ class Invocation:
         result, error, traceback = ended.result, ended.error, ended.traceback
         if result is not None:
             try:
-                self._record.finish(at.run_id, at.cell, result, figures(_title(at.cell), asdict(result)))
+                self._record.finish(at.run_id, at.cell, result, pictures(_title(at.cell), asdict(result)))
             except Exception as reason:  # whatever a result is like, the other cells go on
                 error, traceback = one_line(reason), "".join(format_exception(reason))
             else:

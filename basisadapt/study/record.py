@@ -41,7 +41,7 @@ ENVIRONMENT = "environment."
 ACCUMULATE = "basisadapt.accumulate"  # how many smaller batches made up a batch, where memory asked for it
 
 TEXT_LIMIT = 5000  # below every limit that MLflow sets for tags, parameters and notes
-BATCH = 90  # entities in one call, likewise
+METRICS, PARAMETERS = 900, 90  # in one call, likewise
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,7 @@ class Record:
                 f"`mlflow experiments restore -x {found.experiment_id}` brings it back"
             )
         self.experiment_id: str | None = found.experiment_id if found else None
+        self._primary = ""  # the metric that the experiment's page shows first, as far as it was set here
 
     @staticmethod
     def read(tracking_uri: str, study: str) -> dict[str, Outcome]:
@@ -188,20 +189,23 @@ class Record:
                 self._client.delete_run(run_id)
                 return None
         parameters = [Param(name, value[:TEXT_LIMIT]) for name, value in _parameters(cell).items()]
-        for batch in _batches(parameters):
+        for batch in _batches(parameters, PARAMETERS):
             self._client.log_batch(run_id, params=batch)
         self._client.log_dict(run_id, cell.config.to_mapping(), "config.json")
         return run_id
 
-    def finish(self, run_id: str, cell: Cell, result: RunResult, figures: Mapping[str, Figure]) -> None:
-        """Write a result whole, then mark the run as done: a kill on the way leaves a cell to run."""
+    def finish(self, run_id: str, cell: Cell, result: RunResult, pictures: Mapping[str, bytes]) -> None:
+        """Write a result whole, then mark the run as done: a kill on the way leaves a cell to run.
+
+        pictures: name to PNG file. Raises ValueError for a finished result without its headline metric.
+        """
         from mlflow.entities import Metric, RunTag
 
         if result.status == "finished" and not math.isfinite(result.metrics.get(result.headline, math.nan)):
             raise ValueError(f"the run gave no finite {result.headline!r}")
         now = int(time.time() * 1000)
         points = [(name, value, now, step) for name, value, step in _points(result)]
-        for batch in _batches([Metric(*point) for point in points if math.isfinite(point[1])]):
+        for batch in _batches([Metric(*point) for point in points if math.isfinite(point[1])], METRICS):
             self._client.log_batch(run_id, metrics=batch)
         tags = {
             HEADLINE: clean(result.headline),
@@ -213,12 +217,16 @@ class Record:
             **({ACCUMULATE: str(result.accumulate)} if result.accumulate > 1 else {}),
         }
         self._client.log_batch(run_id, tags=[RunTag(clean(name), value[:TEXT_LIMIT]) for name, value in tags.items()])
-        self._client.log_dict(run_id, {"config": cell.config.to_mapping(), **asdict(result)}, "result.json")
-        for name, figure in figures.items():
-            self._client.log_figure(run_id, figure, name)
-        # Charts and parallel coordinates of the experiment start from this metric.
-        self._client.set_experiment_tag(self.experiment_id, "mlflow.experiment.primaryMetric.name", result.headline)
-        self._client.set_experiment_tag(self.experiment_id, "mlflow.experiment.primaryMetric.greaterIsBetter", "True")
+        with tempfile.TemporaryDirectory() as folder:
+            whole = json.dumps({"config": cell.config.to_mapping(), **asdict(result)})
+            for name, content in {"result.json": whole.encode(), **pictures}.items():
+                (Path(folder) / name).write_bytes(content)
+            self._client.log_artifacts(run_id, folder)
+        if result.headline != self._primary:  # charts and parallel coordinates of the experiment start from it
+            primary = {"name": result.headline, "greaterIsBetter": "True"}
+            for name, value in primary.items():
+                self._client.set_experiment_tag(self.experiment_id, f"mlflow.experiment.primaryMetric.{name}", value)
+            self._primary = result.headline
         self.close(run_id, result.status)
 
     def fail(self, run_id: str, error: str, traceback: str = "") -> None:
@@ -358,5 +366,5 @@ def clean(name: str) -> str:
     return " ".join(re.sub(r"[^A-Za-z0-9_\-. :/]+", " ", name).split())
 
 
-def _batches(items: Sequence[Any]) -> Iterable[Sequence[Any]]:
-    return (items[start : start + BATCH] for start in range(0, len(items), BATCH))
+def _batches(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
