@@ -5,13 +5,15 @@ A line is an object. Numbers keep every bit, NaN and infinities included.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from basisadapt.errors import InputError, one_line
+from basisadapt.errors import InputError, one_line, unknown
 from basisadapt.settings import from_mapping
 
 if TYPE_CHECKING:
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from basisadapt.training import RunResult
 
 L = TypeVar("L")
+
+DONE = ("finished", "diverged")  # the states of a result: a cell that has come to one is not run again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,16 +57,20 @@ def end_to_mapping(ended: Ended) -> dict[str, Any]:
 
 
 def parse_result(values: dict[str, Any]) -> RunResult:
-    """A RunResult from its fields in JSON types. Raises InputError for an unknown field or a wrong type."""
+    """A RunResult from its fields in JSON types. Raises InputError for what no run gives."""
     from basisadapt.training import RunResult
 
-    result = from_mapping(RunResult, values, "result")
-    for name, value in result.metrics.items():
-        if not isinstance(value, int | float):
-            raise InputError(f"result.metrics.{name} must be a number, got {value!r}")
-    for name, points in result.curves.items():
-        result.curves[name] = [(int(step), float(value)) for step, value in points]
-    return result
+    try:
+        result = from_mapping(RunResult, values, "result")
+        metrics = {name: float(value) for name, value in result.metrics.items()}
+        curves = {name: [(int(step), float(value)) for step, value in points] for name, points in result.curves.items()}
+    except (TypeError, ValueError) as error:  # InputErrors too
+        raise InputError(f"not a result: {error}") from error
+    if result.status not in DONE:
+        raise unknown("status of a result", result.status, DONE)
+    if result.status == "finished" and not math.isfinite(metrics.get(result.headline, math.nan)):
+        raise InputError(f"the result has no finite {result.headline!r}, though it has finished")
+    return dataclasses.replace(result, metrics=metrics, curves=curves)
 
 
 def to_line(values: Any) -> str:

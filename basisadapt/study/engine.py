@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import collections
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from traceback import format_exception
@@ -18,7 +20,16 @@ from basisadapt.study.cells import Cell, Study
 from basisadapt.study.files import report_files
 from basisadapt.study.interrupt import Interrupt
 from basisadapt.study.progress import Progress
-from basisadapt.study.record import Outcome, Record, check_database, sqlite_file
+from basisadapt.study.record import (
+    Imported,
+    Outcome,
+    Record,
+    artifact_folder,
+    check_database,
+    record_error,
+    sqlite_file,
+    store_errors,
+)
 from basisadapt.study.report import Report, make_report
 from basisadapt.study.spec import StudySpec
 from basisadapt.study.table import build_table
@@ -58,15 +69,16 @@ def run_study(tuning: Tuning, place: Place, tags: Mapping[str, str], executor: E
     """Run the cells that the record lacks, those that tune first, and report. `tags` go to the invocation's run.
 
     A cell that raises is recorded as failed and the others go on; one whose process dies is tried once more. Raises
-    InputError before anything is recorded, and KeyboardInterrupt once what it interrupts is recorded as killed.
+    InputError before anything is recorded, KeyboardInterrupt once what it interrupts is recorded as killed, and
+    RecordError where nothing can be recorded any more.
     """
     check_place(place)
     recorded = Record.read(place.tracking_uri, tuning.spec.name)
     for study in (tuning.trials, tuning.choose(recorded).study):
-        plan_cells(_missing(study.cells, recorded), place.data_dir)
+        plan_cells(missing_cells(study.cells, recorded), place.data_dir)
     with Invocation(tuning.spec, place, tags, executor) as invocation:
         tuned = tuning.choose(invocation.run(tuning.trials))
-        report = _report(tuned, invocation.run(tuned.chosen))
+        report = report_on(tuned, invocation.run(tuned.chosen))
         invocation.end(report)
     return report
 
@@ -77,6 +89,9 @@ def check_place(place: Place) -> None:
         raise InputError(f"--storage and --tracking-uri cannot share one database, {place.tracking_uri!r}")
     check_database(place.tracking_uri, "--tracking-uri")
     check_database(place.optuna_url, "--storage")
+    folder = artifact_folder(place.tracking_uri)
+    if folder is not None and folder.exists() and not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise InputError(f"{str(folder)!r}, where the files of runs go, cannot be written")
 
 
 class Invocation:
@@ -92,7 +107,10 @@ class Invocation:
         self._interrupt = Interrupt()
         self._trials = Trials(place.optuna_url, spec.name)
         self._record = Record(place.tracking_uri, spec.name)
-        self._parent = self._record.begin(spec, tags)
+        try:
+            self._parent = self._record.begin(spec, tags)
+        except store_errors() as error:
+            raise InputError(f"--tracking-uri {place.tracking_uri!r}: {record_error(error)}") from error
 
     def __enter__(self) -> Invocation:
         self._interrupt.__enter__()
@@ -102,7 +120,10 @@ class Invocation:
         self._interrupt.__exit__(kind, error, at)
         self._executor.stop()
         if error is not None:
-            self._record.close(self._parent, "killed" if isinstance(error, KeyboardInterrupt) else "failed")
+            with suppress(*store_errors()):
+                self._record.close(self._parent, "killed" if isinstance(error, KeyboardInterrupt) else "failed")
+        if isinstance(error, store_errors()):
+            raise record_error(error) from error
 
     @property
     def outcomes(self) -> dict[str, Outcome]:
@@ -110,16 +131,23 @@ class Invocation:
         return self._record.outcomes()
 
     def run(self, study: Study) -> dict[str, Outcome]:
-        """Run what the record lacks of the study's cells. Returns what it then holds."""
-        outcomes = self.outcomes
-        if not study.rows:
-            return outcomes
+        """Run what the record lacks of the study's cells. Returns what it then holds of them, at least."""
+        outcomes = self._record.outcomes(study.cells)
         self._trials.follow(study.cells, outcomes)
-        missing = _missing(study.cells, outcomes)
+        missing = missing_cells(study.cells, outcomes)
         total = len({cell.key for cell in study.cells})
         with Progress(total, total - len(missing)) as progress:
             self._run_cells(missing, progress)
-        return self.outcomes
+        return self._record.outcomes(study.cells)
+
+    def enter(self, results: Sequence[Imported]) -> None:
+        """Record what was run elsewhere as if it had been here; what is done already, or at work, stays as it is."""
+        for one in results:
+            run_id = self._record.start(self._parent, one.cell, one)
+            if run_id is not None:
+                drawn = pictures(_title(one.cell), asdict(one.result))
+                self._record.finish(run_id, one.cell, one.result, drawn, one)
+        self._trials.follow([one.cell for one in results], self.outcomes)
 
     def end(self, report: Report) -> None:
         """Keep the report, in the parent run and in the output folder."""
@@ -165,8 +193,9 @@ class Invocation:
                     waiting.extend(free)
         except BaseException:
             self._executor.stop()
-            for at in running.values():
-                self._cut_off(at, "")
+            with suppress(*store_errors()):  # where they are the reason, what is left open is closed by the next call
+                for at in running.values():
+                    self._cut_off(at, "")
             raise
         if self._interrupt.asked:
             raise KeyboardInterrupt
@@ -181,6 +210,8 @@ class Invocation:
         if result is not None:
             try:
                 self._record.finish(at.run_id, at.cell, result, pictures(_title(at.cell), asdict(result)))
+            except OSError:
+                raise  # a full disk is no fault of the cell's
             except Exception as reason:  # whatever a result is like, the other cells go on
                 error, traceback = one_line(reason), "".join(format_exception(reason))
             else:
@@ -199,7 +230,7 @@ class Invocation:
         """Of `cells`, those that others still run, after a while if that is all, and those that they left."""
         self._record.close_orphans()
         outcomes = self._record.outcomes()
-        missing = _missing(cells, outcomes)
+        missing = missing_cells(cells, outcomes)
         for cell in cells:
             if cell not in missing:
                 progress.end_elsewhere(cell)
@@ -235,12 +266,13 @@ def read_report(tuning: Tuning, place: Place) -> Report:
     outcomes = Record.read(place.tracking_uri, tuning.spec.name)
     if not outcomes:
         raise InputError(f"nothing of study {tuning.spec.name!r} is recorded in {place.tracking_uri!r}")
-    report = _report(tuning.choose(outcomes), outcomes)
+    report = report_on(tuning.choose(outcomes), outcomes)
     write_report(report, place)
     return report
 
 
-def _report(tuned: Tuned, outcomes: Mapping[str, Outcome]) -> Report:
+def report_on(tuned: Tuned, outcomes: Mapping[str, Outcome]) -> Report:
+    """The report on a study with what its tuning found, from the record."""
     return make_report(build_table(tuned.study, tuned.seen(outcomes)), tuned=tuned)
 
 
@@ -252,7 +284,7 @@ def write_report(report: Report, place: Place) -> None:
         _write(report_files(report, record.pictures), place.output)
 
 
-def _missing(cells: Iterable[Cell], outcomes: Mapping[str, Outcome]) -> list[Cell]:
+def missing_cells(cells: Iterable[Cell], outcomes: Mapping[str, Outcome]) -> list[Cell]:
     """Those of the cells that are not done, each once."""
     once = {cell.key: cell for cell in cells}
     return [cell for key, cell in once.items() if key not in outcomes or not outcomes[key].done]

@@ -11,12 +11,15 @@ import sqlite3
 import tempfile
 import time
 import urllib.parse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from basisadapt.errors import InputError, one_line
+from basisadapt.errors import InputError, RecordError, one_line
+from basisadapt.execution.lines import DONE
 from basisadapt.study.owner import Owner
 
 if TYPE_CHECKING:
@@ -26,7 +29,6 @@ if TYPE_CHECKING:
     from basisadapt.study.spec import StudySpec
     from basisadapt.training import RunResult
 
-DONE = ("finished", "diverged")  # a cell that has come to this is not run again
 TERMINAL = {
     "finished": "FINISHED",
     "diverged": "FINISHED",
@@ -38,9 +40,11 @@ TERMINAL = {
 CELL, ROW, STATUS, OWNER = "basisadapt.cell", "basisadapt.row", "status", "basisadapt.owner"
 HEADLINE, WARNINGS, ERROR = "basisadapt.headline", "basisadapt.warnings", "basisadapt.error"
 ENVIRONMENT = "environment."
+HOST = "basisadapt.imported_from"  # the machine that computed what is imported
 ACCUMULATE = "basisadapt.accumulate"  # how many smaller batches made up a batch, where memory asked for it
 
 TEXT_LIMIT = 5000  # below every limit that MLflow sets for tags, parameters and notes
+FEW = 20  # cells whose runs are sooner read one by one than in the whole record
 METRICS, PARAMETERS = 900, 90  # in one call, likewise
 
 
@@ -78,30 +82,88 @@ class Outcome:
         return self.metrics.get(self.headline) if self.status == "finished" else None
 
 
+@dataclass(frozen=True)
+class Imported:
+    """A result from elsewhere: the machine that computed it, and from when to when, in seconds since 1970."""
+
+    cell: Cell
+    result: RunResult
+    host: str
+    began: float
+    ended: float
+
+
 def sqlite_file(url: str) -> Path | None:
     """The file behind a sqlite URL; None for other databases."""
     return Path(url.removeprefix("sqlite:///").partition("?")[0]) if url.startswith("sqlite:///") else None
 
 
 def check_database(url: str, option: str) -> None:
-    """Raise InputError unless a sqlite database can be written, or made. Leaves nothing behind."""
+    """Raise InputError unless a sqlite database is sound and can be written, or made. Leaves nothing behind."""
     path = sqlite_file(url)
     if path is None:
         return
+    check_sound(url, option)
     try:
+        with tempfile.TemporaryFile(dir=path.resolve().parent):  # where its journal goes
+            pass
         if path.exists():
-            connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True, timeout=30)
-            try:
+            with _connection(path, "rw") as connection:
                 connection.execute("BEGIN IMMEDIATE")
                 connection.rollback()
-            finally:
-                connection.close()
-        else:
-            with tempfile.TemporaryFile(dir=path.resolve().parent):
-                pass
     except (OSError, sqlite3.Error) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise InputError(f"{option} {url!r} cannot be written: {reason}") from error
+        raise InputError(f"{option} {url!r} cannot be written: {_reason(error)}") from error
+
+
+def check_sound(url: str, option: str) -> None:
+    """Raise InputError if a sqlite database is damaged, or no database."""
+    path = sqlite_file(url)
+    if path is None or not path.exists():
+        return
+    try:
+        with _connection(path, "ro") as connection:
+            (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    except sqlite3.Error as error:
+        found = _reason(error)
+    if found != "ok":
+        raise InputError(f"{option} {url!r} cannot be read: {' '.join(found.split())}")
+
+
+@contextmanager
+def _connection(path: Path, mode: str) -> Iterator[sqlite3.Connection]:
+    connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode={mode}", uri=True, timeout=30)
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+def artifact_folder(tracking_uri: str) -> Path | None:
+    """Where the files of runs go, beside a sqlite database; a server has its own place."""
+    path = sqlite_file(tracking_uri)
+    return path.resolve().parent / "mlruns" if path else None
+
+
+def store_errors() -> tuple[type[Exception], ...]:
+    """What MLflow, Optuna and the disk raise where a record cannot be read or written."""
+    from mlflow.exceptions import MlflowException
+    from optuna.exceptions import OptunaError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return OSError, MlflowException, OptunaError, SQLAlchemyError
+
+
+def record_error(error: Exception) -> RecordError:
+    """A store's error as a user reads it."""
+    return RecordError(f"the record cannot be read or written any more: {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    """The error in one line, without the statement that SQLAlchemy adds."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": {str(error.filename)!r}" if error.filename else "")
+    text = str(error) if isinstance(error, sqlite3.Error) else one_line(error)
+    return text.partition("[SQL:")[0].strip()
 
 
 def _absolute(url: str) -> str:
@@ -127,7 +189,7 @@ class Record:
             self._client = mlflow.MlflowClient(tracking_uri=_absolute(tracking_uri))
             found = self._client.get_experiment_by_name(study)
         except Exception as error:  # SQLAlchemy's, MLflow's, a driver's: each has its own
-            raise InputError(f"--tracking-uri {tracking_uri!r} cannot be opened: {one_line(error)}") from error
+            raise InputError(f"--tracking-uri {tracking_uri!r} cannot be opened: {_reason(error)}") from error
         if found is not None and found.lifecycle_stage == "deleted":
             raise InputError(
                 f"experiment {study!r} is deleted in MLflow; "
@@ -140,11 +202,19 @@ class Record:
     def read(tracking_uri: str, study: str) -> dict[str, Outcome]:
         """outcomes() without making anything: empty where there is no record yet."""
         path = sqlite_file(tracking_uri)
-        return Record(tracking_uri, study).outcomes() if path is None or path.exists() else {}
+        if path is not None and not path.exists():
+            return {}
+        check_sound(tracking_uri, "--tracking-uri")
+        return Record(tracking_uri, study).outcomes()
 
-    def outcomes(self) -> dict[str, Outcome]:
-        """Cell key to what is known of it: its earliest done run, else one that runs, else its latest."""
-        found = sorted((self._outcome(run) for run in self._runs() if CELL in run.data.tags), key=_precedence)
+    def outcomes(self, cells: Collection[Cell] | None = None) -> dict[str, Outcome]:
+        """Cell key to what is known of it: its earliest done run, else one that runs, else its latest.
+
+        cells: those that are asked for, at least. The whole record of a long study takes seconds to read.
+        """
+        few = cells is not None and len(cells) <= FEW
+        runs = chain.from_iterable(map(self._runs_of, cells)) if cells is not None and few else self._runs()
+        found = sorted((self._outcome(run) for run in runs if CELL in run.data.tags), key=_precedence)
         return {outcome.key: outcome for outcome in reversed(found)}
 
     def close_orphans(self) -> None:
@@ -156,9 +226,9 @@ class Record:
     def begin(self, spec: StudySpec, tags: Mapping[str, str]) -> str:
         """Make the experiment if it is new, close orphans, and start the invocation's parent run."""
         if self.experiment_id is None:
-            path = sqlite_file(self.tracking_uri)
+            folder = artifact_folder(self.tracking_uri)
             # Absolute, beside the database: the artifacts are found from wherever the next command runs.
-            place = (path.resolve().parent / "mlruns" / spec.name).as_uri() if path else None
+            place = (folder / spec.name).as_uri() if folder else None
             self.experiment_id = self._client.create_experiment(spec.name, artifact_location=place)
         for key, value in {
             "mlflow.experimentKind": "custom_model_development",
@@ -170,15 +240,18 @@ class Record:
         run = self._client.create_run(self.experiment_id, tags={OWNER: str(Owner.me()), **tags}, run_name=name)
         return str(run.info.run_id)
 
-    def start(self, parent: str, cell: Cell) -> str | None:
-        """Start a cell's child run, with its parameters. None if another process was faster."""
+    def start(self, parent: str, cell: Cell, imported: Imported | None = None) -> str | None:
+        """Start a cell's child run, with its parameters. None if it is done, or another process is at it."""
         from mlflow.entities import Param
 
         if any(self._outcome(other).done or self._outcome(other).busy for other in self._runs_of(cell)):
             return None
         tags = {"mlflow.parentRunId": parent, CELL: cell.key, ROW: cell.row, OWNER: str(Owner.me())}
+        began = None
+        if imported is not None:
+            tags[HOST], began = imported.host[:TEXT_LIMIT], int(imported.began * 1000)
         name = clean(f"{cell.row} seed {cell.seed}")
-        run = self._client.create_run(self.experiment_id, tags=tags, run_name=name)
+        run = self._client.create_run(self.experiment_id, start_time=began, tags=tags, run_name=name)
         run_id = str(run.info.run_id)
         # Two processes may have found the cell free: both have a run now, both see both, the earlier stays.
         for other in self._runs_of(cell):
@@ -194,7 +267,14 @@ class Record:
         self._client.log_dict(run_id, cell.config.to_mapping(), "config.json")
         return run_id
 
-    def finish(self, run_id: str, cell: Cell, result: RunResult, pictures: Mapping[str, bytes]) -> None:
+    def finish(
+        self,
+        run_id: str,
+        cell: Cell,
+        result: RunResult,
+        pictures: Mapping[str, bytes],
+        imported: Imported | None = None,
+    ) -> None:
         """Write a result whole, then mark the run as done: a kill on the way leaves a cell to run.
 
         pictures: name to PNG file. Raises ValueError for a finished result without its headline metric.
@@ -227,7 +307,7 @@ class Record:
             for name, value in primary.items():
                 self._client.set_experiment_tag(self.experiment_id, f"mlflow.experiment.primaryMetric.{name}", value)
             self._primary = result.headline
-        self.close(run_id, result.status)
+        self.close(run_id, result.status, ended=imported.ended if imported else None)
 
     def fail(self, run_id: str, error: str, traceback: str = "") -> None:
         """Record a cell that failed."""
@@ -244,12 +324,12 @@ class Record:
         self._client.set_tag(parent, "mlflow.note.content", note[:TEXT_LIMIT])
         self.close(parent, "finished")
 
-    def close(self, run_id: str, status: str, error: str = "") -> None:
-        """Give a run its last status, and say why where it is not a good one."""
+    def close(self, run_id: str, status: str, error: str = "", ended: float | None = None) -> None:
+        """Give a run its last status, with the reason of a bad one. ended: in seconds since 1970, None is now."""
         if error:
             self._client.set_tag(run_id, ERROR, error[:TEXT_LIMIT])
         self._client.set_tag(run_id, STATUS, status)
-        self._client.set_terminated(run_id, TERMINAL[status])
+        self._client.set_terminated(run_id, TERMINAL[status], end_time=None if ended is None else int(ended * 1000))
 
     def pictures(self, run_id: str) -> dict[str, bytes]:
         """The PNG files of a run, name to content; empty where its files cannot be read any more."""
