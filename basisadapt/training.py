@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import runpy
 import tempfile
 import time
 import warnings
@@ -80,7 +81,8 @@ class RunResult:
     without φ). snapshots: [{"step", "stable_rank": {module: number}, "phi": as above}, ...] at the start and after 10 %
     and 50 % of the steps. landscape: `diagnostics.landscape` of the training loss, empty unless train.landscape asks.
     warnings: sentences for the user. data: fingerprint, row counts, what the task says of its rows, and the backbone's
-    note where it has one. environment: versions, git commit, platform, threads, and the task's notes.
+    note where it has one. environment: versions, git commit, platform, threads, and the task's notes. accumulate: how
+    many smaller batches made up a batch, see `run`.
     """
 
     status: str
@@ -94,6 +96,7 @@ class RunResult:
     warnings: list[str] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    accumulate: int = 1
 
 
 def plan(config: RunConfig, data_dir: Path | None = None, dry: bool = False) -> Plan:
@@ -150,10 +153,13 @@ def run(
     data_dir: Path | None = None,
     on_step: Callable[[int, int], None] | None = None,
     save_to: Path | None = None,
+    accumulate: int = 1,
 ) -> RunResult:
     """Train, unless the method trains nothing, and evaluate. `save_to` receives the adapter.
 
     `on_step(step, total)` is called after each step.
+
+    accumulate: how many smaller batches make up a batch, which it must divide; they take less memory and more time.
 
     Raises InputError for what plan() would have refused; a loss that is not finite is a result, status "diverged".
     """
@@ -177,7 +183,7 @@ def run(
     with tempfile.TemporaryDirectory() as checkpoints:
         trainer = _trainer_for(task)(
             model=model,
-            args=_arguments(config, len(examples), task.headline, Path(checkpoints)),
+            args=_arguments(config, len(examples), task.headline, Path(checkpoints), accumulate),
             train_dataset=examples,
             eval_dataset=questions,
             data_collator=task.collator(processor),
@@ -260,6 +266,7 @@ def run(
             **({"backbone": backbone.note} if backbone.note else {}),
         },
         environment={**environment(), **task.notes},
+        accumulate=accumulate,
     )
 
 
@@ -312,7 +319,7 @@ def _trainer_for(task: Task) -> type[Trainer]:
     return TaskTrainer
 
 
-def _arguments(config: RunConfig, rows: int, headline: str, folder: Path) -> TrainingArguments:
+def _arguments(config: RunConfig, rows: int, headline: str, folder: Path, accumulate: int) -> TrainingArguments:
     from transformers import TrainingArguments
 
     train = config.train
@@ -335,7 +342,8 @@ def _arguments(config: RunConfig, rows: int, headline: str, folder: Path) -> Tra
         every |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
     return TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=train.batch_size,
+        per_device_train_batch_size=train.batch_size // accumulate,
+        gradient_accumulation_steps=accumulate,
         per_device_eval_batch_size=EVAL_BATCH,
         num_train_epochs=train.epochs,
         max_steps=train.max_steps or -1,
@@ -435,3 +443,7 @@ def _landscape(trainer: Any, examples: Sequence[Example], config: RunConfig) -> 
     if not parameters:
         return {}
     return landscape(parameters, loss, config.train.landscape, config.seed)
+
+
+if __name__ == "__main__":  # the program that does many of these lies on a floor above
+    runpy.run_module("basisadapt.execution", run_name="__main__")
