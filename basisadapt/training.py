@@ -102,7 +102,7 @@ class RunResult:
 def plan(config: RunConfig, data_dir: Path | None = None, dry: bool = False) -> Plan:
     """Check `config` against the data's place and the model's shapes, and count. Raises InputError.
 
-    dry: count only; what a run needs of the backbone beyond its shapes need not be there.
+    dry: count only; a run's weights, and what they need, may be missing.
     """
     if config.train.precision == "fp16" and not torch.cuda.is_available():
         raise InputError("train.precision fp16 needs a GPU; on a CPU use fp32 or bf16")
@@ -111,8 +111,8 @@ def plan(config: RunConfig, data_dir: Path | None = None, dry: bool = False) -> 
         raise InputError(f"train.validation measures a run on training rows, which task {config.task!r} cannot")
     task.check(data_dir)
     backbone = backbones.find(config.backbone)
-    backbones.check_weights(config.train.weights)
     if not dry:
+        backbones.check_weights(config.train.weights)
         backbones.check_at_hand(backbone)
     return count_parameters(attach(backbones.shape_only(backbone, task.form, task.num_labels), config, task.form))
 

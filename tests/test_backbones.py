@@ -357,8 +357,6 @@ def test_smollm2_needs_no_network_and_has_the_shapes_of_the_catalogue(no_network
     shapes = backbones.shape_only(SMOL, "completion", 1)
     assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in shapes.named_parameters()}
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    for name in ("rope_parameters", "rms_norm_eps", "max_position_embeddings", "hidden_act"):
-        assert getattr(model.config, name) == getattr(shapes.config, name), name
     for text in (
         "Hello, world!\n  def f(x):\n\treturn x\n",
         "naïve café, 東京 🦙",

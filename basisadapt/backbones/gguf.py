@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from basisadapt.backbones.quiet import quietly
 from basisadapt.errors import InputError
 
 
@@ -55,10 +54,9 @@ def _convert(file: Path, folder: Path) -> None:
 
     # Without `dequantize` transformers may keep the blocks packed, and such a model cannot be trained or saved.
     unpacked = transformers.GgufConfig(dequantize=True)
-    with quietly():
-        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=unpacked
-        )
-        tokenizer.save_pretrained(folder)
-        model.save_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=unpacked
+    )
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)

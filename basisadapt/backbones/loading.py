@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,6 @@ from basisadapt.backbones.failures import NO_SAFETENSORS, explained
 from basisadapt.backbones.forms import FORMS, check_form, is_head, model_class
 from basisadapt.backbones.packages import check_installed, folder_of
 from basisadapt.backbones.precision import keep_head_exact, loading_options
-from basisadapt.backbones.quiet import quietly
 from basisadapt.errors import InputError
 
 if TYPE_CHECKING:
@@ -101,11 +101,26 @@ def _config(backbone: Backbone, num_labels: int) -> PretrainedConfig:
 
 
 def _ask(auto_class: Any, backbone: Backbone, **options: Any) -> Any:
-    source = backbone.source if backbone.package is None else str(folder_of(backbone, backbone.package))
-    if Path(source).is_dir() and not Path(source, "config.json").is_file():
-        raise InputError(f"backbone {backbone.name!r} is a folder without a config.json: it holds no model")
-    with explained(backbone), quietly():
+    with explained(backbone), _quietly():
+        source = backbone.source if backbone.package is None else str(folder_of(backbone, backbone.package))
+        if Path(source).is_dir() and not Path(source, "config.json").is_file():
+            raise InputError(f"backbone {backbone.name!r} is a folder without a config.json: it holds no model")
         return auto_class.from_pretrained(source, trust_remote_code=False, **options)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """No progress bars and no warnings: a fresh head is what we ask for, not something to warn about."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
 
 
 def _check_fit(backbone: Backbone, form: str, report: dict[str, Any]) -> None:
