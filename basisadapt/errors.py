@@ -1,4 +1,4 @@
-"""The one error that users are meant to read, and the nearest valid choice that goes into it."""
+"""The errors that users are meant to read, the nearest valid choice that goes into one, and others in one line."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from collections.abc import Iterable
 
 class InputError(ValueError):
     """Something the user asked for cannot be done. The message is one line: what was wrong, what was expected."""
+
+
+class RecordError(Exception):
+    """What was run cannot be recorded. What is recorded stays as it is. The message is one line."""
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
@@ -20,3 +24,8 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
     listed = f" (known: {', '.join(names) or 'none'})" if not nearest or len(names) <= 12 else ""
     return InputError(f"unknown {kind} {str(name)!r}{hint}{listed}")
+
+
+def one_line(error: BaseException) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Generic, TypeVar
 
-from basisadapt.errors import InputError, unknown
+from basisadapt.errors import InputError, one_line, unknown
 
 T = TypeVar("T")
 
@@ -85,7 +85,7 @@ def load_plugin(source: str) -> ModuleType:
         try:
             return importlib.import_module(source)
         except Exception as error:
-            raise InputError(f"plug-in module {source!r} does not import: {_one_line(error)}") from error
+            raise InputError(f"plug-in module {source!r} does not import: {one_line(error)}") from error
     if not path.is_file():
         raise InputError(f"plug-in file {source!r} does not exist")
     name = f"basisadapt_plugin_{path.stem}_{abs(hash(path.resolve())):x}"
@@ -100,9 +100,5 @@ def load_plugin(source: str) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        raise InputError(f"plug-in file {source!r} does not import: {_one_line(error)}") from error
+        raise InputError(f"plug-in file {source!r} does not import: {one_line(error)}") from error
     return module
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"

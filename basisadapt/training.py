@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import runpy
 import tempfile
 import time
 import warnings
@@ -68,9 +69,9 @@ class RunResult:
     "dc_share.mean" and, of φ, "active_n.mean", "utilisation.mean", "omega.mean" and ".std", "alpha.mean_abs" and
     "range.share", the largest of them; "convergence_exponent" (`diagnostics.convergence`), "update_smoothness"
     (`diagnostics.path`), "generalisation_gap" (the headline metric on up to 128 training rows less that on the held-out
-    ones); "parameters.trainable", ".factors", ".transfer", ".head"; "adapter.bytes", the size of the saved weights;
-    "memory.peak_bytes" and "tokens_per_second" of training (`cost`);
-    "seconds.train", ".eval" and ".observe", which do not overlap.
+    ones, where they are comparable); "parameters.trainable", ".factors", ".transfer", ".head"; "adapter.bytes", the
+    size of the saved weights; "memory.peak_bytes" and "tokens_per_second" of training (`cost`); "seconds.train",
+    ".eval" and ".observe", which do not overlap.
     curves: name -> [(step, value), ...]: "loss", "update_smoothness" so far, "stable_rank.attention" and so on at the
     snapshots and the end, and "eval_loss" and the task's metrics where the run evaluates on its way.
     modules: adapted module -> its numbers at the end, if its method has a ΔW: "kind", "stable_rank", "dc_share",
@@ -80,7 +81,8 @@ class RunResult:
     without φ). snapshots: [{"step", "stable_rank": {module: number}, "phi": as above}, ...] at the start and after 10 %
     and 50 % of the steps. landscape: `diagnostics.landscape` of the training loss, empty unless train.landscape asks.
     warnings: sentences for the user. data: fingerprint, row counts, what the task says of its rows, and the backbone's
-    note where it has one. environment: versions, git commit, platform, threads, and the task's notes.
+    note where it has one. environment: versions, git commit, platform, threads, and the task's notes. accumulate: how
+    many smaller batches made up a batch, see `run`.
     """
 
     status: str
@@ -94,6 +96,7 @@ class RunResult:
     warnings: list[str] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    accumulate: int = 1
 
 
 def plan(config: RunConfig, data_dir: Path | None = None, dry: bool = False) -> Plan:
@@ -104,6 +107,8 @@ def plan(config: RunConfig, data_dir: Path | None = None, dry: bool = False) -> 
     if config.train.precision == "fp16" and not torch.cuda.is_available():
         raise InputError("train.precision fp16 needs a GPU; on a CPU use fp32 or bf16")
     task = tasks.find(config.task, config.data)
+    if config.train.validation is not None and not task.comparable:
+        raise InputError(f"train.validation measures a run on training rows, which task {config.task!r} cannot")
     task.check(data_dir)
     backbone = backbones.find(config.backbone)
     backbones.check_weights(config.train.weights)
@@ -148,10 +153,13 @@ def run(
     data_dir: Path | None = None,
     on_step: Callable[[int, int], None] | None = None,
     save_to: Path | None = None,
+    accumulate: int = 1,
 ) -> RunResult:
     """Train, unless the method trains nothing, and evaluate. `save_to` receives the adapter.
 
     `on_step(step, total)` is called after each step.
+
+    accumulate: how many smaller batches make up a batch, which it must divide; they take less memory and more time.
 
     Raises InputError for what plan() would have refused; a loss that is not finite is a result, status "diverged".
     """
@@ -165,7 +173,7 @@ def run(
     held_out = held_out.head(config.train.eval_rows)
     transformers.set_seed(config.seed)
     backbone = backbones.find(config.backbone)
-    base, processor = backbones.load(backbone, task.form, task.num_labels, config.train.weights)
+    base, processor = backbones.load(backbone, task.form, task.num_labels, config.train.weights, data.prompts)
     model = attach(base, config, task.form)
     counts = count_parameters(model)
     encode = functools.partial(task.examples, processor=processor, max_length=config.train.max_length)
@@ -175,7 +183,7 @@ def run(
     with tempfile.TemporaryDirectory() as checkpoints:
         trainer = _trainer_for(task)(
             model=model,
-            args=_arguments(config, len(examples), task.headline, Path(checkpoints)),
+            args=_arguments(config, len(examples), task.headline, Path(checkpoints), accumulate),
             train_dataset=examples,
             eval_dataset=questions,
             data_collator=task.collator(processor),
@@ -201,7 +209,7 @@ def run(
         trainer.compute_metrics = None  # which measures the held-out rows
         output = trainer.predict(questions, metric_key_prefix="eval")
         evaluated = time.perf_counter()
-        on_seen = trainer.predict(encode(seen, training=False)).predictions
+        on_seen = trainer.predict(encode(seen, training=False)).predictions if task.comparable else None
         slice_of_loss = _landscape(trainer, encode(_spread(train, EVAL_BATCH), training=False), config)
         size = math.nan
         if save_to is not None or hasattr(model, "peft_config"):  # a whole model is written where it is asked for only
@@ -216,7 +224,8 @@ def run(
     scores, gap = {}, math.nan
     if not watch.diverged:
         scores = task.measure(output.predictions, held_out, processor)
-        gap = task.measure(on_seen, seen, processor).get(task.headline, math.nan) - scores.get(task.headline, math.nan)
+        if on_seen is not None:
+            gap = task.measure(on_seen, seen, processor)[task.headline] - scores[task.headline]
     training_seconds = trained - began - observer.seconds
     metrics = {
         **scores,
@@ -257,6 +266,7 @@ def run(
             **({"backbone": backbone.note} if backbone.note else {}),
         },
         environment={**environment(), **task.notes},
+        accumulate=accumulate,
     )
 
 
@@ -309,7 +319,7 @@ def _trainer_for(task: Task) -> type[Trainer]:
     return TaskTrainer
 
 
-def _arguments(config: RunConfig, rows: int, headline: str, folder: Path) -> TrainingArguments:
+def _arguments(config: RunConfig, rows: int, headline: str, folder: Path, accumulate: int) -> TrainingArguments:
     from transformers import TrainingArguments
 
     train = config.train
@@ -332,7 +342,8 @@ def _arguments(config: RunConfig, rows: int, headline: str, folder: Path) -> Tra
         every |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
     return TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=train.batch_size,
+        per_device_train_batch_size=train.batch_size // accumulate,
+        gradient_accumulation_steps=accumulate,
         per_device_eval_batch_size=EVAL_BATCH,
         num_train_epochs=train.epochs,
         max_steps=train.max_steps or -1,
@@ -432,3 +443,7 @@ def _landscape(trainer: Any, examples: Sequence[Example], config: RunConfig) -> 
     if not parameters:
         return {}
     return landscape(parameters, loss, config.train.landscape, config.seed)
+
+
+if __name__ == "__main__":  # the program that does many of these lies on a floor above
+    runpy.run_module("basisadapt.execution", run_name="__main__")

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import re
 import shutil
 import socket
 import threading
@@ -30,7 +31,7 @@ from basisadapt.study.table import build_table
 from basisadapt.training import attach, plan, run
 
 SMOL = BACKBONES["smollm2-135m"]
-# Parameters, as published: of the whole language model, and of the encoder with its pooler.
+# Parameters, as published: of the whole model, and of an encoder with its pooler.
 PARAMETERS = {
     "minilm": 22_713_216,
     "smollm2-135m": 134_515_008,
@@ -41,9 +42,17 @@ PARAMETERS = {
     "qwen2-0.5b": 494_032_768,
     "phi3-mini": 3_821_079_552,
     "llama3-8b": 8_030_261_248,
+    "clip-vit-b32": 151_277_313,
+    "dinov2-base": 86_580_480,
 }
 ENCODERS = ("minilm", "roberta-base", "roberta-large")
-FORMS_OF = {name: ("text",) if name in ENCODERS else ("text", "completion") for name in BACKBONES}
+LANGUAGE_MODELS = ("smollm2-135m", "pythia-1.4b", "pythia-2.8b", "qwen2-0.5b", "phi3-mini", "llama3-8b")
+FORMS_OF = {
+    **dict.fromkeys(ENCODERS, ("text",)),
+    **dict.fromkeys(LANGUAGE_MODELS, ("text", "completion")),
+    "clip-vit-b32": ("image", "zero_shot"),
+    "dinov2-base": ("image",),
+}
 
 
 def installed(name):
@@ -73,7 +82,7 @@ def folder(language_model, tmp_path):
 def test_a_backbone_takes_a_form_with_projections_to_adapt_or_names_those_that_can(name, form):
     backbone = backbones.find(name)
     if form not in FORMS_OF[name]:
-        with pytest.raises(InputError, match=f"^backbone {name!r} .* cannot {FORMS[form].does}") as refused:
+        with pytest.raises(InputError, match=f"^backbone {name!r} .* cannot {re.escape(FORMS[form].does)}") as refused:
             backbones.shape_only(backbone, form, 3)
         able = {other for other in BACKBONES if f" {other}" in str(refused.value)}
         assert able == {other for other, forms in FORMS_OF.items() if form in forms}
@@ -82,9 +91,11 @@ def test_a_backbone_takes_a_form_with_projections_to_adapt_or_names_those_that_c
     names = [module for module, _ in model.named_modules()]
     found = find_projections(names)
     assert target_pattern("all", names)
-    assert {p.layer for p in found} == set(range(model.config.num_hidden_layers))
+    assert {p.layer for p in found} == set(
+        range(getattr(model.config, "vision_config", model.config).num_hidden_layers)
+    )
     assert {p.kind for p in found} == {"attention", "mlp"}
-    assert (form != "completion") == any(map(backbones.is_head, (name for name, _ in model.named_parameters())))
+    assert (form in ("text", "image")) == any(map(backbones.is_head, (name for name, _ in model.named_parameters())))
 
 
 def test_a_task_is_refused_to_a_backbone_of_another_form():
@@ -94,7 +105,8 @@ def test_a_task_is_refused_to_a_backbone_of_another_form():
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_the_shapes_give_the_published_number_of_parameters(name):
-    auto_class = transformers.AutoModel if name in ENCODERS else transformers.AutoModelForCausalLM
+    completes = name in LANGUAGE_MODELS
+    auto_class = transformers.AutoModelForCausalLM if completes else transformers.AutoModel
     with torch.device("meta"):
         model = auto_class.from_config(transformers.AutoConfig.for_model(**BACKBONES[name].shapes))
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]

@@ -31,7 +31,6 @@ from tests.conftest import tiny
 RANK = 4
 # What a method cannot do, and the words of its refusal.
 NO_MERGE = {"aurora": "acts on activations"}
-ONE_ADAPTER = {"adalora", "pissa"}  # peft: one that trains; a second would take another part out of W
 PLAIN = {"frozen", "head", "full"}
 DETACHED = {"dora"}  # takes the lengths of V's rows for constants, by design (Liu et al., section 4.3)
 
@@ -109,13 +108,48 @@ def test_save_and_load_give_the_same_function(name, tokens, tmp_path):
     torch.manual_seed(99)  # what is drawn on the way must not matter
     loaded = PeftModel.from_pretrained(tiny("bert"), tmp_path)
     torch.testing.assert_close(logits(loaded, tokens), logits(model, tokens), rtol=0, atol=1e-6)
-    if type(model.peft_config["default"]).__module__.startswith("basisadapt"):  # made empty, and filled from the file
-        lean = PeftModel.from_pretrained(tiny("bert"), tmp_path, low_cpu_mem_usage=True, torch_device="cpu")
-        torch.testing.assert_close(logits(lean, tokens), logits(model, tokens), rtol=0, atol=1e-6)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     extra = sum(tensor.numel() for n, tensor in saved.items() if "phi_bank" in n)  # φ's file alone defines φ
     assert trainable <= sum(tensor.numel() for tensor in saved.values()) <= trainable + extra, "nothing frozen is saved"
+
+
+@adapters
+def test_from_meta_to_a_device(name, tokens, tmp_path):
+    """Made empty, and filled from the file."""
+    model, _ = trained(name, tokens)
+    model.save_pretrained(tmp_path)
+    if name == "pissa":  # peft takes it for a start that needs W's decomposition
+        with pytest.raises(RuntimeError, match="incompatible tensor type"):
+            PeftModel.from_pretrained(tiny("bert"), tmp_path, low_cpu_mem_usage=True, torch_device="cpu")
+        return
+    lean = PeftModel.from_pretrained(tiny("bert"), tmp_path, low_cpu_mem_usage=True, torch_device="cpu")
+    torch.testing.assert_close(logits(lean, tokens), logits(model, tokens), rtol=0, atol=1e-6)
+
+
+@methods
+def test_to_another_dtype_and_back(name, tokens):
+    model, _ = trained(name, tokens)
+    expected = logits(model, tokens)
+    assert {p.dtype for p in model.double().parameters()} == {torch.float64}
+    torch.testing.assert_close(logits(model, tokens), expected.double(), rtol=0, atol=1e-6)
+    assert torch.equal(logits(model.float(), tokens), expected)
+    assert {p.dtype for p in model.bfloat16().parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(logits(model, tokens).float(), expected, rtol=0, atol=5e-3)
+
+
+@methods
+def test_to_a_gpu_and_back(name, tokens):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    model, _ = trained(name, tokens)
+    expected = logits(model, tokens)
+    on_gpu = logits(model.cuda(), tokens.cuda())
+    torch.testing.assert_close(on_gpu.cpu(), expected, rtol=0, atol=1e-4)
+    for _, layer in adapted_layers(model):
+        change = METHODS[name]().weight_change(layer)
+        assert change is None or change.is_cuda
+    assert torch.equal(logits(model.cpu(), tokens), expected)
 
 
 @pytest.mark.parametrize("name", sorted(PLAIN))
@@ -149,16 +183,16 @@ def test_merging_is_exact_or_refused_with_a_reason(name, tokens):
 
 @adapters
 def test_the_recorded_change_is_that_of_the_layer(name, tokens):
-    """x ΔWᵀ = layer(x) − base(x), in float64; PiSSA keeps no start and AuroRA has no ΔW."""
+    """x ΔWᵀ = layer(x) − pretrained layer(x), in float64; AuroRA has no ΔW."""
     model = trained(name, tokens)[0].double()
-    method = METHODS[name]()
-    for _, layer in adapted_layers(model):
+    method, pretrained = METHODS[name](), tiny("bert").double()
+    for module, layer in adapted_layers(model):
         change = method.weight_change(layer)
         if change is None:
-            assert name in {"pissa", *NO_MERGE}
+            assert name in NO_MERGE
             continue
         x = torch.randn(5, layer.in_features, dtype=torch.float64)
-        difference = layer(x) - layer.get_base_layer()(x)
+        difference = layer(x) - pretrained.get_submodule(module)(x)
         torch.testing.assert_close(x @ change.double().T, difference, rtol=1e-6, atol=1e-6)
 
 
@@ -189,15 +223,30 @@ def test_gradients_of_a_layer_are_right(name, tokens):
 
 @adapters
 def test_several_adapters_add_up_and_switch(name, tokens):
-    if name in ONE_ADAPTER:
-        return
+    """A fresh one changes nothing, alone or beside a trained one."""
     model, _ = trained(name, tokens)
     first = logits(model, tokens)
+    layers = [layer for _, layer in adapted_layers(model)]
+    ones = [torch.ones(1, layer.in_features) for layer in layers]
+    one = [layer(x) for layer, x in zip(layers, ones, strict=True)]
     config = copy.deepcopy(model.peft_config["default"])
+    if name == "adalora":
+        with pytest.raises(ValueError, match="only 1 trainable adapter"):  # peft's
+            model.add_adapter("second", config)
+        config.inference_mode = True
     model.add_adapter("second", config)
+    for layer in layers:
+        layer.set_adapter(["default", "second"])
+    both = [layer(x) for layer, x in zip(layers, ones, strict=True)]
+    torch.testing.assert_close(both, one, rtol=0, atol=1e-6)
     model.set_adapter("second")
-    fresh = [layer(torch.ones(1, layer.in_features)) for _, layer in adapted_layers(model)]
-    plain = [layer.get_base_layer()(torch.ones(1, layer.in_features)) for _, layer in adapted_layers(model)]
+    if name == "pissa":  # each took its part out of W: alone, it lacks the other's
+        assert not any(torch.allclose(layer(x), y) for layer, x, y in zip(layers, ones, one, strict=True))
+        model.set_adapter("default")
+        assert not torch.allclose(logits(model, tokens), first, rtol=0, atol=1e-6)
+        return
+    fresh = [layer(x) for layer, x in zip(layers, ones, strict=True)]
+    plain = [layer.get_base_layer()(x) for layer, x in zip(layers, ones, strict=True)]
     torch.testing.assert_close(fresh, plain, rtol=0, atol=1e-6)
     model.set_adapter("default")
     torch.testing.assert_close(logits(model, tokens), first, rtol=0, atol=1e-6)
@@ -206,14 +255,15 @@ def test_several_adapters_add_up_and_switch(name, tokens):
 
 
 @adapters
-def test_disabling_gives_the_base_model_back(name, tokens):
-    if name == "pissa":  # its base is W less the principal part
-        return
+def test_disabling_gives_the_base_layer_back(name, tokens):
+    """Which is the pretrained one, but for PiSSA's: W less its principal part."""
     model, _ = trained(name, tokens)
     layer = next(layer for _, layer in adapted_layers(model))
     x = torch.ones(2, layer.in_features)
     base = layer.get_base_layer()(x)
     assert not torch.equal(layer(x), base)
+    pretrained = tiny("bert").get_submodule(next(module for module, _ in adapted_layers(model)))(x)
+    assert torch.equal(base, pretrained) == (name != "pissa")
     model.disable_adapter_layers()
     assert torch.equal(layer(x), base)
 
@@ -253,7 +303,7 @@ def test_observing_draws_nothing(name, tokens):
     state = torch.get_rng_state()
     modules, _ = observe(model, METHODS[name]().weight_change)
     assert torch.equal(torch.get_rng_state(), state)
-    assert len(modules) == (0 if name in {*PLAIN, *NO_MERGE, "pissa"} else 12)
+    assert len(modules) == (0 if name in {*PLAIN, *NO_MERGE} else 12)
 
 
 @methods

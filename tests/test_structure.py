@@ -16,6 +16,7 @@ FLOORS = [
     {"methods", "observation"},
     {"run_config"},
     {"training"},
+    {"execution"},
     {"study"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

@@ -152,6 +152,9 @@ BACKBONES = {
             "num_key_value_heads": 8,
         },
     ),
+    # Both are transformers' defaults but for what is written.
+    "clip-vit-b32": Backbone(source="openai/clip-vit-base-patch32", shapes={"model_type": "clip"}),
+    "dinov2-base": Backbone(source="facebook/dinov2-base", shapes={"model_type": "dinov2", "image_size": 518}),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from basisadapt.backbones.catalogue import BACKBONES, Backbone
 from basisadapt.errors import InputError
@@ -38,6 +39,13 @@ FORMS = {
         processor="AutoImageProcessor",
         peft=None,
     ),
+    "zero_shot": Form(
+        does="classify images by sentences about the classes (data.head zero_shot)",
+        model="ZeroShotCLIP",  # ours
+        models="MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+        processor="AutoImageProcessor",
+        peft=None,
+    ),
     "completion": Form(
         does="complete texts",
         model="AutoModelForCausalLM",
@@ -48,6 +56,15 @@ FORMS = {
 }
 
 HEADS = ("classifier", "score")  # what transformers calls the head of a classifier; peft trains the same
+
+
+def model_class(form: str) -> Any:
+    """What builds a model of that form from a configuration, or loads one."""
+    import transformers
+
+    from basisadapt.backbones import clip
+
+    return clip.ZeroShotCLIP if form == "zero_shot" else getattr(transformers, FORMS[form].model)
 
 
 def is_head(parameter: str) -> bool:
@@ -68,4 +85,6 @@ def _can(form: str, model_type: str) -> bool:
 
     # transformers also offers encoders as causal language models, which they were not trained to be.
     encoder = model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    return model_type in getattr(modeling_auto, FORMS[form].models) and not (form == "completion" and encoder)
+    if (form == "completion" and encoder) or (form == "zero_shot" and model_type != "clip"):
+        return False
+    return model_type in getattr(modeling_auto, FORMS[form].models)

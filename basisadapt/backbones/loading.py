@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from basisadapt.backbones.catalogue import Backbone
 from basisadapt.backbones.failures import NO_SAFETENSORS, explained
-from basisadapt.backbones.forms import FORMS, check_form, is_head
+from basisadapt.backbones.forms import FORMS, check_form, is_head, model_class
 from basisadapt.backbones.packages import check_installed, folder_of
 from basisadapt.backbones.precision import keep_head_exact, loading_options
 from basisadapt.backbones.quiet import quietly
@@ -33,7 +35,7 @@ def shape_only(backbone: Backbone, form: str, num_labels: int) -> PreTrainedMode
         config = _config(backbone, num_labels)
     check_form(backbone, form, config.model_type)
     with torch.device("meta"), explained(backbone):
-        return getattr(transformers, FORMS[form].model).from_config(config)
+        return model_class(form).from_config(config)
 
 
 def check_at_hand(backbone: Backbone) -> None:
@@ -44,11 +46,14 @@ def check_at_hand(backbone: Backbone) -> None:
         raise InputError(f"backbone {backbone.name!r} {NO_SAFETENSORS}")
 
 
-def load(backbone: Backbone, form: str, num_labels: int, weights: str = "fp32") -> tuple[PreTrainedModel, Any]:
+def load(
+    backbone: Backbone, form: str, num_labels: int, weights: str = "fp32", prompts: Sequence[Sequence[str]] = ()
+) -> tuple[PreTrainedModel, Any]:
     """The pretrained model, its head fresh and in float32, and its tokenizer or image processor.
 
-    weights: how the backbone is held, one of precision.WEIGHTS. Raises InputError where the weights cannot be had or
-    are not what they should be. Only safetensors are read, and no code from the hub is run.
+    weights: how the backbone is held, one of precision.WEIGHTS. prompts: sentences about each class, by which the form
+    "zero_shot" knows it. Raises InputError where the weights cannot be had or are not what they should be. Only
+    safetensors are read, and no code from the hub is run.
     """
     import transformers
 
@@ -56,7 +61,7 @@ def load(backbone: Backbone, form: str, num_labels: int, weights: str = "fp32") 
     check_form(backbone, form, config.model_type)
     processor = _ask(getattr(transformers, FORMS[form].processor), backbone)
     model, report = _ask(
-        getattr(transformers, FORMS[form].model),
+        model_class(form),
         backbone,
         config=config,
         use_safetensors=True,
@@ -65,6 +70,8 @@ def load(backbone: Backbone, form: str, num_labels: int, weights: str = "fp32") 
         **loading_options(weights),
     )
     _check_fit(backbone, form, report)
+    if form == "zero_shot":
+        model.classes.copy_(_class_embeddings(backbone, num_labels, prompts))
     if weights != "fp32":
         keep_head_exact(model)
     if isinstance(processor, transformers.PreTrainedTokenizerBase):
@@ -74,6 +81,17 @@ def load(backbone: Backbone, form: str, num_labels: int, weights: str = "fp32") 
             processor.pad_token = processor.eos_token
         model.config.pad_token_id = processor.pad_token_id
     return model, processor
+
+
+def _class_embeddings(backbone: Backbone, num_labels: int, prompts: Sequence[Sequence[str]]) -> Tensor:
+    import transformers
+
+    from basisadapt.backbones import clip
+
+    if len(prompts) != num_labels:
+        raise InputError(f"data.head zero_shot needs {num_labels} classes with names, and the data have {len(prompts)}")
+    whole = _ask(transformers.CLIPModel, backbone, dtype=torch.float32, use_safetensors=True)
+    return clip.class_embeddings(whole, _ask(transformers.AutoTokenizer, backbone), prompts)
 
 
 def _config(backbone: Backbone, num_labels: int) -> PretrainedConfig:

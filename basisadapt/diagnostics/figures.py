@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import io
 import math
 import re
 import statistics
@@ -44,6 +46,24 @@ def figures(title: str, result: Mapping[str, Any]) -> dict[str, Figure]:
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
+def pictures(title: str, result: Mapping[str, Any]) -> dict[str, bytes]:
+    """File name to PNG file, of the figures of a result."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    drawn = {}
+    collects = gc.isenabled()
+    gc.disable()  # a figure is made of so many objects that collections would take a third of the time
+    try:
+        for name, figure in figures(title, result).items():
+            file = io.BytesIO()
+            FigureCanvasAgg(figure).print_png(file)  # type: ignore[no-untyped-call]
+            drawn[name] = file.getvalue()
+    finally:
+        if collects:
+            gc.enable()
+    return drawn
+
+
 def phi_figure(title: str, phi: Mapping[str, Curve]) -> Figure | None:
     """The learned φ of every layer (paper, Figure 1): a panel per projection, a line per layer, lighter with depth."""
     if not phi:
@@ -53,16 +73,17 @@ def phi_figure(title: str, phi: Mapping[str, Curve]) -> Figure | None:
     panels = _by_name(phi)
     deepest = max(depth for lines in panels.values() for depth, _ in lines)
     norm, colours = matplotlib.colors.Normalize(0, max(deepest, 1) / PALEST), matplotlib.colormaps["viridis"]
-    figure, grid = _panels(title, len(panels))
+    figure, grid = _panels(title, len(panels), right=1.1)
     for axes, (name, lines) in zip(grid, panels.items(), strict=False):
         for depth, curve in lines:
             axes.plot(curve["z"], curve["phi"], color=colours(norm(depth)), linewidth=1.2)
-        axes.set_title(name, fontsize=9)
+        _name(axes, name)
         axes.locator_params(axis="x", nbins=5)
         axes.ticklabel_format(scilimits=(-2, 3))
     figure.supxlabel("entry of BA", fontsize=9)
     figure.supylabel("what φ adds to it", fontsize=9)
-    bar = figure.colorbar(matplotlib.cm.ScalarMappable(norm, colours), ax=figure.axes, label="layer", shrink=0.8)
+    place = figure.add_axes((1 - 0.8 / figure.get_figwidth(), 0.2, 0.15 / figure.get_figwidth(), 0.6))
+    bar = figure.colorbar(matplotlib.cm.ScalarMappable(norm, colours), cax=place, label="layer")
     bar.ax.set_ylim(0, max(deepest, 1))
     return figure
 
@@ -81,8 +102,8 @@ def evolution_figure(title: str, snapshots: Sequence[Mapping[str, Any]], phi: Ma
     depths = sorted({depth for depth, _ in places})
     rows = sorted({depths[0], depths[len(depths) // 2], depths[-1]})
     columns = list(dict.fromkeys(name for _, name in places))
-    size = (1.2 + 2.4 * max(len(columns), 2), 1 + 2 * len(rows))
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=(1.2 + 2.4 * max(len(columns), 2), 1 + 2 * len(rows)))
+    _set_margins(figure, right=1.0)
     grid = figure.subplots(len(rows), len(columns), squeeze=False)
     for depth, line in zip(rows, grid, strict=True):
         for name, axes in zip(columns, line, strict=True):
@@ -93,9 +114,9 @@ def evolution_figure(title: str, snapshots: Sequence[Mapping[str, Any]], phi: Ma
             _dress(axes)
             axes.locator_params(nbins=4)
             axes.ticklabel_format(scilimits=(-2, 3))
-            axes.set_title(f"layer {depth}, {name}", fontsize=7)
+            _name(axes, f"layer {depth}, {name}", fontsize=7, pad=11)  # above the power of ten of the axis
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False)
+    figure.legend(handles, labels, loc="center right", fontsize=8, frameon=False)
     figure.supxlabel("entry of BA", fontsize=9)
     figure.supylabel("what φ adds to it", fontsize=9)
     figure.suptitle(title)
@@ -128,7 +149,7 @@ def stable_rank_figure(
             depths = sorted(by_depth)
             means = [statistics.fmean(by_depth[depth]) for depth in depths]
             axes.plot(depths, means, ".-", color=colour, linewidth=1.3, label=stage)
-        axes.set_title(kind, fontsize=9)
+        _name(axes, kind)
         axes.locator_params(axis="x", integer=True)
         axes.set_ylim(bottom=min(1.0, axes.get_ylim()[0]))
     grid[0].legend(fontsize=7)
@@ -152,7 +173,7 @@ def spectrum_figure(title: str, modules: Mapping[str, Mapping[str, Any]]) -> Fig
             axes.semilogy(range(1, len(spectrum) + 1), spectrum, color="C0", alpha=0.3, linewidth=0.7)
         median = [statistics.median(values) for values in zip(*spectra, strict=False)]
         axes.semilogy(range(1, len(median) + 1), median, color="black", linewidth=1.8, label="median")
-        axes.set_title(f"{kind} ({len(spectra)} modules)", fontsize=9)
+        _name(axes, f"{kind} ({len(spectra)} modules)")
         shown = max([shown, *(sum(value > LOWEST_SIGMA for value in spectrum) for spectrum in spectra)])
     for axes in grid[: len(kinds)]:
         axes.set_ylim(LOWEST_SIGMA, 1.3)
@@ -169,20 +190,20 @@ def modules_figure(title: str, modules: Mapping[str, Mapping[str, Any]]) -> Figu
     if not modules:
         return None
     shown = {key: label for key, label in NUMBERS.items() if any(key in numbers for numbers in modules.values())}
-    figure, grid = _panels(title, len(shown))
+    figure, grid = _panels(title, len(shown), right=1.6)
     for axes, (key, label) in zip(grid, shown.items(), strict=False):
         for name, members in _by_name(modules).items():
             points = sorted((depth, numbers[key]) for depth, numbers in members if key in numbers)
             if points:  # a projection without φ has none of φ's numbers
                 axes.plot(*zip(*points, strict=True), ".-", linewidth=1.2, label=name)
-        axes.set_title(label, fontsize=9)
+        _name(axes, label)
         axes.locator_params(axis="x", integer=True)
         axes.ticklabel_format(axis="y", scilimits=(-3, 4), useOffset=False)
         low, high = axes.get_ylim()
         if high - low < ROUNDING:  # what rounding makes of equal numbers is not worth a scale
             axes.set_ylim(min(0.0, low), max(1.05, high))
     handles, labels = grid[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", fontsize=7, frameon=False)
+    figure.legend(handles, labels, loc="center right", fontsize=7, frameon=False)
     figure.supxlabel("layer", fontsize=9)
     return figure
 
@@ -205,7 +226,7 @@ def training_figure(
     if "eval_loss" in curves:
         left.plot(*zip(*curves["eval_loss"], strict=True), ".-", color="C0", label="held-out loss")
     gap = metrics.get("generalisation_gap", math.nan)
-    left.set_title("loss" if math.isnan(gap) else f"loss (generalisation gap {gap:+.3f})", fontsize=9)
+    _name(left, "loss" if math.isnan(gap) else f"loss (generalisation gap {gap:+.3f})")
     left.legend(fontsize=7)
     if curves.get("update_smoothness"):
         steps, smoothness = zip(*curves["update_smoothness"], strict=True)
@@ -213,7 +234,7 @@ def training_figure(
         right.plot(steps, [step**-0.5 for step in steps], color="0.6", linestyle="--", label="random walk, 1/√t")
         right.legend(fontsize=7)
     right.set_ylim(0, 1.05)
-    right.set_title("distance from the start / length of the way", fontsize=9)
+    _name(right, "distance from the start / length of the way")
     figure.supxlabel("step", fontsize=9)
     return figure
 
@@ -241,13 +262,14 @@ def landscape_figure(title: str, landscape: Mapping[str, Any]) -> Figure | None:
     return figure
 
 
-def _panels(title: str, count: int) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels, three a row; those left over are blank."""
+def _panels(title: str, count: int, right: float = 0.2) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels, three a row, with a margin of so many inches; panels left over are blank."""
     from matplotlib.figure import Figure
 
     columns = min(3, count)
     rows = -(-count // columns)
-    figure = Figure(figsize=(1.2 + 3.4 * max(columns, 2), 0.8 + 2.6 * rows), layout="constrained")
+    figure = Figure(figsize=(1.2 + 3.4 * max(columns, 2), 0.8 + 2.6 * rows))
+    _set_margins(figure, right)
     grid = list(figure.subplots(rows, columns, squeeze=False).flatten())
     for axes in grid[:count]:
         _dress(axes)
@@ -255,6 +277,17 @@ def _panels(title: str, count: int) -> tuple[Figure, list[Axes]]:
         axes.set_axis_off()
     figure.suptitle(title)
     return figure, grid
+
+
+def _set_margins(figure: Figure, right: float) -> None:
+    """Margins in inches, and room for ticks and titles: a layout that fits itself to them takes half of the drawing."""
+    width, height = figure.get_size_inches()
+    top = 1 - 0.65 / height
+    figure.subplots_adjust(0.75 / width, 0.6 / height, 1 - right / width, top, wspace=0.3, hspace=0.4)
+
+
+def _name(axes: Axes, name: str, fontsize: int = 9, pad: float = 6) -> None:
+    axes.set_title(name, fontsize=fontsize, pad=pad, y=1.0)  # a place is not searched for where one is given
 
 
 def _dress(axes: Axes) -> None:

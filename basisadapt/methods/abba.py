@@ -28,9 +28,10 @@ class ABBASettings(LowRankSettings):
 class ABBALinear(ProductLinear):
     """ΔW = s (B₁A₁) ∘ (B₂A₂), elementwise, each pair of rank k = r / 2; of rank up to k².
 
-    B₁A₁ starts at the truncated singular value decomposition of W, B₁ = U_k Σ_k^½ and A₁ = Σ_k^½ V_kᵀ; A₂ is
-    Kaiming-uniform and B₂ = 0, so ΔW = 0. All four train. No dense product is needed: ΔW is s times the product of the
-    Khatri-Rao products B_(i,ab) = B₁_ia B₂_ib (m × k²) and A_(ab,j) = A₁_aj A₂_bj (k² × n).
+    B₁A₁ starts at the truncated singular value decomposition of W, B₁ = U_k Σ_k^½ and A₁ = Σ_k^½ V_kᵀ; A₂ is drawn as
+    LoRA's A is and B₂ = 0, so ΔW = 0. All four train. No dense product is needed: ΔW is s times the product of the
+    Khatri-Rao products B_(i,ab) = B₁_ia B₂_ib (m × k²) and A_(ab,j) = A₁_aj A₂_bj (k² × n). s falls with 1 / k as the
+    published scale does; that it is LoRA's lora_alpha / r, and the width of A₂ (theirs is √6 times as wide), are ours.
     """
 
     title = "ABBA"

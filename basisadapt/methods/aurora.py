@@ -15,7 +15,7 @@ from basisadapt.methods.product import ProductConfig, ProductLinear, kaiming
 from basisadapt.phi.basis import BASES
 from basisadapt.phi.settings import LowRankSettings, require
 
-REACH = 3.0  # the splines' knots lie evenly on ±REACH; x Aᵀ is about 0.6 in size for a normalised x at the start
+REACH = 3.0  # ours: the splines' knots lie evenly on ±REACH; x Aᵀ is about 0.6 in size for a normalised x at the start
 
 
 @dataclass(kw_only=True)
@@ -34,6 +34,9 @@ class AuroRALinear(ProductLinear):
 
     A (r × n) Kaiming-uniform, B (m × r) = 0, W_b (r × r) = I; spline_j(z) = Σ_k c_jk B₃((z_j − x_k) / h), with the
     cubic B-spline B₃ and K knots x_k of distance h; c (r × K) = 0. All train. It acts on activations: there is no ΔW.
+    This is the published form in training, and their variant AuroRA-D after it; theirs then takes s B ANL(A) for ΔW,
+    which is another function than the one trained. The paper leaves the starts of W_b and c open, and the grid; it
+    writes one spline weight a channel: all these, and K of them a channel, are ours.
     """
 
     title = "AuroRA"

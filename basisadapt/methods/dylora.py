@@ -16,7 +16,11 @@ from basisadapt.phi.settings import LowRankSettings
 
 
 class DyLoRALinear(ProductLinear):
-    """ΔW = (lora_alpha / b) B[:, :b] A[:b], b uniform on 1..r at each training forward of a module, b = r otherwise."""
+    """ΔW = (lora_alpha / b) B[:, :b] A[:b], b uniform on 1..r at each training forward of a module, b = r otherwise.
+
+    All b ranks train; the authors also have a variant in which the b-th alone does. Ours: a draw for each module, and
+    the scale, for which implementations in use have lora_alpha / b as well as lora_alpha / √(r b).
+    """
 
     title = "DyLoRA"
     adapter_layer_names = ("dylora_A", "dylora_B")

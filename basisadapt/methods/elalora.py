@@ -16,6 +16,7 @@ from basisadapt.methods.method import ADAPTER, PeftMethod
 from basisadapt.methods.product import ProductConfig, ProductLinear
 
 SMOOTHING = 0.85  # of importance and of its uncertainty, as in AdaLoRA
+# Ours:
 GRACE = 7  # steps, 1 / (1 − SMOOTHING), before a new rank may be cut
 MOVED = 0.25  # ranks moved at the first move, as a share of the modules
 
@@ -59,8 +60,11 @@ class ElaLoRA(PeftMethod, name="elalora", settings=AllocationSettings):
     The importance of an entry p with gradient g is Ī Ū, with I = |p g|, Ī its running mean and Ū that of |I − Ī|; that
     of a rank is the sum of its entry of E's and of the means over its row of A and column of B. A move takes the least
     important ranks of all, but no module's last, and gives as many to the modules with the most important ranks on
-    average that have room. Moves become smaller, from a quarter of the modules to none. A new rank starts at E = 0.
-    Source: Chang et al. (2025).
+    average that have room. Moves become smaller, from a quarter of the modules to none as 1 − P³ does, with P the part
+    of the moving steps that is over. A new rank starts at E = 0. Source: Chang et al. (2025).
+
+    Otherwise than there: they compare only the k least important ranks of each module, and of these the most important
+    say which modules grow, without a limit; a new rank is orthogonal to the others, and a penalty keeps it so.
     """
 
     def __init__(self) -> None:
@@ -82,8 +86,8 @@ class ElaLoRA(PeftMethod, name="elalora", settings=AllocationSettings):
         self._allocator.measure()
         first, last = settings.settle * total, (1 - settings.settle) * total
         if first < step <= last and step % settings.every == 0:
-            left = (last - step) / (last - first)
-            self._allocator.move(math.ceil(MOVED * left * len(self._allocator.in_use)), step)
+            over = (step - first) / (last - first)
+            self._allocator.move(math.ceil(MOVED * (1 - over**3) * len(self._allocator.in_use)), step)
         self._allocator.silence()
 
 

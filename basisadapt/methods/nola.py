@@ -31,8 +31,8 @@ class NoLASettings(RandomBasisSettings):
 class NoLALinear(ProductLinear):
     """ΔW = s B A, A = A₀ + Σ_k a_k U_k / √K and B = Σ_k b_k V_k / √K, k = 1..K.
 
-    A₀ (r × n) is drawn as LoRA's A is; U_k (r × n) and V_k (m × r) are uniform on ±1 / √n and ±1 / √r. They are frozen,
-    follow from the seed and the module's name, and are not saved; a and b (K,) train and start at 0, so ΔW = 0.
+    A₀ (r × n) is drawn as LoRA's A is; U_k (r × n) and V_k (m × r) are uniform on ±1. They are frozen, follow from the
+    seed and the module's name, and are not saved; a and b (K,) train and start at 0, so ΔW = 0.
     """
 
     title = "NoLA"
@@ -53,8 +53,9 @@ class NoLALinear(ProductLinear):
         else:
             seed = (settings.basis_seed or 0) + zlib.crc32(self.name.encode())
             generator = torch.Generator().manual_seed(seed)
-            frozen_A = kaiming((K + 1) * r, n, generator).view(K + 1, r, n)
-            frozen_B = kaiming(K * m, r, generator).view(K, m, r)
+            first = kaiming(r, n, generator).view(1, r, n)
+            frozen_A = torch.cat([first, kaiming(K * r * n, 1, generator).view(K, r, n)])
+            frozen_B = kaiming(K * m * r, 1, generator).view(K, m, r)
             self.frozen_A[adapter], self.frozen_B[adapter] = frozen_A.to(base.device), frozen_B.to(base.device)
         return {"nola_a": torch.zeros(K), "nola_b": torch.zeros(K)}
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from basisadapt.methods.lora import lora_config
-from basisadapt.methods.method import Method, put_into
+from basisadapt.methods.method import ADAPTER, Method, put_into
 from basisadapt.phi.settings import LowRankSettings
 
 if TYPE_CHECKING:
@@ -19,18 +19,35 @@ if TYPE_CHECKING:
 class PiSSA(Method, name="pissa", quantisable=False):
     """LoRA that starts at W's leading singular triplets: s BA = U_r Σ_r V_rᵀ, with W − s BA frozen in W's place.
 
-    Training begins at the pretrained function. Source: Meng, Wang & Zhang (2024).
+    Training begins at the pretrained function, so ΔW = s (BA − B₀A₀), with the factors at the start. Source: Meng, Wang
+    & Zhang (2024).
     """
 
     def attach(self, model: PreTrainedModel, settings: LowRankSettings, task_type: str | None) -> PeftModel:
         """Peft's LoRA with its variant's start; there is none to be computed for a model of shapes alone."""
+        from peft.tuners.lora import LoraLayer
+
         start = True if next(model.parameters()).is_meta else "pissa"
-        return put_into(model, settings, task_type, functools.partial(lora_config, init_lora_weights=start))
+        adapted = put_into(model, settings, task_type, functools.partial(lora_config, init_lora_weights=start))
+        for layer in adapted.modules():
+            if isinstance(layer, LoraLayer):  # kept beside the layer's state, since saving needs no start
+                layer.pissa_start = [factor.detach().clone() for factor in _factors(layer)]
+        return adapted
 
     def parameters(self, settings: LowRankSettings, out_features: int, in_features: int) -> int:
         """r (m + n)."""
         return settings.r * (out_features + in_features)
 
     def weight_change(self, layer: Any) -> Tensor | None:
-        """None: the start, to which the change would be taken, is not kept."""
-        return None
+        """s (BA − B₀A₀); None for an adapter that was loaded, whose start is not known."""
+        start = getattr(layer, "pissa_start", None)
+        if start is None:
+            return None
+        A, B = _factors(layer)
+        A0, B0 = (factor.to(A) for factor in start)
+        change: Tensor = layer.scaling[ADAPTER] * (B @ A - B0 @ A0)
+        return change.T if layer.fan_in_fan_out else change
+
+
+def _factors(layer: Any) -> tuple[Tensor, Tensor]:
+    return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight

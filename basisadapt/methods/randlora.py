@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 
 
 class RandLoRA(PeftMethod, name="randlora", settings=RandomBasisSettings, quantisable=False):
-    """ΔW = s Σ_j B_j diag(λ_j) A_j diag(γ_j), j = 1..K: frozen random bases of rank r, enough of them for full rank.
+    """ΔW = s Σ_j B_j diag(λ_j) A diag(γ_j), j = 1..K, A and B_j frozen and random of rank r, enough for full rank.
 
-    K = ⌈min(m, n) / r⌉; λ_j (r,) = 0 and γ_j (min(m, n),) train. A larger r means fewer parameters. The bases follow
-    from the seed and are not saved. The authors take lora_alpha = 20 r. Source: Albert et al. (2025).
+    K = ⌈min(m, n) / r⌉; λ_j (r,) = 0 and γ_j (min(m, n),) train; transposed where m < n. A larger r means fewer
+    parameters. The bases follow from the seed and are not saved. peft takes lora_alpha = 20 r. Source: Albert et al.
+    (2025).
     """
 
     def peft_config(self, settings: RandomBasisSettings, common: Mapping[str, Any]) -> PeftConfig:

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from basisadapt.errors import InputError
+from basisadapt.errors import InputError, RecordError
 from basisadapt.registry import load_plugin
 from basisadapt.study import spec as specs
 
 if TYPE_CHECKING:
+    from basisadapt.execution.executor import Executor
     from basisadapt.study.engine import Place
     from basisadapt.study.report import Report
     from basisadapt.study.search import Search
@@ -39,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"basisadapt: error: {error}", file=sys.stderr)
         return BAD_INPUT
+    except RecordError as error:
+        print(f"basisadapt: error: {error}. What is recorded stays; to go on: {command}", file=sys.stderr)
+        return UNSOUND
     except KeyboardInterrupt:
         print(f"\nInterrupted. What is finished is kept; to go on: {command}", file=sys.stderr)
         return INTERRUPTED
@@ -107,19 +111,46 @@ def _parser() -> argparse.ArgumentParser:
         help="MLflow's store (default: %(default)s)",
     )
     parser.add_argument("--storage", metavar="URL", help="Optuna's store (default: optuna.db beside MLflow's file)")
+    parser.add_argument("--workers", type=int, metavar="N", help="run so many cells at once, each in its own process")
+    parser.add_argument(
+        "--timeout", type=float, metavar="SECONDS", help="a cell that takes longer fails; the others go on"
+    )
+    parser.add_argument(
+        "--halve-batch",
+        action="store_true",
+        help="repeat a cell that runs out of memory with half the batch and twice the gradient accumulation",
+    )
+    parser.add_argument(
+        "--export",
+        type=Path,
+        metavar="FILE",
+        help="write the cells that the record lacks, for `python -m basisadapt.training FILE` on another machine",
+    )
+    parser.add_argument(
+        "--import",
+        dest="results",
+        type=Path,
+        metavar="FILE",
+        help="enter the results of such cells into the record, and report; runs nothing",
+    )
+    parser.add_argument(
+        "--ui", action="store_true", help="serve the record's pages at 127.0.0.1, until Ctrl-C; needs no NAME"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an input error")
     return parser
 
 
 def _run(options: argparse.Namespace, command: str) -> int:
+    _check_together(options)
     if options.list:
         _print_studies()
         return DONE
-    if (options.name is None) == (options.report is None):
-        raise InputError("give the NAME of a study or --report NAME (--list lists the studies)")
+    if options.ui:
+        from basisadapt.study.ui import serve
+
+        serve(options.tracking_uri)
+        return DONE
     study_spec = specs.read_spec(options.name or options.report)
-    if (options.search is None) != (options.trials is None):
-        raise InputError("--search and --trials go together, such as --search tpe --trials 30")
     for plugin in options.plugin:
         load_plugin(plugin)
 
@@ -135,6 +166,7 @@ def _run(options: argparse.Namespace, command: str) -> int:
         data_dir=options.data_dir,
         output=options.output,
     )
+    executor = _executor(options)
     tags = {"basisadapt.command": command, "basisadapt.preset": options.preset}
     if options.search is None:
         from basisadapt.study.tuning import resolve_tuning
@@ -144,7 +176,15 @@ def _run(options: argparse.Namespace, command: str) -> int:
         if options.dry_run:
             _print_plans(tuning, place)
             return DONE
-        report = engine.read_report(tuning, place) if options.report else engine.run_study(tuning, place, tags)
+        if options.export is not None:
+            _export(tuning, place, options.export)
+            return DONE
+        if options.results is not None:
+            return _import(tuning, place, tags, executor, options.results)
+        if options.report:
+            report = engine.read_report(tuning, place)
+        else:
+            report = engine.run_study(tuning, place, tags, executor)
     else:
         from basisadapt.study.search import read_search, run_search
 
@@ -152,9 +192,54 @@ def _run(options: argparse.Namespace, command: str) -> int:
         if options.dry_run:
             _print_space(search)
             return DONE
-        report = read_search(search, place) if options.report else run_search(search, place, tags)
+        report = read_search(search, place) if options.report else run_search(search, place, tags, executor)
     _print_report(report, place)
     return UNSOUND if report.unsound else DONE
+
+
+def _check_together(options: argparse.Namespace) -> None:
+    """Raise InputError for options that say too little or too much together."""
+    if not options.list and not options.ui and (options.name is None) == (options.report is None):
+        raise InputError("give the NAME of a study or --report NAME (--list lists the studies)")
+    if (options.search is None) != (options.trials is None):
+        raise InputError("--search and --trials go together, such as --search tpe --trials 30")
+    apart = {"--export": options.export, "--import": options.results}
+    others = {"--report": options.report, "--dry-run": options.dry_run, "--search": options.search, **apart}
+    given = [option for option, value in others.items() if value]
+    if len(given) > 1 and given[-1] in apart:
+        raise InputError(f"{given[-1]} does not go with {given[0]}")
+
+
+def _export(tuning: Tuning, place: Place, path: Path) -> None:
+    from basisadapt.study.exchange import export_cells
+
+    count = export_cells(tuning, place, path)
+    print(f"{count} cells to run are in {path}; there, and then here:")
+    print(f"  python -m basisadapt.training {shlex.quote(path.name)} --output results.jsonl")
+    print(f"  python -m basisadapt.study {shlex.quote(tuning.spec.name)} ... --import results.jsonl")
+
+
+def _import(tuning: Tuning, place: Place, tags: dict[str, str], executor: Executor, path: Path) -> int:
+    from basisadapt.study.exchange import import_results
+
+    report, failed = import_results(tuning, place, tags, executor, path)
+    _print_report(report, place)
+    for line in failed:
+        print(f"not entered: {line.row}, seed {line.config['seed']}, which failed: {line.error}", file=sys.stderr)
+    return UNSOUND if report.unsound or failed else DONE
+
+
+def _executor(options: argparse.Namespace) -> Executor:
+    from basisadapt.execution.executor import JobSettings
+    from basisadapt.execution.workers import local_executor
+
+    settings = JobSettings(
+        data_dir=options.data_dir,
+        plugins=tuple(options.plugin),
+        halve_batch=options.halve_batch,
+        timeout=options.timeout,
+    )
+    return local_executor(options.workers, settings)
 
 
 def _search(study_spec: specs.StudySpec, options: argparse.Namespace) -> Search:

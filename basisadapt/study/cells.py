@@ -91,7 +91,7 @@ class Study:
 def resolve(
     spec: StudySpec, *, preset: str = "quick", changes: Sequence[str] = (), seeds: Sequence[int] | None = None
 ) -> Study:
-    """The cells of `spec`: base < preset < changes ("key=value") < axis value or the row's own `set`.
+    """The cells of `spec`: base < given < preset < changes ("key=value") < axis value or the row's own `set`.
 
     Every configuration is checked; what the spec tunes is left at the base's value. Raises InputError.
     """
@@ -104,19 +104,19 @@ def resolve(
 
     preset_axes = axes_in(preset_values, SWEEP)
     preset_values = {name: value for name, value in preset_values.items() if not name.startswith((SWEEP, TUNE))}
-    base = {**_flat(spec.base), **_with_full_keys(preset_values), **overrides}
+    above = {**_with_full_keys(preset_values), **overrides}
     sweep: dict[str, tuple[str, list[Any]]] = {}
     for name, points in (*spec.sweep.items(), *preset_axes.items(), *axes.items()):
         sweep[full_key(name)] = (name, points)
 
-    beside_keys = (full_key(name) for beside in spec.beside for name in beside.set)
-    named = tuple(dict.fromkeys([*sweep, *beside_keys, *overrides]))
-    rows = [_swept_row(spec, base, point, seeds) for point in product(sweep.values())] if sweep else []
+    own = (name for values in (*spec.given.values(), *(beside.set for beside in spec.beside)) for name in values)
+    named = tuple(dict.fromkeys([*sweep, *map(full_key, own), *overrides]))
+    rows = [_swept_row(spec, above, point, seeds) for point in product(sweep.values())] if sweep else []
     for beside in spec.beside:
-        for task in sweep["task"][1] if "task" in sweep else [None]:
-            label = beside.label if task is None else f"{beside.label}, {task}"
-            of_task = {} if task is None else {"task": task}
-            config = {**base, **_scaled(base, _with_full_keys(beside.set)), **of_task}
+        for point in [(("task", task),) for task in sweep["task"][1]] if "task" in sweep else [()]:
+            base = _base(spec, above, point)
+            config = {**base, **_scaled(base, _with_full_keys(beside.set)), **dict(point)}
+            label = ", ".join([beside.label, *(task for _, task in point)])
             rows.append(_row(spec, label, beside.published, config, seeds))
 
     labels = [row.label for row in rows]
@@ -158,12 +158,20 @@ def product(axes: Iterable[tuple[str, list[Any]]]) -> list[Point]:
     return list(itertools.product(*([(name, value) for value in points] for name, points in axes)))
 
 
-def _swept_row(spec: StudySpec, base: Mapping[str, Any], point: Point, seeds: Sequence[int]) -> Row:
+def _base(spec: StudySpec, above: Mapping[str, Any], point: Point) -> dict[str, Any]:
+    """The base of a point's rows, by full keys: the study's, what the point's values set over it, and what is above."""
+    base = _flat(spec.base)
+    for name, value in point:
+        base.update(_with_full_keys(spec.given.get(f"{name}={plain(value)}", {})))
+    return {**base, **above}
+
+
+def _swept_row(spec: StudySpec, above: Mapping[str, Any], point: Point, seeds: Sequence[int]) -> Row:
     label = ", ".join(plain(value) for _, value in point)
     published = ",".join(f"{name}={plain(value)}" for name, value in point)
     if spec.answers is not None:
         published = {plain(row): name for row, name in spec.answers.rows.items()}.get(label, published)
-    return _row(spec, label, published, {**base, **_with_full_keys(dict(point))}, seeds)
+    return _row(spec, label, published, {**_base(spec, above, point), **_with_full_keys(dict(point))}, seeds)
 
 
 def _row(spec: StudySpec, label: str, published: str | None, flat: Mapping[str, Any], seeds: Sequence[int]) -> Row:

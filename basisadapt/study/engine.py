@@ -1,19 +1,35 @@
-"""The driver of a study: finds which cells are missing, runs them one by one, records each, reports."""
+"""The driver of a study: finds which cells are missing, hands them to an executor, records each, reports."""
 
 from __future__ import annotations
 
+import collections
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from traceback import format_exception
+from types import TracebackType
 from typing import TYPE_CHECKING
 
-from basisadapt.diagnostics.figures import figures
-from basisadapt.errors import InputError
+from basisadapt.diagnostics.figures import pictures
+from basisadapt.errors import InputError, one_line
+from basisadapt.execution.executor import Died, Ended, Executor, Job
 from basisadapt.study.cells import Cell, Study
 from basisadapt.study.files import report_files
+from basisadapt.study.interrupt import Interrupt
 from basisadapt.study.progress import Progress
-from basisadapt.study.record import Outcome, Record, check_database, one_line, sqlite_file
+from basisadapt.study.record import (
+    Imported,
+    Outcome,
+    Record,
+    artifact_folder,
+    check_database,
+    record_error,
+    sqlite_file,
+    store_errors,
+)
 from basisadapt.study.report import Report, make_report
 from basisadapt.study.spec import StudySpec
 from basisadapt.study.table import build_table
@@ -22,6 +38,7 @@ from basisadapt.study.tuning import Tuned, Tuning
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from optuna.trial import Trial
 
     from basisadapt.training import Plan
 
@@ -48,20 +65,21 @@ class Place:
         return self.storage or f"sqlite:///{beside.with_name('optuna.db') if beside else 'optuna.db'}"
 
 
-def run_study(tuning: Tuning, place: Place, tags: Mapping[str, str]) -> Report:
+def run_study(tuning: Tuning, place: Place, tags: Mapping[str, str], executor: Executor) -> Report:
     """Run the cells that the record lacks, those that tune first, and report. `tags` go to the invocation's run.
 
-    A cell that raises is recorded as failed and the others go on. Raises InputError before anything is
-    recorded, and KeyboardInterrupt once the interrupted cell is recorded as killed.
+    A cell that raises is recorded as failed and the others go on; one whose process dies is tried once more. Raises
+    InputError before anything is recorded, KeyboardInterrupt once what it interrupts is recorded as killed, and
+    RecordError where nothing can be recorded any more.
     """
     check_place(place)
     recorded = Record.read(place.tracking_uri, tuning.spec.name)
     for study in (tuning.trials, tuning.choose(recorded).study):
         _check_own_files(study, recorded, place.data_dir)
-        plan_cells(_missing(study, recorded), place.data_dir)
-    with Invocation(tuning.spec, place, tags) as invocation:
+        plan_cells(missing_cells(study.cells, recorded), place.data_dir)
+    with Invocation(tuning.spec, place, tags, executor) as invocation:
         tuned = tuning.choose(invocation.run(tuning.trials))
-        report = _report(tuned, invocation.run(tuned.chosen))
+        report = report_on(tuned, invocation.run(tuned.chosen))
         invocation.end(report)
     return report
 
@@ -72,25 +90,41 @@ def check_place(place: Place) -> None:
         raise InputError(f"--storage and --tracking-uri cannot share one database, {place.tracking_uri!r}")
     check_database(place.tracking_uri, "--tracking-uri")
     check_database(place.optuna_url, "--storage")
+    folder = artifact_folder(place.tracking_uri)
+    if folder is not None and folder.exists() and not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise InputError(f"{str(folder)!r}, where the files of runs go, cannot be written")
 
 
 class Invocation:
-    """One call of the command line: its parent run, closed whatever happens, and the cells run under it."""
+    """One call of the command line: its parent run, closed whatever happens, and the cells run under it.
 
-    def __init__(self, spec: StudySpec, place: Place, tags: Mapping[str, str]) -> None:
+    Inside, the first Ctrl-C ends run() after the cells that run, see `Interrupt`.
+    """
+
+    def __init__(self, spec: StudySpec, place: Place, tags: Mapping[str, str], executor: Executor) -> None:
         if place.output is not None:
             _make_folder(place.output)
-        self._place = place
+        self._place, self._executor = place, executor
+        self._interrupt = Interrupt()
         self._trials = Trials(place.optuna_url, spec.name)
         self._record = Record(place.tracking_uri, spec.name)
-        self._parent = self._record.begin(spec, tags)
+        try:
+            self._parent = self._record.begin(spec, tags)
+        except store_errors() as error:
+            raise InputError(f"--tracking-uri {place.tracking_uri!r}: {record_error(error)}") from error
 
     def __enter__(self) -> Invocation:
+        self._interrupt.__enter__()
         return self
 
-    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._interrupt.__exit__(kind, error, at)
+        self._executor.stop()
         if error is not None:
-            self._record.close(self._parent, "killed" if isinstance(error, KeyboardInterrupt) else "failed")
+            with suppress(*store_errors()):
+                self._record.close(self._parent, "killed" if isinstance(error, KeyboardInterrupt) else "failed")
+        if isinstance(error, store_errors()):
+            raise record_error(error) from error
 
     @property
     def outcomes(self) -> dict[str, Outcome]:
@@ -98,21 +132,23 @@ class Invocation:
         return self._record.outcomes()
 
     def run(self, study: Study) -> dict[str, Outcome]:
-        """Run what the record lacks of the study's cells. Returns what it then holds."""
-        outcomes = self.outcomes
-        if not study.rows:
-            return outcomes
+        """Run what the record lacks of the study's cells. Returns what it then holds of them, at least."""
+        outcomes = self._record.outcomes(study.cells)
         self._trials.follow(study.cells, outcomes)
+        missing = missing_cells(study.cells, outcomes)
         total = len({cell.key for cell in study.cells})
-        done = total - len({cell.key for cell in _missing(study, outcomes)})
-        with Progress(total, done) as progress:
-            tried: set[str] = set()
-            while cell := _next_cell(study, self._record, tried, progress):
-                run_id = self._record.start(self._parent, cell)
-                if run_id is not None:
-                    tried.add(cell.key)
-                    _run_cell(cell, self._record, run_id, self._trials, self._place.data_dir, progress)
-        return self.outcomes
+        with Progress(total, total - len(missing)) as progress:
+            self._run_cells(missing, progress)
+        return self._record.outcomes(study.cells)
+
+    def enter(self, results: Sequence[Imported]) -> None:
+        """Record what was run elsewhere as if it had been here; what is done already, or at work, stays as it is."""
+        for one in results:
+            run_id = self._record.start(self._parent, one.cell, one)
+            if run_id is not None:
+                drawn = pictures(_title(one.cell), asdict(one.result))
+                self._record.finish(run_id, one.cell, one.result, drawn, one)
+        self._trials.follow([one.cell for one in results], self.outcomes)
 
     def end(self, report: Report) -> None:
         """Keep the report, in the parent run and in the output folder."""
@@ -122,6 +158,97 @@ class Invocation:
         self._record.end(self._parent, note, files)
         if self._place.output is not None:
             _write(files, self._place.output)
+
+    def _run_cells(self, cells: Iterable[Cell], progress: Progress) -> None:
+        """Keep the executor's slots full until no cell is left, and wait for those that other processes run."""
+        waiting, elsewhere = collections.deque(cells), list[Cell]()
+        running: dict[str, _Running] = {}
+        cut_off: set[str] = set()
+        try:
+            while waiting or running or elsewhere:
+                while waiting and len(running) < self._executor.slots and not self._interrupt.asked:
+                    cell = waiting.popleft()
+                    started = self._start(cell)
+                    if started is None:
+                        elsewhere.append(cell)
+                        continue
+                    running[cell.key] = started
+                    progress.begin(cell)
+                    self._executor.submit(Job(cell.key, cell.config))
+                if running:
+                    end = self._executor.wait(progress.step)
+                    at = running[end.key]
+                    if isinstance(end, Died) and end.key not in cut_off:
+                        cut_off.add(end.key)
+                        self._cut_off(at, end.reason)
+                        waiting.append(at.cell)
+                        progress.again(at.cell, end.reason)
+                    else:
+                        ended = Ended(end.key, error=f"{end.reason}, twice") if isinstance(end, Died) else end
+                        progress.end(at.cell, self._finish(at, ended))
+                    del running[end.key]
+                elif self._interrupt.asked:
+                    raise KeyboardInterrupt
+                else:
+                    elsewhere, free = self._look_elsewhere(elsewhere, progress)
+                    waiting.extend(free)
+        except BaseException:
+            self._executor.stop()
+            with suppress(*store_errors()):  # where they are the reason, what is left open is closed by the next call
+                for at in running.values():
+                    self._cut_off(at, "")
+            raise
+        if self._interrupt.asked:
+            raise KeyboardInterrupt
+
+    def _start(self, cell: Cell) -> _Running | None:
+        run_id = self._record.start(self._parent, cell)
+        return None if run_id is None else _Running(cell, run_id, self._trials.ask(cell))
+
+    def _finish(self, at: _Running, ended: Ended) -> str:
+        """Record how a cell ended. Returns that in words."""
+        result, error, traceback = ended.result, ended.error, ended.traceback
+        if result is not None:
+            try:
+                self._record.finish(at.run_id, at.cell, result, pictures(_title(at.cell), asdict(result)))
+            except OSError:
+                raise  # a full disk is no fault of the cell's
+            except Exception as reason:  # whatever a result is like, the other cells go on
+                error, traceback = one_line(reason), "".join(format_exception(reason))
+            else:
+                value = result.metrics[result.headline] if result.status == "finished" else None
+                self._trials.tell(at.trial, result.status, value)
+                return result.status if value is None else f"{result.headline} {value:.4f}"
+        self._record.fail(at.run_id, error, traceback)
+        self._trials.tell(at.trial, "failed")
+        return f"failed: {error}"
+
+    def _cut_off(self, at: _Running, reason: str) -> None:
+        self._record.close(at.run_id, "killed", reason)
+        self._trials.tell(at.trial, "killed")
+
+    def _look_elsewhere(self, cells: list[Cell], progress: Progress) -> tuple[list[Cell], list[Cell]]:
+        """Of `cells`, those that others still run, after a while if that is all, and those that they left."""
+        self._record.close_orphans()
+        outcomes = self._record.outcomes()
+        missing = missing_cells(cells, outcomes)
+        for cell in cells:
+            if cell not in missing:
+                progress.end_elsewhere(cell)
+        busy = [cell for cell in missing if cell.key in outcomes and outcomes[cell.key].busy]
+        if busy and busy == cells:
+            progress.wait(busy[0])
+            time.sleep(POLL_SECONDS)
+        return busy, [cell for cell in missing if cell not in busy]
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A cell at work, with its run in MLflow and its trial of Optuna."""
+
+    cell: Cell
+    run_id: str
+    trial: Trial
 
 
 def plan_cells(cells: Sequence[Cell], data_dir: Path | None, dry: bool = False) -> dict[str, Plan]:
@@ -140,12 +267,13 @@ def read_report(tuning: Tuning, place: Place) -> Report:
     outcomes = Record.read(place.tracking_uri, tuning.spec.name)
     if not outcomes:
         raise InputError(f"nothing of study {tuning.spec.name!r} is recorded in {place.tracking_uri!r}")
-    report = _report(tuning.choose(outcomes), outcomes)
+    report = report_on(tuning.choose(outcomes), outcomes)
     write_report(report, place)
     return report
 
 
-def _report(tuned: Tuned, outcomes: Mapping[str, Outcome]) -> Report:
+def report_on(tuned: Tuned, outcomes: Mapping[str, Outcome]) -> Report:
+    """The report on a study with what its tuning found, from the record."""
     return make_report(build_table(tuned.study, tuned.seen(outcomes)), tuned=tuned)
 
 
@@ -172,45 +300,14 @@ def _check_own_files(study: Study, outcomes: Mapping[str, Outcome], data_dir: Pa
             )
 
 
-def _missing(study: Study, outcomes: Mapping[str, Outcome]) -> list[Cell]:
-    return [cell for cell in study.cells if cell.key not in outcomes or not outcomes[cell.key].done]
+def missing_cells(cells: Iterable[Cell], outcomes: Mapping[str, Outcome]) -> list[Cell]:
+    """Those of the cells that are not done, each once."""
+    once = {cell.key: cell for cell in cells}
+    return [cell for key, cell in once.items() if key not in outcomes or not outcomes[key].done]
 
 
-def _next_cell(study: Study, record: Record, tried: set[str], progress: Progress) -> Cell | None:
-    """A cell that is not done, tried or run by another process; waits while there are only the last."""
-    while True:
-        outcomes = record.outcomes()
-        missing = [cell for cell in _missing(study, outcomes) if cell.key not in tried]
-        free = [cell for cell in missing if cell.key not in outcomes or not outcomes[cell.key].busy]
-        if free or not missing:
-            return free[0] if free else None
-        progress.wait(missing[0])
-        time.sleep(POLL_SECONDS)
-        record.close_orphans()
-
-
-def _run_cell(
-    cell: Cell, record: Record, run_id: str, trials: Trials, data_dir: Path | None, progress: Progress
-) -> None:
-    from basisadapt import training
-
-    progress.begin(cell)
-    trial = trials.ask(cell)
-    try:
-        result = training.run(cell.config, data_dir=data_dir, on_step=progress.step)
-        record.finish(run_id, cell, result, figures(f"{cell.row}, seed {cell.seed}", asdict(result)))
-    except KeyboardInterrupt:
-        record.close(run_id, "killed")
-        trials.tell(trial, "killed")
-        raise
-    except Exception as error:  # whatever a run raises, the other cells go on
-        record.fail(run_id, error)
-        trials.tell(trial, "failed")
-        progress.end(cell, f"failed: {one_line(error)}")
-    else:
-        value = result.metrics[result.headline] if result.status == "finished" else None
-        trials.tell(trial, result.status, value)
-        progress.end(cell, result.status if value is None else f"{result.headline} {value:.4f}")
+def _title(cell: Cell) -> str:
+    return f"{cell.row}, seed {cell.seed}"
 
 
 def _write(files: Mapping[str, str | Figure], output: Path) -> None:

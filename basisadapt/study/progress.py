@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import dataclass
 
 from tqdm import tqdm
 
 from basisadapt.study.cells import Cell
 
 
+@dataclass
+class _Running:
+    name: str
+    began: float
+    step: str = ""
+
+
 class Progress:
-    """Counts cells, from `done` to `total`."""
+    """Counts cells, from `done` to `total`, and shows those that run."""
 
     def __init__(self, total: int, done: int) -> None:
         self._bar = tqdm(total=total, initial=done, unit="cell", file=sys.stderr, disable=not sys.stderr.isatty())
-        self._count, self._total, self._began = done, total, 0.0
+        self._count, self._total = done, total
+        self._running: dict[str, _Running] = {}
+        self._waiting = ""
 
     def __enter__(self) -> Progress:
         return self
@@ -25,25 +35,49 @@ class Progress:
 
     def begin(self, cell: Cell) -> None:
         """A cell starts."""
-        self._began = time.monotonic()
-        self._bar.set_description_str(f"{cell.row}, seed {cell.seed}")
+        self._running[cell.key] = _Running(_name(cell), time.monotonic())
+        self._show()
 
-    def wait(self, cell: Cell) -> None:
-        """Nothing is left but what another process runs."""
-        text = f"waiting for another process to finish {cell.row}, seed {cell.seed}"
-        if self._bar.disable and text != self._bar.desc:
-            print(text, file=sys.stderr, flush=True)
-        self._bar.set_description_str(text)
+    def step(self, key: str, step: int, total: int) -> None:
+        """A training step of the cell called `key` is done."""
+        self._running[key].step = f" {step}/{total}"
+        self._show()
 
-    def step(self, step: int, total: int) -> None:
-        """A training step is done."""
-        self._bar.set_postfix_str(f"step {step}/{total}")
+    def again(self, cell: Cell, reason: str) -> None:
+        """A cell that was cut off for `reason` is put back."""
+        del self._running[cell.key]
+        self._say(f"{_name(cell)}: {reason}; it is tried once more")
 
     def end(self, cell: Cell, shown: str) -> None:
         """A cell has come to its end."""
+        seconds = time.monotonic() - self._running.pop(cell.key).began
+        self._ended(f"{_name(cell)}: {shown} ({seconds:.0f} s)")
+
+    def wait(self, cell: Cell) -> None:
+        """Nothing is left but what other processes run."""
+        text = f"waiting for another process to finish {_name(cell)}"
+        if self._bar.disable and text != self._waiting:
+            self._say(text)
+        self._waiting = text
+        self._bar.set_description_str(text)
+
+    def end_elsewhere(self, cell: Cell) -> None:
+        """Another process has finished a cell."""
+        self._ended(f"{_name(cell)}: finished by another process")
+
+    def _ended(self, text: str) -> None:
         self._count += 1
         self._bar.update()
         if self._bar.disable:
-            seconds = time.monotonic() - self._began
-            line = f"[{self._count}/{self._total}] {cell.row}, seed {cell.seed}: {shown} ({seconds:.0f} s)"
-            print(line, file=sys.stderr, flush=True)
+            self._say(f"[{self._count}/{self._total}] {text}")
+
+    def _show(self) -> None:
+        self._bar.set_description_str("; ".join(running.name + running.step for running in self._running.values()))
+
+    def _say(self, text: str) -> None:
+        self._bar.write(text, file=sys.stderr)
+        sys.stderr.flush()
+
+
+def _name(cell: Cell) -> str:
+    return f"{cell.row}, seed {cell.seed}"

@@ -10,14 +10,16 @@ import re
 import sqlite3
 import tempfile
 import time
-import traceback
 import urllib.parse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from basisadapt.errors import InputError
+from basisadapt.errors import InputError, RecordError, one_line
+from basisadapt.execution.lines import DONE
 from basisadapt.study.owner import Owner
 
 if TYPE_CHECKING:
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     from basisadapt.study.spec import StudySpec
     from basisadapt.training import RunResult
 
-DONE = ("finished", "diverged")  # a cell that has come to this is not run again
 TERMINAL = {
     "finished": "FINISHED",
     "diverged": "FINISHED",
@@ -39,9 +40,12 @@ TERMINAL = {
 CELL, ROW, STATUS, OWNER = "basisadapt.cell", "basisadapt.row", "status", "basisadapt.owner"
 HEADLINE, WARNINGS, ERROR = "basisadapt.headline", "basisadapt.warnings", "basisadapt.error"
 ENVIRONMENT, DATA = "environment.", "data."
+HOST = "basisadapt.imported_from"  # the machine that computed what is imported
+ACCUMULATE = "basisadapt.accumulate"  # how many smaller batches made up a batch, where memory asked for it
 
 TEXT_LIMIT = 5000  # below every limit that MLflow sets for tags, parameters and notes
-BATCH = 90  # entities in one call, likewise
+FEW = 20  # cells whose runs are sooner read one by one than in the whole record
+METRICS, PARAMETERS = 900, 90  # in one call, likewise
 
 
 @dataclass(frozen=True)
@@ -79,30 +83,88 @@ class Outcome:
         return self.metrics.get(self.headline) if self.status == "finished" else None
 
 
+@dataclass(frozen=True)
+class Imported:
+    """A result from elsewhere: the machine that computed it, and from when to when, in seconds since 1970."""
+
+    cell: Cell
+    result: RunResult
+    host: str
+    began: float
+    ended: float
+
+
 def sqlite_file(url: str) -> Path | None:
     """The file behind a sqlite URL; None for other databases."""
     return Path(url.removeprefix("sqlite:///").partition("?")[0]) if url.startswith("sqlite:///") else None
 
 
 def check_database(url: str, option: str) -> None:
-    """Raise InputError unless a sqlite database can be written, or made. Leaves nothing behind."""
+    """Raise InputError unless a sqlite database is sound and can be written, or made. Leaves nothing behind."""
     path = sqlite_file(url)
     if path is None:
         return
+    check_sound(url, option)
     try:
+        with tempfile.TemporaryFile(dir=path.resolve().parent):  # where its journal goes
+            pass
         if path.exists():
-            connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True, timeout=30)
-            try:
+            with _connection(path, "rw") as connection:
                 connection.execute("BEGIN IMMEDIATE")
                 connection.rollback()
-            finally:
-                connection.close()
-        else:
-            with tempfile.TemporaryFile(dir=path.resolve().parent):
-                pass
     except (OSError, sqlite3.Error) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise InputError(f"{option} {url!r} cannot be written: {reason}") from error
+        raise InputError(f"{option} {url!r} cannot be written: {_reason(error)}") from error
+
+
+def check_sound(url: str, option: str) -> None:
+    """Raise InputError if a sqlite database is damaged, or no database."""
+    path = sqlite_file(url)
+    if path is None or not path.exists():
+        return
+    try:
+        with _connection(path, "ro") as connection:
+            (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    except sqlite3.Error as error:
+        found = _reason(error)
+    if found != "ok":
+        raise InputError(f"{option} {url!r} cannot be read: {' '.join(found.split())}")
+
+
+@contextmanager
+def _connection(path: Path, mode: str) -> Iterator[sqlite3.Connection]:
+    connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode={mode}", uri=True, timeout=30)
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+def artifact_folder(tracking_uri: str) -> Path | None:
+    """Where the files of runs go, beside a sqlite database; a server has its own place."""
+    path = sqlite_file(tracking_uri)
+    return path.resolve().parent / "mlruns" if path else None
+
+
+def store_errors() -> tuple[type[Exception], ...]:
+    """What MLflow, Optuna and the disk raise where a record cannot be read or written."""
+    from mlflow.exceptions import MlflowException
+    from optuna.exceptions import OptunaError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return OSError, MlflowException, OptunaError, SQLAlchemyError
+
+
+def record_error(error: Exception) -> RecordError:
+    """A store's error as a user reads it."""
+    return RecordError(f"the record cannot be read or written any more: {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    """The error in one line, without the statement that SQLAlchemy adds."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": {str(error.filename)!r}" if error.filename else "")
+    text = str(error) if isinstance(error, sqlite3.Error) else one_line(error)
+    return text.partition("[SQL:")[0].strip()
 
 
 def _absolute(url: str) -> str:
@@ -128,23 +190,32 @@ class Record:
             self._client = mlflow.MlflowClient(tracking_uri=_absolute(tracking_uri))
             found = self._client.get_experiment_by_name(study)
         except Exception as error:  # SQLAlchemy's, MLflow's, a driver's: each has its own
-            raise InputError(f"--tracking-uri {tracking_uri!r} cannot be opened: {one_line(error)}") from error
+            raise InputError(f"--tracking-uri {tracking_uri!r} cannot be opened: {_reason(error)}") from error
         if found is not None and found.lifecycle_stage == "deleted":
             raise InputError(
                 f"experiment {study!r} is deleted in MLflow; "
                 f"`mlflow experiments restore -x {found.experiment_id}` brings it back"
             )
         self.experiment_id: str | None = found.experiment_id if found else None
+        self._primary = ""  # the metric that the experiment's page shows first, as far as it was set here
 
     @staticmethod
     def read(tracking_uri: str, study: str) -> dict[str, Outcome]:
         """outcomes() without making anything: empty where there is no record yet."""
         path = sqlite_file(tracking_uri)
-        return Record(tracking_uri, study).outcomes() if path is None or path.exists() else {}
+        if path is not None and not path.exists():
+            return {}
+        check_sound(tracking_uri, "--tracking-uri")
+        return Record(tracking_uri, study).outcomes()
 
-    def outcomes(self) -> dict[str, Outcome]:
-        """Cell key to what is known of it: its earliest done run, else one that runs, else its latest."""
-        found = sorted((self._outcome(run) for run in self._runs() if CELL in run.data.tags), key=_precedence)
+    def outcomes(self, cells: Collection[Cell] | None = None) -> dict[str, Outcome]:
+        """Cell key to what is known of it: its earliest done run, else one that runs, else its latest.
+
+        cells: those that are asked for, at least. The whole record of a long study takes seconds to read.
+        """
+        few = cells is not None and len(cells) <= FEW
+        runs = chain.from_iterable(map(self._runs_of, cells)) if cells is not None and few else self._runs()
+        found = sorted((self._outcome(run) for run in runs if CELL in run.data.tags), key=_precedence)
         return {outcome.key: outcome for outcome in reversed(found)}
 
     def close_orphans(self) -> None:
@@ -156,9 +227,9 @@ class Record:
     def begin(self, spec: StudySpec, tags: Mapping[str, str]) -> str:
         """Make the experiment if it is new, close orphans, and start the invocation's parent run."""
         if self.experiment_id is None:
-            path = sqlite_file(self.tracking_uri)
+            folder = artifact_folder(self.tracking_uri)
             # Absolute, beside the database: the artifacts are found from wherever the next command runs.
-            place = (path.resolve().parent / "mlruns" / spec.name).as_uri() if path else None
+            place = (folder / spec.name).as_uri() if folder else None
             self.experiment_id = self._client.create_experiment(spec.name, artifact_location=place)
         for key, value in {
             "mlflow.experimentKind": "custom_model_development",
@@ -170,16 +241,21 @@ class Record:
         run = self._client.create_run(self.experiment_id, tags={OWNER: str(Owner.me()), **tags}, run_name=name)
         return str(run.info.run_id)
 
-    def start(self, parent: str, cell: Cell) -> str | None:
-        """Start a cell's child run, with its parameters. None if another process was faster."""
+    def start(self, parent: str, cell: Cell, imported: Imported | None = None) -> str | None:
+        """Start a cell's child run, with its parameters. None if it is done, or another process is at it."""
         from mlflow.entities import Param
 
+        if any(self._outcome(other).done or self._outcome(other).busy for other in self._runs_of(cell)):
+            return None
         tags = {"mlflow.parentRunId": parent, CELL: cell.key, ROW: cell.row, OWNER: str(Owner.me())}
+        began = None
+        if imported is not None:
+            tags[HOST], began = imported.host[:TEXT_LIMIT], int(imported.began * 1000)
         name = clean(f"{cell.row} seed {cell.seed}")
-        run = self._client.create_run(self.experiment_id, tags=tags, run_name=name)
+        run = self._client.create_run(self.experiment_id, start_time=began, tags=tags, run_name=name)
         run_id = str(run.info.run_id)
         # Two processes may have found the cell free: both have a run now, both see both, the earlier stays.
-        for other in self._runs(f"tags.`{CELL}` = '{cell.key}'"):
+        for other in self._runs_of(cell):
             earlier = (other.info.start_time, other.info.run_id) < (run.info.start_time, run_id)
             outcome = self._outcome(other)
             if outcome.done or (outcome.busy and earlier):
@@ -187,20 +263,30 @@ class Record:
                 self._client.delete_run(run_id)
                 return None
         parameters = [Param(name, value[:TEXT_LIMIT]) for name, value in _parameters(cell).items()]
-        for batch in _batches(parameters):
+        for batch in _batches(parameters, PARAMETERS):
             self._client.log_batch(run_id, params=batch)
         self._client.log_dict(run_id, cell.config.to_mapping(), "config.json")
         return run_id
 
-    def finish(self, run_id: str, cell: Cell, result: RunResult, figures: Mapping[str, Figure]) -> None:
-        """Write a result whole, then mark the run as done: a kill on the way leaves a cell to run."""
+    def finish(
+        self,
+        run_id: str,
+        cell: Cell,
+        result: RunResult,
+        pictures: Mapping[str, bytes],
+        imported: Imported | None = None,
+    ) -> None:
+        """Write a result whole, then mark the run as done: a kill on the way leaves a cell to run.
+
+        pictures: name to PNG file. Raises ValueError for a finished result without its headline metric.
+        """
         from mlflow.entities import Metric, RunTag
 
         if result.status == "finished" and not math.isfinite(result.metrics.get(result.headline, math.nan)):
             raise ValueError(f"the run gave no finite {result.headline!r}")
         now = int(time.time() * 1000)
         points = [(name, value, now, step) for name, value, step in _points(result)]
-        for batch in _batches([Metric(*point) for point in points if math.isfinite(point[1])]):
+        for batch in _batches([Metric(*point) for point in points if math.isfinite(point[1])], METRICS):
             self._client.log_batch(run_id, metrics=batch)
         tags = {
             HEADLINE: clean(result.headline),
@@ -209,22 +295,27 @@ class Record:
             "mlflow.source.git.commit": result.environment.get("git_commit", "unknown"),
             **{f"{ENVIRONMENT}{name}": value for name, value in result.environment.items()},
             **{f"{DATA}{name}": str(value) for name, value in result.data.items()},
+            **({ACCUMULATE: str(result.accumulate)} if result.accumulate > 1 else {}),
         }
         self._client.log_batch(run_id, tags=[RunTag(clean(name), value[:TEXT_LIMIT]) for name, value in tags.items()])
-        self._client.log_dict(run_id, {"config": cell.config.to_mapping(), **asdict(result)}, "result.json")
-        for name, figure in figures.items():
-            self._client.log_figure(run_id, figure, name)
-        # Charts and parallel coordinates of the experiment start from this metric.
-        self._client.set_experiment_tag(self.experiment_id, "mlflow.experiment.primaryMetric.name", result.headline)
-        self._client.set_experiment_tag(self.experiment_id, "mlflow.experiment.primaryMetric.greaterIsBetter", "True")
-        self.close(run_id, result.status)
+        with tempfile.TemporaryDirectory() as folder:
+            whole = json.dumps({"config": cell.config.to_mapping(), **asdict(result)})
+            for name, content in {"result.json": whole.encode(), **pictures}.items():
+                (Path(folder) / name).write_bytes(content)
+            self._client.log_artifacts(run_id, folder)
+        if result.headline != self._primary:  # charts and parallel coordinates of the experiment start from it
+            primary = {"name": result.headline, "greaterIsBetter": "True"}
+            for name, value in primary.items():
+                self._client.set_experiment_tag(self.experiment_id, f"mlflow.experiment.primaryMetric.{name}", value)
+            self._primary = result.headline
+        self.close(run_id, result.status, ended=imported.ended if imported else None)
 
-    def fail(self, run_id: str, error: Exception) -> None:
-        """Record a cell that raised."""
-        self._client.set_tag(run_id, ERROR, one_line(error)[:TEXT_LIMIT])
-        self._client.set_tag(run_id, "mlflow.note.content", f"Failed: {one_line(error)}"[:TEXT_LIMIT])
-        self._client.log_text(run_id, "".join(traceback.format_exception(error)), "traceback.txt")
-        self.close(run_id, "failed")
+    def fail(self, run_id: str, error: str, traceback: str = "") -> None:
+        """Record a cell that failed."""
+        self._client.set_tag(run_id, "mlflow.note.content", f"Failed: {error}"[:TEXT_LIMIT])
+        if traceback:
+            self._client.log_text(run_id, traceback, "traceback.txt")
+        self.close(run_id, "failed", error)
 
     def end(self, parent: str, note: str, files: Mapping[str, str | Figure]) -> None:
         """Write an invocation's table and figure, and end its parent run."""
@@ -234,10 +325,12 @@ class Record:
         self._client.set_tag(parent, "mlflow.note.content", note[:TEXT_LIMIT])
         self.close(parent, "finished")
 
-    def close(self, run_id: str, status: str) -> None:
-        """Give a run its last status."""
+    def close(self, run_id: str, status: str, error: str = "", ended: float | None = None) -> None:
+        """Give a run its last status, with the reason of a bad one. ended: in seconds since 1970, None is now."""
+        if error:
+            self._client.set_tag(run_id, ERROR, error[:TEXT_LIMIT])
         self._client.set_tag(run_id, STATUS, status)
-        self._client.set_terminated(run_id, TERMINAL[status])
+        self._client.set_terminated(run_id, TERMINAL[status], end_time=None if ended is None else int(ended * 1000))
 
     def pictures(self, run_id: str) -> dict[str, bytes]:
         """The PNG files of a run, name to content; empty where its files cannot be read any more."""
@@ -256,6 +349,9 @@ class Record:
         lists = {"runs": list(run_ids), "experiments": [self.experiment_id]}
         query = {name: json.dumps(ids, separators=(",", ":")) for name, ids in lists.items()}
         return f"/#/compare-runs?{urllib.parse.urlencode(query, safe='[],')}"
+
+    def _runs_of(self, cell: Cell) -> Iterable[Any]:
+        return self._runs(f"tags.`{CELL}` = '{cell.key}'")
 
     def _runs(self, where: str = "") -> Iterable[Any]:
         token: str | None = None
@@ -324,6 +420,11 @@ def _parameters(cell: Cell) -> dict[str, str]:
     return {clean(name): value if isinstance(value, str) else json.dumps(value) for name, value in flat.items()}
 
 
+_TUNING = """- Rows called "..., tuning ..." are trials of a setting's values, evaluated on training rows
+  (`train.validation`): not to be compared with the others.
+"""
+
+
 def _guide(spec: StudySpec) -> str:
     return f"""**{spec.title}**
 
@@ -339,7 +440,7 @@ How to compare: each invocation is a parent run, each cell (row and seed) a chil
 - A cell's page holds its pictures (`phi.png`, `phi_evolution.png`, `stable_rank.png`, `spectrum.png`, `modules.png`,
   `training.png`), `result.json`, its curves, and every layer's numbers under `stable_rank/`, `dc_share/` and so on.
 - Cells that diverged, failed or were killed say so in the tag `{STATUS}`.
-"""
+{_TUNING if spec.tune else ""}"""
 
 
 def _cell_note(cell: Cell, result: RunResult) -> str:
@@ -354,10 +455,5 @@ def clean(name: str) -> str:
     return " ".join(re.sub(r"[^A-Za-z0-9_\-. :/]+", " ", name).split())
 
 
-def one_line(error: BaseException) -> str:
-    """An exception in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def _batches(items: Sequence[Any]) -> Iterable[Sequence[Any]]:
-    return (items[start : start + BATCH] for start in range(0, len(items), BATCH))
+def _batches(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
+    return (items[start : start + size] for start in range(0, len(items), size))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from basisadapt.errors import InputError
+from basisadapt.execution.executor import Executor
 from basisadapt.study import statistics
 from basisadapt.study.cells import Row, Study, resolve, split_changes
 from basisadapt.study.engine import Invocation, Place, check_place, plan_cells, write_report
@@ -76,7 +77,7 @@ class Search:
         return Study(dataclasses.replace(self.spec, title=title, answers=None, claims=()), tuple(rows))
 
 
-def run_search(search: Search, place: Place, tags: Mapping[str, str]) -> Report:
+def run_search(search: Search, place: Place, tags: Mapping[str, str], executor: Executor) -> Report:
     """Run the trials that are missing, and report. What is finished is never run again.
 
     Raises InputError before anything is recorded, and KeyboardInterrupt once what was interrupted is closed.
@@ -84,7 +85,7 @@ def run_search(search: Search, place: Place, tags: Mapping[str, str]) -> Report:
     check_place(place)
     rows = [search.row(f"{key}={value}", {key: value}) for edge in edges(search.space()) for key, value in edge.items()]
     plan_cells([row.cells[0] for row in [*rows, *search.reference()]], place.data_dir)
-    with Invocation(search.spec, place, tags) as invocation:
+    with Invocation(search.spec, place, tags, executor) as invocation:
         hunt = Hunt(place.optuna_url, search)
         hunt.close_orphans()
         invocation.run(search.study(search.reference()))

@@ -74,7 +74,8 @@ class StudySpec:
     """A study as its file states it.
 
     title, question: what is compared and how to read it. base: the configuration that all rows share. sweep:
-    an axis' name to its values; the rows are their product. beside: further rows, which no axis changes.
+    an axis' name to its values; the rows are their product. given: an axis' value, such as method=vera, to what its
+    rows set over the base. beside: further rows, which no axis changes.
     reference: the label of the row that the others are compared with; or one axis' value, such as method=lora: then
     each row's reference is the one that is equal on the other axes. answers: the published table. tune: what is chosen
     for every row before it is run. presets: a name to dotted overrides of the base, `seeds`, and axes in full:
@@ -91,6 +92,7 @@ class StudySpec:
     question: str
     base: dict[str, Any] = field(default_factory=dict)
     sweep: dict[str, Any] = field(default_factory=dict)
+    given: dict[str, Any] = field(default_factory=dict)
     beside: tuple[Beside, ...] = ()
     reference: str | None = None
     answers: Answers | None = None
@@ -182,6 +184,9 @@ def _spec(values: dict[str, Any]) -> StudySpec:
     spec = from_mapping(StudySpec, values)
     _check_axes(spec.sweep)
     _check_axes(spec.tune.grid if spec.tune else {}, TUNE)
+    for name, overrides in spec.given.items():
+        if name.partition("=")[0] not in spec.sweep or not isinstance(overrides, dict):
+            raise InputError(f"given.{name} must be AXIS=VALUE of the sweep with keys and values, got {overrides!r}")
     for preset, overrides in spec.presets.items():
         if preset not in PRESETS:
             raise unknown("preset", preset, PRESETS)

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from basisadapt.errors import InputError
+from basisadapt.errors import InputError, one_line
 from basisadapt.study.owner import Owner
-from basisadapt.study.record import Outcome, one_line
+from basisadapt.study.record import Outcome
 
 if TYPE_CHECKING:
     from optuna.study import Study

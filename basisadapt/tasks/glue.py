@@ -53,7 +53,7 @@ class Glue(TextTask):
         self.check(data_dir)
         parts = [self._read(path) for path in self._files(data_dir)]
         if len(parts) == 1:
-            return TaskData(*split(parts[0]), about={"split": "dev.tsv only: four in five rows train"})
+            return TaskData(*split(parts[0]), about={"split": "dev only, 4 of 5 rows train"})
         return TaskData(parts[0].mixed(), parts[1])
 
     def _files(self, data_dir: Path) -> list[Path]:

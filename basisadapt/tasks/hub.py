@@ -22,11 +22,10 @@ class HubTask(OwnData):
     def __init__(self, name: str, settings: DataSettings) -> None:
         """Raises InputError for a malformed name."""
         super().__init__(settings)
-        owner, _, rest = name.removeprefix(PREFIX).partition("/")
-        self._name, _, config = rest.partition("/")
-        if not owner or not self._name or "/" in config:
+        parts = name.removeprefix(PREFIX).split("/")
+        if len(parts) not in (2, 3) or not all(parts):
             raise InputError(f"task {name!r} must be hub:owner/name or hub:owner/name/config")
-        self._source, self._config = f"{owner}/{self._name}", config or None
+        self._source, self._config = "/".join(parts[:2]), parts[2] if len(parts) == 3 else None
 
     def tables(self) -> tuple[Table, Table | None]:
         """The splits, from the hub or `datasets`' cache."""

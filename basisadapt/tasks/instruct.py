@@ -29,6 +29,7 @@ from basisadapt.tasks.completion import (
     teacher_forced,
     token_ids,
 )
+from basisadapt.tasks.hub import ask_hub
 from basisadapt.tasks.settings import DataSettings
 from basisadapt.tasks.task import Example, Rows, Task, TaskData, readable_folder
 
@@ -87,13 +88,10 @@ def _files(data_dir: Path) -> list[Path]:
 
 
 def _from_hub() -> list[Instruction]:
-    from datasets import load_dataset
-
     try:
-        part = load_dataset("tatsu-lab/alpaca", split="train")
-    except Exception as error:  # the hub's client raises many kinds
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"task instruct/alpaca needs --data-dir or the hub, which failed: {reason}") from error
+        part = ask_hub("tatsu-lab/alpaca", None)["train"]
+    except InputError as error:
+        raise InputError(f"task instruct/alpaca needs --data-dir or the hub: {error}") from error
     return [Instruction(*row) for row in zip(part["instruction"], part["input"], part["output"], strict=True)]
 
 
@@ -118,6 +116,7 @@ class MTBench(Task, name="instruct/mt_bench"):
     form = "completion"
     headline = "score"
     num_labels = 1
+    comparable = False
 
     def __init__(self, settings: DataSettings | None = None) -> None:
         super().__init__(settings)
@@ -138,7 +137,7 @@ class MTBench(Task, name="instruct/mt_bench"):
 
         Raises InputError for a conversation that would be longer than the backbone reads.
         """
-        if not _asks(rows):
+        if not isinstance(rows.inputs[0], mt_bench.Question):
             return self._alpaca.examples(rows, processor, max_length, training)
         firsts = token_ids(processor, [alpaca_prompt(question.turns[0]) for question in rows.inputs])
         seconds = token_ids(processor, [_follow_up(question.turns[1]) for question in rows.inputs], special=False)
@@ -178,8 +177,6 @@ class MTBench(Task, name="instruct/mt_bench"):
 
     def measure(self, scores: np.ndarray, rows: Rows, processor: Any) -> dict[str, float]:
         """`mt_bench.judged`. Raises InputError that says where the answers are, if the judge gives no answer."""
-        if not _asks(rows):
-            return self._alpaca.measure(scores, rows, processor)
         texts = [processor.batch_decode(turns, skip_special_tokens=True) for turns in scores]
         answers = [(first.strip(), second.strip()) for first, second in texts]
         saved = mt_bench.save_answers(rows, answers, judge.folder())
@@ -190,11 +187,6 @@ class MTBench(Task, name="instruct/mt_bench"):
         except InputError as error:
             again = f"the answers are kept: python -m basisadapt.mt_bench {saved} --data-dir DIR judges them"
             raise InputError(f"{error}; {again}") from error
-
-
-def _asks(rows: Rows) -> bool:
-    """Whether these are MT-Bench's questions, not Alpaca's rows."""
-    return isinstance(rows.inputs[0], mt_bench.Question)
 
 
 def _follow_up(text: str) -> str:

@@ -116,8 +116,10 @@ def _value(table: Table, row: int, column: str, value: Any) -> str:
         raise table.error(row, f"nothing in column {column!r}")
     if not isinstance(value, str | int | float | Decimal):
         raise table.error(row, f"column {column!r} must hold texts or numbers, got {type(value).__name__}")
-    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise table.error(row, f"column {column!r} holds half a character (a lone surrogate)")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise table.error(row, f"column {column!r} holds half a character (a lone surrogate)") from error
     return text
 
 
@@ -168,7 +170,7 @@ def _are_numbers(table: Table, labels: Sequence[str], numbers: Sequence[float | 
         if different > MOST_NUMBERS and 2 * len(texts) < len(labels):
             raise table.error(texts[0], f"label {_short(labels[texts[0]])!r} is not a number, as most labels are")
         return False
-    if any(not float(number or 0).is_integer() for number in numbers):
+    if any(number is not None and not number.is_integer() for number in numbers):
         return True
     if different > MOST_NUMBERS:
         raise InputError(

@@ -8,6 +8,7 @@ from basisadapt.errors import InputError, unknown
 
 KINDS = ("classes", "numbers")
 SCORINGS = ("likelihood", "generation", "cloze")
+HEADS = ("linear", "zero_shot")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,9 @@ class DataSettings:
     found: "likelihood", the published answer sentence that the model finds likeliest; "generation", the first option
     named in what it writes, the published rule; "cloze", the option whose text it finds likeliest, per character, as
     the question's continuation. max_new_tokens: of an answer to MT-Bench.
+
+    Of images: head, "linear", a layer that is trained; or "zero_shot", the embeddings of sentences about the classes,
+    which stay as they are, for a backbone with a text tower (CLIP).
     """
 
     text: str = "text"
@@ -32,6 +36,7 @@ class DataSettings:
     train_on_inputs: bool = False
     scoring: str = "likelihood"
     max_new_tokens: int = 1024
+    head: str = "linear"
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -40,5 +45,7 @@ class DataSettings:
             raise unknown("data.kind", self.kind, KINDS)
         if self.scoring not in SCORINGS:
             raise unknown("data.scoring", self.scoring, SCORINGS)
+        if self.head not in HEADS:
+            raise unknown("data.head", self.head, HEADS)
         if self.text == self.label or self.second in (self.text, self.label):
             raise InputError(f"data.text, data.second and data.label must name different columns, got {self.label!r}")

@@ -64,13 +64,15 @@ class TaskData:
     """A task's rows. They are in a fixed, mixed order, so that the first ones are a fair sample.
 
     mark: what tells these data from others, where the rows are too many to be read for it. about: what is to be
-    recorded of them, in plain JSON types; "split", in words, where it is not the published one.
+    recorded of them, in plain JSON types; "split", in words, where it is not the published one. prompts: sentences
+    about each class, for a model that knows classes by them.
     """
 
     train: Rows
     eval: Rows
     mark: str | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
+    prompts: tuple[tuple[str, ...], ...] = ()
 
     def fingerprint(self) -> str:
         """A hash of every input and label, or of the mark."""
@@ -82,12 +84,14 @@ class Task(ABC):
     """What a model is trained for and measured by. Subclass one of its forms with a name: `TextTask`, `ImageTask` or
     `CompletionTask`.
 
-    form: "text", "image" or "completion", what the model must be able to do. max_length: what train.max_length is where
-    nobody sets it; None for no limit. notes: what the run's record is to say beside numbers, such as who has judged.
+    form: "text", "image", "zero_shot" or "completion", what the model must be able to do. max_length: what
+    train.max_length is where nobody sets it; None for no limit. comparable: whether training rows can be measured as
+    the held-out ones are. notes: what the run's record is to say beside numbers, such as who has judged.
     """
 
-    form: ClassVar[str]
+    form: str
     max_length: ClassVar[int | None] = None
+    comparable: ClassVar[bool] = True
 
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
         """Register the class under `name`. Raises InputError if it is taken."""

@@ -25,7 +25,7 @@ class Fakes:
         self.ran = []
         self.score = None
 
-    def run(self, config, *, data_dir=None, on_step=None, save_to=None):
+    def run(self, config, *, data_dir=None, on_step=None, save_to=None, accumulate=1):
         name = getattr(config.adapter, "basis", config.method)
         self.ran.append((name, config.seed))
         for step in range(1, 4):
@@ -56,6 +56,7 @@ class Fakes:
             phi={} if config.method == "lora" else dict.fromkeys(MODULES, curve),
             warnings=["collapsed: A and B did not move"] if name == "fourier" else [],
             environment={"git_commit": "abc123", "torch": "2"},
+            accumulate=accumulate,
         )
 
     def plan(self, config, data_dir=None, dry=False):

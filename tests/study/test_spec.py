@@ -86,6 +86,35 @@ def test_a_file_like_another(folder):
         read_spec("second.yaml")
 
 
+def test_what_a_value_of_an_axis_sets(folder):
+    """Over the base, below preset, command line and the row itself; rows beside take the task's."""
+    path = folder / "tiny.yaml"
+    where = (
+        "given: {basis=sinc: {r: 6, train.lr: 5e-3, train.max_steps: 9}, 'task=glue/rte': {train.batch_size: 8}}\n"
+        "sweep: {basis: [sinc, fourier], task: [docstrings, glue/rte]}"
+    )
+    path.write_text(path.read_text().replace("sweep: {basis: [sinc, fourier]}", where))
+    spec = read_spec("tiny.yaml")
+
+    def values(*changes):
+        configs = {row.label: settings(row) for row in resolve(spec, changes=changes).rows}
+        train = {label: config["train"] for label, config in configs.items()}
+        assert {train["sinc, docstrings"]["max_steps"]} == {5}, "the preset's"
+        return {k: (c["adapter"]["r"], train[k]["lr"], train[k]["batch_size"]) for k, c in configs.items()}
+
+    assert values() == {
+        "sinc, docstrings": (6, 5e-3, 16),
+        "sinc, glue/rte": (6, 5e-3, 8),
+        "fourier, docstrings": (4, 2e-3, 16),
+        "fourier, glue/rte": (4, 2e-3, 8),
+        "LoRA, docstrings": (4, 2e-3, 16),
+        "LoRA, glue/rte": (4, 2e-3, 8),
+    }
+    assert values("adapter.r=2")["sinc, docstrings"] == (2, 5e-3, 16)
+    named = resolve(spec).cells[0].named
+    assert {"adapter.r", "train.lr", "train.batch_size", "adapter.basis", "task", "method"} <= set(named)
+
+
 def test_published_rows_by_label_and_columns_by_method(folder):
     path = folder / "tiny.yaml"
     answers = (
@@ -162,6 +191,8 @@ def test_bad_changes(spec, changes, message):
         ("seeds: [1]}", "sweep.basis: sinc}", "sweep.basis must be a list"),
         ("seeds: [1, 2, 3]", "seeds: [1, a]", "seeds must be a list of a whole number"),
         ("title:", "title: [", "is not valid YAML"),
+        ("sweep:", "given: {bases=sinc: {r: 2}}\nsweep:", "given.bases=sinc must be AXIS=VALUE of the sweep with keys"),
+        ("sweep:", "given: {basis=sinc: 2}\nsweep:", "given.basis=sinc must be AXIS=VALUE of the sweep .*, got 2"),
     ],
 )
 def test_bad_files(folder, before, after, message):

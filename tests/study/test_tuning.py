@@ -64,6 +64,8 @@ def ran(fake, monkeypatch):
 
 
 def test_every_row_is_run_with_the_value_that_came_out_best_for_it(tuned, ran, study, runs):
+    import mlflow
+
     code, out, err = study("tiny.yaml", "--output", "results")
     assert code == 0
     trials, reported = ran[:6], ran[6:]
@@ -79,6 +81,8 @@ def test_every_row_is_run_with_the_value_that_came_out_best_for_it(tuned, ran, s
     assert found[1].data.tags["basisadapt.row"] == "sinc, tuning train.lr=0.01"
     assert found[1].data.params["train.validation"] == "0.25"
     assert len({run.data.tags["mlflow.parentRunId"] for run in found}) == 1
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tuned}/mlflow.db")
+    assert "are trials" in client.get_experiment_by_name("tiny").tags["mlflow.note.content"]
 
     shown = tuning_of(out)
     assert shown["row"] == ["train.lr", "train.lr=0.001", "train.lr=0.01", "train.lr=0.1"]

@@ -77,7 +77,7 @@ def test_only_qnli_does_without_a_training_file(tmp_path):
     data = task.load(tmp_path)
     assert len(data.train) + len(data.eval) == 100
     assert not {question for question, _ in data.train.inputs} & {question for question, _ in data.eval.inputs}
-    assert data.about == {"split": "dev.tsv only: four in five rows train"}
+    assert data.about == {"split": "dev only, 4 of 5 rows train"}
     with pytest.raises(InputError, match=r"has no glue/RTE/train\.tsv"):
         find("glue/rte").check(tmp_path)
     write(tmp_path, "QNLI", train="index\tquestion\tsentence\tlabel\n" + rows)

@@ -13,22 +13,14 @@ from basisadapt import InputError, backbones
 from basisadapt.mt_bench import main
 from basisadapt.run_config import RunConfig
 from basisadapt.study.__main__ import main as study
-from basisadapt.tasks import find
+from basisadapt.tasks import find, instruct
 from basisadapt.tasks.completion import generate, pad_left
 from basisadapt.tasks.instruct import converse
 from basisadapt.tasks.mt_bench import read_answers, read_bench
 from basisadapt.tasks.settings import DataSettings
 from basisadapt.training import plan, run
-from tests.tasks.bench import write_bench
 from tests.tasks.endpoint import says
-
-
-def write_alpaca(folder, count=100, name="alpaca_data.json"):
-    rows = [{"instruction": f"Say {i}.", "input": str(i) * (i % 2), "output": f"It is {i}."} for i in range(count)]
-    path = folder / "instruct" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rows))
-    return folder
+from tests.tasks.files import write_alpaca, write_bench
 
 
 @pytest.fixture
@@ -86,6 +78,23 @@ def test_files_that_will_not_do(tmp_path):
     path.write_text(json.dumps([{"instruction": "a", "output": "b"}, {"instruction": "a", "output": None}]))
     with pytest.raises(InputError, match=r"alpaca_data.json', row 2 needs a text called 'output'"):
         task.load(tmp_path)
+
+
+def test_without_a_folder_the_hub_is_asked(monkeypatch, tmp_path):
+    task = find("instruct/alpaca", DataSettings())
+    task.check(None)
+    here = task.load(write_alpaca(tmp_path))
+    rows = json.loads((tmp_path / "instruct" / "alpaca_data.json").read_text())
+    columns = {name: [row[name] for row in rows] for name in ("instruction", "input", "output")}
+    monkeypatch.setattr(instruct, "ask_hub", lambda source, _: {"tatsu-lab/alpaca": {"train": columns}}[source])
+    assert task.load(None) == here
+
+    def fail(source, _):
+        raise InputError(f"hub data set {source!r} could not be loaded: no network")
+
+    monkeypatch.setattr(instruct, "ask_hub", fail)
+    with pytest.raises(InputError, match=r"task instruct/alpaca needs --data-dir or the hub: .* no network"):
+        task.load(None)
 
 
 def test_a_run_on_alpaca(config, tmp_path):
@@ -201,6 +210,11 @@ def test_a_study_goes_on_when_its_judge_is_back(data, language_model, judged_by,
     assert re.search(rf"LoRA +{(4 + 4 + 4 + 10 + 10) / 5:.4f} ", capsys.readouterr().out)
     assert len(judged_by.requests) == 4
     assert "<dt>judge</dt><dd>tester</dd>" in (tmp_path / "page" / "report.html").read_text()
+
+
+def test_training_rows_do_not_stand_in_for_questions(config, data, judged_by):
+    with pytest.raises(InputError, match=r"validation measures .* which task 'instruct/mt_bench' cannot"):
+        plan(config("instruct/mt_bench", train={"validation": 0.2}), data)
 
 
 def test_the_command_refuses_bad_input(data, judged_by, tmp_path, capsys):

@@ -19,7 +19,7 @@ from basisadapt.tasks.mt_bench import (
     read_bench,
     save_answers,
 )
-from tests.tasks.bench import write_bench
+from tests.tasks.files import write_bench
 
 
 class Says(Judge):

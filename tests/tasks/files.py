@@ -1,4 +1,4 @@
-"""A small MT-Bench in the layout of the published files."""
+"""Small files in the layouts of Alpaca and MT-Bench."""
 
 from __future__ import annotations
 
@@ -28,4 +28,13 @@ def write_bench(folder, first=81, copies=1):
     prompts = [{"name": n, "system_prompt": n, "prompt_template": template} for n, template in templates.items()]
     for name, entries in ((QUESTIONS, questions), (PROMPTS, prompts), (REFERENCES, references)):
         (place / name).write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
+    return folder
+
+
+def write_alpaca(folder, count=100, name="alpaca_data.json"):
+    """Rows with and without input. Returns `folder`."""
+    rows = [{"instruction": f"Say {i}.", "input": str(i) * (i % 2), "output": f"It is {i}."} for i in range(count)]
+    path = folder / "instruct" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rows))
     return folder

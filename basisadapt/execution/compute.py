@@ -1,0 +1,76 @@
+"""One job in this process, whatever becomes of it; and the executor that does nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import traceback
+
+import torch
+
+from basisadapt import training
+from basisadapt.errors import one_line
+from basisadapt.execution.executor import Ended, Executor, Job, JobSettings, OnStep
+
+
+def compute(job: Job, settings: JobSettings, on_step: OnStep) -> Ended:
+    """Run a job. Whatever Exception it raises is its end.
+
+    Out of memory, with `halve_batch`, it is run again with half the batch and twice the accumulation, which leaves the
+    batch of a step as it was, until it fits or cannot be halved.
+    """
+    accumulate = 1
+    while True:
+        batch = job.config.train.batch_size // accumulate
+        try:
+            result = training.run(
+                job.config,
+                data_dir=settings.data_dir,
+                on_step=lambda step, total: on_step(job.key, step, total),
+                accumulate=accumulate,
+            )
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                return Ended(job.key, error=one_line(error), traceback="".join(traceback.format_exception(error)))
+            if not settings.halve_batch or batch % 2:
+                reason = f"out of memory with a batch of {batch} ({one_line(error)})"
+                return Ended(job.key, error=reason, traceback="".join(traceback.format_exception(error)))
+        else:
+            if accumulate > 1:
+                note = f"out of memory with a batch of {2 * batch}: {accumulate} batches of {batch} were accumulated"
+                result = dataclasses.replace(result, warnings=[*result.warnings, note])
+            return Ended(job.key, result)
+        accumulate *= 2
+        gc.collect()  # only now does the error no longer hold what did not fit
+        torch.cuda.empty_cache()
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # torch raises plain RuntimeErrors for the memory of the host, and some libraries of CUDA do for that of the device.
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    )
+
+
+class Inline(Executor):
+    """One job after the other, in this process."""
+
+    slots = 1
+
+    def __init__(self, settings: JobSettings) -> None:
+        self._settings = settings
+        self._job: Job | None = None
+
+    def submit(self, job: Job) -> None:
+        """Keep the job for wait()."""
+        self._job = job
+
+    def wait(self, on_step: OnStep) -> Ended:
+        """Run the job."""
+        assert self._job is not None, "nothing was submitted"
+        return compute(self._job, self._settings, on_step)
+
+    def stop(self) -> None:
+        """Nothing runs outside of wait()."""

@@ -1,0 +1,97 @@
+"""The contract of an executor: it runs jobs somewhere, and says how each of them ended."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from basisadapt.errors import InputError
+
+if TYPE_CHECKING:
+    from basisadapt.run_config import RunConfig
+    from basisadapt.training import RunResult
+
+OnStep = Callable[[str, int, int], None]  # a job's key, how many steps are done, and of how many
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to do. key: what it is called until its end; no other job at work has the same."""
+
+    key: str
+    config: RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSettings:
+    """What holds for every job of an executor.
+
+    data_dir: the tasks' data. plugins: files and modules that a process loads before its first job. halve_batch: repeat
+    a job that ran out of memory with half the batch and twice the accumulation. timeout: seconds that a job may take.
+    Raises InputError out of range.
+    """
+
+    data_dir: Path | None = None
+    plugins: tuple[str, ...] = ()
+    halve_batch: bool = False
+    timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.timeout is not None and not self.timeout > 0:
+            raise InputError(f"--timeout must be above 0 seconds, got {self.timeout:g}")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A job that came to its end: with a result, or with an error and, where there is one, its traceback."""
+
+    key: str
+    result: RunResult | None = None
+    error: str = ""
+    traceback: str = ""
+
+
+@dataclass(frozen=True)
+class Died:
+    """A job whose process is gone, and why. It may be submitted again."""
+
+    key: str
+    reason: str
+
+
+class Executor(ABC):
+    """Runs up to `slots` jobs at once. A context manager, at whose end nothing runs any more.
+
+    It knows no record: who submits jobs writes down what comes of them, and keeps to the slots. Nothing is started
+    before the first job.
+    """
+
+    @property
+    @abstractmethod
+    def slots(self) -> int:
+        """How many jobs may be submitted and not ended."""
+
+    @abstractmethod
+    def submit(self, job: Job) -> None:
+        """Take a job; there must be a free slot."""
+
+    @abstractmethod
+    def wait(self, on_step: OnStep) -> Ended | Died:
+        """Wait until a submitted job ends; meanwhile tell the steps of all jobs to `on_step`, where they can be seen.
+
+        A KeyboardInterrupt passes through; the jobs are then to be stopped.
+        """
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Stop all jobs, at once."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop()

@@ -1,0 +1,79 @@
+"""The cells of a file, run one and all; their results in another file."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import socket
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from basisadapt import training
+from basisadapt.errors import InputError
+from basisadapt.execution.executor import Ended, Executor, Job
+from basisadapt.execution.lines import CellLine, LineFile, ResultLine, end_to_mapping, read_lines
+from basisadapt.run_config import RunConfig
+
+
+def run_file(cells: Path, output: Path, executor: Executor, data_dir: Path | None) -> bool:
+    """Run the cells that have no result in `output` yet, and add theirs. Returns whether every cell has finished.
+
+    Raises InputError before anything is run, and OSError where a result cannot be written.
+    """
+    lines = {line.key: line for line in read_lines(cells, CellLine, "CELLS")}
+    known = read_lines(output, ResultLine, "--output") if output.exists() else []
+    states = {line.key: line.result["status"] for line in known if line.result is not None}
+    jobs = _checked([line for key, line in lines.items() if key not in states], data_dir)
+    results = LineFile(output, "--output")
+    with executor:
+        for began, ended in _run(jobs, executor):
+            line = lines[ended.key]
+            cell, end = dataclasses.asdict(line), end_to_mapping(ended)
+            host, now = socket.gethostname(), time.time()
+            results.append(ResultLine(**cell, **end, host=host, began=began, ended=now))
+            states[ended.key] = "failed" if ended.result is None else ended.result.status
+            done, shown = len(lines.keys() & states.keys()), f"failed: {ended.error}" if ended.error else "finished"
+            _say(f"[{done}/{len(lines)}] {line.row}, seed {line.config['seed']}: {shown}")
+    return all(states[key] == "finished" for key in lines)
+
+
+def _checked(lines: Iterable[CellLine], data_dir: Path | None) -> list[Job]:
+    """The lines as jobs, each row held against its model and data."""
+    jobs, rows = [], set()
+    for line in lines:
+        try:
+            config = RunConfig.from_mapping(line.config)
+            if line.row not in rows:
+                training.plan(config, data_dir)
+        except InputError as error:
+            raise InputError(f"cell {line.key} ({line.row}): {error}") from error
+        rows.add(line.row)
+        jobs.append(Job(line.key, config))
+    return jobs
+
+
+def _run(jobs: Iterable[Job], executor: Executor) -> Iterator[tuple[float, Ended]]:
+    """When each job began, in seconds since 1970, and how it ended. One whose process dies is tried once more."""
+    waiting, dead = collections.deque(jobs), set()
+    running: dict[str, tuple[Job, float]] = {}
+    while waiting or running:
+        while waiting and len(running) < executor.slots:
+            job = waiting.popleft()
+            running[job.key] = job, time.time()
+            executor.submit(job)
+        end = executor.wait(lambda *_: None)
+        job, began = running.pop(end.key)
+        if isinstance(end, Ended):
+            yield began, end
+        elif job.key in dead:
+            yield began, Ended(job.key, error=f"{end.reason}, twice")
+        else:
+            dead.add(job.key)
+            waiting.append(job)
+            _say(f"cell {job.key}: {end.reason}; it is tried once more")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,128 @@
+"""JSON lines: what a driver and its workers say to each other, and the files in which cells and results travel.
+
+A line is an object. Numbers keep every bit, NaN and infinities included.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from basisadapt.errors import InputError, one_line, unknown
+from basisadapt.settings import from_mapping
+
+if TYPE_CHECKING:
+    from basisadapt.execution.executor import Ended
+    from basisadapt.training import RunResult
+
+L = TypeVar("L")
+
+DONE = ("finished", "diverged")  # the states of a result: a cell that has come to one is not run again
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellLine:
+    """A cell that is to be run elsewhere: its study, row and key in the record, and its configuration."""
+
+    study: str
+    row: str
+    key: str
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResultLine(CellLine):
+    """What became of a cell: a result, its fields those of a RunResult, or an error and its traceback.
+
+    host: the machine that ran it. began, ended: seconds since 1970.
+    """
+
+    host: str
+    began: float
+    ended: float
+    result: dict[str, Any] | None = None
+    error: str = ""
+    traceback: str = ""
+
+
+def end_to_mapping(ended: Ended) -> dict[str, Any]:
+    """How a job ended, in JSON types, without its key."""
+    result = None if ended.result is None else asdict(ended.result)
+    return {"result": result, "error": ended.error, "traceback": ended.traceback}
+
+
+def parse_result(values: dict[str, Any]) -> RunResult:
+    """A RunResult from its fields in JSON types. Raises InputError for what no run gives."""
+    from basisadapt.training import RunResult
+
+    try:
+        result = from_mapping(RunResult, values, "result")
+        metrics = {name: float(value) for name, value in result.metrics.items()}
+        curves = {name: [(int(step), float(value)) for step, value in points] for name, points in result.curves.items()}
+    except (TypeError, ValueError) as error:  # InputErrors too
+        raise InputError(f"not a result: {error}") from error
+    if result.status not in DONE:
+        raise unknown("status of a result", result.status, DONE)
+    if result.status == "finished" and not math.isfinite(metrics.get(result.headline, math.nan)):
+        raise InputError(f"the result has no finite {result.headline!r}, though it has finished")
+    return dataclasses.replace(result, metrics=metrics, curves=curves)
+
+
+def to_line(values: Any) -> str:
+    """A line, its end included; `values` is a dataclass or a mapping."""
+    return json.dumps(values if isinstance(values, dict) else asdict(values), ensure_ascii=False) + "\n"
+
+
+def read_lines(path: Path, kind: type[L], option: str) -> list[L]:
+    """The lines of a file, each as a `kind`. A last line without an end, which a kill leaves behind, is not one.
+
+    Raises InputError that names the line; `option` is where the user gave the path.
+    """
+    try:
+        *whole, _ = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{option} {str(path)!r} cannot be read: {one_line(error)}") from error
+    return [_parse(text, kind, f"{path}, line {number}") for number, text in enumerate(whole, start=1)]
+
+
+def _parse(text: str, kind: type[L], where: str) -> L:
+    try:
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise InputError("a line must be an object with keys and values")
+        return from_mapping(kind, values)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where} is not valid JSON: {error}") from error
+    except (InputError, TypeError) as error:  # a TypeError for a field that is missing
+        raise InputError(f"{where}: {error}") from error
+
+
+class LineFile:
+    """A file that lines are added to, each whole or not at all. What a kill left of a line is cut off first."""
+
+    def __init__(self, path: Path, option: str) -> None:
+        self._path = path
+        try:
+            with path.open("a+b") as file:
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+        except OSError as error:
+            raise InputError(f"{option} {str(path)!r} cannot be written: {error.strerror}") from error
+
+    def append(self, values: Any) -> None:
+        """Add a line, on the disk when this returns. Raises OSError, the file then being as it was."""
+        with self._path.open("ab", buffering=0) as file:
+            before = file.tell()
+            line = memoryview(to_line(values).encode())
+            try:
+                while line:
+                    line = line[file.write(line) :]
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(before)
+                raise

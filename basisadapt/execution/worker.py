@@ -1,0 +1,58 @@
+"""A worker: the process behind `Workers`, which is told jobs on its stdin and tells on its stdout what becomes of them.
+
+Said to it, a line each: {"key", "config"}. Said by it: {"event": "began", "key"}, {"event": "step", "key", "step",
+"total"}, and {"event": "ended", "key", "result", "error", "traceback"}.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+from typing import Any, NoReturn
+
+from basisadapt.execution.compute import compute
+from basisadapt.execution.executor import Job, JobSettings
+from basisadapt.execution.lines import end_to_mapping, to_line
+from basisadapt.registry import load_plugin
+from basisadapt.run_config import RunConfig
+
+PR_SET_PDEATHSIG = 1  # of Linux's prctl: which signal a process gets when its parent dies
+
+
+def serve(settings: JobSettings) -> NoReturn:
+    """Run jobs until stdin ends, with which this process ends, whatever it is at."""
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whoever prints, in Python or below, does not print into the answers
+
+    def say(event: str, key: str, **values: Any) -> None:
+        out.write(to_line({"event": event, "key": key, **values}))
+        out.flush()
+
+    _die_with_the_parent()
+    for plugin in settings.plugins:
+        load_plugin(plugin)
+    told: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(told,), daemon=True).start()
+    while True:
+        values = json.loads(told.get())
+        job = Job(values["key"], RunConfig.from_mapping(values["config"]))
+        say("began", job.key)
+        ended = compute(job, settings, lambda key, step, total: say("step", key, step=step, total=total))
+        say("ended", job.key, **end_to_mapping(ended))
+
+
+def _listen(told: queue.SimpleQueue[str]) -> None:
+    for line in sys.stdin:
+        told.put(line)
+    os._exit(0)
+
+
+def _die_with_the_parent() -> None:
+    """Ask Linux for what the end of stdin does only while this process can run Python."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,175 @@
+"""The executor that runs jobs in child processes, and kills and replaces them where it must."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+
+from basisadapt.errors import InputError
+from basisadapt.execution.compute import Inline
+from basisadapt.execution.executor import Died, Ended, Executor, Job, JobSettings, OnStep
+from basisadapt.execution.lines import parse_result, to_line
+
+
+class Workers(Executor):
+    """Up to `count` processes, each with one job at a time; a process is kept for the next job.
+
+    A process is `python -m basisadapt.training -`, see `worker.py`, in a group of its own, so that a terminal's Ctrl-C
+    does not reach it. The cores are shared out (OMP_NUM_THREADS, unless it is set) and so are the GPUs, by turns.
+    """
+
+    def __init__(self, count: int, settings: JobSettings) -> None:
+        self._count, self._settings = count, settings
+        self._workers: list[_Worker] = []
+        self._said: queue.SimpleQueue[tuple[_Worker, str | None]] = queue.SimpleQueue()
+
+    @property
+    def slots(self) -> int:
+        """One for each process."""
+        return self._count
+
+    def submit(self, job: Job) -> None:
+        """Give the job to a process that has none, started if need be."""
+        worker = next((worker for worker in self._workers if worker.job is None), None) or self._start()
+        worker.job = job.key
+        assert worker.process.stdin is not None
+        with suppress(BrokenPipeError):  # it died while it had no job: wait() will hear of it
+            worker.process.stdin.write(to_line({"key": job.key, "config": job.config.to_mapping()}))
+            worker.process.stdin.flush()
+
+    def wait(self, on_step: OnStep) -> Ended | Died:
+        """Read what the workers say until a job ends, runs out of time, or loses its process."""
+        while True:
+            if (late := self._late()) is not None:
+                self._remove(late)
+                return Ended(late.job or "", error=f"took longer than the {self._settings.timeout:g} s of --timeout")
+            try:
+                worker, line = self._said.get(timeout=self._patience())
+            except queue.Empty:
+                continue
+            if worker not in self._workers:
+                continue  # the last words of one that was killed
+            if line is None:
+                self._remove(worker)
+                if worker.job is not None:
+                    return Died(worker.job, f"its process {worker.end()}")
+                continue
+            said = json.loads(line)
+            if said["event"] == "began" and self._settings.timeout is not None:
+                worker.deadline = time.monotonic() + self._settings.timeout
+            elif said["event"] == "step":
+                on_step(said["key"], said["step"], said["total"])
+            elif said["event"] == "ended":
+                worker.job = worker.deadline = None
+                result = None if said["result"] is None else parse_result(said["result"])
+                return Ended(said["key"], result, said["error"], said["traceback"])
+
+    def stop(self) -> None:
+        """Kill every process."""
+        for worker in list(self._workers):
+            self._remove(worker)
+
+    def _start(self) -> _Worker:
+        place = min(set(range(self._count)) - {worker.place for worker in self._workers})
+        worker = _Worker(place, _start_process(self._count, place, self._settings))
+        self._workers.append(worker)
+        threading.Thread(target=self._listen, args=(worker,), daemon=True).start()
+        return worker
+
+    def _listen(self, worker: _Worker) -> None:
+        assert worker.process.stdout is not None
+        for line in worker.process.stdout:
+            self._said.put((worker, line))
+        self._said.put((worker, None))
+
+    def _late(self) -> _Worker | None:
+        now = time.monotonic()
+        return next((worker for worker in self._workers if worker.deadline is not None and worker.deadline < now), None)
+
+    def _patience(self) -> float | None:
+        deadlines = [worker.deadline for worker in self._workers if worker.deadline is not None]
+        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+
+    def _remove(self, worker: _Worker) -> None:
+        self._workers.remove(worker)
+        worker.kill()
+
+
+@dataclass(eq=False)
+class _Worker:
+    """A process at a place among the others; the job that it is at, and when that must have ended."""
+
+    place: int
+    process: subprocess.Popen[str]
+    job: str | None = None
+    deadline: float | None = None
+
+    def kill(self) -> None:
+        """Kill the process with all of its children."""
+        if self.process.poll() is None:
+            if hasattr(os, "killpg"):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            else:
+                self.process.kill()
+        self.process.wait()
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
+
+    def end(self) -> str:
+        """How the process ended, in words."""
+        code = self.process.returncode
+        if code >= 0:
+            return f"ended with exit code {code}"
+        name = signal.Signals(-code).name
+        hint = ", as the system does where memory runs out" if name == "SIGKILL" else ""
+        return f"was killed ({name}{hint})"
+
+
+def _start_process(count: int, place: int, settings: JobSettings) -> subprocess.Popen[str]:
+    arguments = ["-m", "basisadapt.training", "-", *(f"--plugin={plugin}" for plugin in settings.plugins)]
+    arguments += [] if settings.data_dir is None else [f"--data-dir={settings.data_dir}"]
+    arguments += ["--halve-batch"] if settings.halve_batch else []
+    environment = {"OMP_NUM_THREADS": str(max(1, _cores() // count)), **os.environ}
+    devices = _devices()
+    if devices:
+        environment["CUDA_VISIBLE_DEVICES"] = devices[place % len(devices)]
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        encoding="utf-8",
+        start_new_session=True,
+    )
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _devices() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count))))
+    return named.split(",")[:count]
+
+
+def local_executor(workers: int | None, settings: JobSettings) -> Executor:
+    """This process, or so many others; one other where a job that takes too long has to be stopped."""
+    if workers is not None and workers < 1:
+        raise InputError(f"--workers must be at least 1, got {workers}")
+    if workers is None and settings.timeout is None:
+        return Inline(settings)
+    return Workers(workers or 1, settings)

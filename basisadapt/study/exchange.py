@@ -1,0 +1,78 @@
+"""Cells that travel: a study's missing cells as a file for `python -m basisadapt.training`, and its results back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from basisadapt.errors import InputError
+from basisadapt.execution.executor import Executor
+from basisadapt.execution.lines import CellLine, ResultLine, parse_result, read_lines, to_line
+from basisadapt.run_config import RunConfig
+from basisadapt.study.cells import Cell
+from basisadapt.study.engine import Invocation, Place, check_place, missing_cells, report_on
+from basisadapt.study.record import Imported, Record
+from basisadapt.study.report import Report
+from basisadapt.study.tuning import Tuning
+
+
+def export_cells(tuning: Tuning, place: Place, path: Path) -> int:
+    """Write the cells that the record lacks to a file, a line each. Returns how many; records nothing.
+
+    Of a row that is still to be tuned these are its trials. Raises InputError if the file cannot be written.
+    """
+    outcomes = Record.read(place.tracking_uri, tuning.spec.name)
+    cells = missing_cells([*tuning.trials.cells, *tuning.choose(outcomes).chosen.cells], outcomes)
+    lines = [CellLine(study=cell.study, row=cell.row, key=cell.key, config=cell.config.to_mapping()) for cell in cells]
+    beside = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        beside.write_text("".join(map(to_line, lines)), encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        raise InputError(f"--export {str(path)!r} cannot be written: {error.strerror}") from error
+    return len(cells)
+
+
+def import_results(
+    tuning: Tuning, place: Place, tags: Mapping[str, str], executor: Executor, path: Path
+) -> tuple[Report, list[ResultLine]]:
+    """Enter results that `python -m basisadapt.training` gave, and report; runs nothing.
+
+    Cells that are done in the record stay as they are. Returns the report, and the lines of cells that failed there,
+    which are not entered: they are still to be run. Raises InputError, before anything is entered, if a line is none
+    of a cell of this study, or its configuration is not the one that its key was made from.
+    """
+    check_place(place)
+    lines = read_lines(path, ResultLine, "--import")
+    cells = {cell.key: cell for cell in _possible_cells(tuning)}
+    results = [_checked(line, cells, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+    with Invocation(tuning.spec, place, tags, executor) as invocation:
+        invocation.enter([result for result in results if result is not None])
+        outcomes = invocation.outcomes
+        report = report_on(tuning.choose(outcomes), outcomes)
+        invocation.end(report)
+    done = {key for key, outcome in outcomes.items() if outcome.done}
+    return report, [line for line in lines if line.key not in done]
+
+
+def _possible_cells(tuning: Tuning) -> Iterator[Cell]:
+    yield from tuning.trials.cells
+    for candidates in tuning.candidates:
+        for candidate in candidates:
+            yield from candidate.row.cells
+
+
+def _checked(line: ResultLine, cells: Mapping[str, Cell], where: str) -> Imported | None:
+    """The result on a line, checked; None for a cell that failed."""
+    try:
+        cell = Cell(line.study, line.row, RunConfig.from_mapping(line.config))
+        if cell.key != line.key:
+            raise InputError(f"its study and configuration have the key {cell.key}, not {line.key}: they were changed")
+        if cell.key not in cells:
+            raise InputError(f"cell {cell.key} ({line.row}) is none of this study with these options")
+        if line.result is None:
+            return None
+        return Imported(cells[cell.key], parse_result(line.result), line.host, line.began, line.ended)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error

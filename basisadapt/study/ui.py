@@ -1,0 +1,94 @@
+"""MLflow's pages over a record, for as long as this process lives."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from types import FrameType
+from typing import NoReturn
+
+from basisadapt.errors import InputError
+from basisadapt.study.record import check_sound, sqlite_file
+
+HOST, FIRST_PORT, PORTS = "127.0.0.1", 5000, 100
+START_SECONDS, STOP_SECONDS = 120, 10
+
+
+def serve(tracking_uri: str) -> None:
+    """Serve the store's pages to this machine until Ctrl-C or SIGTERM; then none of the server's processes is left.
+
+    Raises InputError if there is no such store, no free port, or no server comes up.
+    """
+    if tracking_uri.startswith(("http:", "https:")):
+        raise InputError(f"--ui serves a local store; {tracking_uri!r} is a server already")
+    path = sqlite_file(tracking_uri)
+    if path is not None and not path.exists():
+        raise InputError(f"nothing is recorded in {tracking_uri!r}")
+    check_sound(tracking_uri, "--tracking-uri")
+    address = f"http://{HOST}:{(port := _free_port())}"
+    command = ["mlflow", "server", "--backend-store-uri", tracking_uri, "--host", HOST, "--port", str(port)]
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    # No jobs: they would be processes outside of the group.
+    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    server = subprocess.Popen(
+        [sys.executable, "-m", *command, "--workers", "1"],
+        env={**os.environ, **quiet},
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        _wait_for(f"{address}/health", server)
+        print(f"{address}  shows {tracking_uri}; Ctrl-C ends it", flush=True)
+        server.wait()
+        raise InputError(f"MLflow's server ended by itself, with exit code {server.returncode}")
+    except KeyboardInterrupt:
+        pass
+    finally:
+        _stop(server)
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _free_port() -> int:
+    for port in range(FIRST_PORT, FIRST_PORT + PORTS):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HOST, port))
+            except OSError:
+                continue
+            return port
+    raise InputError(f"no port from {FIRST_PORT} to {FIRST_PORT + PORTS - 1} is free")
+
+
+def _wait_for(address: str, server: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while server.poll() is None and time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(address, timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    raise InputError(f"MLflow's server did not come up (exit code {server.poll()})")
+
+
+def _stop(server: subprocess.Popen[bytes]) -> None:
+    """End the whole group, gently first."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(server.pid, number)
+            server.wait(STOP_SECONDS)
+        except ProcessLookupError:
+            break  # no process of the group is left
+        except subprocess.TimeoutExpired:
+            continue
+    server.wait()

@@ -1,0 +1,33 @@
+"""Handwritten digits that come with scikit-learn (Alpaydin & Kaynak, 1998): nothing to download."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from basisadapt.tasks.image import ImageTask
+from basisadapt.tasks.task import Rows, TaskData
+
+HELD_OUT = 0.2
+
+
+class Digits(ImageTask, name="vision/digits"):
+    """Ten digits, 1,797 grey images of 8 × 8, of which one in five is held out."""
+
+    headline, num_labels = "accuracy", 10
+    templates = ('a photo of the number: "{}".',)
+
+    def check(self, data_dir: Path | None) -> None:
+        """The data come with scikit-learn."""
+
+    def load(self, data_dir: Path | None) -> TaskData:
+        """Both parts, mixed by a fixed seed; the 17 shades of grey as bytes."""
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        images, labels = np.round(digits.images * 255 / 16).astype(np.uint8), digits.target
+        train, held_out = Rows(list(images), labels.tolist()).mixed().split(HELD_OUT)
+        mark = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
+        return TaskData(train, held_out, mark=mark, prompts=self.prompts([str(name) for name in digits.target_names]))
