@@ -540,14 +540,14 @@ def test_defaults_of_length():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["lora", "phi"])
-@pytest.mark.parametrize("scoring", ["likelihood", "generation", "cloze"])
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize(("method", "scoring"), [("lora", "likelihood"), ("phi", "likelihood"), ("phi", "generation")])
 def test_the_suite_end_to_end(data_dir, language_model, method, scoring):
     chosen = config(
         language_model,
         task="commonsense/all",
         method=method,
-        train={"max_steps": 2, "train_rows": 64, "eval_rows": 64},
+        train={"max_steps": 2, "train_rows": 16, "eval_rows": 32, "batch_size": 4},
         data={"scoring": scoring},
     )
     result = run(chosen, data_dir=data_dir)
