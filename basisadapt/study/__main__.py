@@ -214,7 +214,7 @@ def _export(tuning: Tuning, place: Place, path: Path) -> None:
     from basisadapt.study.exchange import export_cells
 
     count = export_cells(tuning, place, path)
-    print(f"{count} cells to run are in {path}; there, and then here:")
+    print(f"{count} cells to run are in {path}. Elsewhere, and then here with the same options as now:")
     print(f"  python -m basisadapt.training {shlex.quote(path.name)} --output results.jsonl")
     print(f"  python -m basisadapt.study {shlex.quote(tuning.spec.name)} ... --import results.jsonl")
 

@@ -113,7 +113,8 @@ def check_database(url: str, option: str) -> None:
                 connection.execute("BEGIN IMMEDIATE")
                 connection.rollback()
     except (OSError, sqlite3.Error) as error:
-        raise InputError(f"{option} {url!r} cannot be written: {_reason(error)}") from error
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise InputError(f"{option} {url!r} cannot be written: {reason}") from error
 
 
 def check_sound(url: str, option: str) -> None:
@@ -125,7 +126,7 @@ def check_sound(url: str, option: str) -> None:
         with _connection(path, "ro") as connection:
             (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
     except sqlite3.Error as error:
-        found = _reason(error)
+        found = str(error)
     if found != "ok":
         raise InputError(f"{option} {url!r} cannot be read: {' '.join(found.split())}")
 
@@ -163,8 +164,7 @@ def _reason(error: Exception) -> str:
     """The error in one line, without the statement that SQLAlchemy adds."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror + (f": {str(error.filename)!r}" if error.filename else "")
-    text = str(error) if isinstance(error, sqlite3.Error) else one_line(error)
-    return text.partition("[SQL:")[0].strip()
+    return one_line(error).partition("[SQL:")[0].strip()
 
 
 def _absolute(url: str) -> str:

@@ -61,6 +61,19 @@ def fake(monkeypatch):
 
 
 @pytest.fixture
+def faking(home, fake):
+    """Writes a plug-in that fakes training, here and in workers; returns the options that load it."""
+
+    def write(ways=None):
+        text = f"import sys\n\nsys.path.insert(0, {str(Path(fakes.__file__).parent)!r})\n"
+        text += f"import fakes\n\nfakes.Fakes({ways or {}!r}).install()\n"
+        (home / "faking.py").write_text(text)
+        return "--plugin", "faking.py"
+
+    return write
+
+
+@pytest.fixture
 def study(capsys):
     """Calls the command line: exit code, stdout, stderr."""
 

