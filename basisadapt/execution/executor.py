@@ -66,9 +66,12 @@ class Died:
 class Executor(ABC):
     """Runs up to `slots` jobs at once. A context manager, at whose end nothing runs any more.
 
-    It knows no record: who submits jobs writes down what comes of them, and keeps to the slots. Nothing is started
-    before the first job.
+    It knows no record: who submits jobs writes down what comes of them, and keeps to the slots.
     """
+
+    def prepare(self) -> None:
+        """Raise InputError where no job could be run. Called before anything is recorded, if there are jobs."""
+        return
 
     @property
     @abstractmethod

@@ -113,6 +113,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--storage", metavar="URL", help="Optuna's store (default: optuna.db beside MLflow's file)")
     parser.add_argument("--workers", type=int, metavar="N", help="run so many cells at once, each in its own process")
     parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="run the cells as tasks of the Ray cluster there, or on this machine alone with `--ray local`",
+    )
+    parser.add_argument("--cpus-per-cell", type=float, metavar="C", help="of a Ray cluster, 1 where it is not given")
+    parser.add_argument(
+        "--gpus-per-cell", type=float, metavar="G", help="likewise, 0; 0.25 lets four cells share a GPU"
+    )
+    parser.add_argument(
         "--timeout", type=float, metavar="SECONDS", help="a cell that takes longer fails; the others go on"
     )
     parser.add_argument(
@@ -203,6 +212,10 @@ def _check_together(options: argparse.Namespace) -> None:
         raise InputError("give the NAME of a study or --report NAME (--list lists the studies)")
     if (options.search is None) != (options.trials is None):
         raise InputError("--search and --trials go together, such as --search tpe --trials 30")
+    if options.ray is None and (options.cpus_per_cell is not None or options.gpus_per_cell is not None):
+        raise InputError("--cpus-per-cell and --gpus-per-cell go with --ray")
+    if options.ray is not None and options.workers is not None:
+        raise InputError("--workers does not go with --ray, whose cluster says how many cells run at once")
     apart = {"--export": options.export, "--import": options.results}
     others = {"--report": options.report, "--dry-run": options.dry_run, "--search": options.search, **apart}
     given = [option for option, value in others.items() if value]
@@ -231,6 +244,7 @@ def _import(tuning: Tuning, place: Place, tags: dict[str, str], executor: Execut
 
 def _executor(options: argparse.Namespace) -> Executor:
     from basisadapt.execution.executor import JobSettings
+    from basisadapt.execution.on_ray import OnRay, RaySettings
     from basisadapt.execution.workers import local_executor
 
     settings = JobSettings(
@@ -239,7 +253,11 @@ def _executor(options: argparse.Namespace) -> Executor:
         halve_batch=options.halve_batch,
         timeout=options.timeout,
     )
-    return local_executor(options.workers, settings)
+    if options.ray is None:
+        return local_executor(options.workers, settings)
+    needs = {"cpus": options.cpus_per_cell, "gpus": options.gpus_per_cell}
+    given = {name: value for name, value in needs.items() if value is not None}
+    return OnRay(RaySettings(address=options.ray, **given), settings)
 
 
 def _search(study_spec: specs.StudySpec, options: argparse.Namespace) -> Search:

@@ -18,6 +18,7 @@ from basisadapt.errors import InputError, one_line
 from basisadapt.execution.executor import Died, Ended, Executor, Job
 from basisadapt.study.cells import Cell, Study
 from basisadapt.study.files import report_files
+from basisadapt.study.heartbeat import Heartbeat
 from basisadapt.study.interrupt import Interrupt
 from basisadapt.study.progress import Progress
 from basisadapt.study.record import (
@@ -76,7 +77,10 @@ def run_study(tuning: Tuning, place: Place, tags: Mapping[str, str], executor: E
     recorded = Record.read(place.tracking_uri, tuning.spec.name)
     for study in (tuning.trials, tuning.choose(recorded).study):
         _check_own_files(study, recorded, place.data_dir)
-        plan_cells(missing_cells(study.cells, recorded), place.data_dir)
+        missing = missing_cells(study.cells, recorded)
+        plan_cells(missing, place.data_dir)
+        if missing:
+            executor.prepare()
     with Invocation(tuning.spec, place, tags, executor) as invocation:
         tuned = tuning.choose(invocation.run(tuning.trials))
         report = report_on(tuned, invocation.run(tuned.chosen))
@@ -106,6 +110,7 @@ class Invocation:
             _make_folder(place.output)
         self._place, self._executor = place, executor
         self._interrupt = Interrupt()
+        self._running: dict[str, _Running] = {}
         self._trials = Trials(place.optuna_url, spec.name)
         self._record = Record(place.tracking_uri, spec.name)
         try:
@@ -113,13 +118,16 @@ class Invocation:
             self._trials.close_orphans(self._record.outcomes)
         except store_errors() as error:
             raise InputError(f"--tracking-uri {place.tracking_uri!r}: {record_error(error)}") from error
+        self._heartbeat = Heartbeat(self._record, self._at_work)
 
     def __enter__(self) -> Invocation:
         self._interrupt.__enter__()
+        self._heartbeat.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._interrupt.__exit__(kind, error, at)
+        self._heartbeat.stop()
         self._executor.stop()
         if error is not None:
             with suppress(*store_errors()):
@@ -163,7 +171,7 @@ class Invocation:
     def _run_cells(self, cells: Iterable[Cell], progress: Progress) -> None:
         """Keep the executor's slots full until no cell is left, and wait for those that other processes run."""
         waiting, elsewhere = collections.deque(cells), list[Cell]()
-        running: dict[str, _Running] = {}
+        running = self._running
         cut_off: set[str] = set()
         try:
             while waiting or running or elsewhere:
@@ -199,8 +207,13 @@ class Invocation:
                 for at in running.values():
                     self._cut_off(at, "")
             raise
+        finally:
+            running.clear()
         if self._interrupt.asked:
             raise KeyboardInterrupt
+
+    def _at_work(self) -> list[str]:
+        return [self._parent, *(at.run_id for at in list(self._running.values()))]
 
     def _start(self, cell: Cell) -> _Running | None:
         run_id = self._record.start(self._parent, cell)

@@ -40,9 +40,12 @@ TERMINAL = {
 CELL, ROW, STATUS, OWNER = "basisadapt.cell", "basisadapt.row", "status", "basisadapt.owner"
 HEADLINE, WARNINGS, ERROR = "basisadapt.headline", "basisadapt.warnings", "basisadapt.error"
 ENVIRONMENT, DATA = "environment.", "data."
+CLAIMED = "basisadapt.claimed"  # its driver knows that no other has the cell
+ALIVE = "basisadapt.alive"  # when its driver was last known to live, in seconds since 1970
 HOST = "basisadapt.imported_from"  # the machine that computed what is imported
 ACCUMULATE = "basisadapt.accumulate"  # how many smaller batches made up a batch, where memory asked for it
 
+BEAT, SILENCE = 20.0, 180.0  # seconds between two signs of life, and without one until a driver elsewhere is dead
 TEXT_LIMIT = 5000  # below every limit that MLflow sets for tags, parameters and notes
 FEW = 20  # cells whose runs are sooner read one by one than in the whole record
 METRICS, PARAMETERS = 900, 90  # in one call, likewise
@@ -61,6 +64,8 @@ class Outcome:
     error: str
     owner: Owner | None
     ended: int
+    claimed: bool = False
+    alive: float = 0.0
     environment: Mapping[str, str] = field(default_factory=dict)
     data: Mapping[str, str] = field(default_factory=dict)
 
@@ -71,11 +76,15 @@ class Outcome:
 
     @property
     def busy(self) -> bool:
-        """Whether another process of this host is at it now."""
-        owner = self.owner
-        if self.status != "running" or owner is None or owner == Owner.me():
+        """Whether another process is at it now."""
+        return self.status == "running" and self.owner not in (None, Owner.me()) and not self.orphan
+
+    @property
+    def orphan(self) -> bool:
+        """Whether it is RUNNING though its process is gone: seen to be so, or silent for too long on another host."""
+        if self.status != "running" or self.owner is None:
             return False
-        return owner.is_here and not owner.is_dead
+        return self.owner.is_dead if self.owner.is_here else time.time() - self.alive > SILENCE
 
     @property
     def value(self) -> float | None:
@@ -199,6 +208,11 @@ class Record:
         self.experiment_id: str | None = found.experiment_id if found else None
         self._primary = ""  # the metric that the experiment's page shows first, as far as it was set here
 
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a file, which drivers on other hosts do not share."""
+        return sqlite_file(self.tracking_uri) is not None
+
     @staticmethod
     def read(tracking_uri: str, study: str) -> dict[str, Outcome]:
         """outcomes() without making anything: empty where there is no record yet."""
@@ -221,8 +235,13 @@ class Record:
     def close_orphans(self) -> None:
         """Close as killed what is RUNNING though its process is gone."""
         for run in self._runs("attributes.status = 'RUNNING'"):
-            if OWNER in run.data.tags and Owner.parse(run.data.tags[OWNER]).is_dead:
+            if self._outcome(run).orphan:
                 self.close(run.info.run_id, "killed")
+
+    def beat(self, run_ids: Iterable[str]) -> None:
+        """Say that the driver of these runs lives."""
+        for run_id in run_ids:
+            self._client.set_tag(run_id, ALIVE, f"{time.time():.0f}")
 
     def begin(self, spec: StudySpec, tags: Mapping[str, str]) -> str:
         """Make the experiment if it is new, close orphans, and start the invocation's parent run."""
@@ -238,7 +257,7 @@ class Record:
             self._client.set_experiment_tag(self.experiment_id, key, value)
         self.close_orphans()
         name = f"{clean(spec.name)} {time.strftime('%Y-%m-%d %H:%M:%S')}"
-        run = self._client.create_run(self.experiment_id, tags={OWNER: str(Owner.me()), **tags}, run_name=name)
+        run = self._client.create_run(self.experiment_id, tags={**_signature(), **tags}, run_name=name)
         return str(run.info.run_id)
 
     def start(self, parent: str, cell: Cell, imported: Imported | None = None) -> str | None:
@@ -247,26 +266,41 @@ class Record:
 
         if any(self._outcome(other).done or self._outcome(other).busy for other in self._runs_of(cell)):
             return None
-        tags = {"mlflow.parentRunId": parent, CELL: cell.key, ROW: cell.row, OWNER: str(Owner.me())}
+        tags = {"mlflow.parentRunId": parent, CELL: cell.key, ROW: cell.row, **_signature()}
         began = None
         if imported is not None:
             tags[HOST], began = imported.host[:TEXT_LIMIT], int(imported.began * 1000)
         name = clean(f"{cell.row} seed {cell.seed}")
         run = self._client.create_run(self.experiment_id, start_time=began, tags=tags, run_name=name)
         run_id = str(run.info.run_id)
-        # Two processes may have found the cell free: both have a run now, both see both, the earlier stays.
-        for other in self._runs_of(cell):
-            earlier = (other.info.start_time, other.info.run_id) < (run.info.start_time, run_id)
-            outcome = self._outcome(other)
-            if outcome.done or (outcome.busy and earlier):
-                self.close(run_id, "killed")
-                self._client.delete_run(run_id)
-                return None
+        if not self._claim(run, cell):
+            self.close(run_id, "killed")
+            self._client.delete_run(run_id)
+            return None
         parameters = [Param(name, value[:TEXT_LIMIT]) for name, value in _parameters(cell).items()]
         for batch in _batches(parameters, PARAMETERS):
             self._client.log_batch(run_id, params=batch)
         self._client.log_dict(run_id, cell.config.to_mapping(), "config.json")
         return run_id
+
+    def _claim(self, run: Any, cell: Cell) -> bool:
+        """Whether the new run has its cell for itself.
+
+        Several processes may have found the cell free, and have a run each now. One that sees a claim, or an earlier
+        run, gives way; one that sees later runs only waits until they have seen it, or are claimed: they may have
+        looked before it was there. So one stays, and none waits for one that waits.
+        """
+        me = (run.info.start_time, run.info.run_id)
+        while True:
+            others = [(other, self._outcome(other)) for other in self._runs_of(cell) if other.info.run_id != me[1]]
+            rivals = [(other, outcome) for other, outcome in others if outcome.done or outcome.busy]
+            for other, outcome in rivals:
+                if outcome.done or outcome.claimed or (other.info.start_time, other.info.run_id) < me:
+                    return False
+            if not rivals:
+                self._client.set_tag(me[1], CLAIMED, "true")
+                return True
+            time.sleep(0.05)
 
     def finish(
         self,
@@ -370,7 +404,7 @@ class Record:
             status = "killed"  # what the tag says was not confirmed by the run's end
         return Outcome(
             run_id=run.info.run_id,
-            key=tags[CELL],
+            key=tags.get(CELL, ""),
             status=status,
             headline=tags.get(HEADLINE, ""),
             metrics=run.data.metrics,
@@ -378,6 +412,8 @@ class Record:
             error=tags.get(ERROR, ""),
             owner=Owner.parse(tags[OWNER]) if OWNER in tags else None,
             ended=run.info.end_time or 0,
+            claimed=CLAIMED in tags,
+            alive=float(tags.get(ALIVE, 0)),
             environment=_part(tags, ENVIRONMENT),
             data=_part(tags, DATA),
         )
@@ -385,6 +421,11 @@ class Record:
 
 def _part(tags: Mapping[str, str], prefix: str) -> dict[str, str]:
     return {name.removeprefix(prefix): value for name, value in tags.items() if name.startswith(prefix)}
+
+
+def _signature() -> dict[str, str]:
+    """The tags that say whose a run is."""
+    return {OWNER: str(Owner.me()), ALIVE: f"{time.time():.0f}"}
 
 
 def _precedence(outcome: Outcome) -> tuple[int, int]:

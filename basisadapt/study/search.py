@@ -85,6 +85,7 @@ def run_search(search: Search, place: Place, tags: Mapping[str, str], executor: 
     check_place(place)
     rows = [search.row(f"{key}={value}", {key: value}) for edge in edges(search.space()) for key, value in edge.items()]
     plan_cells([row.cells[0] for row in [*rows, *search.reference()]], place.data_dir)
+    executor.prepare()
     with Invocation(search.spec, place, tags, executor) as invocation:
         hunt = Hunt(place.optuna_url, search)
         hunt.close_orphans()

@@ -21,7 +21,7 @@ def mounted(home):
         pytest.skip("needs a mount namespace, which this machine does not let us have")
 
     def run(script):
-        environment = {**os.environ, "STUDY": f"{sys.executable} {FAKES} none 0 tiny.yaml"}
+        environment = {**os.environ, "STUDY": f"{sys.executable} {FAKES} none 0"}
         done = subprocess.run(
             [*NAMESPACE, "sh", "-c", script], env=environment, capture_output=True, text=True, timeout=500
         )
@@ -35,8 +35,8 @@ def test_a_full_disk_stops_the_study_and_the_record_stays_readable(home, mounted
     size = sum((home / name).stat().st_size for name in ("mlflow.db", "optuna.db")) + 700_000
     out, err = mounted(f"""
         mkdir disk && mount -t tmpfs -o size={size} none disk && cp *.db tiny.yaml disk && cd disk
-        $STUDY; echo "exit code $?"
-        ${STUDY % tiny.yaml} --report tiny.yaml 2>&1
+        $STUDY tiny.yaml; echo "exit code $?"
+        $STUDY --report tiny.yaml 2>&1
     """)
     assert out.startswith("exit code 1\n")
     assert "\nLoRA " in out.partition("exit code 1")[2], "the report on what is recorded"
@@ -52,7 +52,7 @@ def test_a_full_disk_stops_the_study_and_the_record_stays_readable(home, mounted
 def test_a_full_disk_before_the_work_is_bad_input(home, mounted):
     _, err = mounted("""
         mkdir disk && mount -t tmpfs -o size=8k none disk && cp tiny.yaml disk && cd disk
-        $STUDY; test $? = 2
+        $STUDY tiny.yaml; test $? = 2
     """)
     assert err.count("\n") == 1
     assert err.startswith("basisadapt: error: --")
@@ -64,8 +64,8 @@ def test_a_read_only_folder_is_bad_input_and_its_record_can_be_reported(home, fa
     out, err = mounted("""
         mount --bind . . && mount -o remount,bind,ro . && cd .
         cd "$PWD"
-        $STUDY --seeds 2; test $? = 2 || exit 1
-        ${STUDY% tiny.yaml} --report tiny.yaml --seeds 1
+        $STUDY tiny.yaml --seeds 2; test $? = 2 || exit 1
+        $STUDY --report tiny.yaml --seeds 1
     """)
     assert err == ("basisadapt: error: --tracking-uri 'sqlite:///mlflow.db' cannot be written: Read-only file system\n")
     assert out.split("\nRecorded")[0] == expected.split("\nRecorded")[0]

@@ -1,0 +1,149 @@
+"""The executor that runs jobs as Ray tasks, on whatever nodes a Ray cluster has."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import zlib
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from basisadapt.errors import InputError, one_line
+from basisadapt.execution.compute import compute
+from basisadapt.execution.executor import Died, Ended, Executor, Job, JobSettings, OnStep
+from basisadapt.execution.lines import end_to_mapping, parse_result
+from basisadapt.registry import load_plugin
+from basisadapt.run_config import RunConfig
+
+LOCAL = "local"
+RETRIES = 3  # of a job whose node or process is lost
+NODE = "ray_node"  # in a result's environment: the node that ran it
+
+
+@dataclass(frozen=True, kw_only=True)
+class RaySettings:
+    """Where the cluster is, and what of it a job takes.
+
+    address: what ray.init takes, or "local", a cluster of this machine alone that ends with the executor. cpus, gpus:
+    fractions are shares of one. Raises InputError out of range.
+    """
+
+    address: str
+    cpus: float = 1.0
+    gpus: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.cpus > 0:
+            raise InputError(f"--cpus-per-cell must be above 0, got {self.cpus:g}")
+        if not self.gpus >= 0:
+            raise InputError(f"--gpus-per-cell must be at least 0, got {self.gpus:g}")
+
+
+class OnRay(Executor):
+    """As many jobs at once as the cluster has room for. Results come back as they are told, and lie nowhere else.
+
+    A job whose node is lost is run again on another, up to RETRIES times. Plug-in files travel with the jobs; modules
+    have to be installed on the nodes, and the tasks' data to lie there.
+    """
+
+    def __init__(self, cluster: RaySettings, settings: JobSettings) -> None:
+        if settings.timeout is not None:
+            raise InputError("--timeout does not go with --ray, whose jobs may wait for a node")
+        try:
+            import ray
+        except ImportError as error:
+            raise InputError("--ray needs Ray: pip install 'basisadapt[ray]'") from error
+        self._ray, self._cluster, self._settings = ray, cluster, settings
+        self._plugins = [_packed(plugin) for plugin in settings.plugins]
+        self._jobs: dict[Any, str] = {}  # a task's reference to the key of its job
+        self._task: Any = None
+
+    def prepare(self) -> None:
+        """Connect to the cluster. Raises InputError where it cannot be reached."""
+        self._connect()
+
+    @property
+    def slots(self) -> int:
+        """What fits into the nodes that the cluster has now, and one job at least."""
+        self._connect()
+        there = self._ray.cluster_resources()
+        room = [there.get("CPU", 0) // self._cluster.cpus]
+        if self._cluster.gpus:
+            room.append(there.get("GPU", 0) // self._cluster.gpus)
+        return max(1, int(min(room)))
+
+    def submit(self, job: Job) -> None:
+        """Give the job to Ray, which places it."""
+        self._connect()
+        settings = replace(self._settings, plugins=())
+        self._jobs[self._task.remote(job.key, job.config.to_mapping(), settings, self._plugins)] = job.key
+
+    def wait(self, on_step: OnStep) -> Ended | Died:
+        """Wait until a task ends. Steps are not seen from here."""
+        while True:
+            done, _ = self._ray.wait(list(self._jobs), num_returns=1, timeout=1.0)  # a Ctrl-C gets in between
+            if done:
+                return self._end(done[0])
+
+    def stop(self) -> None:
+        """Cancel all tasks, and let the cluster go."""
+        for task in self._jobs:
+            with suppress(Exception):  # a cluster that is gone runs nothing
+                self._ray.cancel(task, force=True)
+        self._jobs.clear()
+        if self._task is not None:
+            self._ray.shutdown()
+            self._task = None
+
+    def _connect(self) -> None:
+        if self._task is not None:
+            return
+        quiet = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+        try:
+            if self._cluster.address == LOCAL:
+                self._ray.init("local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+            else:
+                self._ray.init(self._cluster.address, **quiet)
+        except Exception as error:  # a connection's, a version's or Ray's own
+            raise InputError(f"--ray {self._cluster.address!r} cannot be reached: {one_line(error)[:200]}") from error
+        needs = {"num_cpus": self._cluster.cpus, "num_gpus": self._cluster.gpus}
+        # A process for each job: what a plug-in or a run leaves behind meets no other.
+        self._task = self._ray.remote(**needs, max_retries=RETRIES, max_calls=1)(run_job)
+
+    def _end(self, task: Any) -> Ended | Died:
+        key = self._jobs.pop(task)
+        try:
+            told = json.loads(zlib.decompress(self._ray.get(task)))
+        except self._ray.exceptions.RayTaskError as error:  # raised in the task, before or after the run
+            return Ended(key, error=one_line(error.cause), traceback=str(error))
+        except self._ray.exceptions.RayError as error:
+            return Died(key, f"Ray lost it {RETRIES + 1} times ({type(error).__name__})")
+        result = None if told["result"] is None else parse_result(told["result"])
+        return Ended(key, result, told["error"], told["traceback"])
+
+
+def run_job(key: str, config: dict[str, Any], settings: JobSettings, plugins: list[tuple[str, str | None]]) -> bytes:
+    """A job on a node: how it ended, as compressed JSON, so small that Ray hands it over without storing it."""
+    import ray
+
+    with tempfile.TemporaryDirectory() as folder:
+        for name, source in plugins:
+            if source is not None:
+                Path(folder, name).write_text(source, encoding="utf-8")
+            load_plugin(name if source is None else str(Path(folder, name)))
+    data_dir = settings.data_dir
+    if data_dir is not None and not data_dir.is_dir():
+        raise InputError(f"--data-dir {str(data_dir)!r} is not on node {ray.util.get_node_ip_address()}")
+    ended = compute(Job(key, RunConfig.from_mapping(config)), settings, lambda *_: None)
+    if ended.result is not None:
+        seen = {**ended.result.environment, NODE: ray.get_runtime_context().get_node_id()}
+        ended = replace(ended, result=replace(ended.result, environment=seen))
+    return zlib.compress(json.dumps(end_to_mapping(ended)).encode())
+
+
+def _packed(plugin: str) -> tuple[str, str | None]:
+    """A plug-in as it travels: a file's name and source, or a module's name alone."""
+    path = Path(plugin)
+    return (path.name, path.read_text(encoding="utf-8")) if plugin.endswith(".py") else (plugin, None)
