@@ -110,6 +110,7 @@ class Invocation:
         self._record = Record(place.tracking_uri, spec.name)
         try:
             self._parent = self._record.begin(spec, tags)
+            self._trials.close_orphans(self._record.outcomes)
         except store_errors() as error:
             raise InputError(f"--tracking-uri {place.tracking_uri!r}: {record_error(error)}") from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -40,15 +40,21 @@ class Trials:
         trial.set_user_attr("status", status)
         self._study.tell(trial, value, state=_state(value))
 
-    def follow(self, cells: Iterable[Cell], outcomes: Mapping[str, Outcome]) -> None:
-        """Close the trials of dead processes, and add those of done cells that Optuna does not know."""
-        from optuna.trial import TrialState, create_trial
+    def close_orphans(self, record: Callable[[], Mapping[str, Outcome]]) -> None:
+        """Close the trials of dead processes as the whole record, read where there are any, has their cells."""
+        from optuna.trial import TrialState
 
-        for orphan in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if is_orphan(orphan):
-                outcome = outcomes.get(orphan.user_attrs.get("cell", ""))
-                value = outcome.value if outcome else None
-                self._study.tell(orphan.number, value, state=_state(value))
+        running = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        orphans = [trial for trial in running if is_orphan(trial)]
+        outcomes = record() if orphans else {}
+        for orphan in orphans:
+            outcome = outcomes.get(orphan.user_attrs.get("cell", ""))
+            value = outcome.value if outcome else None
+            self._study.tell(orphan.number, value, state=_state(value))
+
+    def follow(self, cells: Iterable[Cell], outcomes: Mapping[str, Outcome]) -> None:
+        """Add the trials of done cells that Optuna does not know."""
+        from optuna.trial import TrialState, create_trial
 
         known = {
             trial.user_attrs.get("cell")
