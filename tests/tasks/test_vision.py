@@ -135,7 +135,7 @@ def hub(monkeypatch):
             self.label = datasets.ClassLabel(names=[f"class_{i}" for i in range(100)])
             self.asked = None
 
-        def load_dataset(self, name, config):
+        def load_dataset(self, name, config, revision):
             self.asked = (name, config)
             features = datasets.Features({"img": datasets.Image(), "fine_label": self.label})
             return {part: datasets.Dataset.from_dict(self.rows, features=features) for part in ("train", "test")}
