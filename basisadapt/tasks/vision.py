@@ -65,8 +65,9 @@ class Photographs(ImageTask):
         self.check(data_dir)
         folder = data_dir / "vision" / self.folder
         classes = _subfolders(folder / PARTS[0])
+        names = _names(folder, classes)
         (train, seen), (held_out, unseen) = (_read(folder / part, classes) for part in PARTS)
-        return TaskData(train, held_out, mark=seen + unseen, prompts=self.prompts(_names(folder, classes)))
+        return TaskData(train, held_out, mark=f"{seen} {unseen} {names}", prompts=self.prompts(names))
 
     def _from_hub(self) -> TaskData:
         try:
@@ -110,8 +111,11 @@ def _subfolders(folder: Path) -> list[str]:
 
 
 def _images(folder: Path) -> list[os.DirEntry[str]]:
-    with os.scandir(folder) as entries:
-        return sorted((e for e in entries if e.name.lower().endswith(SUFFIXES)), key=lambda entry: entry.name)
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((e for e in entries if e.name.lower().endswith(SUFFIXES)), key=lambda entry: entry.name)
+    except OSError as error:
+        raise InputError(f"class folder {str(folder)!r} cannot be read: {error.strerror}") from error
 
 
 def _read(folder: Path, classes: list[str]) -> tuple[Rows, str]:
@@ -121,7 +125,7 @@ def _read(folder: Path, classes: list[str]) -> tuple[Rows, str]:
     for entry, label in files:
         if (size := entry.stat().st_size) == 0:
             raise InputError(f"image {entry.path!r} is empty")
-        content.update(f"{classes[label]}/{entry.name} {size}\n".encode())
+        content.update(os.fsencode(f"{classes[label]}/{entry.name} {size}\n"))
     rows = Rows([entry.path for entry, _ in files], [label for _, label in files])
     return rows.mixed(), content.hexdigest()
 
@@ -131,14 +135,18 @@ def _names(folder: Path, classes: list[str]) -> list[str]:
     path = folder / "classes.txt"
     if not path.is_file():
         return classes
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{str(path)!r} cannot be read as UTF-8: {error}") from error
     names = {name: called.strip() for name, _, called in (line.partition(" ") for line in lines)}
     if missing := [name for name in classes if not names.get(name)]:
         raise InputError(f"{str(path)!r} does not name class {missing[0]!r}")
     return [names[name] for name in classes]
 
 
-# The hub's ids and columns are from memory but for CIFAR-100's; the messages above name what is not as written here.
+# Ids and columns of the hub are unchecked but for CIFAR-100's: it could not be reached when they were written. Where a
+# set is not as written here, the message says what it has.
 
 
 class ImageNet(Photographs, name="vision/imagenet"):

@@ -76,6 +76,9 @@ def test_names_from_a_file(shapes):
         "a photo of a ring.",
         "a photo of a box.",
     ]
+    (folder / "classes.txt").write_bytes("circle disc\nsquare café".encode("latin-1"))
+    with pytest.raises(InputError, match=r"classes.txt' cannot be read as UTF-8"):
+        Shapes().check(shapes)
     (folder / "classes.txt").write_text("circle disc\nsquare\nring_road ring")
     with pytest.raises(InputError, match=r"classes.txt' does not name class 'square'"):
         Shapes().check(shapes)
@@ -132,7 +135,7 @@ def hub(monkeypatch):
             self.label = datasets.ClassLabel(names=[f"class_{i}" for i in range(100)])
             self.asked = None
 
-        def load_dataset(self, name, config):
+        def load_dataset(self, name, config, revision):
             self.asked = (name, config)
             features = datasets.Features({"img": datasets.Image(), "fine_label": self.label})
             return {part: datasets.Dataset.from_dict(self.rows, features=features) for part in ("train", "test")}
