@@ -60,6 +60,7 @@ class Registry(Generic[T]):
 
 
 _entry_points_loaded = False
+_plugins: dict[str, None] = {}  # what load_plugin has imported, in order
 
 
 def load_entry_points() -> None:
@@ -75,17 +76,31 @@ def load_entry_points() -> None:
             warnings.warn(f"plug-in {entry.name!r} ({entry.value}) did not load: {error}", stacklevel=2)
 
 
+def loaded_plugins() -> list[str]:
+    """What load_plugin has imported here, for a process that is to know the same names."""
+    return list(_plugins)
+
+
 def load_plugin(source: str) -> ModuleType:
     """Import a plug-in for its registrations: a path to a Python file, or the dotted name of a module.
 
     The same file is imported once per process. Raises InputError if it does not exist or does not import.
     """
+    is_file = source.endswith(".py")
+    module = _load_file(source) if is_file else _load_module(source)
+    _plugins[str(Path(source).resolve()) if is_file else source] = None
+    return module
+
+
+def _load_module(source: str) -> ModuleType:
+    try:
+        return importlib.import_module(source)
+    except Exception as error:
+        raise InputError(f"plug-in module {source!r} does not import: {one_line(error)}") from error
+
+
+def _load_file(source: str) -> ModuleType:
     path = Path(source)
-    if not source.endswith(".py"):
-        try:
-            return importlib.import_module(source)
-        except Exception as error:
-            raise InputError(f"plug-in module {source!r} does not import: {one_line(error)}") from error
     if not path.is_file():
         raise InputError(f"plug-in file {source!r} does not exist")
     name = f"basisadapt_plugin_{path.stem}_{abs(hash(path.resolve())):x}"

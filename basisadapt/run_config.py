@@ -9,6 +9,7 @@ from typing import Any
 
 from basisadapt import backbones, tasks
 from basisadapt.backbones import QUANTISED, WEIGHTS
+from basisadapt.distributed import PARALLEL
 from basisadapt.errors import InputError, unknown
 from basisadapt.methods import METHODS
 from basisadapt.phi.settings import LowRankSettings, field_names, require
@@ -33,7 +34,10 @@ class TrainSettings:
     evaluations without a better one. train_rows / eval_rows: use only so many rows. validation: the last such share of
     the training rows is not trained on and evaluated in the place of the held-out rows, so that a choice may be made
     before these are seen; None evaluates them. landscape: after training, evaluate the loss on a slice around the
-    solution with so many points a side, an odd number; None does not.
+    solution with so many points a side, an odd number; None does not. processes: train in so many processes of this
+    host, one for each GPU, among which every batch is divided: batch_size is the run's. parallel: what they share, with
+    "ddp" the batches alone, with "fsdp" the frozen weights too (see `distributed/shard.py`); either trains as one
+    process does, up to rounding and dropout's draws.
     Raises InputError out of range.
     """
 
@@ -55,6 +59,8 @@ class TrainSettings:
     eval_rows: int | None = None
     validation: float | None = None
     landscape: int | None = None
+    processes: int = 1
+    parallel: str = "ddp"
 
     def __post_init__(self) -> None:
         require(self.lr > 0, "train.lr", self.lr, "above 0")
@@ -74,6 +80,13 @@ class TrainSettings:
         require(odd, "train.landscape", self.landscape, "an odd number of at least 3, whose middle is the solution")
         paired = self.patience is None or self.eval_steps is not None
         require(paired, "train.patience", self.patience, "used together with train.eval_steps")
+        divides = self.processes >= 1 and self.batch_size % self.processes == 0
+        require(divides, "train.processes", self.processes, f"a divisor of train.batch_size, {self.batch_size}")
+        require(self.parallel in PARALLEL, "train.parallel", self.parallel, f"one of {', '.join(PARALLEL)}")
+        shared = self.parallel == "ddp" or self.processes > 1
+        require(shared, "train.parallel", self.parallel, "used together with train.processes of at least 2")
+        plain = self.parallel == "ddp" or self.weights not in QUANTISED
+        require(plain, "train.parallel", self.parallel, f"ddp with train.weights {self.weights}, which have no shards")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import math
 import runpy
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,10 +21,30 @@ from basisadapt.backbones import FORMS, is_head
 from basisadapt.cost import Cost
 from basisadapt.diagnostics.convergence import fit_power_law
 from basisadapt.diagnostics.landscape import landscape
+from basisadapt.distributed.group import (
+    check_processes,
+    in_group,
+    in_the_first,
+    rank,
+    run_in_processes,
+    shared_folder,
+    sum_over_group,
+    world_size,
+)
+from basisadapt.distributed.shard import gathering, shard_frozen
+from basisadapt.distributed.trainer import spread
 from basisadapt.environment import environment
 from basisadapt.errors import InputError
 from basisadapt.methods import METHODS
-from basisadapt.observation import CURVE_POINTS, Observer, adapted_layers, adapter_parameters, observe, summary
+from basisadapt.observation import (
+    CURVE_POINTS,
+    Observer,
+    WeightChange,
+    adapted_layers,
+    adapter_parameters,
+    observe,
+    summary,
+)
 from basisadapt.phi.settings import PhiSettings, field_names
 from basisadapt.run_config import RunConfig
 from basisadapt.tasks import DataSettings, Example, Rows, Task, TaskData
@@ -70,8 +89,8 @@ class RunResult:
     "range.share", the largest of them; "convergence_exponent" (`diagnostics.convergence`), "update_smoothness"
     (`diagnostics.path`), "generalisation_gap" (the headline metric on up to 128 training rows less that on the held-out
     ones, where they are comparable); "parameters.trainable", ".factors", ".transfer", ".head"; "adapter.bytes", the
-    size of the saved weights; "memory.peak_bytes" and "tokens_per_second" of training (`cost`); "seconds.train",
-    ".eval" and ".observe", which do not overlap.
+    size of the saved weights; "memory.peak_bytes" (of process 0) and "tokens_per_second" of training (`cost`);
+    "seconds.train", ".eval" and ".observe", which do not overlap.
     curves: name -> [(step, value), ...]: "loss", "update_smoothness" so far, "stable_rank.attention" and so on at the
     snapshots and the end, and "eval_loss" and the task's metrics where the run evaluates on its way.
     modules: adapted module -> its numbers at the end, if its method has a ΔW: "kind", "stable_rank", "dc_share",
@@ -102,8 +121,10 @@ class RunResult:
 def plan(config: RunConfig, data_dir: Path | None = None, dry: bool = False) -> Plan:
     """Check `config` against the data's place and the model's shapes, and count. Raises InputError.
 
-    dry: count only; a run's weights, and what they need, may be missing.
+    dry: count only; a run's machine and weights, and what they need, may be missing.
     """
+    if not dry:
+        check_processes(config.train.processes)
     if config.train.precision == "fp16" and not torch.cuda.is_available():
         raise InputError("train.precision fp16 needs a GPU; on a CPU use fp32 or bf16")
     task = tasks.find(config.task, config.data)
@@ -130,6 +151,10 @@ def attach(model: PreTrainedModel, config: RunConfig, form: str) -> PreTrainedMo
         smaller = min(layer.in_features, layer.out_features)
         if method.bounded and settings.r > smaller:
             raise InputError(f"adapter.r must be at most {smaller}, the smaller side of {name!r}, got {settings.r}")
+    if config.train.parallel == "fsdp" and not hasattr(adapted, "peft_config"):
+        raise InputError(
+            f"train.parallel fsdp shards the weights below an adapter, and method {config.method!r} has none"
+        )
     return adapted
 
 
@@ -162,7 +187,14 @@ def run(
     accumulate: how many smaller batches make up a batch, which it must divide; they take less memory and more time.
 
     Raises InputError for what plan() would have refused; a loss that is not finite is a result, status "diverged".
+    With several train.processes it starts them, see `distributed/group.py`, and returns what process 0 does.
     """
+    if config.train.processes > 1 and not in_group():
+        check_processes(config.train.processes)
+        arguments = (config.to_mapping(), data_dir, save_to, accumulate)
+        report = None if on_step is None else lambda step: on_step(*step)
+        result: RunResult = run_in_processes(_in_group, arguments, config.train.processes, report)
+        return result
     import transformers
 
     task = tasks.find(config.task, config.data)
@@ -179,22 +211,28 @@ def run(
     encode = functools.partial(task.examples, processor=processor, max_length=config.train.max_length)
     held_out, questions = _longest_first(held_out, encode(held_out, training=False))
     seen, examples = _spread(train, SEEN_ROWS), encode(train, training=True)
+    measure = in_the_first(task.measure)  # which may ask a judge
+    method = METHODS[config.method]()
+    weight_change: WeightChange = method.weight_change
+    sharded = config.train.parallel == "fsdp"
+    if sharded:
+        shard_frozen(model)
+        weight_change = gathering(weight_change)
 
-    with tempfile.TemporaryDirectory() as checkpoints:
-        trainer = _trainer_for(task)(
+    with shared_folder() as checkpoints:
+        trainer = spread(_trainer_for(task), in_step=sharded)(
             model=model,
-            args=_arguments(config, len(examples), task.headline, Path(checkpoints), accumulate),
+            args=_arguments(config, len(examples), task.headline, checkpoints, accumulate),
             train_dataset=examples,
             eval_dataset=questions,
             data_collator=task.collator(processor),
             processing_class=processor,
-            compute_metrics=lambda output: task.measure(output.predictions, held_out, processor),
+            compute_metrics=lambda output: measure(output.predictions, held_out, processor),
             optimizers=(_optimizer(model, config), None),
             callbacks=_early_stopping(config.train.patience),
         )
         trainer.remove_callback(transformers.PrinterCallback)
-        method = METHODS[config.method]()
-        observer = Observer(model, method.weight_change)  # only now is the model where it trains
+        observer = Observer(model, weight_change)  # only now is the model where it trains
         cost = Cost(model)
         watch = _watch(
             cost.aside(observer.step),
@@ -212,21 +250,23 @@ def run(
         on_seen = trainer.predict(encode(seen, training=False)).predictions if task.comparable else None
         slice_of_loss = _landscape(trainer, encode(_spread(train, EVAL_BATCH), training=False), config)
         size = math.nan
-        if save_to is not None or hasattr(model, "peft_config"):  # a whole model is written where it is asked for only
+        # A whole model is written where it is asked for only.
+        if (save_to is not None or hasattr(model, "peft_config")) and rank() == 0:
             model.save_pretrained(save_to or checkpoints)
             size = sum(file.stat().st_size for file in Path(save_to or checkpoints).glob("*.safetensors"))
 
     described = time.perf_counter()
-    modules, phi = observe(model, method.weight_change)
+    modules, phi = observe(model, weight_change)
     observing = observer.seconds + time.perf_counter() - described
     curves = {**_curves(trainer.state.log_history), **observer.curves(modules, trainer.state.global_step)}
     law = fit_power_law(curves.get("loss", []))
     scores, gap = {}, math.nan
     if not watch.diverged:
-        scores = task.measure(output.predictions, held_out, processor)
+        scores = measure(output.predictions, held_out, processor)
         if on_seen is not None:
-            gap = task.measure(on_seen, seen, processor)[task.headline] - scores[task.headline]
+            gap = measure(on_seen, seen, processor)[task.headline] - scores[task.headline]
     training_seconds = trained - began - observer.seconds
+    costs = cost.metrics(training_seconds)
     metrics = {
         **scores,
         "eval_loss": output.metrics["eval_loss"],
@@ -240,7 +280,8 @@ def run(
         "parameters.head": counts.head,
         "parameters.trainable": counts.trainable,
         "adapter.bytes": size,
-        **cost.metrics(training_seconds),
+        "memory.peak_bytes": costs["memory.peak_bytes"],
+        "tokens_per_second": sum_over_group(costs["tokens_per_second"]),
         "seconds.train": training_seconds,
         "seconds.eval": evaluated - trained,
         "seconds.observe": observing,
@@ -268,6 +309,14 @@ def run(
         environment={**environment(), **task.notes},
         accumulate=accumulate,
     )
+
+
+def _in_group(
+    config: dict[str, Any], data_dir: Path | None, save_to: Path | None, accumulate: int, report: Callable[[Any], None]
+) -> RunResult:
+    """The run in one of several processes; process 0 reports the steps."""
+    chosen, on_step = RunConfig.from_mapping(config), lambda *step: report(step)
+    return run(chosen, data_dir=data_dir, on_step=on_step, save_to=save_to, accumulate=accumulate)
 
 
 def load_data(config: RunConfig, data_dir: Path | None = None) -> TaskData:
@@ -303,10 +352,22 @@ def _spread(rows: Rows, count: int) -> Rows:
 
 
 def _trainer_for(task: Task) -> type[Trainer]:
-    """transformers' Trainer, which asks the task for the scores of a batch."""
+    """transformers' Trainer: its loss is the whole batch's, however that is divided; the task scores the answers."""
     import transformers
 
     class TaskTrainer(transformers.Trainer):  # type: ignore[misc]
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
+        ) -> Any:
+            rows = len(inputs["labels"])
+            if inputs["labels"].dim() > 1:  # of tokens, all of which the Trainer counts: those of the whole batch
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            # It counts rows too, but most models give the mean over the rows that they see, whatever they are told.
+            outputs = model(**inputs)
+            whole = sum_over_group(rows) if num_items_in_batch is None else num_items_in_batch
+            loss = outputs["loss"] * (rows * world_size() / whole)
+            return (loss, outputs) if return_outputs else loss
+
         def prediction_step(
             self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
         ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -342,7 +403,7 @@ def _arguments(config: RunConfig, rows: int, headline: str, folder: Path, accumu
         every |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
     return TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=train.batch_size // accumulate,
+        per_device_train_batch_size=train.batch_size // accumulate // train.processes,
         gradient_accumulation_steps=accumulate,
         per_device_eval_batch_size=EVAL_BATCH,
         num_train_epochs=train.epochs,
@@ -351,6 +412,7 @@ def _arguments(config: RunConfig, rows: int, headline: str, folder: Path, accumu
         warmup_steps=train.warmup_ratio,  # below 1 it is a share of the steps
         max_grad_norm=train.max_grad_norm,
         use_cpu=not torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
         bf16=train.precision == "bf16",
         fp16=train.precision == "fp16",
         seed=config.seed,

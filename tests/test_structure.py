@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "basisadapt"
 FLOORS = [
     {"errors", "peft_hook"},
     {"registry", "ranges", "settings", "environment", "cost", "diagnostics"},
-    {"phi", "tasks", "backbones"},
+    {"phi", "tasks", "backbones", "distributed"},
     {"testing", "adapter", "mt_bench"},
     {"methods", "observation"},
     {"run_config"},

@@ -62,9 +62,17 @@ class PhiModel(BaseTuner):  # type: ignore[misc]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The adapted model. Compiles φ of all modules first, whatever has changed them since the last call."""
+        self._refresh()
+        return super().forward(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """What the adapted language model writes; compiles φ first, as `forward` does, which it does not pass."""
+        self._refresh()
+        return self.model.generate(*args, **kwargs)
+
+    def _refresh(self) -> None:
         for compiler in self._compilers():
             compiler.refresh()
-        return super().forward(*args, **kwargs)
 
     def _compilers(self) -> Iterator[Compiler]:
         """Those of the adapters at work."""

@@ -32,7 +32,7 @@ def compute(job: Job, settings: JobSettings, on_step: OnStep) -> Ended:
         except Exception as error:
             if not _is_out_of_memory(error):
                 return Ended(job.key, error=one_line(error), traceback="".join(traceback.format_exception(error)))
-            if not settings.halve_batch or batch % 2:
+            if not settings.halve_batch or batch % (2 * job.config.train.processes):
                 reason = f"out of memory with a batch of {batch} ({one_line(error)})"
                 return Ended(job.key, error=reason, traceback="".join(traceback.format_exception(error)))
         else:

@@ -13,11 +13,16 @@ from basisadapt.phi.choice import Choice, compute_dtype, radii
 from basisadapt.phi.evaluators import Direct, Evaluator
 from basisadapt.phi.kernels import resolve_backend
 
+HALF_ROUNDING = 1 + 2**-7  # A and B may each be rounded to bfloat16 for their layer
+
 
 class Compiler:
     """Keeps every module's evaluator in step with A, B and the bank's tables.
 
     factors: of every module of the bank, by name, the dictionaries that hold A and B under the adapter's name.
+
+    Where FSDP shards A and B, a layer computes with copies, which are there only while the layer is at work and tell
+    nothing of updates. So all modules are compiled from the shards before the first layer, by `PhiModel`.
     """
 
     def __init__(
@@ -33,7 +38,7 @@ class Compiler:
         self._forget()
 
     def _forget(self) -> None:
-        self._choice, self._device = Choice(), torch.device("cpu")
+        self._choice, self._device, self._sharded = Choice(), torch.device("cpu"), False
         self._evaluators: dict[str, Evaluator] = {}
         self._made_of: dict[str, tuple[Any, ...]] = {}
 
@@ -63,6 +68,8 @@ class Compiler:
 
     def _state(self, A: Tensor, B: Tensor) -> tuple[Any, ...]:
         """What an evaluator was made of: changes with every update in place."""
+        if self._sharded:
+            return (torch.is_grad_enabled(),)
         tensors = (A, B, self.bank.alpha, self.bank.raw_omega, self.bank.grid)
         versions = tuple(0 if t.is_inference() else t._version for t in tensors)
         return (*versions, A.device, A.dtype, torch.is_grad_enabled())
@@ -71,7 +78,9 @@ class Compiler:
     def refresh(self) -> None:
         """Compile every module's function for the factors of this moment."""
         names = list(self._factors)
-        pairs = [self._pair(name) for name in names]
+        held = [self._pair(name) for name in names]
+        self._sharded = any(hasattr(A, "full_tensor") for A, _ in held)
+        pairs = [(_whole(A), _whole(B)) for A, B in held]
         dtype, device = compute_dtype(pairs[0][0]), pairs[0][0].device
         if device != self._device:
             self._choice, self._device = Choice(), device
@@ -80,9 +89,16 @@ class Compiler:
                 evaluators: list[Evaluator] = [Direct(self.bank.transfer(name), dtype) for name in names]
             else:
                 tables = (self.bank.alpha, self.bank.raw_omega, self.bank.grid)
-                radius = radii(pairs, self.bank.gain)
+                radius = radii(pairs, self.bank.gain) * (HALF_ROUNDING if self._sharded else 1)
                 evaluators = self._choice.evaluators(
                     self.bank.transfers, tables, lambda i: self.bank.transfer(names[i]), radius, self._tolerance, dtype
                 )
         self._evaluators = dict(zip(names, evaluators, strict=True))
-        self._made_of = {name: self._state(*pair) for name, pair in zip(names, pairs, strict=True)}
+        self._made_of = {name: self._state(*pair) for name, pair in zip(names, held, strict=True)}
+
+
+@torch.no_grad()
+def _whole(tensor: Any) -> Tensor:
+    """The tensor, gathered where it is a DTensor."""
+    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole

@@ -1,12 +1,9 @@
-"""The ways a model may be trained: checkpointing, accumulation, compilation, several processes, quantised weights."""
+"""The ways a model may be trained: checkpointing, accumulation, compilation, quantised weights."""
 
 from __future__ import annotations
 
 import copy
 import importlib.util
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -152,40 +149,6 @@ def test_torch_compile_leaves_the_layers_out(bert, tokens, expected):
     compiled = torch.compile(model, backend="aot_eager")
     compiled(input_ids=tokens, labels=LABELS).loss.backward()
     assert_close(gradients(model), expected)
-
-
-WORKER = """
-import os, sys, torch
-from torch.nn.parallel import DistributedDataParallel
-from tests.adapter.test_training_modes import LABELS, adapted, gradients
-from tests.conftest import tiny
-rank = int(sys.argv[1])
-torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
-torch.set_num_threads(1)
-tokens = torch.randint(1, 60, (4, 7), generator=torch.Generator().manual_seed(1))
-model = adapted(tiny("bert"))
-rows = slice(2 * rank, 2 * rank + 2)
-parallel = DistributedDataParallel(model)
-parallel(input_ids=tokens[rows], labels=LABELS[rows]).loss.backward()
-if rank == 0:
-    from safetensors.torch import save_file
-    save_file({name: g.contiguous() for name, g in gradients(model).items()}, sys.argv[3])
-torch.distributed.destroy_process_group()
-"""
-
-
-def test_two_processes_average_their_gradients(expected, tmp_path):
-    from safetensors.torch import load_file
-
-    found = tmp_path / "gradients.safetensors"
-    environment = {**os.environ, "USE_LIBUV": "0", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", WORKER]
-    workers = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "meeting"), str(found)], env=environment)
-        for rank in range(2)
-    ]
-    assert [worker.wait(timeout=240) for worker in workers] == [0, 0]
-    assert_close(load_file(found), expected)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")

@@ -1,0 +1,113 @@
+"""transformers' Trainer in a process of a group, with the batches, losses and metrics of one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import distributed as dist
+
+from basisadapt.distributed.group import in_group
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+    from transformers import Trainer
+    from transformers.trainer_utils import EvalLoopOutput
+
+
+def spread(trainer: type[Trainer], in_step: bool) -> type[Trainer]:
+    """The Trainer for a process of the group; outside of one, as it was.
+
+    A training batch has the rows that it has in one process, and is divided. Of evaluation, every process takes some
+    batches, or all where they must keep in step, as with shards; each gets the answers of all. Dropout draws differ.
+    """
+    if not in_group():
+        return trainer
+    from accelerate.data_loader import SeedableRandomSampler
+    from torch.utils.data import BatchSampler, DataLoader
+    from transformers.trainer_pt_utils import EvalLoopContainer
+    from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
+
+    class SpreadTrainer(trainer):  # type: ignore[misc]
+        def train(self, *args: Any, **kwargs: Any) -> Any:
+            if dist.get_rank() > 0:
+                torch.manual_seed(self.args.seed + dist.get_rank())
+            return super().train(*args, **kwargs)
+
+        def get_train_dataloader(self) -> DataLoader[Any]:
+            # accelerate would fill up the last batch of an epoch with rows that it has had already.
+            order = SeedableRandomSampler(self.train_dataset, generator=torch.Generator(), data_seed=self.args.seed)
+            rows = self.args.per_device_train_batch_size * dist.get_world_size()
+            return DataLoader(
+                self.train_dataset,
+                batch_sampler=_Shares(BatchSampler(order, rows, drop_last=False)),
+                collate_fn=self.data_collator,
+                pin_memory=self.args.dataloader_pin_memory,
+            )
+
+        def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+            examples = self.eval_dataset if eval_dataset is None else eval_dataset
+            return DataLoader(examples, self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
+
+        def evaluation_loop(
+            self,
+            dataloader: DataLoader[Any],
+            description: str,
+            prediction_loss_only: bool | None = None,
+            ignore_keys: list[str] | None = None,
+            metric_key_prefix: str = "eval",
+        ) -> EvalLoopOutput:
+            if self.model_wrapped is self.model:  # nothing has been trained: autocast is not in it yet
+                self.accelerator.prepare_model(self.model, evaluation_mode=True)
+            self.model.eval()
+            examples: Any = dataloader.dataset
+            size = self.args.per_device_eval_batch_size
+            batches = [range(start, min(start + size, len(examples))) for start in range(0, len(examples), size)]
+            found = {}
+            with torch.random.fork_rng():
+                if in_step:  # one that samples has to draw what the others draw
+                    torch.manual_seed(self.args.seed)
+                for index in range(len(batches))[slice(None) if in_step else _mine()]:
+                    batch = self.data_collator([examples[row] for row in batches[index]])
+                    loss, scores, _ = self.prediction_step(self.model, batch, prediction_loss_only=False)
+                    found[index] = loss.item(), scores.cpu()
+            for others in _gathered(found):
+                found.update(others)
+
+            answers = EvalLoopContainer(do_nested_concat=True, padding_index=-100)
+            for index in range(len(batches)):
+                answers.add(found[index][1])
+            predictions, labels = answers.get_arrays(), torch.zeros(len(examples)).numpy()
+            metrics = {} if self.compute_metrics is None else self.compute_metrics(EvalPrediction(predictions, labels))
+            metrics["loss"] = sum(found[i][0] * len(rows) for i, rows in enumerate(batches)) / len(examples)
+            metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+            return EvalLoopOutput(predictions, labels, metrics, len(examples))
+
+    return SpreadTrainer
+
+
+def _mine() -> slice:
+    """This process's share of a sequence."""
+    return slice(dist.get_rank(), None, dist.get_world_size())
+
+
+def _gathered(value: Any) -> list[Any]:
+    """The values of all processes."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+class _Shares:
+    """This process's share of every batch; a batch of fewer rows than processes goes to all of them, whole."""
+
+    def __init__(self, batches: Any) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self._batches:
+            yield batch if len(batch) < dist.get_world_size() else batch[_mine()]
+
+    def __len__(self) -> int:
+        return len(self._batches)
