@@ -64,9 +64,9 @@ def fake(monkeypatch):
 def faking(home, fake):
     """Writes a plug-in that fakes training, here and in workers; returns the options that load it."""
 
-    def write(ways=None):
+    def write(ways=None, seconds=0.0):
         text = f"import sys\n\nsys.path.insert(0, {str(Path(fakes.__file__).parent)!r})\n"
-        text += f"import fakes\n\nfakes.Fakes({ways or {}!r}).install()\n"
+        text += f"import fakes\n\nfakes.Fakes({ways or {}!r}, {seconds}).install()\n"
         (home / "faking.py").write_text(text)
         return "--plugin", "faking.py"
 

@@ -21,11 +21,13 @@ MODULES = [f"encoder.layer.{depth}.{name}" for depth in range(2) for name in ("a
 class Fakes:
     """`ways`: (basis or method, seed) -> how that run ends. `ran`: what was run, in order.
 
-    `score`: configuration -> accuracy; None draws one by basis, rank and seed. A score that raises is a failed run.
+    `seconds`: how long a run takes. `score`: configuration -> accuracy; None draws one by basis, rank and seed. A score
+    that raises is a failed run.
     """
 
-    def __init__(self, ways=None):
+    def __init__(self, ways=None, seconds=0.0):
         self.ways = ways or {}
+        self.seconds = seconds
         self.ran = []
         self.score = None
 
@@ -33,6 +35,7 @@ class Fakes:
         name = getattr(config.adapter, "basis", config.method)
         self.ran.append((name, config.seed))
         for step in range(1, 4):
+            time.sleep(self.seconds / 3)
             on_step(step, 3)
         way = self.ways.get((name, config.seed), "finish")
         if way == "interrupt":
