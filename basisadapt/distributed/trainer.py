@@ -65,7 +65,8 @@ def spread(trainer: type[Trainer], in_step: bool) -> type[Trainer]:
             size = self.args.per_device_eval_batch_size
             batches = [range(start, min(start + size, len(examples))) for start in range(0, len(examples), size)]
             found = {}
-            with torch.random.fork_rng():
+            devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+            with torch.random.fork_rng(devices):
                 if in_step:  # one that samples has to draw what the others draw
                     torch.manual_seed(self.args.seed)
                 for index in range(len(batches))[slice(None) if in_step else _mine()]:
