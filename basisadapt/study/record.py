@@ -188,6 +188,7 @@ class Record:
     def __init__(self, tracking_uri: str, study: str) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         import mlflow
 
         for name in ("mlflow", "alembic"):  # after the import, which sets them to INFO

@@ -117,6 +117,16 @@ def driver(*arguments):
         process.communicate()
 
 
+def workers_of(process):
+    """The children of a driver that run cells; none of a driver that is gone."""
+    workers = []
+    with suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children():
+            with suppress(psutil.NoSuchProcess):  # a zombie's error too
+                workers += [child] if "basisadapt.training" in child.cmdline() else []
+    return workers
+
+
 def check_whole(uri, storage, expected):
     """24 cells, one finished run each with all that belongs to it, nothing open; returns how runs ended."""
     import mlflow
@@ -280,7 +290,7 @@ def test_whatever_is_killed_at_whatever_moment_the_table_is_the_same(home, fakin
                     time.sleep(0.05)
                 time.sleep(draw.uniform(0.0, 1.5))
                 victim = draw.choice(["driver", "worker", "server"])
-                workers = [child for child in psutil.Process(process.pid).children() if "-" in child.cmdline()]
+                workers = workers_of(process)
                 if process.poll() is not None or (victim == "worker" and not workers):
                     continue
                 tally[victim] += 1
@@ -288,7 +298,8 @@ def test_whatever_is_killed_at_whatever_moment_the_table_is_the_same(home, fakin
                     server.kill()
                     server.start()
                 elif victim == "worker":
-                    draw.choice(workers).kill()
+                    with suppress(psutil.NoSuchProcess):
+                        draw.choice(workers).kill()
                 else:
                     process.kill()
                     process.wait()
@@ -344,7 +355,8 @@ def test_a_ray_node_is_killed_and_its_cells_run_elsewhere(home, faking, study, r
         killer.join()
     finally:
         cluster.shutdown()
-    assert (code, table_of(out)) == (0, table), err
+    assert code == 0, err
+    assert table_of(out).endswith(table)  # Ray itself has told of the node
     check_whole("sqlite:///mlflow.db", "sqlite:///optuna.db", cells)
     ran = collections.Counter(
         o.environment["ray_node"] for o in Record("sqlite:///mlflow.db", "tiny").outcomes().values()
