@@ -184,7 +184,8 @@ def run(
 
     `on_step(step, total)` is called after each step.
 
-    accumulate: how many smaller batches make up a batch, which it must divide; they take less memory and more time.
+    accumulate: how many smaller batches make up a batch, which it must divide, each with the same weight; they take
+    less memory and more time.
 
     Raises InputError for what plan() would have refused; a loss that is not finite is a result, status "diverged".
     With several train.processes it starts them, see `distributed/group.py`, and returns what process 0 does.
@@ -232,6 +233,10 @@ def run(
             callbacks=_early_stopping(config.train.patience),
         )
         trainer.remove_callback(transformers.PrinterCallback)
+        if accumulate > 1:
+            # Else the Trainer sums the losses of the smaller batches where a model's forward takes any keyword, for a
+            # loss that divides by the whole batch, which BERT's does not.
+            trainer.model_accepts_loss_kwargs = False
         observer = Observer(model, weight_change)  # only now is the model where it trains
         cost = Cost(model)
         watch = _watch(

@@ -192,6 +192,7 @@ class Record:
 
         for name in ("mlflow", "alembic"):  # after the import, which sets them to INFO
             logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # its errors are raised as well
 
         self.tracking_uri = tracking_uri
         self.study = study
