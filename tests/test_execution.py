@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from torch import nn
+import torch
 
 from basisadapt import backbones, training
 from basisadapt.execution.compute import Inline
@@ -46,8 +46,6 @@ def ends(executor, *jobs):
 
 
 def test_a_worker_gives_bitwise_what_this_process_gives(monkeypatch):
-    import torch
-
     monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
     here, steps = ends(Inline(JobSettings()), job())
     there, told = ends(Workers(1, JobSettings()), job())
@@ -68,16 +66,15 @@ def test_an_error_comes_back_with_its_traceback():
 
 @pytest.mark.parametrize("method", ["lora", "phi"])
 def test_accumulated_batches_are_one_batch(method, monkeypatch):
-    load = backbones.load
-
-    def without_dropout(*arguments):  # which draws otherwise for another shape
+    def load_without_dropout(*arguments):
         model, processor = load(*arguments)
         for module in model.modules():
-            if isinstance(module, nn.Dropout):
+            if isinstance(module, torch.nn.Dropout):  # its draws depend on how rows are batched
                 module.p = 0.0
         return model, processor
 
-    monkeypatch.setattr(backbones, "load", without_dropout)
+    load = backbones.load
+    monkeypatch.setattr(backbones, "load", load_without_dropout)
     config = job(method=method).config
     whole, halved = training.run(config), training.run(config, accumulate=4)
     assert (whole.accumulate, halved.accumulate) == (1, 4)

@@ -17,14 +17,16 @@ def test_the_pages_are_served_until_ctrl_c(home, fake, study):
     study("tiny.yaml", "--seeds", "1")
     command = [sys.executable, "-m", "basisadapt.study", "--ui"]
     program = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    address = program.stdout.readline().split()[0]
-    assert address.startswith("http://127.0.0.1:5")
-    family = psutil.Process(program.pid).children(recursive=True)
-    with urllib.request.urlopen(f"{address}/health") as answer:
-        assert (answer.status, answer.read()) == (200, b"OK")
-    listening = [c.laddr.ip for p in family for c in p.net_connections() if c.status == psutil.CONN_LISTEN]
-    assert set(listening) == {"127.0.0.1"}
-    program.send_signal(signal.SIGINT)
+    try:
+        address = program.stdout.readline().split()[0]
+        assert address.startswith("http://127.0.0.1:5")
+        family = psutil.Process(program.pid).children(recursive=True)
+        with urllib.request.urlopen(f"{address}/health") as answer:
+            assert (answer.status, answer.read()) == (200, b"OK")
+        listening = [c.laddr.ip for p in family for c in p.net_connections() if c.status == psutil.CONN_LISTEN]
+        assert set(listening) == {"127.0.0.1"}
+    finally:
+        program.send_signal(signal.SIGINT)
     assert program.wait(60) == 0
     deadline = time.monotonic() + 30
     while any(process.is_running() for process in family):
