@@ -7,18 +7,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from basisadapt.command import BAD_INPUT, DONE, INTERRUPTED, Parser, complain
 from basisadapt.errors import InputError
-
-DONE, BAD_INPUT, INTERRUPTED = 0, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    options = _parser().parse_args(arguments)
     try:
+        options = _parser().parse_args(arguments)
         _judge(options.answers, options.data_dir)
     except InputError as error:
-        print(f"basisadapt: error: {error}", file=sys.stderr)
+        complain(error)
         return BAD_INPUT
     except KeyboardInterrupt:
         print("\nInterrupted. Judgements so far are kept; the same command goes on.", file=sys.stderr)
@@ -27,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m basisadapt.mt_bench",
         description="Have saved answers to MT-Bench judged by the judge that BASISADAPT_JUDGE_URL, _MODEL and _KEY "
         "name, and print their scores. Judgements in BASISADAPT_JUDGE_DIR are not asked for again.",

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from basisadapt import backbones, tasks
 from basisadapt.backbones import FORMS, is_head
@@ -29,7 +28,6 @@ from basisadapt.distributed.group import (
     run_in_processes,
     shared_folder,
     sum_over_group,
-    world_size,
 )
 from basisadapt.distributed.shard import gathering, shard_frozen
 from basisadapt.distributed.trainer import spread
@@ -37,7 +35,6 @@ from basisadapt.environment import environment
 from basisadapt.errors import InputError
 from basisadapt.methods import METHODS
 from basisadapt.observation import (
-    CURVE_POINTS,
     Observer,
     WeightChange,
     adapted_layers,
@@ -45,15 +42,23 @@ from basisadapt.observation import (
     observe,
     summary,
 )
-from basisadapt.phi.settings import PhiSettings, field_names
+from basisadapt.phi.settings import field_names
 from basisadapt.run_config import RunConfig
-from basisadapt.tasks import DataSettings, Example, Rows, Task, TaskData
+from basisadapt.tasks import DataSettings, Example, Rows, TaskData
+from basisadapt.trainer import (
+    EVAL_BATCH,
+    early_stopping,
+    logged_curves,
+    make_optimizer,
+    make_watch,
+    trainer_arguments,
+    trainer_for,
+)
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+    from transformers import PreTrainedModel
 
-EVAL_BATCH = 64
 SEEN_ROWS = 2 * EVAL_BATCH  # training rows that the generalisation gap is measured on
 
 
@@ -220,21 +225,21 @@ def run(
         weight_change = gathering(weight_change)
 
     with shared_folder() as checkpoints:
-        trainer = spread(_trainer_for(task), in_step=sharded)(
+        trainer = spread(trainer_for(task), in_step=sharded)(
             model=model,
-            args=_arguments(config, len(examples), task.headline, checkpoints, accumulate),
+            args=trainer_arguments(config, len(examples), task.headline, checkpoints, accumulate),
             train_dataset=examples,
             eval_dataset=questions,
             data_collator=task.collator(processor),
             processing_class=processor,
             compute_metrics=lambda output: measure(output.predictions, held_out, processor),
-            optimizers=(_optimizer(model, config), None),
-            callbacks=_early_stopping(config.train.patience),
+            optimizers=(make_optimizer(model, config), None),
+            callbacks=early_stopping(config.train.patience),
         )
         trainer.remove_callback(transformers.PrinterCallback)
         observer = Observer(model, weight_change)  # only now is the model where it trains
         cost = Cost(model)
-        watch = _watch(
+        watch = make_watch(
             cost.aside(observer.step),
             on_step,
             lambda step, total: method.after_step(model, config.adapter, step, total),
@@ -258,7 +263,7 @@ def run(
     described = time.perf_counter()
     modules, phi = observe(model, weight_change)
     observing = observer.seconds + time.perf_counter() - described
-    curves = {**_curves(trainer.state.log_history), **observer.curves(modules, trainer.state.global_step)}
+    curves = {**logged_curves(trainer.state.log_history), **observer.curves(modules, trainer.state.global_step)}
     law = fit_power_law(curves.get("loss", []))
     scores, gap = {}, math.nan
     if not watch.diverged:
@@ -349,146 +354,6 @@ def _spread(rows: Rows, count: int) -> Rows:
     """At most `count` rows, evenly spread."""
     count = min(count, len(rows))
     return rows.take(range(0, len(rows) // count * count, len(rows) // count))
-
-
-def _trainer_for(task: Task) -> type[Trainer]:
-    """transformers' Trainer: its loss is the whole batch's, however that is divided; the task scores the answers."""
-    import transformers
-
-    class TaskTrainer(transformers.Trainer):  # type: ignore[misc]
-        def compute_loss(
-            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
-        ) -> Any:
-            rows = len(inputs["labels"])
-            if inputs["labels"].dim() > 1:  # of tokens, all of which the Trainer counts: those of the whole batch
-                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            # It counts rows too, but most models give the mean over the rows that they see, whatever they are told.
-            outputs = model(**inputs)
-            whole = sum_over_group(rows) if num_items_in_batch is None else num_items_in_batch
-            loss = outputs["loss"] * (rows * world_size() / whole)
-            return (loss, outputs) if return_outputs else loss
-
-        def prediction_step(
-            self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
-        ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-            inputs = self._prepare_inputs(inputs)
-            with torch.no_grad(), self.compute_loss_context_manager():
-                loss, scores = task.score(model, inputs)
-            # The labels are with the rows; the Trainer computes metrics only where it gets some.
-            return loss, *((None, None) if prediction_loss_only else (scores, scores.new_zeros(len(scores))))
-
-    return TaskTrainer
-
-
-def _arguments(config: RunConfig, rows: int, headline: str, folder: Path, accumulate: int) -> TrainingArguments:
-    from transformers import TrainingArguments
-
-    train = config.train
-    steps = train.max_steps or math.ceil(rows / train.batch_size) * train.epochs
-    every: dict[str, Any] = {"save_strategy": "no"}
-    if train.eval_steps is not None:
-        every = {
-            "eval_strategy": "steps",
-            "eval_steps": train.eval_steps,
-            "save_strategy": "steps",
-            "save_steps": train.eval_steps,
-            "save_total_limit": 1,
-            "load_best_model_at_end": True,
-            "metric_for_best_model": headline,
-            "greater_is_better": True,
-        }
-    if train.gradient_checkpointing:  # called so in earlier releases; the reentrant form needs inputs with gradients
-        recent = hasattr(TrainingArguments, "activation_checkpointing")
-        name = "activation_checkpointing" if recent else "gradient_checkpointing"
-        every |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
-    return TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=train.batch_size // accumulate // train.processes,
-        gradient_accumulation_steps=accumulate,
-        per_device_eval_batch_size=EVAL_BATCH,
-        num_train_epochs=train.epochs,
-        max_steps=train.max_steps or -1,
-        lr_scheduler_type=train.schedule if train.schedule != "constant" else "constant_with_warmup",
-        warmup_steps=train.warmup_ratio,  # below 1 it is a share of the steps
-        max_grad_norm=train.max_grad_norm,
-        use_cpu=not torch.cuda.is_available(),
-        ddp_find_unused_parameters=False,
-        bf16=train.precision == "bf16",
-        fp16=train.precision == "fp16",
-        seed=config.seed,
-        logging_steps=max(1, int(steps // CURVE_POINTS)),
-        logging_nan_inf_filter=False,
-        label_names=["labels"],
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        report_to=[],
-        disable_tqdm=True,
-        **every,
-    )
-
-
-def _optimizer(model: PreTrainedModel | PeftModel, config: RunConfig) -> torch.optim.Optimizer | None:
-    """AdamW with three groups: A, B and the head; α with its own rate and decay; ω and learned grid points.
-
-    None where nothing trains.
-    """
-    train, settings = config.train, config.adapter
-    groups: list[dict[str, Any]] = [{"params": [], "lr": train.lr, "weight_decay": train.weight_decay}]
-    if isinstance(settings, PhiSettings):
-        assert settings.transfer_lr is not None
-        rate = train.lr * settings.transfer_lr
-        groups.append({"params": [], "lr": rate, "weight_decay": settings.transfer_decay})
-        groups.append({"params": [], "lr": rate, "weight_decay": 0.0})
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            group = 0 if ".phi_bank." not in name else 1 if name.endswith(".alpha") else 2
-            groups[group]["params"].append(parameter)
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.999)) if groups else None
-
-
-def _watch(
-    look: Callable[[int, int], None], on_step: Callable[[int, int], None] | None, after_step: Callable[[int, int], None]
-) -> Any:
-    """A callback for each step: to the method, to `look` and to the user; ends a run of no longer finite loss."""
-    from transformers import TrainerCallback
-
-    class Watch(TrainerCallback):  # type: ignore[misc]
-        diverged = False
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            look(0, state.max_steps)
-
-        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            after_step(state.global_step + 1, state.max_steps)
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            look(state.global_step, state.max_steps)
-            if on_step is not None:
-                on_step(state.global_step, state.max_steps)
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-            if not math.isfinite(logs.get("loss", 0.0)):
-                self.diverged = control.should_training_stop = True
-
-    return Watch()
-
-
-def _early_stopping(patience: int | None) -> list[TrainerCallback]:
-    from transformers import EarlyStoppingCallback
-
-    return [] if patience is None else [EarlyStoppingCallback(patience)]
-
-
-def _curves(history: list[dict[str, float]]) -> dict[str, list[tuple[int, float]]]:
-    skipped = ("runtime", "per_second", "model_preparation_time")
-    curves: dict[str, list[tuple[int, float]]] = {}
-    for entry in history:
-        for name, value in entry.items():
-            wanted = name == "loss" or (name.startswith("eval_") and not name.endswith(skipped))
-            if wanted and math.isfinite(value):
-                curves.setdefault(name, []).append((int(entry["step"]), float(value)))
-    return curves
 
 
 def _landscape(trainer: Any, examples: Sequence[Example], config: RunConfig) -> dict[str, Any]:

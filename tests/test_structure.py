@@ -10,11 +10,12 @@ PACKAGE = Path(__file__).parent.parent / "basisadapt"
 # Rooms from the ground up; a room may import from every floor below, and from itself.
 FLOORS = [
     {"errors", "peft_hook"},
-    {"registry", "ranges", "settings", "environment", "cost", "diagnostics"},
+    {"command", "registry", "ranges", "settings", "environment", "cost", "diagnostics"},
     {"phi", "tasks", "backbones", "distributed"},
     {"testing", "adapter", "mt_bench"},
     {"methods", "observation"},
     {"run_config"},
+    {"trainer"},
     {"training"},
     {"execution"},
     {"study"},

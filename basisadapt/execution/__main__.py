@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from basisadapt.command import BAD_INPUT, DONE, INTERRUPTED, UNSOUND, Parser, complain
 from basisadapt.errors import InputError, one_line
 from basisadapt.execution.executor import JobSettings
 from basisadapt.execution.file import run_file
@@ -13,13 +14,11 @@ from basisadapt.execution.worker import serve
 from basisadapt.execution.workers import local_executor
 from basisadapt.registry import load_plugin
 
-DONE, UNSOUND, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
-
 
 def main() -> int:
     """Run the command line; returns the exit code."""
-    options = _parser().parse_args()
     try:
+        options = _parser().parse_args()
         settings = JobSettings(
             data_dir=options.data_dir,
             plugins=tuple(options.plugin),
@@ -34,10 +33,10 @@ def main() -> int:
         sound = run_file(Path(options.cells), options.output, executor, options.data_dir)
         return DONE if sound else UNSOUND
     except InputError as error:
-        print(f"basisadapt: error: {error}", file=sys.stderr)
+        complain(error)
         return BAD_INPUT
     except OSError as error:
-        print(f"basisadapt: error: the results cannot be written: {one_line(error)}", file=sys.stderr)
+        complain(f"the results cannot be written: {one_line(error)}")
         return UNSOUND
     except KeyboardInterrupt:
         print("\nInterrupted. What is finished is kept; the same command goes on.", file=sys.stderr)
@@ -45,7 +44,7 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m basisadapt.training",
         description="Run the cells that `python -m basisadapt.study NAME --export cells.jsonl` has written, without "
         "Optuna and MLflow, and append their results to a file for `--import`. What is in the file already is not "

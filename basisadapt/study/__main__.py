@@ -9,8 +9,9 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+from basisadapt.command import BAD_INPUT, DONE, INTERRUPTED, UNSOUND, Parser, complain, masked
 from basisadapt.errors import InputError, RecordError
 from basisadapt.registry import load_plugin
 from basisadapt.study import spec as specs
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from basisadapt.study.tuning import Tuning
 
 SAMPLERS = ("tpe", "random")
-DONE, UNSOUND, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,30 +32,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without ± or φ still gets its table
-    command = shlex.join(["python", "-m", "basisadapt.study", *arguments])
+    command = masked(shlex.join(["python", "-m", "basisadapt.study", *arguments]))
     try:
         return _run(_parser().parse_args(arguments), command)
     except InputError as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        print(f"basisadapt: error: {error}", file=sys.stderr)
+        complain(error)
         return BAD_INPUT
     except RecordError as error:
-        print(f"basisadapt: error: {error}. What is recorded stays; to go on: {command}", file=sys.stderr)
+        complain(f"{error}. What is recorded stays; to go on: {command}")
         return UNSOUND
     except KeyboardInterrupt:
         print(f"\nInterrupted. What is finished is kept; to go on: {command}", file=sys.stderr)
         return INTERRUPTED
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Bad arguments are bad input like any other: one line."""
-        raise InputError(f"{message} (--help lists the options)")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m basisadapt.study",
         description="Run what a study has not recorded yet, then print its table beside the published one and a "
         "verdict on each of the paper's claims.",
@@ -321,12 +315,12 @@ def _print_report(report: Report, place: Place) -> None:
 
     table = report.table
     print(to_text(report))
-    print(f"Recorded in {place.tracking_uri}; to browse:")
+    print(f"Recorded in {masked(place.tracking_uri)}; to browse:")
     if place.tracking_uri.startswith(("http:", "https:")):
-        server = place.tracking_uri.rstrip("/")
+        server = masked(place.tracking_uri).rstrip("/")
     else:
         server = "http://127.0.0.1:5000"
-        print(f"  mlflow ui --backend-store-uri {shlex.quote(place.tracking_uri)}")
+        print(f"  mlflow ui --backend-store-uri {masked(shlex.quote(place.tracking_uri))}")
     record = Record(place.tracking_uri, table.study.spec.name)
     print(f"  {server}/#/experiments/{record.experiment_id}/runs  all runs, by invocation")
     print(f"  {server}{record.compare_path(table.run_ids)}  the cells above, compared")

@@ -21,18 +21,10 @@ from basisadapt.study.files import report_files
 from basisadapt.study.heartbeat import Heartbeat
 from basisadapt.study.interrupt import Interrupt
 from basisadapt.study.progress import Progress
-from basisadapt.study.record import (
-    Imported,
-    Outcome,
-    Record,
-    artifact_folder,
-    check_database,
-    record_error,
-    sqlite_file,
-    store_errors,
-)
+from basisadapt.study.record import Imported, Outcome, Record
 from basisadapt.study.report import Report, make_report
 from basisadapt.study.spec import StudySpec
+from basisadapt.study.stores import artifact_folder, check_database, record_error, sqlite_file, store_errors
 from basisadapt.study.table import build_table
 from basisadapt.study.trials import Trials
 from basisadapt.study.tuning import Tuned, Tuning

@@ -7,20 +7,19 @@ import logging
 import math
 import os
 import re
-import sqlite3
 import tempfile
 import time
 import urllib.parse
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from basisadapt.errors import InputError, RecordError, one_line
+from basisadapt.errors import InputError
 from basisadapt.execution.lines import DONE
 from basisadapt.study.owner import Owner
+from basisadapt.study.stores import absolute, artifact_folder, check_sound, sqlite_file, store_reason
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -103,85 +102,6 @@ class Imported:
     ended: float
 
 
-def sqlite_file(url: str) -> Path | None:
-    """The file behind a sqlite URL; None for other databases."""
-    return Path(url.removeprefix("sqlite:///").partition("?")[0]) if url.startswith("sqlite:///") else None
-
-
-def check_database(url: str, option: str) -> None:
-    """Raise InputError unless a sqlite database is sound and can be written, or made. Leaves nothing behind."""
-    path = sqlite_file(url)
-    if path is None:
-        return
-    check_sound(url, option)
-    try:
-        with tempfile.TemporaryFile(dir=path.resolve().parent):  # where its journal goes
-            pass
-        if path.exists():
-            with _connection(path, "rw") as connection:
-                connection.execute("BEGIN IMMEDIATE")
-                connection.rollback()
-    except (OSError, sqlite3.Error) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise InputError(f"{option} {url!r} cannot be written: {reason}") from error
-
-
-def check_sound(url: str, option: str) -> None:
-    """Raise InputError if a sqlite database is damaged, or no database."""
-    path = sqlite_file(url)
-    if path is None or not path.exists():
-        return
-    try:
-        with _connection(path, "ro") as connection:
-            (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-    except sqlite3.Error as error:
-        found = str(error)
-    if found != "ok":
-        raise InputError(f"{option} {url!r} cannot be read: {' '.join(found.split())}")
-
-
-@contextmanager
-def _connection(path: Path, mode: str) -> Iterator[sqlite3.Connection]:
-    connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode={mode}", uri=True, timeout=30)
-    try:
-        yield connection
-    finally:
-        connection.close()
-
-
-def artifact_folder(tracking_uri: str) -> Path | None:
-    """Where the files of runs go, beside a sqlite database; a server has its own place."""
-    path = sqlite_file(tracking_uri)
-    return path.resolve().parent / "mlruns" if path else None
-
-
-def store_errors() -> tuple[type[Exception], ...]:
-    """What MLflow, Optuna and the disk raise where a record cannot be read or written."""
-    from mlflow.exceptions import MlflowException
-    from optuna.exceptions import OptunaError
-    from sqlalchemy.exc import SQLAlchemyError
-
-    return OSError, MlflowException, OptunaError, SQLAlchemyError
-
-
-def record_error(error: Exception) -> RecordError:
-    """A store's error as a user reads it."""
-    return RecordError(f"the record cannot be read or written any more: {_reason(error)}")
-
-
-def _reason(error: Exception) -> str:
-    """The error in one line, without the statement that SQLAlchemy adds."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror + (f": {str(error.filename)!r}" if error.filename else "")
-    return one_line(error).partition("[SQL:")[0].strip()
-
-
-def _absolute(url: str) -> str:
-    """The URL with a sqlite file's full path: MLflow keeps connections by URL, wherever the process moves."""
-    path = sqlite_file(url)
-    return url if path is None else url.replace(str(path), str(path.resolve()), 1)
-
-
 class Record:
     """One study's part of an MLflow store. Opening it writes nothing, but makes a missing sqlite file."""
 
@@ -198,10 +118,10 @@ class Record:
         self.tracking_uri = tracking_uri
         self.study = study
         try:
-            self._client = mlflow.MlflowClient(tracking_uri=_absolute(tracking_uri))
+            self._client = mlflow.MlflowClient(tracking_uri=absolute(tracking_uri))
             found = self._client.get_experiment_by_name(study)
         except Exception as error:  # SQLAlchemy's, MLflow's, a driver's: each has its own
-            raise InputError(f"--tracking-uri {tracking_uri!r} cannot be opened: {_reason(error)}") from error
+            raise InputError(f"--tracking-uri {tracking_uri!r} cannot be opened: {store_reason(error)}") from error
         if found is not None and found.lifecycle_stage == "deleted":
             raise InputError(
                 f"experiment {study!r} is deleted in MLflow; "

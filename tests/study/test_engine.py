@@ -382,6 +382,21 @@ def test_a_plugin_becomes_a_row(home, fake, study):
     assert "\nripple_of_test " in out
 
 
+def test_passwords_are_shown_nowhere(home, fake, study, monkeypatch, runs):
+    from basisadapt.study import __main__ as program
+
+    code, _, err = study("tiny.yaml", "--storage", "postgresql+nothing://me:s3cret@host/name")
+    assert code == 2
+    assert "me:***@host" in err
+    assert "s3cret" not in err
+    secret = "https://judge:s3cret@host/plugin"
+    monkeypatch.setattr(program, "load_plugin", lambda plugin: None)
+    assert study("tiny.yaml", "--seeds", "1", "--plugin", secret)[0] == 0
+    (parent,) = runs(parents=True)
+    assert "judge:***@host" in parent.data.tags["basisadapt.command"]
+    assert "s3cret" not in str(parent.data)
+
+
 @pytest.mark.parametrize("option", ["--help", "--list"])
 def test_help_and_list_do_without_torch(option):
     program = (

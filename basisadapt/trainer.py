@@ -1,0 +1,166 @@
+"""How a run trains: transformers' Trainer, its settings, the optimiser, and what is done between steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from basisadapt.distributed.group import sum_over_group, world_size
+from basisadapt.observation import CURVE_POINTS
+from basisadapt.phi.settings import PhiSettings
+from basisadapt.run_config import RunConfig
+from basisadapt.tasks import Task
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+EVAL_BATCH = 64
+
+
+def trainer_for(task: Task) -> type[Trainer]:
+    """transformers' Trainer: its loss is the whole batch's, however that is divided; the task scores the answers."""
+    import transformers
+
+    class TaskTrainer(transformers.Trainer):  # type: ignore[misc]
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
+        ) -> Any:
+            rows = len(inputs["labels"])
+            if inputs["labels"].dim() > 1:  # of tokens, all of which the Trainer counts: those of the whole batch
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            # It counts rows too, but most models give the mean over the rows that they see, whatever they are told.
+            outputs = model(**inputs)
+            whole = sum_over_group(rows) if num_items_in_batch is None else num_items_in_batch
+            loss = outputs["loss"] * (rows * world_size() / whole)
+            return (loss, outputs) if return_outputs else loss
+
+        def prediction_step(
+            self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+        ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+            inputs = self._prepare_inputs(inputs)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss, scores = task.score(model, inputs)
+            # The labels are with the rows; the Trainer computes metrics only where it gets some.
+            return loss, *((None, None) if prediction_loss_only else (scores, scores.new_zeros(len(scores))))
+
+    return TaskTrainer
+
+
+def trainer_arguments(config: RunConfig, rows: int, headline: str, folder: Path, accumulate: int) -> TrainingArguments:
+    """The Trainer's settings. rows: to train on; headline: the metric that the best checkpoint is the best in."""
+    from transformers import TrainingArguments
+
+    train = config.train
+    steps = train.max_steps or math.ceil(rows / train.batch_size) * train.epochs
+    every: dict[str, Any] = {"save_strategy": "no"}
+    if train.eval_steps is not None:
+        every = {
+            "eval_strategy": "steps",
+            "eval_steps": train.eval_steps,
+            "save_strategy": "steps",
+            "save_steps": train.eval_steps,
+            "save_total_limit": 1,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": headline,
+            "greater_is_better": True,
+        }
+    if train.gradient_checkpointing:  # called so in earlier releases; the reentrant form needs inputs with gradients
+        recent = hasattr(TrainingArguments, "activation_checkpointing")
+        name = "activation_checkpointing" if recent else "gradient_checkpointing"
+        every |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=train.batch_size // accumulate // train.processes,
+        gradient_accumulation_steps=accumulate,
+        per_device_eval_batch_size=EVAL_BATCH,
+        num_train_epochs=train.epochs,
+        max_steps=train.max_steps or -1,
+        lr_scheduler_type=train.schedule if train.schedule != "constant" else "constant_with_warmup",
+        warmup_steps=train.warmup_ratio,  # below 1 it is a share of the steps
+        max_grad_norm=train.max_grad_norm,
+        use_cpu=not torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
+        bf16=train.precision == "bf16",
+        fp16=train.precision == "fp16",
+        seed=config.seed,
+        logging_steps=max(1, int(steps // CURVE_POINTS)),
+        logging_nan_inf_filter=False,
+        label_names=["labels"],
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to=[],
+        disable_tqdm=True,
+        **every,
+    )
+
+
+def make_optimizer(model: PreTrainedModel | PeftModel, config: RunConfig) -> torch.optim.Optimizer | None:
+    """AdamW with three groups: A, B and the head; α with its own rate and decay; ω and learned grid points.
+
+    None where nothing trains.
+    """
+    train, settings = config.train, config.adapter
+    groups: list[dict[str, Any]] = [{"params": [], "lr": train.lr, "weight_decay": train.weight_decay}]
+    if isinstance(settings, PhiSettings):
+        assert settings.transfer_lr is not None
+        rate = train.lr * settings.transfer_lr
+        groups.append({"params": [], "lr": rate, "weight_decay": settings.transfer_decay})
+        groups.append({"params": [], "lr": rate, "weight_decay": 0.0})
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            group = 0 if ".phi_bank." not in name else 1 if name.endswith(".alpha") else 2
+            groups[group]["params"].append(parameter)
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999)) if groups else None
+
+
+def make_watch(
+    look: Callable[[int, int], None], on_step: Callable[[int, int], None] | None, after_step: Callable[[int, int], None]
+) -> Any:
+    """A callback for each step: to the method, to `look` and to the user; ends a run of no longer finite loss."""
+    from transformers import TrainerCallback
+
+    class Watch(TrainerCallback):  # type: ignore[misc]
+        diverged = False
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            look(0, state.max_steps)
+
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            after_step(state.global_step + 1, state.max_steps)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            look(state.global_step, state.max_steps)
+            if on_step is not None:
+                on_step(state.global_step, state.max_steps)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+            if not math.isfinite(logs.get("loss", 0.0)):
+                self.diverged = control.should_training_stop = True
+
+    return Watch()
+
+
+def early_stopping(patience: int | None) -> list[TrainerCallback]:
+    """What ends a run after so many evaluations without a better one; nothing for None."""
+    from transformers import EarlyStoppingCallback
+
+    return [] if patience is None else [EarlyStoppingCallback(patience)]
+
+
+def logged_curves(history: list[dict[str, float]]) -> dict[str, list[tuple[int, float]]]:
+    """What the Trainer has logged, name -> [(step, value), ...]: the loss, and the evaluations on the way."""
+    skipped = ("runtime", "per_second", "model_preparation_time")
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for entry in history:
+        for name, value in entry.items():
+            wanted = name == "loss" or (name.startswith("eval_") and not name.endswith(skipped))
+            if wanted and math.isfinite(value):
+                curves.setdefault(name, []).append((int(entry["step"]), float(value)))
+    return curves
