@@ -30,6 +30,14 @@ def tiny(kind: str) -> torch.nn.Module:
     return AutoModelForSequenceClassification.from_config(config).eval()
 
 
+@pytest.fixture(autouse=True)
+def _no_plugins_of_other_tests(monkeypatch):
+    """Processes that a test starts load the plug-ins of this process."""
+    from basisadapt import registry
+
+    monkeypatch.setattr(registry, "_plugins", {})
+
+
 @pytest.fixture
 def bert() -> torch.nn.Module:
     return tiny("bert")

@@ -267,6 +267,7 @@ def test_a_missing_package_is_named_with_the_command_and_not_needed_to_count(mon
 
 
 def test_weights_are_checked_before_they_are_converted(package, monkeypatch, tmp_path):
+    pytest.importorskip("gguf", reason="needs the package gguf")
     monkeypatch.setattr(gguf, "_convert", lambda file, part: part.mkdir())
     assert packages.folder_of(package, package.package).parent == tmp_path / "cache"
     other = dataclasses.replace(package.package, sha256="0" * 64)
