@@ -10,6 +10,7 @@ import torch
 from basisadapt import backbones, training
 from basisadapt.execution.compute import Inline
 from basisadapt.execution.executor import Ended, Job, JobSettings
+from basisadapt.execution.lines import brief, to_line
 from basisadapt.execution.workers import Workers
 from basisadapt.run_config import RunConfig
 
@@ -52,6 +53,17 @@ def test_a_worker_gives_bitwise_what_this_process_gives(monkeypatch):
     assert here["a"].error == there["a"].error == ""
     assert numbers(here["a"].result) == numbers(there["a"].result)
     assert steps == told == [("a", 1, 3), ("a", 2, 3), ("a", 3, 3)]
+
+
+def test_a_brief_result_has_the_numbers_without_the_arrays():
+    whole = training.run(job().config)
+    short = brief(whole)
+    assert short.metrics == whole.metrics
+    assert short.curves == whole.curves
+    assert (short.phi, short.snapshots) == ({}, [])
+    for name, numbers in whole.modules.items():
+        assert short.modules[name] == {key: value for key, value in numbers.items() if key != "spectrum"}
+    assert 20 * len(to_line(short)) < len(to_line(whole))
 
 
 def test_an_error_comes_back_with_its_traceback():

@@ -30,7 +30,7 @@ def main() -> int:
         for plugin in settings.plugins:
             load_plugin(plugin)
         executor = local_executor(options.workers, settings)
-        sound = run_file(Path(options.cells), options.output, executor, options.data_dir)
+        sound = run_file(Path(options.cells), options.output, executor, options.data_dir, options.brief)
         return DONE if sound else UNSOUND
     except InputError as error:
         complain(error)
@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, metavar="N", help="run so many cells at once, each in its own process")
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="a cell that takes longer fails")
     parser.add_argument("--halve-batch", action="store_true", help="as for a study")
+    parser.add_argument("--brief", action="store_true", help="write results without arrays (phi, spectra): far smaller")
     return parser
 
 

@@ -13,12 +13,16 @@ from pathlib import Path
 from basisadapt import training
 from basisadapt.errors import InputError
 from basisadapt.execution.executor import Ended, Executor, Job
-from basisadapt.execution.lines import CellLine, LineFile, ResultLine, end_to_mapping, read_lines
+from basisadapt.execution.lines import CellLine, LineFile, ResultLine, brief, end_to_mapping, read_lines
 from basisadapt.run_config import RunConfig
 
 
-def run_file(cells: Path, output: Path, executor: Executor, data_dir: Path | None) -> bool:
+def run_file(
+    cells: Path, output: Path, executor: Executor, data_dir: Path | None, without_arrays: bool = False
+) -> bool:
     """Run the cells that have no result in `output` yet, and add theirs. Returns whether every cell has finished.
+
+    without_arrays: write `brief` results.
 
     Raises InputError before anything is run, and OSError where a result cannot be written.
     """
@@ -30,6 +34,8 @@ def run_file(cells: Path, output: Path, executor: Executor, data_dir: Path | Non
     with executor:
         for began, ended in _run(jobs, executor):
             line = lines[ended.key]
+            if without_arrays and ended.result is not None:
+                ended = dataclasses.replace(ended, result=brief(ended.result))
             cell, end = dataclasses.asdict(line), end_to_mapping(ended)
             host, now = socket.gethostname(), time.time()
             results.append(ResultLine(**cell, **end, host=host, began=began, ended=now))

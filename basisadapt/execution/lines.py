@@ -6,9 +6,11 @@ A line is an object. Numbers keep every bit, NaN and infinities included.
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import math
 import os
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -56,6 +58,15 @@ def end_to_mapping(ended: Ended) -> dict[str, Any]:
     return {"result": result, "error": ended.error, "traceback": ended.traceback}
 
 
+def brief(result: RunResult) -> RunResult:
+    """A result without its arrays (φ's curves, snapshots, spectra, the landscape), a hundredth of the size.
+
+    Metrics, curves over the steps and every module's numbers stay as they are.
+    """
+    modules = {name: {k: v for k, v in numbers.items() if k != "spectrum"} for name, numbers in result.modules.items()}
+    return dataclasses.replace(result, modules=modules, phi={}, snapshots=[], landscape={})
+
+
 def parse_result(values: dict[str, Any]) -> RunResult:
     """A RunResult from its fields in JSON types. Raises InputError for what no run gives."""
     from basisadapt.training import RunResult
@@ -79,13 +90,15 @@ def to_line(values: Any) -> str:
 
 
 def read_lines(path: Path, kind: type[L], option: str) -> list[L]:
-    """The lines of a file, each as a `kind`. A last line without an end, which a kill leaves behind, is not one.
+    """The lines of a file, packed by gzip if it ends so, each as a `kind`.
 
-    Raises InputError that names the line; `option` is where the user gave the path.
+    A last line without an end, which a kill leaves behind, is not one. Raises InputError that names the line; `option` is where
+    the user gave the path.
     """
     try:
-        *whole, _ = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        *whole, _ = content.decode().split("\n")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise InputError(f"{option} {str(path)!r} cannot be read: {one_line(error)}") from error
     return [_parse(text, kind, f"{path}, line {number}") for number, text in enumerate(whole, start=1)]
 

@@ -111,7 +111,9 @@ def resolve(
 
     own = (name for values in (*spec.given.values(), *(beside.set for beside in spec.beside)) for name in values)
     named = tuple(dict.fromkeys([*sweep, *map(full_key, own), *overrides]))
-    rows = [_swept_row(spec, above, point, seeds) for point in product(sweep.values())] if sweep else []
+    only_tasks = list(sweep) == ["task"] and not spec.sweep and bool(spec.beside)  # then it multiplies the rows beside
+    swept = [] if only_tasks or not sweep else product(sweep.values())
+    rows = [_swept_row(spec, above, point, seeds) for point in swept]
     for beside in spec.beside:
         for point in [(("task", task),) for task in sweep["task"][1]] if "task" in sweep else [()]:
             base = _base(spec, above, point)
@@ -168,9 +170,12 @@ def _base(spec: StudySpec, above: Mapping[str, Any], point: Point) -> dict[str, 
 
 def _swept_row(spec: StudySpec, above: Mapping[str, Any], point: Point, seeds: Sequence[int]) -> Row:
     label = ", ".join(plain(value) for _, value in point)
-    published = ",".join(f"{name}={plain(value)}" for name, value in point)
+    # A task that a preset or the command line adds is none of the published table's.
+    told = [(name, value) for name, value in point if name != "task" or "task" in spec.sweep]
+    published = ",".join(f"{name}={plain(value)}" for name, value in told)
     if spec.answers is not None:
-        published = {plain(row): name for row, name in spec.answers.rows.items()}.get(label, published)
+        named = ", ".join(plain(value) for _, value in told)
+        published = {plain(row): name for row, name in spec.answers.rows.items()}.get(named, published)
     return _row(spec, label, published, {**_base(spec, above, point), **_with_full_keys(dict(point))}, seeds)
 
 

@@ -171,7 +171,7 @@ class Record:
             folder = artifact_folder(self.tracking_uri)
             # Absolute, beside the database: the artifacts are found from wherever the next command runs.
             place = (folder / spec.name).as_uri() if folder else None
-            self.experiment_id = self._client.create_experiment(spec.name, artifact_location=place)
+            self.experiment_id = self._make_experiment(spec.name, place)
         for key, value in {
             "mlflow.experimentKind": "custom_model_development",
             "mlflow.note.content": _guide(spec),
@@ -181,6 +181,18 @@ class Record:
         name = f"{clean(spec.name)} {time.strftime('%Y-%m-%d %H:%M:%S')}"
         run = self._client.create_run(self.experiment_id, tags={**_signature(), **tags}, run_name=name)
         return str(run.info.run_id)
+
+    def _make_experiment(self, name: str, place: str | None) -> str:
+        """Its id, also where another driver has made it in the meantime."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return str(self._client.create_experiment(name, artifact_location=place))
+        except MlflowException:
+            found = self._client.get_experiment_by_name(name)
+            if found is None:
+                raise
+            return str(found.experiment_id)
 
     def start(self, parent: str, cell: Cell, imported: Imported | None = None) -> str | None:
         """Start a cell's child run, with its parameters. None if it is done, or another process is at it."""

@@ -15,7 +15,7 @@ from basisadapt.errors import InputError, unknown
 from basisadapt.settings import from_mapping
 from basisadapt.study.claims import Claim
 
-PRESETS = ("smoke", "quick", "paper")
+PRESETS = ("smoke", "quick", "gpu", "paper")
 SWEEP, TUNE = "sweep.", "tune."  # what the axes of the rows, and of what is tuned, begin with
 
 
@@ -83,8 +83,9 @@ class StudySpec:
     metric is drawn against. claims: of the paper, each judged by the record. search: setting to its range in a search,
     see `search_space`.
 
-    A file that is `like` a shipped study takes over its base, presets and seeds, and states what differs. An axis
-    called `task` also multiplies the rows beside; `reference` is then a label without its task.
+    A file that is `like` a shipped study takes over its base, presets and seeds, and states what differs; a preset that
+    is null there is left out. An axis called `task` also multiplies the rows beside, and where a preset or the command
+    line gives it to a study without axes, these alone; `reference` is then a label without its task.
     """
 
     name: str
@@ -181,6 +182,9 @@ def _spec(values: dict[str, Any]) -> StudySpec:
     values["claims"] = [
         _part(Claim, claim, f"claims[{index}]") for index, claim in enumerate(values.get("claims") or ())
     ]
+    presets = values.get("presets")
+    if isinstance(presets, dict):
+        values["presets"] = {name: overrides for name, overrides in presets.items() if overrides is not None}
     spec = from_mapping(StudySpec, values)
     _check_axes(spec.sweep)
     _check_axes(spec.tune.grid if spec.tune else {}, TUNE)

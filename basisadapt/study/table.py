@@ -23,7 +23,8 @@ class Line:
     """A row of the table.
 
     outcomes: seed to what the record holds of the cell. difference: to the reference row of its group. p: of its test,
-    adjusted. published: value and standard deviation as printed in the paper.
+    adjusted. published: value and standard deviation as printed in the paper; None where the row's task is one of
+    several that the published table does not tell apart.
     """
 
     row: Row
@@ -82,11 +83,13 @@ class Across:
     """Rows that differ in their task alone, taken together (paper, section B.2).
 
     values: task to the mean over its seeds. difference: to the reference, paired by task: first the mean over the
-    seeds that both have, so that tasks are counted and not seeds of one task. p: of its test, adjusted.
+    seeds that both have, so that tasks are counted and not seeds of one task. p: of its test, adjusted. published: as
+    in Line, of a published table that does not tell the tasks apart.
     """
 
     name: str
     values: dict[str, float]
+    published: tuple[str, str | None] | None = None
     difference: statistics.Difference | None = None
     p: float | None = None
 
@@ -136,13 +139,16 @@ class Table:
 def build_table(study: Study, outcomes: Mapping[str, Outcome]) -> Table:
     """The table of a study's own cells, whichever invocation ran them."""
     published = published_values(study.spec.answers)
-    lines = [_line(row, outcomes, published) for row in study.rows]
+    tells_tasks = "task" in study.spec.sweep or len({row.task for row in study.rows}) == 1
+    lines = [_line(row, outcomes, published if tells_tasks else {}) for row in study.rows]
     references = {line.row.group: line for line in reversed(lines) if line.row.is_reference}
     lines = [_compared(line, references.get(line.row.group)) for line in lines]
     adjusted = statistics.holm([line.difference.p if line.difference else None for line in lines])
     lines = [dataclasses.replace(line, p=p) for line, p in zip(lines, adjusted, strict=True)]
     headlines = dict.fromkeys(o.headline for line in lines for o in line.outcomes.values() if o.headline)
-    return Table(study, " / ".join(headlines) or "result", tuple(lines), _across(lines))
+    return Table(
+        study, " / ".join(headlines) or "result", tuple(lines), _across(lines, {} if tells_tasks else published)
+    )
 
 
 def _line(row: Row, outcomes: Mapping[str, Outcome], published: Mapping[str, tuple[str, str | None]]) -> Line:
@@ -159,15 +165,16 @@ def _compared(line: Line, reference: Line | None) -> Line:
     return dataclasses.replace(line, difference=statistics.difference(line.values, reference.values))
 
 
-def _across(lines: list[Line]) -> tuple[Across, ...]:
+def _across(lines: list[Line], published: Mapping[str, tuple[str, str | None]]) -> tuple[Across, ...]:
     if len({line.task for line in lines}) < 2:
         return ()
     found = []
     for name in dict.fromkeys(line.name for line in lines):
         same = [line for line in lines if line.name == name]
-        means = {line.task: line.mean_of(None) for line in same}
+        by_task = {line.task: line.mean_of(None) for line in same}
         gains = {line.task: line.difference.mean for line in same if line.difference is not None}
         difference = statistics.difference(gains, dict.fromkeys(gains, 0.0))
-        found.append(Across(name, {task: mean for task, mean in means.items() if mean is not None}, difference))
+        means = {task: mean for task, mean in by_task.items() if mean is not None}
+        found.append(Across(name, means, published.get(same[0].row.published or ""), difference))
     adjusted = statistics.holm([line.difference.p if line.difference else None for line in found])
     return tuple(dataclasses.replace(line, p=p) for line, p in zip(found, adjusted, strict=True))

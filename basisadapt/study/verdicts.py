@@ -101,6 +101,7 @@ def _scale(table: Table, claim: Claim) -> float:
 
 def _published_difference(table: Table, pair: tuple[str, str]) -> float | None:
     printed = {line.label: line.published[0] for line in table.lines if line.published}
+    printed |= {line.name: line.published[0] for line in table.across if line.published}
     try:
         return float(printed[pair[0]]) - float(printed[pair[1]])
     except (KeyError, ValueError):  # not printed for one of the two

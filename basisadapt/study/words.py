@@ -140,6 +140,7 @@ def _aligned(grid: Grid) -> str:
 def _main(table: Table) -> Grid:
     """A column that the study cannot fill is left out."""
     reference, answers = table.study.spec.reference, table.study.spec.answers
+    shows_published = answers is not None and not any(line.published for line in table.across)
     number = _number_form(table)
 
     def row(line: Line) -> list[str]:
@@ -148,14 +149,14 @@ def _main(table: Table) -> Grid:
             line.label,
             _with_std(number(statistics.mean(values), ""), number(statistics.std(values), "")),
         ]
-        if answers is not None:
+        if shows_published:
             cells.append(_with_std(*(line.published or (DASH, None))))
         cells.append(_seeds(line))
         if reference is not None:
             cells += [_difference(line.difference, number), _p(line.p)]
         return [*cells, *(_metric(name, line.mean_of(name)) for name in table.columns)]
 
-    header = ["row", _headline(table), *(["published"] if answers is not None else []), "seeds"]
+    header = ["row", _headline(table), *(["published"] if shows_published else []), "seeds"]
     header += [f"difference to {reference} (95 % CI)", "p (Holm)"] if reference is not None else []
     header += [_head(name) for name in table.columns]
     return Grid(table.study.spec.title, header, [row(line) for line in table.lines], _notes(table))
@@ -163,12 +164,15 @@ def _main(table: Table) -> Grid:
 
 def _across(table: Table) -> Grid:
     number, reference = _number_form(table), table.study.spec.reference
+    shows_published = any(line.published for line in table.across)
     rows = []
     for line in table.across:
-        mean = number(statistics.mean(list(line.values.values())), "")
-        cells = [line.name, mean, str(len(line.values))]
-        rows.append([*cells, _difference(line.difference, number), _p(line.p)])
-    header = ["row", _headline(table), "tasks", f"difference to {reference} (95 % CI)", "p (Holm)"]
+        cells = [line.name, number(statistics.mean(list(line.values.values())), "")]
+        cells += [_with_std(*(line.published or (DASH, None)))] if shows_published else []
+        cells.append(str(len(line.values)))
+        rows.append([*cells, *([_difference(line.difference, number), _p(line.p)] if reference is not None else [])])
+    header = ["row", _headline(table), *(["published"] if shows_published else []), "tasks"]
+    header += [f"difference to {reference} (95 % CI)", "p (Holm)"] if reference is not None else []
     note = (
         "Means over tasks. Differences are paired by task, each task's being its mean over seeds; two-sided paired "
         "t-test over tasks, Holm-corrected (paper, section B.2)."

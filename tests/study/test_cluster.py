@@ -114,7 +114,8 @@ def driver(*arguments):
         yield process
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
+        process.stdout.close()
 
 
 def workers_of(process):

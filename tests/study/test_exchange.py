@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import os
 import subprocess
@@ -63,6 +64,18 @@ def results(home, fake, study):
     Path("results.jsonl").write_text("".join(map(to_line, lines)))
     fake.ran.clear()
     return lines
+
+
+def test_a_file_packed_by_gzip_is_read(home, alone, study):
+    study(*SEED, "--export", "cells.jsonl")
+    assert train("cells.jsonl", "--output", "brief.jsonl", "--brief", *alone())[0] == 0
+    Path("brief.jsonl.gz").write_bytes(gzip.compress(Path("brief.jsonl").read_bytes()))
+    code, out, err = study(*SEED, "--import", "brief.jsonl.gz")
+    assert (code, err) == (0, "")
+    assert "LoRA" in table_of(out)
+    Path("cut.jsonl.gz").write_bytes(Path("brief.jsonl.gz").read_bytes()[:100])
+    code, _, err = study(*SEED, "--import", "cut.jsonl.gz")
+    assert (code, err.count("\n")) == (2, 1)
 
 
 def test_cells_run_elsewhere_are_as_if_run_here(home, fake, alone, study, runs, trials, tmp_path_factory):

@@ -11,7 +11,7 @@ from basisadapt.study import figures, report, words
 from basisadapt.study.cells import resolve
 from basisadapt.study.files import report_files
 from basisadapt.study.record import Outcome
-from basisadapt.study.spec import read_spec
+from basisadapt.study.spec import published_values, read_spec
 from basisadapt.study.table import build_table
 
 
@@ -177,6 +177,21 @@ def test_rows_are_compared_within_their_task_and_over_all_tasks(folder):
     text = words.to_text(report.make_report(table))
     line = [line for line in text.splitlines() if line.startswith("sinc ")][-1]
     assert line.split()[:4] == ["sinc", "70.00", "3", "+30.00"]
+
+
+def test_a_published_table_without_tasks_stands_beside_the_means_over_tasks():
+    study = resolve(read_spec("ablate_basis"), changes=["sweep.task=glue/cola,glue/rte", "sweep.basis=sinc"])
+    assert [row.label for row in study.rows] == [
+        f"{name}, {task}" for name in ("sinc", "LoRA", "paper sinc") for task in ("glue/cola", "glue/rte")
+    ]
+    table = build_table(study, outcomes(study, [0.5] * len(study.cells)))
+    assert {line.published for line in table.lines} == {None}
+    sinc, lora, paper = table.across
+    assert lora.published is None
+    assert sinc.published == paper.published == published_values(study.spec.answers)["basis=sinc"]
+    rows, across = words.grids(report.make_report(table))[:2]
+    assert "published" not in rows.header
+    assert across.rows[0][2].startswith(sinc.published[0])
 
 
 def test_an_axis_value_as_reference_pairs_rows_that_are_otherwise_equal(folder):

@@ -20,7 +20,7 @@ def test_every_shipped_study_resolves_under_every_preset():
     assert "ablate_basis" in list_studies()
     for name in list_studies():
         spec = read_spec(name)
-        for preset in ("smoke", "quick", "paper"):
+        for preset in spec.presets:
             assert resolve(spec, preset=preset).cells
         published_values(spec.answers)
 

