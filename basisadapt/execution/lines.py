@@ -92,8 +92,8 @@ def to_line(values: Any) -> str:
 def read_lines(path: Path, kind: type[L], option: str) -> list[L]:
     """The lines of a file, packed by gzip if it ends so, each as a `kind`.
 
-    A last line without an end, which a kill leaves behind, is not one. Raises InputError that names the line; `option` is where
-    the user gave the path.
+    A last line without an end, which a kill leaves behind, is not one. `option` is where the user gave the path.
+    Raises InputError that names the line.
     """
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
