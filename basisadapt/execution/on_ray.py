@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import tempfile
 import zlib
@@ -109,8 +110,8 @@ class OnRay(Executor):
         except Exception as error:  # a connection's, a version's or Ray's own
             raise InputError(f"--ray {self._cluster.address!r} cannot be reached: {one_line(error)[:200]}") from error
         needs = {"num_cpus": self._cluster.cpus, "num_gpus": self._cluster.gpus}
-        # A process for each job: what a plug-in or a run leaves behind meets no other.
-        self._task = self._ray.remote(**needs, max_retries=RETRIES, max_calls=1)(run_job)
+        # Without a limit a process that uses a GPU would be left after one job, and the next would import all anew.
+        self._task = self._ray.remote(**needs, max_retries=RETRIES, max_calls=0)(run_job)
 
     def _end(self, task: Any) -> Ended | Died:
         key = self._jobs.pop(task)
@@ -128,11 +129,7 @@ def run_job(key: str, config: dict[str, Any], settings: JobSettings, plugins: li
     """A job on a node: how it ended, as compressed JSON, so small that Ray hands it over without storing it."""
     import ray
 
-    with tempfile.TemporaryDirectory() as folder:
-        for name, source in plugins:
-            if source is not None:
-                Path(folder, name).write_text(source, encoding="utf-8")
-            load_plugin(name if source is None else str(Path(folder, name)))
+    _load_plugins(tuple(plugins))
     data_dir = settings.data_dir
     if data_dir is not None and not data_dir.is_dir():
         raise InputError(f"--data-dir {str(data_dir)!r} is not on node {ray.util.get_node_ip_address()}")
@@ -141,6 +138,16 @@ def run_job(key: str, config: dict[str, Any], settings: JobSettings, plugins: li
         seen = {**ended.result.environment, NODE: ray.get_runtime_context().get_node_id()}
         ended = replace(ended, result=replace(ended.result, environment=seen))
     return zlib.compress(json.dumps(end_to_mapping(ended)).encode())
+
+
+@functools.cache
+def _load_plugins(plugins: tuple[tuple[str, str | None], ...]) -> None:
+    """Load plug-ins that came as `_packed`, once in a process: it is kept for further jobs of its driver."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, source in plugins:
+            if source is not None:
+                Path(folder, name).write_text(source, encoding="utf-8")
+            load_plugin(name if source is None else str(Path(folder, name)))
 
 
 def _packed(plugin: str) -> tuple[str, str | None]:

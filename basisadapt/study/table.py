@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from basisadapt.study.cells import Row, Study
     from basisadapt.study.record import Outcome
 
+NOT_RUN = "not run"  # the state of a cell that the record lacks
 PERCENT = ("accuracy", "f1", "matthews", "pearson", "spearman")  # metrics that are read as percentages
 COLUMNS = ("stable_rank.mean", "dc_share.mean", "parameters.trainable")  # of every table, before a study's own
 
@@ -70,10 +71,10 @@ class Line:
         return statistics.mean(list(self.values_of(metric).values()))
 
     def seeds_by_state(self) -> dict[str, list[int]]:
-        """ "failed", "diverged", ... or "not run", to the seeds of which that is the last word."""
+        """ "failed", "diverged", ... or NOT_RUN, to the seeds of which that is the last word."""
         states: dict[str, list[int]] = {}
         for seed in self.seeds:
-            state = self.outcomes[seed].status if seed in self.outcomes else "not run"
+            state = self.outcomes[seed].status if seed in self.outcomes else NOT_RUN
             states.setdefault(state, []).append(seed)
         return states
 

@@ -15,6 +15,7 @@ from basisadapt.study import statistics
 from basisadapt.study.cells import Cell, Point, Row, Study, full_key, plain, product, resolve, split_changes
 from basisadapt.study.record import Outcome
 from basisadapt.study.spec import TUNE, StudySpec, axes_in
+from basisadapt.study.table import NOT_RUN
 
 ENDED = ("finished", "diverged", "failed")  # how a trial may end; after a kill it is still to come
 
@@ -138,7 +139,7 @@ class Tuned:
 
 def _tried(candidate: Candidate, outcomes: Mapping[str, Outcome]) -> Tried:
     found = [outcomes.get(cell.key) for cell in candidate.trials]
-    states = [outcome.status if outcome else "not run" for outcome in found]
+    states = [outcome.status if outcome else NOT_RUN for outcome in found]
     unfinished = [state for state in states if state not in ENDED] or [state for state in states if state != "finished"]
     if unfinished:
         return Tried(candidate, unfinished[0], None)

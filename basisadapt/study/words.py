@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from basisadapt import backbones
 from basisadapt.ranges import Choices, Range
 from basisadapt.study import statistics
+from basisadapt.study.table import NOT_RUN, Line, Table
 
 if TYPE_CHECKING:
     from basisadapt.study.report import Found, Report
     from basisadapt.study.statistics import Difference
-    from basisadapt.study.table import Line, Table
     from basisadapt.study.tuning import Choice, Tuned
 
 DASH = "-"
@@ -256,12 +256,13 @@ def _notes(table: Table) -> list[str]:
 
 
 def trouble(table: Table) -> list[str]:
-    """A sentence for each task whose data changed, for the unfinished cells of each row, and for each warning."""
+    """A sentence for each task whose data changed, for each row's cells that ended badly, for those that were not run,
+    and for each warning."""
     notes = _changed_data(table)
     warned: dict[str, list[str]] = {}
     for line in table.lines:
         for state, seeds in line.seeds_by_state().items():
-            if state != "finished":
+            if state not in ("finished", NOT_RUN):
                 errors = dict.fromkeys(line.outcomes[seed].error for seed in seeds if seed in line.outcomes)
                 reason = "; ".join(filter(None, errors))
                 notes.append(f"{state.capitalize()}: {line.label} {_named(seeds)}{f' ({reason})' if reason else ''}.")
@@ -271,6 +272,9 @@ def trouble(table: Table) -> list[str]:
                 by_warning.setdefault(warning, []).append(seed)
         for warning, seeds in by_warning.items():
             warned.setdefault(warning, []).append(f"{line.label} {_named(seeds)}")
+    missing = sum(len(line.seeds_by_state().get(NOT_RUN, ())) for line in table.lines)
+    if missing:
+        notes.append(f"Not run: {missing} of {sum(len(line.seeds) for line in table.lines)} cells.")
     return notes + [f"Warning, {'; '.join(places)}: {warning}" for warning, places in warned.items()]
 
 

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from contextlib import contextmanager, suppress
@@ -277,8 +278,8 @@ def test_a_driver_on_another_host_is_dead_when_it_is_silent(home, monkeypatch):
 def test_whatever_is_killed_at_whatever_moment_the_table_is_the_same(home, faking, server, undisturbed):
     """20 kills with -9 of driver, worker and server, at moments drawn from a fixed seed."""
     table, cells = undisturbed
-    place = (*faking(seconds=1.0), "--workers", "2", "--tracking-uri", server.uri)
-    draw, tally = random.Random(0), collections.Counter()
+    place = (*faking(seconds=2.0), "--workers", "2", "--tracking-uri", server.uri)
+    draw, tally, resumed = random.Random(0), collections.Counter(), 0
     while tally.total() < 20:
         with driver(*place) as process:
             while process.poll() is None and tally.total() < 20:
@@ -304,7 +305,7 @@ def test_whatever_is_killed_at_whatever_moment_the_table_is_the_same(home, fakin
                 else:
                     process.kill()
                     process.wait()
-        tally["resumed"] += 1
+        resumed += 1
         if process.poll() == 0:
             break
     with driver(*place) as process:
@@ -312,7 +313,8 @@ def test_whatever_is_killed_at_whatever_moment_the_table_is_the_same(home, fakin
         assert process.returncode == 0, process.said.read_text()
     assert table_of(out) == table
     ends = check_whole(server.uri, "sqlite:///optuna.db", cells)
-    print(f"killed: {dict(tally)}; runs at the end: {dict(ends)}")
+    assert tally.total() == 20
+    print(f"killed: {dict(tally)}, resumed {resumed} times; runs at the end: {dict(ends)}")
 
 
 @pytest.fixture
@@ -324,18 +326,37 @@ def ray():
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_cells_run_as_ray_tasks_and_plugins_travel(home, faking, study, ray, undisturbed):
+def test_cells_run_as_ray_tasks_plugins_travel_and_workers_may_die(home, faking, study, ray, undisturbed):
     table, cells = undisturbed
-    code, out, err = study("tiny.yaml", *SEEDS, *faking(), "--ray", "local")
+    draw, killed = random.Random(0), []
+
+    def at_work():
+        found = []
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                found += [child] if child.cmdline()[:1] == ["ray::run_job"] else []
+        return found
+
+    def kill():
+        while len(killed) < 5:
+            eventually(at_work)
+            time.sleep(draw.uniform(0.0, 2.0))
+            for worker in at_work()[:1]:
+                worker.kill()
+                killed.append(worker.pid)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    code, out, err = study("tiny.yaml", *SEEDS, *faking(seconds=1.5), "--ray", "local")
+    killer.join()
     assert (code, table_of(out)) == (0, table), err
     check_whole("sqlite:///mlflow.db", "sqlite:///optuna.db", cells)
+    print(f"killed: {len(killed)} Ray workers")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_ray_node_is_killed_and_its_cells_run_elsewhere(home, faking, study, ray, undisturbed):
-    import threading
-
     from ray.cluster_utils import Cluster
 
     table, cells = undisturbed
