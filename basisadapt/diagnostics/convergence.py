@@ -61,9 +61,15 @@ def fit_power_law(curve: Sequence[tuple[int, float]]) -> PowerLaw | None:
     def residuals(law: NDArray[float64]) -> NDArray[float64]:
         return np.asarray((law[0] + law[1] * (t / unit) ** law[2] - loss) / scale)
 
+    def derivatives(law: NDArray[float64]) -> NDArray[float64]:
+        falling = (t / unit) ** law[2]
+        return np.stack([np.ones_like(t), falling, law[1] * falling * np.log(t / unit)], 1) / scale
+
     bounds = ([0.0, 0.0, STEEPEST], [np.inf, np.inf, 0.0])
     first = [max(float(loss.min()), 0.0), spread / 2]
-    fits = [least_squares(residuals, [*first, start], bounds=bounds, loss="cauchy") for start in STARTS]
+    fits = [
+        least_squares(residuals, [*first, start], jac=derivatives, bounds=bounds, loss="cauchy") for start in STARTS
+    ]
     best = min(fits, key=lambda fit: float(fit.cost))
     floor, drop, exponent = map(float, best.x)
     free = best.active_mask == 0

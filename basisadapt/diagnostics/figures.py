@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 PALEST = 0.9  # of the colour map: what lies beyond does not show on white
 ROUNDING = 1e-6
+FEW_TICKS = 4  # intervals of an axis at most: ticks are most of the time that a picture takes
 LOWEST_SIGMA = 1e-4  # below, the spectrum is mostly rounding
 NUMBERS = {  # of a module: what is drawn against depth, and its label
     "dc_share": "DC share",
@@ -84,7 +85,7 @@ def phi_figure(title: str, phi: Mapping[str, Curve]) -> Figure | None:
         for depth, curve in lines:
             axes.plot(curve["z"], curve["phi"], color=colours(norm(depth)), linewidth=1.2)
         _name(axes, name)
-        axes.locator_params(axis="x", nbins=5)
+        axes.locator_params(nbins=FEW_TICKS)
         axes.ticklabel_format(scilimits=(-2, 3))
     figure.supxlabel("entry of BA", fontsize=9)
     figure.supylabel("what φ adds to it", fontsize=9)
@@ -202,7 +203,8 @@ def modules_figure(title: str, modules: Mapping[str, Mapping[str, Any]]) -> Figu
             if points:  # a projection without φ has none of φ's numbers
                 axes.plot(*zip(*points, strict=True), ".-", linewidth=1.2, label=name)
         _name(axes, label)
-        axes.locator_params(axis="x", integer=True)
+        axes.locator_params(axis="x", integer=True, nbins=FEW_TICKS)
+        axes.locator_params(axis="y", nbins=FEW_TICKS)
         axes.ticklabel_format(axis="y", scilimits=(-3, 4), useOffset=False)
         low, high = axes.get_ylim()
         if high - low < ROUNDING:  # what rounding makes of equal numbers is not worth a scale
@@ -303,7 +305,7 @@ def _dress(axes: Axes) -> None:
 
 
 def _tick_ends(axes: Axes) -> None:
-    """Label where the lines begin and end alone: ticks are most of the time that a small panel takes."""
+    """Label where the lines begin and end alone: a small panel has no room for more, see FEW_TICKS."""
     box = axes.dataLim
     for axis, ends in ((axes.xaxis, box.intervalx), (axes.yaxis, box.intervaly)):
         shown = [float(end) for end in ends if math.isfinite(end)]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from basisadapt.diagnostics.figures import pictures
 from basisadapt.errors import InputError, one_line
-from basisadapt.execution.executor import Died, Ended, Executor, Job
+from basisadapt.execution.executor import Ended, Executor, Job
 from basisadapt.study.cells import Cell, Study
 from basisadapt.study.files import report_files
 from basisadapt.study.heartbeat import Heartbeat
@@ -144,7 +144,8 @@ class Invocation:
 
     def enter(self, results: Sequence[Imported]) -> None:
         """Record what was run elsewhere as if it had been here; what is done already, or at work, stays as it is."""
-        for one in results:
+        missing = {cell.key for cell in missing_cells([one.cell for one in results], self.outcomes)}
+        for one in (one for one in results if one.cell.key in missing):
             run_id = self._record.start(self._parent, one.cell, one)
             if run_id is not None:
                 drawn = pictures(_title(one.cell), asdict(one.result))
@@ -163,11 +164,12 @@ class Invocation:
     def _run_cells(self, cells: Iterable[Cell], progress: Progress) -> None:
         """Keep the executor's slots full until no cell is left, and wait for those that other processes run."""
         waiting, elsewhere = collections.deque(cells), list[Cell]()
-        running = self._running
+        running, over = self._running, list[Ended]()
         cut_off: set[str] = set()
         try:
             while waiting or running or elsewhere:
-                while waiting and len(running) < self._executor.slots and not self._interrupt.asked:
+                # A slot is filled before the cell that left it is recorded, which takes a second.
+                while waiting and len(running) - len(over) < self._executor.slots and not self._interrupt.asked:
                     cell = waiting.popleft()
                     started = self._start(cell)
                     if started is None:
@@ -176,18 +178,23 @@ class Invocation:
                     running[cell.key] = started
                     progress.begin(cell)
                     self._executor.submit(Job(cell.key, cell.config))
-                if running:
+                if over:
+                    ended = over.pop()
+                    at = running[ended.key]
+                    progress.end(at.cell, self._finish(at, ended))
+                    del running[ended.key]
+                elif running:
                     end = self._executor.wait(progress.step)
-                    at = running[end.key]
-                    if isinstance(end, Died) and end.key not in cut_off:
+                    if isinstance(end, Ended):
+                        over.append(end)
+                    elif end.key in cut_off:
+                        over.append(Ended(end.key, error=f"{end.reason}, twice"))
+                    else:
                         cut_off.add(end.key)
+                        at = running.pop(end.key)
                         self._cut_off(at, end.reason)
                         waiting.append(at.cell)
                         progress.again(at.cell, end.reason)
-                    else:
-                        ended = Ended(end.key, error=f"{end.reason}, twice") if isinstance(end, Died) else end
-                        progress.end(at.cell, self._finish(at, ended))
-                    del running[end.key]
                 elif self._interrupt.asked:
                     raise KeyboardInterrupt
                 else:

@@ -198,8 +198,6 @@ class Record:
         """Start a cell's child run, with its parameters. None if it is done, or another process is at it."""
         from mlflow.entities import Param
 
-        if any(self._outcome(other).done or self._outcome(other).busy for other in self._runs_of(cell)):
-            return None
         tags = {"mlflow.parentRunId": parent, CELL: cell.key, ROW: cell.row, **_signature()}
         began = None
         if imported is not None:
