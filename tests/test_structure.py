@@ -92,8 +92,9 @@ def picture():
         if direct := sorted(below[room] - implied):
             lines.append(f"    {room} --> {' & '.join(direct)}")
     way = shortest_way("basisadapt.study.__main__", "basisadapt.phi.kernels")
-    names = [module.removeprefix("basisadapt.").replace(".__main__", "") for module in way]
-    return "\n".join([*lines, "```", "", "From command to kernel: " + " → ".join(f"`{name}`" for name in names) + "."])
+    names = (module.removeprefix("basisadapt.").replace(".__main__", "") for module in way)
+    path = " → ".join(f"`{name}`" for name in names)
+    return "\n".join([*lines, "```", "", f"From command to kernel, by the fewest imports: {path}."])
 
 
 def test_contributing_shows_the_rooms_as_they_are():
