@@ -1,18 +1,23 @@
 """The floors: a module imports only from floors below its own, never in a circle, and only the study room knows Optuna
-and MLflow."""
+and MLflow. The package is quick to import, and what the text says of it and its dependencies is so."""
 
 from __future__ import annotations
 
 import ast
+import re
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent.parent / "basisadapt"
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "basisadapt"
 # Rooms from the ground up; a room may import from every floor below, and from itself.
 FLOORS = [
     {"errors", "peft_hook"},
     {"command", "registry", "ranges", "settings", "environment", "cost", "diagnostics"},
     {"phi", "tasks", "backbones", "distributed"},
-    {"testing", "adapter", "mt_bench"},
+    {"testing", "adapter", "mt_bench", "gallery"},
     {"methods", "observation"},
     {"run_config"},
     {"trainer"},
@@ -20,6 +25,7 @@ FLOORS = [
     {"execution"},
     {"study"},
 ]
+HEAVY = {"torch", "transformers", "peft", "datasets", "mlflow", "optuna", "matplotlib", "pandas", "scipy", "sklearn"}
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 
 
@@ -47,15 +53,57 @@ def test_no_arrow_points_upward():
                 assert LEVEL[target] < LEVEL[room], f"{path.name} in {room} imports {module}"
 
 
-def test_no_circles():
-    """Module by module, imports for type checking included; a package's `__init__` is its public face, no module."""
+def module_graph():
+    """Module to the modules that it imports, for type checking included; a package's `__init__`, its public face, is
+    none."""
     modules = {
         ".".join(("basisadapt", *p.relative_to(PACKAGE).with_suffix("").parts)): p for p in PACKAGE.rglob("*.py")
     }
     by_path = {path: name for name, path in modules.items()}
-    left = {name: set() for name in modules}
+    graph = {name: set() for name in modules}
     for path, _, module in imports():
-        left[by_path[path]] |= {module, module.rpartition(".")[0]} & (modules.keys() - {by_path[path]})
+        graph[by_path[path]] |= {module, module.rpartition(".")[0]} & (modules.keys() - {by_path[path]})
+    return graph
+
+
+def shortest_way(start, end):
+    """The modules from one to the other, each importing the next."""
+    graph, ways = module_graph(), {start: [start]}
+    for module in (queue := [start]):
+        for target in sorted(graph[module] - ways.keys()):
+            ways[target] = [*ways[module], target]
+            queue.append(target)
+    return ways[end]
+
+
+def picture():
+    """The rooms as a Mermaid graph: an arrow for each import that no longer way implies, and the shortest way from
+    command to kernel, module by module."""
+    below = {room: set() for room in LEVEL}
+    for _, room, module in imports():
+        if room in LEVEL and module.startswith("basisadapt."):
+            below[room] |= {module.split(".")[1]} & (LEVEL.keys() - {room})
+    reached = {}
+    for room in sorted(LEVEL, key=LEVEL.get):
+        reached[room] = below[room].union(*(reached[target] for target in below[room]))
+    lines = ["```mermaid", "flowchart TD"]
+    for room in sorted(LEVEL, key=lambda room: (-LEVEL[room], room)):
+        implied = set().union(*(reached[target] for target in below[room]))
+        if direct := sorted(below[room] - implied):
+            lines.append(f"    {room} --> {' & '.join(direct)}")
+    way = shortest_way("basisadapt.study.__main__", "basisadapt.phi.kernels")
+    names = (module.removeprefix("basisadapt.").replace(".__main__", "") for module in way)
+    path = " → ".join(f"`{name}`" for name in names)
+    return "\n".join([*lines, "```", "", f"From command to kernel, by the fewest imports: {path}."])
+
+
+def test_contributing_shows_the_rooms_as_they_are():
+    """`python -m tests.test_structure` prints what belongs there."""
+    assert picture() in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def test_no_circles():
+    left = module_graph()
     while free := [name for name, needs in left.items() if not needs]:
         left = {name: needs - set(free) for name, needs in left.items() if name not in free}
     assert left == {}
@@ -65,3 +113,38 @@ def test_only_the_study_room_knows_optuna_and_mlflow():
     for path, room, module in imports():
         if module.split(".")[0] in ("optuna", "mlflow"):
             assert room == "study", path
+
+
+def test_importing_the_package_is_quick_and_light():
+    """Best of three: the machine may be busy."""
+    program = (
+        "import time\nstart = time.perf_counter()\nimport basisadapt\nseconds = time.perf_counter() - start\n"
+        "import sys\nassert not HEAVY & sys.modules.keys(), HEAVY & sys.modules.keys()\nprint(seconds)"
+    ).replace("HEAVY", str(HEAVY))
+    command = [sys.executable, "-c", program]
+    runs = [subprocess.run(command, capture_output=True, text=True, timeout=60) for _ in range(3)]
+    assert not any(run.returncode for run in runs), runs[0].stderr
+    assert min(float(run.stdout) for run in runs) < 0.5
+
+
+def requirements():
+    """Name to lowest version, of what the package depends on; and the names in its extras."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lowest = dict(re.split(">=|,", line)[:2] for line in project["dependencies"])
+    extras = {re.match(r"[\w.-]+", line)[0] for lines in project["optional-dependencies"].values() for line in lines}
+    return lowest, extras
+
+
+def test_the_lowest_versions_are_those_of_pyproject():
+    lines = (ROOT / ".ci" / "lowest.txt").read_text(encoding="utf-8").splitlines()
+    assert dict(line.split("==") for line in lines if not line.startswith("#")) == requirements()[0]
+
+
+def test_the_licence_of_every_direct_dependency_is_listed():
+    lowest, extras = requirements()
+    table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("\n| licence | packages |")[2]
+    assert sorted(re.findall("`(.+?)`", table)) == sorted({*lowest, *extras})
+
+
+if __name__ == "__main__":
+    print(picture())

@@ -13,7 +13,7 @@ from peft.utils import register_peft_method
 
 
 def peft_type(method: str) -> PeftType:
-    """The member BASISADAPT_<METHOD> of peft's enum, made at the first call."""
+    """The member `BASISADAPT_<METHOD>` of peft's enum, made at the first call."""
     name = f"BASISADAPT_{method.upper()}"
     if name in PeftType.__members__:
         return PeftType[name]

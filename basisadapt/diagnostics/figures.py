@@ -1,4 +1,4 @@
-"""Pictures of one run, drawn from its plain numbers: the fields of a `training.RunResult`, or a `result.json`."""
+"""Pictures of plain numbers: those of one run, the fields of a `training.RunResult` or a `result.json`; and bases."""
 
 from __future__ import annotations
 
@@ -266,6 +266,17 @@ def landscape_figure(title: str, landscape: Mapping[str, Any]) -> Figure | None:
     axes.set_ylabel("b", fontsize=9)
     axes.set_title("loss at θ* + a d₁ + b d₂", fontsize=9)
     figure.suptitle(title)
+    return figure
+
+
+def bases_figure(curves: Mapping[str, Curve]) -> Figure:
+    """b(u) of bases: a panel per curve, with its points "u" and their values "b"."""
+    figure, grid = _panels("", len(curves))
+    for axes, (name, curve) in zip(grid, curves.items(), strict=False):
+        axes.plot(curve["u"], curve["b"], linewidth=1.5)
+        _name(axes, name)
+    figure.supxlabel("u", fontsize=9)
+    figure.supylabel("b(u)", fontsize=9)
     return figure
 
 

@@ -24,7 +24,7 @@ ARGUMENTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 class TransferBasis(ABC):
     """One function b of a basis {b(uᵢ(x))}, from which φ(x) = Σᵢ αᵢ b(uᵢ(x)) is built (paper, section 3.3).
 
-    Subclass it with a name and define `forward`; that is all::
+    Subclass it with a name and define `forward`; that is all:
 
         class Morlet(TransferBasis, name="morlet"):
             def forward(self, u):

@@ -1,9 +1,9 @@
 """Transfer functions compiled to short Chebyshev series on the range in use, all modules of a bank at once.
 
-F(z) ≈ Σ_{d<D} c_d T_d(z / R) for |z| ≤ R. Every element of a weight then costs about D multiply-adds, whatever N and
-whatever the basis. The coefficients are a linear image of F at Chebyshev nodes, so autograd carries their gradients,
-which are the moments Σ_ij G_ij T_d(z_ij / R), back to α, ω and the grid. Nothing here waits for a GPU: R and D are
-tensors. Source: Trefethen, Approximation Theory and Approximation Practice (2013), chapters 3, 4 and 8.
+F(z) ≈ Σ_d c_d T_d(z / R), d = 0..D−1, for |z| ≤ R. Every element of a weight then costs about D multiply-adds,
+whatever N and whatever the basis. The coefficients are a linear image of F at Chebyshev nodes, so autograd carries
+their gradients, which are the moments Σ_ij G_ij T_d(z_ij / R), back to α, ω and the grid. Nothing here waits for a GPU:
+R and D are tensors. Source: Trefethen, Approximation Theory and Approximation Practice (2013), chapters 3, 4 and 8.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from basisadapt.errors import InputError, unknown
 from basisadapt.study.spec import SWEEP, TUNE, StudySpec, axes_in, parse_yaml
@@ -95,7 +95,7 @@ def resolve(
 
     Every configuration is checked; what the spec tunes is left at the base's value. Raises InputError.
     """
-    overrides, axes, _ = split_changes(changes)
+    split = split_changes(changes)
     if preset not in spec.presets and preset != "quick":  # quick is the default, which a study need not name
         raise unknown("preset", preset, spec.presets)
     preset_values = dict(spec.presets.get(preset, {}))
@@ -104,13 +104,13 @@ def resolve(
 
     preset_axes = axes_in(preset_values, SWEEP)
     preset_values = {name: value for name, value in preset_values.items() if not name.startswith((SWEEP, TUNE))}
-    above = {**_with_full_keys(preset_values), **overrides}
+    above = {**_with_full_keys(preset_values), **split.overrides}
     sweep: dict[str, tuple[str, list[Any]]] = {}
-    for name, points in (*spec.sweep.items(), *preset_axes.items(), *axes.items()):
+    for name, points in (*spec.sweep.items(), *preset_axes.items(), *split.sweep.items()):
         sweep[full_key(name)] = (name, points)
 
     own = (name for values in (*spec.given.values(), *(beside.set for beside in spec.beside)) for name in values)
-    named = tuple(dict.fromkeys([*sweep, *map(full_key, own), *overrides]))
+    named = tuple(dict.fromkeys([*sweep, *map(full_key, own), *split.overrides]))
     only_tasks = list(sweep) == ["task"] and not spec.sweep and bool(spec.beside)  # then it multiplies the rows beside
     swept = [] if only_tasks or not sweep else product(sweep.values())
     rows = [_swept_row(spec, above, point, seeds) for point in swept]
@@ -202,7 +202,8 @@ def _scaled(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any
     return scaled
 
 
-class Changes(NamedTuple):
+@dataclass(frozen=True)
+class Changes:
     """The command line's changes: overrides of the base, by full key; replaced axes of the rows and of what is tuned,
     by name."""
 

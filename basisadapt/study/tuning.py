@@ -175,8 +175,8 @@ def resolve_tuning(
 
 def _grid(spec: StudySpec, preset: str, changes: Sequence[str]) -> dict[str, list[Any]]:
     """Full key to values."""
-    overrides, _, axes = split_changes(changes)
-    axes = {**axes_in(spec.presets.get(preset, {}), TUNE), **axes}
+    split = split_changes(changes)
+    axes = {**axes_in(spec.presets.get(preset, {}), TUNE), **split.tune}
     if spec.tune is None:
         if axes:
             raise InputError(f"study {spec.name!r} tunes nothing, so that {TUNE}{next(iter(axes))} means nothing")
@@ -185,8 +185,10 @@ def _grid(spec: StudySpec, preset: str, changes: Sequence[str]) -> dict[str, lis
     for key in grid:
         if not key.startswith(("adapter.", "train.")):
             raise InputError(f"{TUNE}{key}: only settings of the adapter and of training are tuned")
-        if key in overrides:
-            raise InputError(f"{key} is tuned; --set {TUNE}{key}={plain(overrides[key])} leaves it that value alone")
+        if key in split.overrides:
+            raise InputError(
+                f"{key} is tuned; --set {TUNE}{key}={plain(split.overrides[key])} leaves it that value alone"
+            )
     return grid
 
 

@@ -1,0 +1,36 @@
+#!/usr/bin/env python3
+"""Writes the API reference, a page for each module: `python .ci/docs.py FOLDER` (needs the extra `docs`)."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import get_type_hints
+
+import pdoc
+import peft
+
+import basisadapt
+
+NEEDS = {"kernels_triton": "triton"}  # modules that cannot be imported everywhere, and so have no page there
+
+for name in basisadapt.__all__:  # they are loaded when first used; pdoc only looks
+    setattr(basisadapt, name, getattr(basisadapt, name))
+modules = pkgutil.walk_packages(basisadapt.__path__, "basisadapt.")
+for package in [basisadapt, *(importlib.import_module(module.name) for module in modules if module.ispkg)]:
+    children = [module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "__main__"]
+    # Modules that `__all__` does not name are private to pdoc.
+    package.__all__ = [
+        *getattr(package, "__all__", []),
+        *(name for name in children if name not in NEEDS or find_spec(NEEDS[name])),
+    ]
+configs = [peft.PeftConfig]
+for config in configs:  # their constructors are generated, from fields whose types peft's modules know
+    configs += config.__subclasses__()
+    if config.__module__.startswith("basisadapt."):
+        hints = get_type_hints(config)
+        config.__init__.__annotations__ = {name: hints.get(name) for name in config.__init__.__annotations__}
+pdoc.pdoc("basisadapt", output_directory=Path(sys.argv[1]))
