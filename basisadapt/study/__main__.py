@@ -117,7 +117,8 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="FILE_OR_MODULE",
-        help="Python file or module that defines bases, grids, sharing policies or tasks",
+        help="Python file or module that defines bases, grids, sharing policies, placements, tasks, backbones or "
+        "methods; CONTRIBUTING.md has a recipe for each",
     )
     parser.add_argument(
         "--search",
