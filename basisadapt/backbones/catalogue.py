@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from basisadapt.errors import unknown
+from basisadapt.errors import InputError, unknown
+from basisadapt.registry import load_entry_points
 
 
 @dataclass(frozen=True)
@@ -158,11 +159,19 @@ BACKBONES = {
 }
 
 
+def register(name: str, backbone: Backbone) -> None:
+    """Add a backbone to the catalogue. Raises InputError if the name is taken by another."""
+    if BACKBONES.setdefault(name, backbone) != backbone:
+        raise InputError(f"backbone {name!r} exists already ({BACKBONES[name].source})")
+
+
 def find(name: str) -> Backbone:
     """The backbone called `name`: one of BACKBONES, a local folder, or a hub id such as "Qwen/Qwen2-0.5B".
 
     Raises InputError for anything else, naming the nearest.
     """
+    if name not in BACKBONES:
+        load_entry_points()
     if name in BACKBONES:
         return BACKBONES[name]
     if Path(name).is_dir() or name.count("/") == 1:

@@ -75,7 +75,7 @@ def is_head(parameter: str) -> bool:
 def check_form(backbone: Backbone, form: str, model_type: str) -> None:
     """Raise InputError, naming backbones that can, where a model of that type cannot take the form."""
     if not _can(form, model_type):
-        able = [name for name, other in BACKBONES.items() if _can(form, other.shapes["model_type"])]
+        able = [name for name, other in BACKBONES.items() if _can(form, other.shapes.get("model_type", ""))]
         hint = f"; among the named ones, {', '.join(able)} can" if able else ""
         raise InputError(f"backbone {backbone.name!r} ({model_type}) cannot {FORMS[form].does}{hint}")
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import shlex
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from basisadapt.command import BAD_INPUT, DONE, INTERRUPTED, UNSOUND, Parser, complain, masked
 from basisadapt.errors import InputError, RecordError
@@ -24,6 +26,24 @@ if TYPE_CHECKING:
     from basisadapt.study.tuning import Tuning
 
 SAMPLERS = ("tpe", "random")
+EXAMPLES = """\
+Examples:
+  python -m basisadapt.study ablate_basis
+  python -m basisadapt.study ablate_basis --dry-run --set backbone=qwen2-0.5b --set adapter.r=16
+  python -m basisadapt.study compare_methods --preset smoke --workers 2 --output results
+  python -m basisadapt.study ablate_basis --plugin my_bases.py --set sweep.basis=sinc,morlet
+  python -m basisadapt.study learning_rate --search tpe --trials 30
+  python -m basisadapt.study --report ablate_basis --json
+
+Exit codes: 0 done; 1 done, but a cell failed or diverged; 2 bad input; 130 interrupted: the same command goes on."""
+
+
+class Answer(NamedTuple):
+    """What a call has to say: a text, the same as JSON, and the exit code."""
+
+    text: str
+    document: Any
+    code: int = DONE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +54,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal without ± or φ still gets its table
     command = masked(shlex.join(["python", "-m", "basisadapt.study", *arguments]))
     try:
-        return _run(_parser().parse_args(arguments), command)
+        options = _parser().parse_args(arguments)
+        _check_together(options)
+        if options.ui:
+            from basisadapt.study.ui import serve
+
+            serve(options.tracking_uri)
+            return DONE
+        # What plug-ins and libraries print must not get into the document.
+        with redirect_stdout(sys.stderr) if options.json else nullcontext():
+            answer = _run(options, command)
+        print(json.dumps(answer.document, indent=2, allow_nan=False) if options.json else answer.text)
+        return answer.code
     except InputError as error:
         if "--debug" in arguments:
             traceback.print_exc()
@@ -51,10 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m basisadapt.study",
-        description="Run what a study has not recorded yet, then print its table beside the published one and a "
-        "verdict on each of the paper's claims.",
-        epilog="Exit codes: 0 done; 1 done, but a cell failed or diverged; 2 bad input; 130 interrupted: the "
-        "same command goes on.",
+        description="Run what a study has not recorded yet, then print its table beside the published one\n"
+        "and a verdict on each of the paper's claims.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", nargs="?", metavar="NAME", help="a study of --list, or the path of a YAML file")
     parser.add_argument("--list", action="store_true", help="list the studies")
@@ -65,6 +96,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print the cells and their parameter counts; runs nothing"
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON document, and nothing else on stdout: with --list, --dry-run or --report, or after a run",
     )
     parser.add_argument(
         "--set",
@@ -81,7 +117,8 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="FILE_OR_MODULE",
-        help="Python file or module that defines bases, grids, sharing policies or tasks",
+        help="Python file or module that defines bases, grids, sharing policies, placements, tasks, backbones or "
+        "methods; CONTRIBUTING.md has a recipe for each",
     )
     parser.add_argument(
         "--search",
@@ -143,16 +180,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(options: argparse.Namespace, command: str) -> int:
-    _check_together(options)
+def _run(options: argparse.Namespace, command: str) -> Answer:
     if options.list:
-        _print_studies()
-        return DONE
-    if options.ui:
-        from basisadapt.study.ui import serve
-
-        serve(options.tracking_uri)
-        return DONE
+        return _studies()
     study_spec = specs.read_spec(options.name or options.report)
     for plugin in options.plugin:
         load_plugin(plugin)
@@ -177,11 +207,9 @@ def _run(options: argparse.Namespace, command: str) -> int:
         seeds = _seeds(options.seeds)
         tuning = resolve_tuning(study_spec, preset=options.preset, changes=options.set, seeds=seeds)
         if options.dry_run:
-            _print_plans(tuning, place)
-            return DONE
+            return _plans(tuning, place, executor)
         if options.export is not None:
-            _export(tuning, place, options.export)
-            return DONE
+            return _export(tuning, place, options.export)
         if options.results is not None:
             return _import(tuning, place, tags, executor, options.results)
         if options.report:
@@ -193,11 +221,9 @@ def _run(options: argparse.Namespace, command: str) -> int:
 
         search = _search(study_spec, options)
         if options.dry_run:
-            _print_space(search)
-            return DONE
+            return _space(search)
         report = read_search(search, place) if options.report else run_search(search, place, tags, executor)
-    _print_report(report, place)
-    return UNSOUND if report.unsound else DONE
+    return _report(report, place)
 
 
 def _check_together(options: argparse.Namespace) -> None:
@@ -210,6 +236,8 @@ def _check_together(options: argparse.Namespace) -> None:
         raise InputError("--cpus-per-cell and --gpus-per-cell go with --ray")
     if options.ray is not None and options.workers is not None:
         raise InputError("--workers does not go with --ray, whose cluster says how many cells run at once")
+    if options.json and options.ui:
+        raise InputError("--json does not go with --ui, which serves pages")
     apart = {"--export": options.export, "--import": options.results}
     others = {"--report": options.report, "--dry-run": options.dry_run, "--search": options.search, **apart}
     given = [option for option, value in others.items() if value]
@@ -217,23 +245,26 @@ def _check_together(options: argparse.Namespace) -> None:
         raise InputError(f"{given[-1]} does not go with {given[0]}")
 
 
-def _export(tuning: Tuning, place: Place, path: Path) -> None:
+def _export(tuning: Tuning, place: Place, path: Path) -> Answer:
     from basisadapt.study.exchange import export_cells
 
     count = export_cells(tuning, place, path)
-    print(f"{count} cells to run are in {path}. Elsewhere, and then here with the same options as now:")
-    print(f"  python -m basisadapt.training {shlex.quote(path.name)} --output results.jsonl")
-    print(f"  python -m basisadapt.study {shlex.quote(tuning.spec.name)} ... --import results.jsonl")
+    lines = [
+        f"{count} cells to run are in {path}. Elsewhere, and then here with the same options as now:",
+        f"  python -m basisadapt.training {shlex.quote(path.name)} --output results.jsonl",
+        f"  python -m basisadapt.study {shlex.quote(tuning.spec.name)} ... --import results.jsonl",
+    ]
+    return Answer("\n".join(lines), {"study": tuning.spec.name, "file": str(path), "cells": count})
 
 
-def _import(tuning: Tuning, place: Place, tags: dict[str, str], executor: Executor, path: Path) -> int:
+def _import(tuning: Tuning, place: Place, tags: dict[str, str], executor: Executor, path: Path) -> Answer:
     from basisadapt.study.exchange import import_results
 
     report, failed = import_results(tuning, place, tags, executor, path)
-    _print_report(report, place)
     for line in failed:
         print(f"not entered: {line.row}, seed {line.config['seed']}, which failed: {line.error}", file=sys.stderr)
-    return UNSOUND if report.unsound or failed else DONE
+    answer = _report(report, place)
+    return answer._replace(code=UNSOUND) if failed else answer
 
 
 def _executor(options: argparse.Namespace) -> Executor:
@@ -276,56 +307,68 @@ def _seeds(text: str | None) -> list[int] | None:
         raise InputError(f"--seeds needs whole numbers, such as 42,123,456, got {text!r}") from error
 
 
-def _print_studies() -> None:
-    names = specs.list_studies()
-    width = max(map(len, names), default=0)
-    for name in names:
-        print(f"{name.ljust(width)}  {specs.read_spec(name).title}")
+def _studies() -> Answer:
+    titles = {name: specs.read_spec(name).title for name in specs.list_studies()}
+    width = max(map(len, titles), default=0)
+    lines = [f"{name.ljust(width)}  {title}" for name, title in titles.items()]
+    return Answer("\n".join(lines), [{"study": name, "title": title} for name, title in titles.items()])
 
 
-def _print_space(search: Search) -> None:
-    print(f"{search.spec.title}: a search of {search.trials} trials over\n")
-    for key, where in search.space().items():
-        print(f"{key}: {where}")
+def _space(search: Search) -> Answer:
+    from basisadapt.study.documents import space_document
+
+    lines = [f"{search.spec.title}: a search of {search.trials} trials over", ""]
+    lines += [f"{key}: {where}" for key, where in search.space().items()]
+    return Answer("\n".join(lines), space_document(search))
 
 
-def _print_plans(tuning: Tuning, place: Place) -> None:
+def _plans(tuning: Tuning, place: Place, executor: Executor) -> Answer:
     from basisadapt.study import engine
+    from basisadapt.study.documents import plan_document
+    from basisadapt.study.estimate import estimate_time
     from basisadapt.study.record import Record
 
     outcomes = Record.read(place.tracking_uri, tuning.spec.name)
     tuned = tuning.choose(outcomes)
-    cells, outcomes = [*tuning.trials.cells, *tuned.study.cells], tuned.seen(outcomes)
+    cells, outcomes = tuned.cells, tuned.seen(outcomes)
     plans = engine.plan_cells(cells, place.data_dir, dry=True)
+    states = {cell.key: outcomes[cell.key].status if cell.key in outcomes else "to run" for cell in cells}
+    with executor:  # whose slots may be those of a cluster
+        estimate = estimate_time(cells, outcomes, executor)
+    if estimate is not None:
+        print(estimate, file=sys.stderr)
     width = max(len(cell.row) for cell in cells)
     columns = "{:>6}  {:>7}  {:>11}  {:>9}  {:>9}  {:>11}  {}".format
-    print(f"{tuning.spec.title}: {len(cells)} cells\n")
     heads = columns("seed", "modules", "A and B", "phi", "head", "trainable", "state")
-    print(f"{'row'.ljust(width)}  {heads}")
+    lines = [f"{tuning.spec.title}: {len(cells)} cells", "", f"{'row'.ljust(width)}  {heads}"]
     for cell in cells:
         plan = plans[cell.row]
         counts = (f"{count:,}" for count in (plan.factors, plan.transfer, plan.head, plan.trainable))
-        state = outcomes[cell.key].status if cell.key in outcomes else "to run"
-        print(f"{cell.row.ljust(width)}  {columns(cell.seed, plan.modules, *counts, state)}")
+        lines.append(f"{cell.row.ljust(width)}  {columns(cell.seed, plan.modules, *counts, states[cell.key])}")
+    return Answer("\n".join(lines), plan_document(tuning.spec, cells, plans, states, estimate))
 
 
-def _print_report(report: Report, place: Place) -> None:
+def _report(report: Report, place: Place) -> Answer:
+    from basisadapt.study.documents import report_document
     from basisadapt.study.record import Record
     from basisadapt.study.words import to_text
 
     table = report.table
-    print(to_text(report))
-    print(f"Recorded in {masked(place.tracking_uri)}; to browse:")
+    lines = [to_text(report), f"Recorded in {masked(place.tracking_uri)}; to browse:"]
     if place.tracking_uri.startswith(("http:", "https:")):
         server = masked(place.tracking_uri).rstrip("/")
     else:
         server = "http://127.0.0.1:5000"
-        print(f"  mlflow ui --backend-store-uri {masked(shlex.quote(place.tracking_uri))}")
+        lines.append(f"  mlflow ui --backend-store-uri {masked(shlex.quote(place.tracking_uri))}")
     record = Record(place.tracking_uri, table.study.spec.name)
-    print(f"  {server}/#/experiments/{record.experiment_id}/runs  all runs, by invocation")
-    print(f"  {server}{record.compare_path(table.run_ids)}  the cells above, compared")
+    lines += [
+        f"  {server}/#/experiments/{record.experiment_id}/runs  all runs, by invocation",
+        f"  {server}{record.compare_path(table.run_ids)}  the cells above, compared",
+    ]
     if place.output is not None:
-        print(f"Written to {place.output}")
+        lines.append(f"Written to {place.output}")
+    document = report_document(report, place.tracking_uri)
+    return Answer("\n".join(lines), document, UNSOUND if report.unsound else DONE)
 
 
 if __name__ == "__main__":

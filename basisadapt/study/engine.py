@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import os
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -17,6 +18,7 @@ from basisadapt.diagnostics.figures import pictures
 from basisadapt.errors import InputError, one_line
 from basisadapt.execution.executor import Ended, Executor, Job
 from basisadapt.study.cells import Cell, Study
+from basisadapt.study.estimate import estimate_time
 from basisadapt.study.files import report_files
 from basisadapt.study.heartbeat import Heartbeat
 from basisadapt.study.interrupt import Interrupt
@@ -61,18 +63,22 @@ class Place:
 def run_study(tuning: Tuning, place: Place, tags: Mapping[str, str], executor: Executor) -> Report:
     """Run the cells that the record lacks, those that tune first, and report. `tags` go to the invocation's run.
 
+    How long that may take is said first, on stderr, where the record knows.
     A cell that raises is recorded as failed and the others go on; one whose process dies is tried once more. Raises
     InputError before anything is recorded, KeyboardInterrupt once what it interrupts is recorded as killed, and
     RecordError where nothing can be recorded any more.
     """
     check_place(place)
     recorded = Record.read(place.tracking_uri, tuning.spec.name)
-    for study in (tuning.trials, tuning.choose(recorded).study):
+    tuned = tuning.choose(recorded)
+    for study in (tuning.trials, tuned.study):
         _check_own_files(study, recorded, place.data_dir)
         missing = missing_cells(study.cells, recorded)
         plan_cells(missing, place.data_dir)
         if missing:
             executor.prepare()
+    if estimate := estimate_time(tuned.cells, tuned.seen(recorded), executor):
+        print(estimate, file=sys.stderr, flush=True)
     with Invocation(tuning.spec, place, tags, executor) as invocation:
         tuned = tuning.choose(invocation.run(tuning.trials))
         report = report_on(tuned, invocation.run(tuned.chosen))

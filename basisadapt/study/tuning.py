@@ -116,6 +116,11 @@ class Tuned:
         return Study(self.tuning.spec, tuple(choice.row for choice in self.choices))
 
     @property
+    def cells(self) -> list[Cell]:
+        """Every cell: the trials', then the rows'."""
+        return [*self.tuning.trials.cells, *self.study.cells]
+
+    @property
     def chosen(self) -> Study:
         """The rows that have a choice: what may be run."""
         return Study(self.tuning.spec, tuple(choice.row for choice in self.choices if choice.best))

@@ -22,7 +22,7 @@ class Fakes:
     """`ways`: (basis or method, seed) -> how that run ends. `ran`: what was run, in order.
 
     `seconds`: how long a run takes. `score`: configuration -> accuracy; None draws one by basis, rank and seed. A score
-    that raises is a failed run.
+    that raises is a failed run. `costs`: configuration -> further metrics, such as seconds.
     """
 
     def __init__(self, ways=None, seconds=0.0):
@@ -30,6 +30,7 @@ class Fakes:
         self.seconds = seconds
         self.ran = []
         self.score = None
+        self.costs = lambda config: {}
 
     def run(self, config, *, data_dir=None, on_step=None, save_to=None, accumulate=1):
         name = getattr(config.adapter, "basis", config.method)
@@ -63,6 +64,7 @@ class Fakes:
             "stable_rank.mean": 1.2,
             "dc_share.mean": 0.1,
             "parameters.trainable": 1234.0,
+            **self.costs(config),
         }
         curve = {"z": [-0.1, 0.0, 0.1], "phi": [0.0, 1.0, 0.5]}
         return RunResult(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from basisadapt.study.__main__ import _check_together, _parser, main
 from basisadapt.study.cells import resolve
 from basisadapt.study.owner import Owner
 from basisadapt.study.record import Record
@@ -408,3 +409,15 @@ def test_help_and_list_do_without_torch(option):
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "ablate_basis" in done.stdout or "--tracking-uri" in done.stdout
+
+
+def test_the_examples_of_help_are_command_lines(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    lines = capsys.readouterr().out.split("\nExamples:\n")[1].split("\n\n")[0].splitlines()
+    assert 4 <= len(lines) <= 6
+    for line in lines:
+        options = _parser().parse_args(line.split()[3:])
+        _check_together(options)
+        read_spec(options.name or options.report)

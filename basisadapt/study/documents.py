@@ -1,0 +1,102 @@
+"""What the command line says, as JSON for programs. Numbers are as recorded: fractions, seconds, bytes; unrounded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from basisadapt.command import masked
+from basisadapt.ranges import Range
+from basisadapt.study import statistics
+
+if TYPE_CHECKING:
+    from basisadapt.study.cells import Cell
+    from basisadapt.study.estimate import Estimate
+    from basisadapt.study.report import Report
+    from basisadapt.study.search import Search
+    from basisadapt.study.spec import StudySpec
+    from basisadapt.study.table import Across, Line, Table
+    from basisadapt.training import Plan
+
+Document = dict[str, Any]
+
+
+def report_document(report: Report, tracking_uri: str) -> Document:
+    """A report: the study's rows, the same over all tasks, verdicts; of a search also its trials, best first."""
+    table, spec = report.table, report.table.study.spec
+    document = {
+        **_heading(spec),
+        "headline": table.headline,
+        "reference": spec.reference,
+        "rows": [_row(line, table) for line in table.lines],
+        "over_tasks": [{"name": line.name, **_numbers(line)} for line in table.across],
+        "claims": [
+            {"text": verdict.claim.text, "verdict": verdict.word, "because": list(verdict.because)}
+            for verdict in report.verdicts
+        ],
+        "tracking_uri": masked(tracking_uri),
+    }
+    if report.search is not None:
+        document["trials"] = [asdict(trial) for trial in report.search.ranked]
+    return document
+
+
+def plan_document(
+    spec: StudySpec,
+    cells: Sequence[Cell],
+    plans: Mapping[str, Plan],
+    states: Mapping[str, str],
+    estimate: Estimate | None,
+) -> Document:
+    """Cells to run. plans: row label to counts. states: cell key to what the record says. estimate: in seconds."""
+    listed = [
+        {
+            "key": cell.key,
+            "label": cell.row,
+            "task": cell.config.task,
+            "seed": cell.seed,
+            "state": states[cell.key],
+            "modules": plans[cell.row].modules,
+            "parameters": {
+                name: getattr(plans[cell.row], name) for name in ("factors", "transfer", "head", "trainable", "total")
+            },
+        }
+        for cell in cells
+    ]
+    return {**_heading(spec), "cells": listed, "estimate": asdict(estimate) if estimate else None}
+
+
+def space_document(search: Search) -> Document:
+    """What a search would do. space: setting to its range (low, high, log), or to its values."""
+    space = {key: asdict(where) if isinstance(where, Range) else list(where) for key, where in search.space().items()}
+    return {**_heading(search.spec), "trials": search.trials, "sampler": search.sampler, "space": space}
+
+
+def _heading(spec: StudySpec) -> Document:
+    return {"study": spec.name, "title": spec.title}
+
+
+def _row(line: Line, table: Table) -> Document:
+    first = line.row.cells[0]
+    return {
+        "label": line.label,
+        "task": line.task,
+        "settings": {key: first.settings[key] for key in first.named if key in first.settings},
+        **_numbers(line),
+        "metrics": {name: line.mean_of(name) for name in table.columns},
+        "states": line.seeds_by_state(),
+    }
+
+
+def _numbers(line: Line | Across) -> Document:
+    """The headline metric by seed or task, and what is made of it; of the published value, the text as printed."""
+    values = list(line.values.values())
+    return {
+        "values": {str(key): value for key, value in line.values.items()},
+        "mean": statistics.mean(values),
+        "std": statistics.std(values),
+        "difference": asdict(line.difference) if line.difference else None,
+        "p_holm": line.p,
+        "published": dict(zip(("value", "std"), line.published, strict=True)) if line.published else None,
+    }
