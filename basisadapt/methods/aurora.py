@@ -10,6 +10,7 @@ import torch
 from peft import PeftConfig
 from torch import Tensor
 
+from basisadapt.adapter.saved import Shape
 from basisadapt.methods.method import PeftMethod
 from basisadapt.methods.product import ProductConfig, ProductLinear, kaiming
 from basisadapt.phi.basis import BASES
@@ -70,6 +71,15 @@ class AuroRALinear(ProductLinear):
 @dataclass(kw_only=True)
 class AuroRAConfig(AuroRASettings, ProductConfig, method="aurora", layer=AuroRALinear):
     """AuroRASettings."""
+
+    def saved_shapes(self) -> Mapping[str, Shape]:
+        """A, B, W and the splines."""
+        return {
+            "aurora_A": (self.r, None),
+            "aurora_B": (None, self.r),
+            "aurora_W": (self.r, self.r),
+            "aurora_spline": (self.r, self.num_knots),
+        }
 
 
 class AuroRA(PeftMethod, name="aurora", settings=AuroRASettings):

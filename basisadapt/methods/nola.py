@@ -12,6 +12,7 @@ from peft import PeftConfig
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
+from basisadapt.adapter.saved import Shape
 from basisadapt.methods.method import PeftMethod, RandomBasisSettings
 from basisadapt.methods.product import ProductConfig, ProductLinear, kaiming
 from basisadapt.phi.settings import MOST_RANK, require
@@ -76,6 +77,10 @@ class NoLALinear(ProductLinear):
 @dataclass(kw_only=True)
 class NoLAConfig(NoLASettings, ProductConfig, method="nola", layer=NoLALinear):
     """NoLASettings."""
+
+    def saved_shapes(self) -> Mapping[str, Shape]:
+        """The coefficients."""
+        return {"nola_a": (self.num_random,), "nola_b": (self.num_random,)}
 
 
 class NoLA(PeftMethod, name="nola", settings=NoLASettings):

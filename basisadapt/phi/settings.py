@@ -146,7 +146,7 @@ class PhiSettings(LowRankSettings):
         in_range = self.tolerance is None or 0.0 < self.tolerance <= 1e-2
         require(in_range, "tolerance", self.tolerance, "above 0 and at most 0.01")
         require(self.backend in BACKENDS, "backend", self.backend, " or ".join(f'"{name}"' for name in BACKENDS))
-        known = '"exact", "fp8" or "sketch:K" with K of at least 2'
+        known = '"exact", "fp8" or "sketch:K" with K from 2 to 999'
         require(is_known(self.dense_gradient), "dense_gradient", self.dense_gradient, known)
         require(
             _amplitude_known(self.amplitude_init),
