@@ -6,7 +6,6 @@ import difflib
 import reprlib
 from collections.abc import Iterable
 
-
 LONGEST = 100  # characters of a value in a message
 
 _short = reprlib.Repr()

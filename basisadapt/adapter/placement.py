@@ -182,7 +182,9 @@ class FirstLast(Placement, name="first_last"):
 
     def __init__(self, count: str = "") -> None:
         if not count.isdecimal() or not 0 < len(count) < 10 or int(count) == 0:
-            raise InputError(f'placement first_last must be "first_last:K" with K of at least 1, got {shown(count)} for K')
+            raise InputError(
+                f'placement first_last must be "first_last:K" with K of at least 1, got {shown(count)} for K'
+            )
         self.count = int(count)
 
     def covers(self, projection: Projection) -> bool:

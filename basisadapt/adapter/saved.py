@@ -39,8 +39,6 @@ class CheckedConfig(PeftConfig, ABC):  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.task_type, str | None):
-            raise InputError(f"task_type must be text or null, got {shown(self.task_type)}")
         others = {field.name for field in dataclasses.fields(PeftConfig)}
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in others}
         own = {name: list(value) if isinstance(value, set | frozenset) else value for name, value in own.items()}
@@ -86,7 +84,9 @@ def check_weights(folder: Path, shapes: Mapping[str, Shape]) -> None:
         for holder, shape in here.items():
             if len(shape) != len(expected) or any(n not in (None, m) for n, m in zip(expected, shape, strict=True)):
                 said = " × ".join("any" if n is None else str(n) for n in expected)
-                raise InputError(f"{file}: {holder}{end} must be {said}, as {CONFIG_NAME} says, and has the shape {shape}")
+                raise InputError(
+                    f"{file}: {holder}{end} must be {said}, as {CONFIG_NAME} says, and has the shape {shape}"
+                )
         table = end.rpartition(".")[0]
         if not here or holders.setdefault(table, set(here)) != set(here):
             odd = sorted(holders.get(table, set()) ^ set(here))

@@ -242,10 +242,8 @@ def _spec(values: dict[str, Any]) -> StudySpec:
             inside(name, "answers.table")
     if values.get("tune") is not None:
         values["tune"] = _part(Tune, values["tune"], "tune")
-    values["beside"] = [_part(Beside, row, f"beside[{index}]") for index, row in enumerate(values.get("beside") or ())]
-    values["claims"] = [
-        _part(Claim, claim, f"claims[{index}]") for index, claim in enumerate(values.get("claims") or ())
-    ]
+    values["beside"] = _parts(Beside, values.get("beside"), "beside")
+    values["claims"] = _parts(Claim, values.get("claims"), "claims")
     presets = values.get("presets")
     if isinstance(presets, dict):
         values["presets"] = {name: overrides for name, overrides in presets.items() if overrides is not None}
@@ -254,7 +252,9 @@ def _spec(values: dict[str, Any]) -> StudySpec:
     _check_axes(spec.tune.grid if spec.tune else {}, TUNE)
     for name, overrides in spec.given.items():
         if name.partition("=")[0] not in spec.sweep or not isinstance(overrides, dict):
-            raise InputError(f"given.{name} must be AXIS=VALUE of the sweep with keys and values, got {shown(overrides)}")
+            raise InputError(
+                f"given.{name} must be AXIS=VALUE of the sweep with keys and values, got {shown(overrides)}"
+            )
     for preset, overrides in spec.presets.items():
         if preset not in PRESETS:
             raise unknown("preset", preset, PRESETS)
@@ -283,6 +283,12 @@ def _part(cls: type[Any], values: Any, where: str) -> Any:
         return from_mapping(cls, values, where)
     except TypeError as error:  # a field without default is missing
         raise InputError(f"{where}: {error}") from error
+
+
+def _parts(cls: type[Any], values: Any, where: str) -> list[Any]:
+    if not isinstance(values, list | None):
+        raise InputError(f"{where} must be a list, got {shown(values)}")
+    return [_part(cls, part, f"{where}[{index}]") for index, part in enumerate(values or ())]
 
 
 # --- the published table ---

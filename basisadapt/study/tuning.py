@@ -12,7 +12,18 @@ from typing import Any
 
 from basisadapt.errors import InputError
 from basisadapt.study import statistics
-from basisadapt.study.cells import Cell, check_count, Point, Row, Study, full_key, plain, product, resolve, split_changes
+from basisadapt.study.cells import (
+    Cell,
+    Point,
+    Row,
+    Study,
+    check_count,
+    full_key,
+    plain,
+    product,
+    resolve,
+    split_changes,
+)
 from basisadapt.study.record import Outcome
 from basisadapt.study.spec import TUNE, StudySpec, axes_in
 
