@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+
+LONGEST = 100  # characters of a value in a message
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = LONGEST
+_short.maxlong, _short.maxlevel = 40, 4
 
 
 class InputError(ValueError):
@@ -20,10 +27,19 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
     A long list of names is left out where there is a nearest one.
     """
     names = sorted(known)
-    nearest = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    name = str(name) if isinstance(name, str | int | float) else shown(name)
+    nearest = difflib.get_close_matches(name[:LONGEST], names, n=1, cutoff=0.5)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
     listed = f" (known: {', '.join(names) or 'none'})" if not nearest or len(names) <= 12 else ""
-    return InputError(f"unknown {kind} {str(name)!r}{hint}{listed}")
+    return InputError(f"unknown {kind} {shown(name)}{hint}{listed}")
+
+
+def shown(value: object) -> str:
+    """A value as messages show it: its repr, with the middle of what is long left out."""
+    try:
+        return _short.repr(value)
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        return "a number of thousands of digits"
 
 
 def one_line(error: BaseException) -> str:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from basisadapt.errors import InputError
+from basisadapt.errors import InputError, shown
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ Choices = tuple[Any, ...]
 def parse_range(values: Any, key: str) -> Range | Choices:
     """[low, high] or [low, high, log] as a Range; any other list as its choices. Raises InputError naming `key`."""
     if not isinstance(values, list) or not values:
-        raise InputError(f"search.{key} must be [low, high], [low, high, log] or a list of choices, got {values!r}")
+        raise InputError(
+            f"search.{key} must be [low, high], [low, high, log] or a list of choices, got {shown(values)}"
+        )
     numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
     if len(numbers) == 2 and values[2:] in ([], ["log"]) and numbers == values[:2]:
         try:

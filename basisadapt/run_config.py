@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from basisadapt.settings import from_mapping
 from basisadapt.tasks import DataSettings
 
 SCHEDULES = ("linear", "cosine", "constant")
+SEEDS = 2**32  # what numpy takes
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
@@ -63,11 +65,11 @@ class TrainSettings:
     parallel: str = "ddp"
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, "train.lr", self.lr, "above 0")
-        require(self.epochs > 0, "train.epochs", self.epochs, "above 0")
+        require(0 < self.lr < math.inf, "train.lr", self.lr, "above 0")
+        require(0 < self.epochs < math.inf, "train.epochs", self.epochs, "above 0")
         require(self.schedule in SCHEDULES, "train.schedule", self.schedule, f"one of {', '.join(SCHEDULES)}")
         require(0 <= self.warmup_ratio < 1, "train.warmup_ratio", self.warmup_ratio, "in [0, 1)")
-        require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "at least 0")
+        require(0 <= self.weight_decay < math.inf, "train.weight_decay", self.weight_decay, "at least 0")
         require(self.max_grad_norm > 0, "train.max_grad_norm", self.max_grad_norm, "above 0")
         require(self.precision in PRECISIONS, "train.precision", self.precision, f"one of {', '.join(PRECISIONS)}")
         require(self.weights in WEIGHTS, "train.weights", self.weights, f"one of {', '.join(WEIGHTS)}")
@@ -108,6 +110,7 @@ class RunConfig:
         Raises InputError for an unknown task, backbone, method or key, a wrong type, or a value out of range.
         """
         keys = from_mapping(_Keys, values)
+        require(0 <= keys.seed < SEEDS, "seed", keys.seed, f"at least 0 and below {SEEDS}")
         if keys.method not in METHODS:
             raise unknown("method", keys.method, METHODS)
         settings = METHODS[keys.method].settings

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from basisadapt.errors import InputError, unknown
+from basisadapt.errors import InputError, shown, unknown
 
 S = TypeVar("S")
+
+LARGEST = int(sys.float_info.max)
+WHOLE = 2**63  # whole numbers lie below, as in every file and database that they go to
 
 
 def from_mapping(cls: type[S], values: Mapping[str, Any], where: str = "") -> S:
@@ -21,14 +25,18 @@ def from_mapping(cls: type[S], values: Mapping[str, Any], where: str = "") -> S:
     wrong type; the dataclass itself checks ranges.
     """
     assert dataclasses.is_dataclass(cls)
-    hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls) if f.init]
     prefix = f"{where}." if where else ""
     for key in values:
         if key not in names:
             raise unknown("key", f"{prefix}{key}", [prefix + name for name in names])
-    checked = {key: _checked(value, hints[key], prefix + key) for key, value in values.items()}
-    return cls(**checked)
+    return cls(**checked(cls, values, where))
+
+
+def checked(cls: type, values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """`values` of fields of the dataclass `cls`, each in its field's type. Raises InputError."""
+    hints, prefix = typing.get_type_hints(cls), f"{where}." if where else ""
+    return {key: _checked(value, hints[key], prefix + key) for key, value in values.items()}
 
 
 def _checked(value: Any, hint: Any, key: str) -> Any:
@@ -38,7 +46,7 @@ def _checked(value: Any, hint: Any, key: str) -> Any:
         if matched:
             return result
     expected = " or ".join(_describe(option) for option in options)
-    raise InputError(f"{key} must be {expected}, got {value!r}")
+    raise InputError(f"{key} must be {expected}, got {shown(value)}")
 
 
 def _matched(value: Any, hint: Any) -> tuple[bool, Any]:
@@ -51,23 +59,30 @@ def _matched(value: Any, hint: Any) -> tuple[bool, Any]:
         return isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)), bool(value)
     if hint is int:
         whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-        return (True, int(value)) if whole and not isinstance(value, bool) else (False, None)
+        return (True, int(value)) if whole and not isinstance(value, bool) and abs(value) < WHOLE else (False, None)
     if hint is float:
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        return (True, float(value)) if number else (False, None)
+        small = isinstance(value, float) or (number and abs(value) < LARGEST)
+        return (True, float(value)) if number and small else (False, None)
     if hint is str:
         return isinstance(value, str), value
     origin = typing.get_origin(hint)
     if origin in (list, tuple):
-        inner = typing.get_args(hint)[0]
         if not isinstance(value, list | tuple):
             return False, None
-        items = [_matched(item, inner) for item in value]
-        return all(ok for ok, _ in items), origin(item for _, item in items)
+        inner = typing.get_args(hint)
+        inners = inner if origin is tuple and ... not in inner else [inner[0]] * len(value)
+        items = [_matched(item, one) for item, one in zip(value, inners, strict=False)]
+        fits = len(inners) == len(value) and all(ok for ok, _ in items)
+        return fits, origin(item for _, item in items)
     if dataclasses.is_dataclass(hint):
         return isinstance(value, typing.cast(type, hint)), value
     if origin in (dict, Mapping):
-        return isinstance(value, Mapping), value
+        if not isinstance(value, Mapping):
+            return False, None
+        key_hint, value_hint = typing.get_args(hint)
+        pairs = [(_matched(key, key_hint), _matched(item, value_hint)) for key, item in value.items()]
+        return all(key[0] and item[0] for key, item in pairs), {key[1]: item[1] for key, item in pairs if key[0]}
     raise TypeError(f"settings of type {hint} are not supported")
 
 
@@ -77,4 +92,7 @@ def _describe(hint: Any) -> str:
         return plain[hint]
     if typing.get_origin(hint) in (list, tuple):
         return f"a list of {_describe(typing.get_args(hint)[0])}"
+    if typing.get_origin(hint) in (dict, Mapping):
+        key, value = typing.get_args(hint)
+        return "keys and values" if value is Any else f"keys and values, each value {_describe(value)}"
     return str(getattr(hint, "__name__", hint))

@@ -14,6 +14,7 @@ from basisadapt.diagnostics.figures import figures
 from basisadapt.observation import Observer, observe
 from basisadapt.run_config import RunConfig
 from basisadapt.tasks import TASKS, Rows, TaskData, TextTask
+from basisadapt.trainer import make_watch
 from basisadapt.training import plan, run
 
 SHORT = {"max_steps": 3, "eval_rows": 40, "train_rows": 200, "batch_size": 8}
@@ -138,6 +139,19 @@ def test_residual_does_start():
     assert result.metrics["stable_rank.mean"] > 1.01
 
 
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_ends_the_run(loss):
+    class Control:
+        should_training_stop = False
+
+    watch, control = make_watch(lambda *_: None, None, lambda *_: None), Control()
+    watch.on_log(None, None, control, logs={"loss": 1.0})
+    assert not watch.diverged
+    watch.on_log(None, None, control, logs={"loss": loss})
+    assert watch.diverged
+    assert control.should_training_stop
+
+
 def test_divergence_is_a_result():
     result = run(config(train={"lr": 1e30, "max_steps": 30, "landscape": 3}, adapter={"r": 4}))
     assert result.status == "diverged"
@@ -221,6 +235,11 @@ def test_round_trip_and_hashable_form():
         ({"train": {"validation": 1.0}}, "train.validation must be between 0 and 1, got 1.0"),
         ({"train": {"landscape": 4}}, "train.landscape must be an odd number of at least 3"),
         ({"tasks": "docstrings"}, "unknown key 'tasks'; did you mean 'task'"),
+        ({"seed": -1}, "seed must be at least 0 and below 4294967296, got -1"),
+        ({"seed": 2**32}, "seed must be at least 0 and below 4294967296"),
+        ({"adapter": {1: 2}}, "adapter must be keys and values"),
+        ({"adapter": {"gain": 10**400}}, "adapter.gain must be a number or null, got 1000"),
+        ({"train": {"max_steps": 2**63}}, "train.max_steps must be a whole number or null"),
     ],
 )
 def test_bad_configurations_are_refused(values, message):
@@ -236,6 +255,8 @@ def test_bad_configurations_are_refused(values, message):
         ({"method": "lora", "adapter": {"r": 385}}, "r must be at most 384"),
         ({"adapter": {"target_modules": ["nowhere"]}}, "nowhere"),
         ({"adapter": {"placement": "everywhere"}}, "unknown placement"),
+        ({"adapter": {"placement": "a{99999999999}"}}, "is neither a name nor a regular expression"),
+        ({"adapter": {"placement": "first_last:" + "9" * 5000}}, "first_last:K"),
         ({"method": "lora", "adapter": {"placement": "everywhere"}}, "unknown placement"),
     ],
 )

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from peft import PeftConfig
-
 from basisadapt.adapter.peft_type import peft_type
+from basisadapt.adapter.saved import CheckedConfig, Shape
 from basisadapt.phi.settings import PhiSettings
 
 
 @dataclass(kw_only=True)
-class PhiConfig(PhiSettings, PeftConfig):  # type: ignore[misc]
+class PhiConfig(PhiSettings, CheckedConfig):
     """The configuration of a φ(BA) adapter for `peft.get_peft_model`; the formula and its settings: `PhiSettings`.
 
     `target_modules` left out is filled from `placement` when the adapter is put into a model. exclude_modules,
@@ -22,10 +22,12 @@ class PhiConfig(PhiSettings, PeftConfig):  # type: ignore[misc]
     Example: PhiConfig(preset="residual", r=4, basis="sinc", target_modules=["query", "value"]).
     """
 
-    exclude_modules: list[str] | str | None = None
-    modules_to_save: list[str] | None = None
-
     def __post_init__(self) -> None:
-        PeftConfig.__post_init__(self)
+        CheckedConfig.__post_init__(self)
         PhiSettings.__post_init__(self)
         self.peft_type = peft_type("phi")
+
+    def saved_shapes(self) -> Mapping[str, Shape]:
+        """A, B and the bank's tables."""
+        tables = dict.fromkeys(("phi_bank.alpha", "phi_bank.raw_omega", "phi_bank.grid"), (None, self.num_basis))
+        return {"phi_A": (self.r, None), "phi_B": (None, self.r), **tables}

@@ -75,8 +75,8 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add ΔW to the base weight; the original is kept, so that unmerge restores it bit for bit.
 
-        Raises ValueError, before anything changes, if `safe_merge` and the merged weight is not finite, and InputError
-        for a quantised weight.
+        Raises InputError for a quantised weight, and ValueError, before this layer changes, if the sum is beyond the
+        range of the weight's dtype (65,504 in float16), or with `safe_merge` if it is not finite for any other reason.
         """
         if self._quantised:
             raise InputError(f"{self.name!r} has a quantised weight; load the base model unquantised to merge into it")
@@ -86,12 +86,20 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 continue
             delta = self.get_delta_weight(adapter)
             merged = (weight + delta).to(weight.dtype)
-            if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(f"merging adapter {adapter!r} into {self.name!r} gives NaN or infinite weights")
+            if not merged.isfinite().all():
+                self._refuse(adapter, weight, delta, safe_merge)
             if self._unmerged_weight is None:
                 self._unmerged_weight = weight.detach().clone()
             weight.data.copy_(merged)
             self.merged_adapters.append(adapter)
+
+    def _refuse(self, adapter: str, weight: Tensor, delta: Tensor, safe_merge: bool) -> None:
+        into = f"merging adapter {adapter!r} into {self.name!r} gives"
+        if (weight + delta).isfinite().all():
+            largest = torch.finfo(weight.dtype).max
+            raise ValueError(f"{into} weights beyond {largest:g}, the largest number in {weight.dtype}")
+        if safe_merge:
+            raise ValueError(f"{into} NaN or infinite weights")
 
     @torch.no_grad()
     def unmerge(self) -> None:

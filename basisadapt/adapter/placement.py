@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from basisadapt.errors import InputError, unknown
+from basisadapt.errors import InputError, shown, unknown
 from basisadapt.phi.sharing import AdaptedModule
 from basisadapt.registry import Registry
 
@@ -181,8 +181,10 @@ class FirstLast(Placement, name="first_last"):
     """ "first_last:K": the first K blocks and the last K (paper, Table 23, with K = 8)."""
 
     def __init__(self, count: str = "") -> None:
-        if not count.isdecimal() or int(count) == 0:
-            raise InputError(f'placement first_last must be "first_last:K" with K of at least 1, got {count!r} for K')
+        if not count.isdecimal() or not 0 < len(count) < 10 or int(count) == 0:
+            raise InputError(
+                f'placement first_last must be "first_last:K" with K of at least 1, got {shown(count)} for K'
+            )
         self.count = int(count)
 
     def covers(self, projection: Projection) -> bool:
@@ -252,11 +254,11 @@ def _parse(placement: str) -> Placement:
         try:
             return PLACEMENTS[name](argument) if colon else PLACEMENTS[name]()  # type: ignore[call-arg]
         except TypeError as error:
-            raise InputError(f"placement {name!r} takes no argument, got {placement!r}") from error
+            raise InputError(f"placement {name!r} takes no argument, got {shown(placement)}") from error
     try:
         return Named(placement)
-    except re.error as error:
-        raise InputError(f"placement {placement!r} is neither a name nor a regular expression: {error}") from error
+    except (re.error, OverflowError, RecursionError) as error:
+        raise InputError(f"placement {shown(placement)} is neither a name nor a regular expression: {error}") from error
 
 
 def _pattern(chosen: Sequence[Projection]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from basisadapt.errors import InputError, unknown
@@ -174,6 +173,6 @@ def find(name: str) -> Backbone:
         load_entry_points()
     if name in BACKBONES:
         return BACKBONES[name]
-    if Path(name).is_dir() or name.count("/") == 1:
+    if os.path.isdir(name) or name.count("/") == 1:
         return Backbone(source=name)
     raise unknown("backbone", name, BACKBONES)

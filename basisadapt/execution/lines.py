@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 L = TypeVar("L")
 
+LATEST = 1e11  # seconds since 1970: no clock shows more
+MOST_BYTES = 4 << 30  # of a file, unpacked
 DONE = ("finished", "diverged")  # the states of a result: a cell that has come to one is not run again
 
 
@@ -41,7 +43,7 @@ class CellLine:
 class ResultLine(CellLine):
     """What became of a cell: a result, its fields those of a RunResult, or an error and its traceback.
 
-    host: the machine that ran it. began, ended: seconds since 1970.
+    host: the machine that ran it. began, ended: seconds since 1970. Raises InputError for times that are none.
     """
 
     host: str
@@ -50,6 +52,10 @@ class ResultLine(CellLine):
     result: dict[str, Any] | None = None
     error: str = ""
     traceback: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.began <= self.ended < LATEST:
+            raise InputError(f"began and ended must be seconds since 1970, got {self.began} and {self.ended}")
 
 
 def end_to_mapping(ended: Ended) -> dict[str, Any]:
@@ -73,15 +79,13 @@ def parse_result(values: dict[str, Any]) -> RunResult:
 
     try:
         result = from_mapping(RunResult, values, "result")
-        metrics = {name: float(value) for name, value in result.metrics.items()}
-        curves = {name: [(int(step), float(value)) for step, value in points] for name, points in result.curves.items()}
-    except (TypeError, ValueError) as error:  # InputErrors too
+    except (TypeError, InputError) as error:  # a TypeError for a field that is missing
         raise InputError(f"not a result: {error}") from error
     if result.status not in DONE:
         raise unknown("status of a result", result.status, DONE)
-    if result.status == "finished" and not math.isfinite(metrics.get(result.headline, math.nan)):
+    if result.status == "finished" and not math.isfinite(result.metrics.get(result.headline, math.nan)):
         raise InputError(f"the result has no finite {result.headline!r}, though it has finished")
-    return dataclasses.replace(result, metrics=metrics, curves=curves)
+    return result
 
 
 def to_line(values: Any) -> str:
@@ -93,10 +97,13 @@ def read_lines(path: Path, kind: type[L], option: str) -> list[L]:
     """The lines of a file, packed by gzip if it ends so, each as a `kind`.
 
     A last line without an end, which a kill leaves behind, is not one. `option` is where the user gave the path.
-    Raises InputError that names the line.
+    Raises InputError that names the line, and for a file of more than MOST_BYTES.
     """
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise InputError(f"{option} {str(path)!r} must hold at most {MOST_BYTES:,} bytes")
         *whole, _ = content.decode().split("\n")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise InputError(f"{option} {str(path)!r} cannot be read: {one_line(error)}") from error
@@ -109,10 +116,10 @@ def _parse(text: str, kind: type[L], where: str) -> L:
         if not isinstance(values, dict):
             raise InputError("a line must be an object with keys and values")
         return from_mapping(kind, values)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where} is not valid JSON: {error}") from error
     except (InputError, TypeError) as error:  # a TypeError for a field that is missing
         raise InputError(f"{where}: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is not valid JSON: {error}") from error
 
 
 class LineFile:

@@ -10,6 +10,7 @@ import torch
 from peft import PeftConfig
 from torch import Tensor
 
+from basisadapt.adapter.saved import Shape
 from basisadapt.errors import InputError
 from basisadapt.methods.method import PeftMethod
 from basisadapt.methods.product import ProductConfig, ProductLinear, kaiming
@@ -64,6 +65,11 @@ class ABBALinear(ProductLinear):
 @dataclass(kw_only=True)
 class ABBAConfig(ABBASettings, ProductConfig, method="abba", layer=ABBALinear):
     """ABBASettings."""
+
+    def saved_shapes(self) -> Mapping[str, Shape]:
+        """Both pairs of factors."""
+        a, b = (self.r // 2, None), (None, self.r // 2)
+        return {"abba_A1": a, "abba_B1": b, "abba_A2": a, "abba_B2": b}
 
 
 class ABBA(PeftMethod, name="abba", settings=ABBASettings, quantisable=False):

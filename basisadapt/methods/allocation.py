@@ -12,7 +12,7 @@ from basisadapt.phi.settings import LowRankSettings, require
 class AllocationSettings(LowRankSettings):
     """r: ranks per module on average, when all is settled. Raises InputError out of range.
 
-    spare: a module has room for ⌈(1 + spare) r⌉ ranks. settle: the first and the last so many of the steps, as a
+    spare: a module has room for ⌈(1 + spare) r⌉ ranks, spare at most 100. settle: the first and the last so many of the steps, as a
     share, leave the ranks alone. every: steps between two moves.
     """
 
@@ -22,7 +22,7 @@ class AllocationSettings(LowRankSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 <= self.spare < math.inf, "spare", self.spare, "at least 0")
+        require(0 <= self.spare <= 100, "spare", self.spare, "at least 0 and at most 100")
         require(0 <= self.settle < 0.5, "settle", self.settle, "in [0, 0.5)")
         require(self.every >= 1, "every", self.every, "at least 1")
 

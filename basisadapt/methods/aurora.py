@@ -10,23 +10,25 @@ import torch
 from peft import PeftConfig
 from torch import Tensor
 
+from basisadapt.adapter.saved import Shape
 from basisadapt.methods.method import PeftMethod
 from basisadapt.methods.product import ProductConfig, ProductLinear, kaiming
 from basisadapt.phi.basis import BASES
-from basisadapt.phi.settings import LowRankSettings, require
+from basisadapt.phi.settings import MOST_FUNCTIONS, LowRankSettings, require
 
 REACH = 3.0  # ours: the splines' knots lie evenly on ±REACH; x Aᵀ is about 0.6 in size for a normalised x at the start
 
 
 @dataclass(kw_only=True)
 class AuroRASettings(LowRankSettings):
-    """num_knots: K, splines of each channel. Raises InputError out of range."""
+    """num_knots: K, splines of each channel, at most 4,096. Raises InputError out of range."""
 
     num_knots: int = 8
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.num_knots >= 2, "num_knots", self.num_knots, "at least 2")
+        known = f"at least 2 and at most {MOST_FUNCTIONS}"
+        require(2 <= self.num_knots <= MOST_FUNCTIONS, "num_knots", self.num_knots, known)
 
 
 class AuroRALinear(ProductLinear):
@@ -69,6 +71,15 @@ class AuroRALinear(ProductLinear):
 @dataclass(kw_only=True)
 class AuroRAConfig(AuroRASettings, ProductConfig, method="aurora", layer=AuroRALinear):
     """AuroRASettings."""
+
+    def saved_shapes(self) -> Mapping[str, Shape]:
+        """A, B, W and the splines."""
+        return {
+            "aurora_A": (self.r, None),
+            "aurora_B": (None, self.r),
+            "aurora_W": (self.r, self.r),
+            "aurora_spline": (self.r, self.num_knots),
+        }
 
 
 class AuroRA(PeftMethod, name="aurora", settings=AuroRASettings):

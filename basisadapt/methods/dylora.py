@@ -10,6 +10,7 @@ import torch
 from peft import PeftConfig
 from torch import Tensor
 
+from basisadapt.adapter.saved import Shape
 from basisadapt.methods.method import PeftMethod
 from basisadapt.methods.product import ProductConfig, ProductLinear, kaiming
 from basisadapt.phi.settings import LowRankSettings
@@ -47,6 +48,10 @@ class DyLoRALinear(ProductLinear):
 @dataclass(kw_only=True)
 class DyLoRAConfig(ProductConfig, method="dylora", layer=DyLoRALinear):
     """The settings that all share."""
+
+    def saved_shapes(self) -> Mapping[str, Shape]:
+        """A and B."""
+        return {"dylora_A": (self.r, None), "dylora_B": (None, self.r)}
 
 
 class DyLoRA(PeftMethod, name="dylora"):

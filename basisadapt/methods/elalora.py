@@ -11,6 +11,7 @@ import torch
 from peft import PeftConfig
 from torch import Tensor
 
+from basisadapt.adapter.saved import Shape
 from basisadapt.methods.allocation import AllocationSettings
 from basisadapt.methods.method import ADAPTER, PeftMethod
 from basisadapt.methods.product import ProductConfig, ProductLinear
@@ -52,6 +53,10 @@ class ElaLoRALinear(ProductLinear):
 @dataclass(kw_only=True)
 class ElaLoRAConfig(AllocationSettings, ProductConfig, method="elalora", layer=ElaLoRALinear):
     """AllocationSettings."""
+
+    def saved_shapes(self) -> Mapping[str, Shape]:
+        """A, B and E, with room for more ranks than r."""
+        return {"elalora_A": (self.room, None), "elalora_B": (None, self.room), "elalora_E": (self.room,)}
 
 
 class ElaLoRA(PeftMethod, name="elalora", settings=AllocationSettings):

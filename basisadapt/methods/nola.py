@@ -12,20 +12,22 @@ from peft import PeftConfig
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
+from basisadapt.adapter.saved import Shape
 from basisadapt.methods.method import PeftMethod, RandomBasisSettings
 from basisadapt.methods.product import ProductConfig, ProductLinear, kaiming
-from basisadapt.phi.settings import require
+from basisadapt.phi.settings import MOST_RANK, require
 
 
 @dataclass(kw_only=True)
 class NoLASettings(RandomBasisSettings):
-    """num_random: K, random matrices in each factor. Raises InputError out of range."""
+    """num_random: K, random matrices in each factor, at most 16,384. Raises InputError out of range."""
 
     num_random: int = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.num_random >= 1, "num_random", self.num_random, "at least 1")
+        known = f"at least 1 and at most {MOST_RANK}"
+        require(1 <= self.num_random <= MOST_RANK, "num_random", self.num_random, known)
 
 
 class NoLALinear(ProductLinear):
@@ -75,6 +77,10 @@ class NoLALinear(ProductLinear):
 @dataclass(kw_only=True)
 class NoLAConfig(NoLASettings, ProductConfig, method="nola", layer=NoLALinear):
     """NoLASettings."""
+
+    def saved_shapes(self) -> Mapping[str, Shape]:
+        """The coefficients."""
+        return {"nola_a": (self.num_random,), "nola_b": (self.num_random,)}
 
 
 class NoLA(PeftMethod, name="nola", settings=NoLASettings):

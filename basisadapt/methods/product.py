@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
-from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from basisadapt.adapter.linear import AdaptedLinear
 from basisadapt.adapter.peft_type import peft_type, register
+from basisadapt.adapter.saved import CheckedConfig
 from basisadapt.errors import InputError
 from basisadapt.phi.choice import compute_dtype
 from basisadapt.phi.settings import LowRankSettings
@@ -119,13 +119,10 @@ class ProductModel(BaseTuner):  # type: ignore[misc]
 
 
 @dataclass(kw_only=True)
-class ProductConfig(LowRankSettings, PeftConfig):  # type: ignore[misc]
+class ProductConfig(LowRankSettings, CheckedConfig):
     """Settings and peft's configuration in one. Subclass it, behind the settings, with the method's name and layer."""
 
     method: ClassVar[str]
-
-    exclude_modules: list[str] | str | None = None
-    modules_to_save: list[str] | None = None
 
     def __init_subclass__(cls, *, method: str, layer: type[ProductLinear], **kwargs: Any) -> None:
         """Enter the method into peft's tables. The layer's trained tensors must be called "<method>_..."."""
@@ -135,7 +132,7 @@ class ProductConfig(LowRankSettings, PeftConfig):  # type: ignore[misc]
         register(method, cls, type(f"{layer.title}Model", (ProductModel,), members))
 
     def __post_init__(self) -> None:
-        PeftConfig.__post_init__(self)
+        CheckedConfig.__post_init__(self)
         LowRankSettings.__post_init__(self)
         self.peft_type = peft_type(self.method)
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from basisadapt.methods.method import PeftMethod
-from basisadapt.phi.settings import LowRankSettings, require
+from basisadapt.phi.settings import LARGEST, LowRankSettings, require
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -16,13 +15,13 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class SineSettings(LowRankSettings):
-    """frequency: ω > 0, the same for all modules. Raises InputError out of range."""
+    """frequency: ω > 0, at most 1e6, the same for all modules. Raises InputError out of range."""
 
     frequency: float = 200.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 < self.frequency < math.inf, "frequency", self.frequency, "above 0")
+        require(0 < self.frequency <= LARGEST, "frequency", self.frequency, "above 0 and at most 1e6")
 
 
 class SineLoRA(PeftMethod, name="sinelora", settings=SineSettings):

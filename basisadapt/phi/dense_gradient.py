@@ -15,9 +15,9 @@ FP8_MULTIPLE = 16  # sides of an 8-bit product
 
 
 def is_known(method: str) -> bool:
-    """Whether `method` is "exact", "fp8" or "sketch:K" with a whole number K of at least 2."""
+    """Whether `method` is "exact", "fp8" or "sketch:K" with a whole number K from 2 to 999."""
     kind, _, size = method.partition(":")
-    return method in ("exact", "fp8") or (kind == "sketch" and size.isdecimal() and int(size) >= 2)
+    return method in ("exact", "fp8") or (kind == "sketch" and size.isdecimal() and len(size) <= 3 and int(size) >= 2)
 
 
 def dense_gradient(upstream: Tensor, x: Tensor, method: str) -> Tensor:

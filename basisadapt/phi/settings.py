@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from basisadapt.errors import InputError, unknown
+from basisadapt.errors import InputError, shown, unknown
 from basisadapt.phi.dense_gradient import is_known
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -34,6 +34,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+# Beyond these a setting is a slip of the pen, and would be memory that nobody has or numbers that float32 has not.
+MOST_RANK = 16_384
+MOST_FUNCTIONS = 4_096
+LARGEST = 1e6
+MODERATE = "above 0, from 1e-6 to 1e6"
+
 BACKENDS = ("auto", "triton", "torch", "direct")
 
 
@@ -42,8 +48,8 @@ BACKENDS = ("auto", "triton", "torch", "direct")
 class LowRankSettings:
     """What every low-rank method shares.
 
-    r: rank of B (out_features × r) and A (r × in_features).
-    lora_alpha: the update is scaled by s = lora_alpha / r; None means lora_alpha = r, so s = 1.
+    r: rank of B (out_features × r) and A (r × in_features), at most 16,384.
+    lora_alpha: the update is scaled by s = lora_alpha / r; None means lora_alpha = r, so s = 1; at most 1e6 in size.
     dropout: probability of dropping an input of the adapter's path while training (paper, appendix C).
     placement: which linear modules are adapted, resolved from the architecture: "all", "attention", "mlp", "qkv",
     "gate_up", "odd", "even", "first_last:K" (see adapter/placement.py), or a regular expression over their names.
@@ -57,11 +63,11 @@ class LowRankSettings:
     target_modules: list[str] | str | None = None
 
     def __post_init__(self) -> None:
+        require(1 <= self.r <= MOST_RANK, "r", self.r, f"at least 1 and at most {MOST_RANK}")
         if self.lora_alpha is None:
             self.lora_alpha = float(self.r)
-        require(self.r >= 1, "r", self.r, "at least 1")
         require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "in [0, 1)")
-        require(math.isfinite(self.lora_alpha), "lora_alpha", self.lora_alpha, "finite")
+        require(abs(self.lora_alpha) <= LARGEST, "lora_alpha", self.lora_alpha, "from -1e6 to 1e6")
 
     @property
     def scaling(self) -> float:
@@ -76,7 +82,8 @@ class PhiSettings(LowRankSettings):
 
     A preset ("paper": p = 0, c = 0, g = 1; "residual": p = c = 1) fills every setting that is left at None.
 
-    basis, grid, sharing: names in the registries. num_basis N, interval I: the grid lies on [−I, I].
+    basis, grid, sharing: names in the registries. num_basis N, at most 4,096; interval I: the grid lies on [−I, I].
+    interval, omega_init and gain are from 1e-6 to 1e6.
     rest: the projections outside the placement are "frozen", or get "lora": BA of the same rank, scale and start,
     without φ. omega_init: ω₀ > 0, or "nyquist" for (N − 1) / (2I), one over the grid's spacing, or "depth:LOW:HIGH",
     linear in depth from LOW in the first block to HIGH in the last adapted one (paper, Table 23; a shared row starts
@@ -124,21 +131,22 @@ class PhiSettings(LowRankSettings):
             if getattr(self, name) is None:
                 setattr(self, name, value)
         self._check_names()
-        require(self.num_basis >= 1, "num_basis", self.num_basis, "at least 1")
-        require(0.0 < self.interval < math.inf, "interval", self.interval, "above 0")
+        few = 1 <= self.num_basis <= MOST_FUNCTIONS
+        require(few, "num_basis", self.num_basis, f"at least 1 and at most {MOST_FUNCTIONS}")
+        require(_moderate(self.interval), "interval", self.interval, MODERATE)
         for depth in (0.0, 1.0):
-            known = 'above 0, "nyquist" with num_basis > 1, or "depth:LOW:HIGH" with both above 0'
-            require(0.0 < self.omega0(depth) < math.inf, "omega_init", self.omega_init, known)
+            known = f'{MODERATE}, "nyquist" with num_basis > 1, or "depth:LOW:HIGH" with both above 0'
+            require(_moderate(self.omega0(depth)), "omega_init", self.omega_init, known)
         require(self.rest in ("frozen", "lora"), "rest", self.rest, '"frozen" or "lora"')
         assert self.gain is not None and self.transfer_lr is not None
-        require(0.0 < self.gain < math.inf, "gain", self.gain, "above 0")
+        require(_moderate(self.gain), "gain", self.gain, MODERATE)
         require(0.0 <= self.transfer_lr < math.inf, "transfer_lr", self.transfer_lr, "at least 0")
         require(0.0 <= self.transfer_decay < math.inf, "transfer_decay", self.transfer_decay, "at least 0")
         require(self.factor_init in ("lora", "both"), "factor_init", self.factor_init, '"lora" or "both"')
         in_range = self.tolerance is None or 0.0 < self.tolerance <= 1e-2
         require(in_range, "tolerance", self.tolerance, "above 0 and at most 0.01")
         require(self.backend in BACKENDS, "backend", self.backend, " or ".join(f'"{name}"' for name in BACKENDS))
-        known = '"exact", "fp8" or "sketch:K" with K of at least 2'
+        known = '"exact", "fp8" or "sketch:K" with K from 2 to 999'
         require(is_known(self.dense_gradient), "dense_gradient", self.dense_gradient, known)
         require(
             _amplitude_known(self.amplitude_init),
@@ -173,10 +181,14 @@ class PhiSettings(LowRankSettings):
         return low + (high - low) * depth if self.omega_by_depth else 0.0
 
 
+def _moderate(value: float) -> bool:
+    return 1 / LARGEST <= value <= LARGEST
+
+
 def require(holds: bool, name: str, value: object, expected: str) -> None:
     """Raise InputError unless `holds`."""
     if not holds:
-        raise InputError(f"{name} must be {expected}, got {value!r}")
+        raise InputError(f"{name} must be {expected}, got {shown(value)}")
 
 
 def _amplitude_known(text: str | None) -> bool:
@@ -184,7 +196,7 @@ def _amplitude_known(text: str | None) -> bool:
         return True
     kind, _, sigma = (text or "").partition(":")
     try:
-        return kind == "normal" and 0.0 <= float(sigma) < math.inf
+        return kind == "normal" and 0.0 <= float(sigma) <= LARGEST
     except ValueError:
         return False
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from basisadapt.command import BAD_INPUT, DONE, INTERRUPTED, UNSOUND, Parser, complain, masked
-from basisadapt.errors import InputError, RecordError
+from basisadapt.errors import InputError, RecordError, shown
 from basisadapt.registry import load_plugin
 from basisadapt.study import spec as specs
 
@@ -304,7 +304,7 @@ def _seeds(text: str | None) -> list[int] | None:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise InputError(f"--seeds needs whole numbers, such as 42,123,456, got {text!r}") from error
+        raise InputError(f"--seeds needs whole numbers, such as 42,123,456, got {shown(text)}") from error
 
 
 def _studies() -> Answer:

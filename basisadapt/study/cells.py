@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from basisadapt.errors import InputError, unknown
+from basisadapt.errors import InputError, shown, unknown
 from basisadapt.study.spec import SWEEP, TUNE, StudySpec, axes_in, parse_yaml
 
 if TYPE_CHECKING:  # run configurations need torch, which --help and --list must not wait for
@@ -113,17 +115,19 @@ def resolve(
     named = tuple(dict.fromkeys([*sweep, *map(full_key, own), *split.overrides]))
     only_tasks = list(sweep) == ["task"] and not spec.sweep and bool(spec.beside)  # then it multiplies the rows beside
     swept = [] if only_tasks or not sweep else product(sweep.values())
+    tasks = sweep["task"][1] if "task" in sweep else [None]
+    check_count((len(swept) + len(spec.beside) * len(tasks)) * len(seeds))
     rows = [_swept_row(spec, above, point, seeds) for point in swept]
     for beside in spec.beside:
-        for point in [(("task", task),) for task in sweep["task"][1]] if "task" in sweep else [()]:
+        for point in [(("task", task),) for task in tasks] if "task" in sweep else [()]:
             base = _base(spec, above, point)
             config = {**base, **_scaled(base, _with_full_keys(beside.set)), **dict(point)}
-            label = ", ".join([beside.label, *(task for _, task in point)])
+            label = ", ".join([beside.label, *(plain(task) for _, task in point)])
             rows.append(_row(spec, label, beside.published, config, seeds))
 
     labels = [row.label for row in rows]
-    for label in labels:
-        if labels.count(label) > 1:
+    for label, count in collections.Counter(labels).items():
+        if count > 1:
             raise InputError(f"study {spec.name!r} has two rows called {label!r}")
     if not rows:
         raise InputError(f"study {spec.name!r} has no rows: give it a sweep or rows beside it")
@@ -152,12 +156,21 @@ def _grouped(row: Row, reference: str | None, axes: Iterable[str]) -> Row:
     )
 
 
+MOST_CELLS = 10_000  # of one study
 Point = tuple[tuple[str, Any], ...]  # one value on every axis: (axis' name, value), ...
 
 
 def product(axes: Iterable[tuple[str, list[Any]]]) -> list[Point]:
-    """Every combination of the axes' values; one empty point where there is no axis."""
+    """Every combination of the axes' values; one empty point where there is no axis. Raises InputError if too many."""
+    axes = list(axes)
+    check_count(math.prod(len(points) for _, points in axes))
     return list(itertools.product(*([(name, value) for value in points] for name, points in axes)))
+
+
+def check_count(count: int) -> None:
+    """Raise InputError for more cells than anybody runs: a slip of the pen that would take hours to write down."""
+    if count > MOST_CELLS:
+        raise InputError(f"a study may have at most {MOST_CELLS:,} cells, and its axes and seeds make {shown(count)}")
 
 
 def _base(spec: StudySpec, above: Mapping[str, Any], point: Point) -> dict[str, Any]:
@@ -218,7 +231,7 @@ def split_changes(changes: Sequence[str]) -> Changes:
     for change in changes:
         key, equals, text = change.partition("=")
         if not equals:
-            raise InputError(f"--set needs key=value, got {change!r}")
+            raise InputError(f"--set needs key=value, got {shown(change)}")
         kind = next((kind for kind in (SWEEP, TUNE) if key.startswith(kind)), None)
         if kind is not None:
             parts = [part for part in text.split(",") if part.strip()]
@@ -235,7 +248,7 @@ def split_changes(changes: Sequence[str]) -> Changes:
 
 def _checked_seeds(seeds: Any) -> tuple[int, ...]:
     if not isinstance(seeds, list | tuple) or not all(type(seed) is int and seed >= 0 for seed in seeds):
-        raise InputError(f"seeds must be whole numbers of at least 0, got {seeds!r}")
+        raise InputError(f"seeds must be whole numbers of at least 0, got {shown(seeds)}")
     return tuple(dict.fromkeys(seeds))
 
 

@@ -149,12 +149,21 @@ class Invocation:
         return self._record.outcomes(study.cells)
 
     def enter(self, results: Sequence[Imported]) -> None:
-        """Record what was run elsewhere as if it had been here; what is done already, or at work, stays as it is."""
-        missing = {cell.key for cell in missing_cells([one.cell for one in results], self.outcomes)}
-        for one in (one for one in results if one.cell.key in missing):
+        """Record what was run elsewhere as if it had been here; what is done already, or at work, stays as it is.
+
+        Raises InputError for a result that cannot be drawn, of which nothing is then recorded.
+        """
+        outcomes = self._record.outcomes([one.cell for one in results])
+        done = {key for key, outcome in outcomes.items() if outcome.done}
+        for one in results:
+            if one.cell.key in done:
+                continue
+            try:
+                drawn = pictures(_title(one.cell), asdict(one.result))
+            except Exception as error:  # whatever stands in the place of curves and spectra
+                raise InputError(f"the result of cell {one.cell.key} cannot be drawn: {one_line(error)}") from error
             run_id = self._record.start(self._parent, one.cell, one)
             if run_id is not None:
-                drawn = pictures(_title(one.cell), asdict(one.result))
                 self._record.finish(run_id, one.cell, one.result, drawn, one)
         self._trials.follow([one.cell for one in results], self.outcomes)
 

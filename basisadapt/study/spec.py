@@ -6,16 +6,17 @@ import csv
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
 
-from basisadapt.errors import InputError, unknown
-from basisadapt.settings import from_mapping
+from basisadapt.errors import InputError, one_line, shown, unknown
+from basisadapt.settings import WHOLE, from_mapping
 from basisadapt.study.claims import Claim
 
 PRESETS = ("smoke", "quick", "gpu", "paper")
+MOST_BYTES = 1_000_000  # of a study's file
 SWEEP, TUNE = "sweep.", "tune."  # what the axes of the rows, and of what is tuned, begin with
 
 
@@ -110,8 +111,28 @@ class StudySpec:
 
 
 class _Loader(yaml.SafeLoader):
-    """yaml.safe_load, except that 1e-3 is a number here as everywhere else (YAML 1.1 wants 1.0e-3)."""
+    """yaml.safe_load, except that 1e-3 is a number here as everywhere else (YAML 1.1 wants 1.0e-3).
 
+    Aliases (*name) are refused, for a few lines of them may stand for more than memory holds, or for themselves; and
+    so are whole numbers that a record cannot hold.
+    """
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "aliases are not supported", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_whole(self, node: yaml.ScalarNode) -> int:
+        value = self.construct_yaml_int(node)
+        if abs(value) >= WHOLE:
+            raise yaml.constructor.ConstructorError(None, None, "a number beyond 64 bits", node.start_mark)
+        return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_whole)
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", _Loader.construct_yaml_str)  # a date is a text
+for _tag in ("binary", "omap", "pairs", "set"):  # what JSON has not
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.construct_undefined)
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
@@ -122,7 +143,9 @@ def parse_yaml(text: str, where: str) -> Any:
     """The value of a YAML text. Raises InputError that names `where`."""
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except RecursionError as error:
+        raise InputError(f"{where} is not valid YAML: nested too deeply") from error
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # not all of a scalar's errors are YAML's own
         raise InputError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
@@ -140,28 +163,67 @@ def list_studies() -> list[str]:
 
 def read_spec(name: str) -> StudySpec:
     """The study called `name`, or the one in the file of that path. Raises InputError."""
-    path, values = _read_file(name)
+    is_path = name.endswith((".yaml", ".yml"))
+    if not is_path and name not in list_studies():
+        raise unknown("study", name, list_studies())
+    path = Path(name) if is_path else studies_dir() / f"{name}.yaml"
+    values = _read_file(path, ())
     try:
         return _spec({**values, "name": path.stem})
     except InputError as error:
         raise InputError(f"study file {str(path)!r}: {error}") from error
 
 
-def _read_file(name: str) -> tuple[Path, dict[str, Any]]:
-    is_path = name.endswith((".yaml", ".yml"))
-    path = Path(name) if is_path else studies_dir() / f"{name}.yaml"
-    if not is_path and name not in list_studies():
-        raise unknown("study", name, list_studies())
+def _read_file(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """What a file states, over what the file that it is like does. above: the files that are like this one."""
+    where = f"study file {str(path)!r}"
     try:
-        values = parse_yaml(path.read_text(encoding="utf-8"), f"study file {str(path)!r}")
-    except OSError as error:
-        raise InputError(f"study file {str(path)!r} cannot be read: {error.strerror}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"study file {str(path)!r} must hold keys and values")
+        if path.stat().st_size > MOST_BYTES:
+            raise InputError(f"{where} must have at most {MOST_BYTES:,} bytes")
+        values = parse_yaml(path.read_text(encoding="utf-8"), where)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{where} cannot be read: {one_line(error)}") from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise InputError(f"{where} must hold keys and values")
+    _check_paths(values, where)
     if "like" in values:
-        other = _read_file(str(values.pop("like")))[1]
-        values = _merged({key: other[key] for key in ("base", "presets", "seeds") if key in other}, values)
-    return path, values
+        other = _like(values.pop("like"), path)
+        if other in (*above, path):
+            raise InputError(f"{where}: like leads back to {other.name!r}")
+        below = _read_file(other, (*above, path))
+        values = _merged({key: below[key] for key in ("base", "presets", "seeds") if key in below}, values)
+    return values
+
+
+def _check_paths(values: Any, where: str) -> None:
+    """Raise InputError for a path of data or of a model, anywhere in `values`, that leads out of the folder."""
+    if isinstance(values, list):
+        for value in values:
+            _check_paths(value, where)
+    for key, value in values.items() if isinstance(values, dict) else ():
+        if str(key).rpartition(".")[2] not in ("task", "test", "backbone"):
+            _check_paths(value, where)
+            continue
+        for name in value if isinstance(value, list) else [value]:
+            path = PurePath(name) if isinstance(name, str) else PurePath()
+            if path.is_absolute() or ".." in path.parts:
+                raise InputError(f"{where}: {key} leads out of the folder; give {shown(name)} with --set")
+
+
+def _like(name: Any, path: Path) -> Path:
+    """The file that the one at `path` is like: a shipped study, or one beside it. Raises InputError."""
+    if isinstance(name, str) and name.endswith((".yaml", ".yml")):
+        return path.parent / inside(name, f"study file {str(path)!r}: like")
+    if name not in list_studies():
+        raise InputError(f"study file {str(path)!r}: like: {unknown('study', name, list_studies())}")
+    return studies_dir() / f"{name}.yaml"
+
+
+def inside(name: str, where: str) -> str:
+    """A file name that a study file gives, which may not lead out of its folder. Raises InputError."""
+    if PurePath(name).name != name or name == ".." or "\\" in name or "\0" in name:
+        raise InputError(f"{where} must be the name of a file in the same folder, got {shown(name)}")
+    return name
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,12 +238,12 @@ def _spec(values: dict[str, Any]) -> StudySpec:
             raise InputError(f"{key} is missing")
     if values.get("answers") is not None:
         values["answers"] = _part(Answers, values["answers"], "answers")
+        for name in (values["answers"].table, *values["answers"].also):
+            inside(name, "answers.table")
     if values.get("tune") is not None:
         values["tune"] = _part(Tune, values["tune"], "tune")
-    values["beside"] = [_part(Beside, row, f"beside[{index}]") for index, row in enumerate(values.get("beside") or ())]
-    values["claims"] = [
-        _part(Claim, claim, f"claims[{index}]") for index, claim in enumerate(values.get("claims") or ())
-    ]
+    values["beside"] = _parts(Beside, values.get("beside"), "beside")
+    values["claims"] = _parts(Claim, values.get("claims"), "claims")
     presets = values.get("presets")
     if isinstance(presets, dict):
         values["presets"] = {name: overrides for name, overrides in presets.items() if overrides is not None}
@@ -190,12 +252,14 @@ def _spec(values: dict[str, Any]) -> StudySpec:
     _check_axes(spec.tune.grid if spec.tune else {}, TUNE)
     for name, overrides in spec.given.items():
         if name.partition("=")[0] not in spec.sweep or not isinstance(overrides, dict):
-            raise InputError(f"given.{name} must be AXIS=VALUE of the sweep with keys and values, got {overrides!r}")
+            raise InputError(
+                f"given.{name} must be AXIS=VALUE of the sweep with keys and values, got {shown(overrides)}"
+            )
     for preset, overrides in spec.presets.items():
         if preset not in PRESETS:
             raise unknown("preset", preset, PRESETS)
-        if not isinstance(overrides, dict):
-            raise InputError(f"presets.{preset} must hold keys and values, got {overrides!r}")
+        if not isinstance(overrides, dict) or not all(isinstance(key, str) for key in overrides):
+            raise InputError(f"presets.{preset} must hold keys and values, got {shown(overrides)}")
         for kind in (SWEEP, TUNE):
             _check_axes(axes_in(overrides, kind), kind)
     return spec
@@ -204,7 +268,7 @@ def _spec(values: dict[str, Any]) -> StudySpec:
 def _check_axes(axes: Mapping[str, Any], kind: str = SWEEP) -> None:
     for axis, points in axes.items():
         if not isinstance(points, list) or not points:
-            raise InputError(f"{kind}{axis} must be a list of values, got {points!r}")
+            raise InputError(f"{kind}{axis} must be a list of values, got {shown(points)}")
 
 
 def axes_in(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
@@ -214,11 +278,17 @@ def axes_in(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 def _part(cls: type[Any], values: Any, where: str) -> Any:
     if not isinstance(values, dict):
-        raise InputError(f"{where} must hold keys and values, got {values!r}")
+        raise InputError(f"{where} must hold keys and values, got {shown(values)}")
     try:
         return from_mapping(cls, values, where)
     except TypeError as error:  # a field without default is missing
         raise InputError(f"{where}: {error}") from error
+
+
+def _parts(cls: type[Any], values: Any, where: str) -> list[Any]:
+    if not isinstance(values, list | None):
+        raise InputError(f"{where} must be a list, got {shown(values)}")
+    return [_part(cls, part, f"{where}[{index}]") for index, part in enumerate(values or ())]
 
 
 # --- the published table ---

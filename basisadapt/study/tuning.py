@@ -12,7 +12,18 @@ from typing import Any
 
 from basisadapt.errors import InputError
 from basisadapt.study import statistics
-from basisadapt.study.cells import Cell, Point, Row, Study, full_key, plain, product, resolve, split_changes
+from basisadapt.study.cells import (
+    Cell,
+    Point,
+    Row,
+    Study,
+    check_count,
+    full_key,
+    plain,
+    product,
+    resolve,
+    split_changes,
+)
 from basisadapt.study.record import Outcome
 from basisadapt.study.spec import TUNE, StudySpec, axes_in
 from basisadapt.study.table import NOT_RUN
@@ -162,10 +173,11 @@ def resolve_tuning(
     """
     grid = _grid(spec, preset, changes)
     points = product(grid.items())
-    by_point = []
+    by_point: list[list[Candidate]] = []
     for point in points:
         changed = [*changes, *(f"{key}={plain(value)}" for key, value in point)]
         rows = resolve(spec, preset=preset, changes=changed, seeds=seeds).rows
+        check_count(len(points) * sum(len(row.cells) for row in rows))
         trials: Sequence[Row | None] = [None for _ in rows]
         if spec.tune is not None and len(points) > 1:
             _check_seeds(spec.tune.seeds, rows)

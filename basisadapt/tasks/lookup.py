@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from basisadapt.errors import InputError
@@ -18,11 +19,13 @@ def find(name: str, settings: DataSettings) -> Task:
 
     Raises InputError naming the nearest.
     """
+    if "\0" in f"{name}{settings.test}":
+        raise InputError("task and data.test may not hold a NUL character")
     if name.startswith(PREFIX):
         return HubTask(name, settings)
     if Path(name).suffix.lower() in SUFFIXES:
         return FileTask(Path(name), settings)
-    if Path(name).is_file():
+    if os.path.isfile(name):  # which takes any text, as Path.is_file does not
         raise InputError(f"task {name!r} is a file of none of the formats {', '.join(SUFFIXES)}")
     return TASKS[name](settings)
 

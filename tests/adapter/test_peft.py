@@ -288,6 +288,91 @@ def test_other_layers_are_refused(bert):
         get_peft_model(bert, PhiConfig(target_modules=["word_embeddings"]))
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"r": "8"}, "r must be a whole number, got '8'"),
+        ({"r": 10**12}, "r must be at least 1 and at most 16384"),
+        ({"num_basis": 10**9}, "num_basis must be at least 1 and at most 4096"),
+        ({"gain": [1]}, "gain must be a number or null"),
+        ({"target_modules": 5}, "target_modules must be a list of text or text or null"),
+        ({"target_modules": "("}, r"target_modules '\(' is not a regular expression"),
+        ({"modules_to_save": 5}, "modules_to_save must be a list of text or null"),
+    ],
+)
+def test_a_saved_configuration_of_wrong_types_is_refused(settings, message, bert, tmp_path):
+    adapted(copy.deepcopy(bert)).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    with pytest.raises(InputError, match=message) as caught:
+        PeftModel.from_pretrained(bert, tmp_path)
+    assert str(path) in str(caught.value)
+
+
+def change(tensors, name, tensor):
+    return {key: tensor if key.endswith(name) else value for key, value in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda t: change(t, "0.attention.self.query.phi_A", torch.zeros(4, 32)), "phi_A must be 3 × any"),
+        (lambda t: change(t, "0.attention.self.query.phi_B", torch.zeros(32)), "phi_B must be any × 3"),
+        (lambda t: change(t, "phi_bank.alpha", torch.zeros(12, 9)), r"alpha must be any × 10.*has the shape \(12, 9\)"),
+        (
+            lambda t: change(t, "phi_A", torch.zeros(3, 32, dtype=torch.int64)),
+            "must be of F64, F32, F16, BF16, not I64",
+        ),
+        (lambda t: {k: v for k, v in t.items() if not k.endswith("0.output.dense.phi_B")}, "phi_B is missing or alone"),
+        (lambda t: {k: v for k, v in t.items() if "phi_bank" not in k}, "it has no phi_bank.alpha"),
+    ],
+)
+def test_saved_weights_of_wrong_shapes_are_refused(damage, message, bert, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    adapted(copy.deepcopy(bert)).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({name: tensor.clone() for name, tensor in damage(load_file(path)).items()}, path)
+    with pytest.raises(InputError, match=message) as caught:
+        PeftModel.from_pretrained(bert, tmp_path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_cut_off_and_pickles_are_refused(bert, tmp_path):
+    adapted(copy.deepcopy(bert)).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(InputError, match=r"adapter_model.safetensors is not a safetensors file that can be read"):
+        PeftModel.from_pretrained(copy.deepcopy(bert), tmp_path)
+    path.rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(InputError, match=r"adapter_model.bin is a pickle, which is not read"):
+        PeftModel.from_pretrained(bert, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_merging_beyond_the_range_of_the_weights_is_refused(dtype, safe_merge, bert):
+    """Half of float16's numbers end at 65,504, where F, in float32, does not; bfloat16 goes as far as float32."""
+    model = adapted(bert.to(dtype))
+    layer = next(m for m in model.modules() if isinstance(m, PhiLinear))
+    before = layer.base_layer.weight.clone()
+    with torch.no_grad():
+        layer.phi_B["default"].fill_(3000.0)
+        layer.phi_A["default"].fill_(30.0)
+    assert layer.get_delta_weight("default").isfinite().all()
+    if dtype == torch.bfloat16:
+        layer.merge(safe_merge)
+        assert layer.base_layer.weight.isfinite().all()
+        return
+    y = layer(torch.ones(1, 32, dtype=dtype))
+    assert not y.isfinite().any(), "no clipping: what has overflowed is seen"
+    with pytest.raises(ValueError, match="gives weights beyond 65504, the largest number in torch.float16"):
+        layer.merge(safe_merge)
+    assert torch.equal(layer.base_layer.weight, before)
+    assert not layer.merged
+
+
 def test_safe_merge_refuses_before_anything_changes(bert):
     model = adapted(bert)
     layer = next(m for m in model.modules() if isinstance(m, PhiLinear))

@@ -23,6 +23,7 @@ FORMULAS = {
     "bspline": lambda x, w, g: np.nan_to_num(CUBIC(w * (x - g))),
     "fourier": lambda x, w, g: np.cos(w * x + g),
     "polynomial": lambda x, w, g: (1 + w * x) ** 3,
+    "sinusoid": lambda x, w, g: np.sin(w * x),
 }
 numbers = st.floats(-20, 20, allow_nan=False)
 

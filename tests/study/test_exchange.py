@@ -148,6 +148,15 @@ def in_config(line):
         (change(config={"basis": "sinc"}), "unknown key 'basis'"),
         (change(colour="red"), "unknown key 'colour'"),
         (change(began="today"), "began must be a number, got 'today'"),
+        (change(began=float("nan")), "began and ended must be seconds since 1970, got nan"),
+        (change(ended=1e300), "began and ended must be seconds since 1970"),
+        (change(ended=10**400), "ended must be a number, got 1000"),
+        (in_result(modules={"a": 3}), "not a result: result.modules must be keys and values"),
+        (in_result(warnings=[1]), "not a result: result.warnings must be a list of text"),
+        (
+            in_result(environment={"torch": 2}),
+            "not a result: result.environment must be keys and values, each value text",
+        ),
         (in_result(status="done"), "unknown status of a result 'done'"),
         (in_result(metrics={"eval_loss": 1.0}), "the result has no finite 'accuracy'"),
         (in_result(metrics={"accuracy": "high"}), "not a result: "),
@@ -172,6 +181,33 @@ def test_a_line_that_is_none_of_the_studys_is_refused_and_nothing_is_entered(
     (home / "results.jsonl").write_text("".join(map(to_line, results)))
     assert study(*SEED, "--import", "results.jsonl")[0] == 0
     assert len(runs()) == 3
+
+
+@pytest.mark.parametrize("text", ["[" * 10_000, "1" * 5000, "{"])
+def test_a_line_that_is_no_json_is_refused(home, fake, study, text):
+    (home / "results.jsonl").write_text(text + "\n")
+    code, _, err = study(*SEED, "--import", "results.jsonl")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "results.jsonl, line 1 is not valid JSON: " in err
+
+
+def test_a_small_file_that_unpacks_to_a_large_one_is_refused(home, fake, study, monkeypatch):
+    monkeypatch.setattr("basisadapt.execution.lines.MOST_BYTES", 1000)
+    (home / "results.jsonl.gz").write_bytes(gzip.compress(bytes(100_000)))
+    code, _, err = study(*SEED, "--import", "results.jsonl.gz")
+    assert code == 2
+    assert "must hold at most 1,000 bytes" in err
+
+
+def test_a_result_that_cannot_be_drawn_leaves_no_record(home, fake, study, results, runs):
+    from basisadapt.execution.lines import to_line
+
+    odd = in_result(snapshots=[{"step": "first"}])(results[1])
+    Path("results.jsonl").write_text("".join(map(to_line, (results[0], odd))))
+    code, _, err = study(*SEED, "--import", "results.jsonl")
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"the result of cell {odd['key']} cannot be drawn: " in err
+    assert states(runs()) == ["finished"]
 
 
 def test_cells_of_other_options_are_refused(home, fake, study, results):

@@ -171,6 +171,23 @@ def test_the_key_is_of_study_configuration_and_seed_alone(spec):
         (["train.lr"], "--set needs key=value"),
         (["train.lr=[1"], "--set train.lr is not valid YAML"),
         (["sweep.basis=sinc,sinc"], "two rows called 'sinc'"),
+        (["adapter.r=1" + "0" * 18], "r must be at least 1 and at most 16384"),
+        (["adapter.r=1" + "0" * 30], "a number beyond 64 bits"),
+        (["adapter.num_basis=4097"], "num_basis must be at least 1 and at most 4096, got 4097"),
+        (["adapter.gain=1e7"], "gain must be above 0, from 1e-6 to 1e6"),
+        (["adapter.omega_init=1e-7"], "omega_init must be above 0, from 1e-6 to 1e6"),
+        (["adapter.amplitude_init=normal:1e9"], "amplitude_init must be"),
+        (["adapter.dense_gradient=sketch:" + "9" * 5000], '"sketch:K" with K from 2 to 999'),
+        (["train.lr=.inf"], "train.lr must be above 0, got inf"),
+        (["train.epochs=.inf"], "train.epochs must be above 0"),
+        (["train.weight_decay=.inf"], "train.weight_decay must be at least 0"),
+        (["method=nola", "num_random=16385"], "num_random must be at least 1 and at most 16384"),
+        (["method=aurora", "num_knots=4097"], "num_knots must be at least 2 and at most 4096"),
+        (["method=sinelora", "frequency=1e7"], "frequency must be above 0 and at most 1e6"),
+        (["method=elalora", "spare=101"], "spare must be at least 0 and at most 100"),
+        (["task=" + "x" * 9999], "unknown task 'xxx"),
+        (["sweep.basis=" + ",".join(["sinc"] * 101), "sweep.r=" + ",".join(["4"] * 100)], "at most 10,000 cells"),
+        (["task=2001-01-01"], "unknown task '2001-01-01'"),
     ],
 )
 def test_bad_changes(spec, changes, message):
@@ -192,6 +209,32 @@ def test_bad_changes(spec, changes, message):
         ("seeds: [1, 2, 3]", "seeds: [1, a]", "seeds must be a list of a whole number"),
         ("title:", "title: [", "is not valid YAML"),
         ("sweep:", "given: {bases=sinc: {r: 2}}\nsweep:", "given.bases=sinc must be AXIS=VALUE of the sweep with keys"),
+        ("title:", "x: &a [*a]\ntitle:", "aliases are not supported"),
+        ("title:", "x: &a [1]\ny: *a\ntitle:", "aliases are not supported"),
+        ("title:", "x: " + "[" * 5000 + "\ntitle:", "nested too deeply"),
+        ("title:", "x: 0x" + "f" * 5000 + "\ntitle:", "a number beyond 64 bits"),
+        ("title:", "x: " + "1" * 5000 + "\ntitle:", "is not valid YAML"),
+        ("title:", "x: !!set {a}\ntitle:", "could not determine a constructor"),
+        ("title:", "1: 2\ntitle:", "must hold keys and values"),
+        ("seeds: [1]}", "1: 2}", "presets.smoke must hold keys and values"),
+        ("title:", "claims: true\ntitle:", "claims must be a list, got True"),
+        ("title:", "like: tiny.yaml\ntitle:", "like leads back to 'tiny.yaml'"),
+        ("title:", "like: ../tiny.yaml\ntitle:", "like must be the name of a file in the same folder, got '../tiny"),
+        ("title:", "like: /tmp/tiny.yaml\ntitle:", "like must be the name of a file in the same folder"),
+        ("title:", "like: ..\ntitle:", "unknown study '..'"),
+        (
+            "table_13.csv",
+            "../../x.csv",
+            "answers.table must be the name of a file in the same folder, got '../../x.csv'",
+        ),
+        ("table: table_13.csv", "table: table_13.csv, also: [../x.csv]", "answers.table must be the name of a file"),
+        ("task: docstrings", "task: ../mine.csv", "task leads out of the folder; give '../mine.csv' with --set"),
+        ("task: docstrings", "task: /data/mine.csv", "task leads out of the folder"),
+        ("backbone: minilm", "backbone: ../model", "backbone leads out of the folder"),
+        ("base: {", "base: {data: {test: ../x.csv}, ", "test leads out of the folder"),
+        ("sweep: {", "sweep: {task: [../x.csv], ", "task leads out of the folder"),
+        ("smoke: {", "smoke: {sweep.task: [a/../../x.csv], ", "sweep.task leads out of the folder"),
+        ("set: {method", "set: {task: ../x.csv, method", "task leads out of the folder"),
         ("sweep:", "given: {basis=sinc: 2}\nsweep:", "given.basis=sinc must be AXIS=VALUE of the sweep .*, got 2"),
     ],
 )
@@ -202,6 +245,21 @@ def test_bad_files(folder, before, after, message):
         read_spec("tiny.yaml")
     assert "tiny.yaml" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_no_text_or_too_large(folder):
+    path = folder / "tiny.yaml"
+    path.write_bytes(b"title: \xff")
+    with pytest.raises(InputError, match=r"'tiny.yaml' cannot be read: UnicodeDecodeError"):
+        read_spec("tiny.yaml")
+    path.write_text("title: T\n" + "#" * 1_000_000)
+    with pytest.raises(InputError, match=r"'tiny.yaml' must have at most 1,000,000 bytes"):
+        read_spec("tiny.yaml")
+
+
+def test_a_path_of_the_command_line_is_free(spec, folder):
+    rows = resolve(spec, changes=["task=../mine.csv"]).rows
+    assert rows[0].task == "../mine.csv"
 
 
 def test_bad_names(spec, folder):

@@ -1,0 +1,106 @@
+"""What our methods' configurations share: their types are checked, and a saved adapter is before it is used."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+from basisadapt.errors import InputError, one_line, shown
+from basisadapt.settings import checked
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+Shape = tuple[int | None, ...]  # None where the model decides
+
+
+@dataclass(kw_only=True)
+class CheckedConfig(PeftConfig, ABC):  # type: ignore[misc]
+    """A peft configuration whose own fields have the types that they are declared with, wherever they come from.
+
+    Raises InputError for a wrong type; from a local folder also for weights that are not safetensors, cannot be read or
+    do not have the shapes that the configuration says.
+    """
+
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+
+    @abstractmethod
+    def saved_shapes(self) -> Mapping[str, Shape]:
+        """The tensors of an adapted module by the end of their names in the file; also tables, as "table.tensor"."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        others = {field.name for field in dataclasses.fields(PeftConfig)}
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in others}
+        own = {name: list(value) if isinstance(value, set | frozenset) else value for name, value in own.items()}
+        for name, value in checked(type(self), own).items():
+            setattr(self, name, value)
+        for name in ("target_modules", "exclude_modules"):
+            _check_pattern(name, getattr(self, name))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """The configuration of a saved adapter. Of a local folder the weights are looked at too, without reading them."""
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        try:
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        except (InputError, TypeError) as error:
+            raise InputError(f"{folder / CONFIG_NAME}: {' '.join(str(error).split())}") from error
+        check_weights(folder, config.saved_shapes())
+        return config
+
+
+def _check_pattern(name: str, value: Any) -> None:
+    """Raise InputError for a text, which peft takes for a regular expression, that is none."""
+    try:
+        re.compile(value if isinstance(value, str) else "")
+    except (re.error, OverflowError, RecursionError) as error:
+        raise InputError(f"{name} {shown(value)} is not a regular expression: {error}") from error
+
+
+def check_weights(folder: Path, shapes: Mapping[str, Shape]) -> None:
+    """Hold the weights in a folder, if there are any, against the shapes that their configuration says.
+
+    Reads the file's header alone. Raises InputError that names the file, and the tensor if it is one.
+    """
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    if not file.is_file():
+        if (folder / WEIGHTS_NAME).exists():
+            raise InputError(f"{folder / WEIGHTS_NAME} is a pickle, which is not read; save it as {file.name}")
+        return
+    found = _shapes_in(file)
+    holders: dict[str, set[str]] = {}
+    for end, expected in shapes.items():
+        here = {name.removesuffix(end): shape for name, shape in found.items() if name.endswith(f".{end}")}
+        for holder, shape in here.items():
+            if len(shape) != len(expected) or any(n not in (None, m) for n, m in zip(expected, shape, strict=True)):
+                said = " × ".join("any" if n is None else str(n) for n in expected)
+                raise InputError(
+                    f"{file}: {holder}{end} must be {said}, as {CONFIG_NAME} says, and has the shape {shape}"
+                )
+        table = end.rpartition(".")[0]
+        if not here or holders.setdefault(table, set(here)) != set(here):
+            odd = sorted(holders.get(table, set()) ^ set(here))
+            raise InputError(f"{file}: {odd[0] if odd else 'it has no '}{end} is missing or alone")
+
+
+def _shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
+    """Every tensor's shape. Raises InputError for one that is not of floating-point numbers."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            found = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
+            for name, tensor in found.items():
+                if tensor.get_dtype() not in FLOATS:
+                    raise InputError(f"{file}: {shown(name)} must be of {', '.join(FLOATS)}, not {tensor.get_dtype()}")
+            return {name: tuple(tensor.get_shape()) for name, tensor in found.items()}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file} is not a safetensors file that can be read: {one_line(error)}") from error
