@@ -37,8 +37,19 @@ SHARES = {"studies": 0.25, "settings": 0.3, "adapters": 0.15, "data": 0.1, "line
 
 # --- values ---
 
-WORDS = ("", "sinc", "x0.5", "x9e9", "depth:1:2", "depth:1:inf", "normal:1e9", "nyquist", "first_last:9", "a{99999999999}",
-         "(", "../../x.csv", "/etc/passwd", "..", "hub:a/b", "a/b", "é\ud800", "\0", "word " * 300, "nan", "1e999")  # fmt: skip
+WORDS = (
+    "",
+    "sinc",
+    "x0.5",
+    "x9e9",
+    "depth:1:2",
+    "depth:1:inf",
+    "normal:1e9",
+    "nyquist",
+    "first_last:9",
+    "a{99999999999}",
+    *("(", "../../x.csv", "/etc/passwd", "..", "hub:a/b", "a/b", "é\ud800", "\0", "word " * 300, "nan", "1e999"),
+)
 scalars = st.one_of(
     st.none(),
     st.booleans(),
@@ -97,14 +108,26 @@ def cut(text):
 # --- a study's file ---
 
 STUDIES = {name: (studies_dir() / f"{name}.yaml").read_text(encoding="utf-8") for name in list_studies()}
+WIDE = ("r", "num_basis", "train.batch_size", "gain", "interval", "lora_alpha", "train.max_steps")
+LAUGHS = (f"a{i}: &a{i} [" + ", ".join([f"*a{i - 1}" if i else "x"] * 9) + "]" for i in range(12))
 BROKEN = (
-    "a: &a [*a]", "a: &a {b: *a}", "base: " + "[" * 5000, "base: " + "{a: " * 3000, "x: 0x" + "f" * 6000, "seeds: [" + "1" * 6000,
-    "seeds: [2001-99-99]", "? [a]\n: b", "!!binary x", "base: !!python/object:os.system x", "title: !!set {a, b}", "\0", "",
-    "like: like.yaml", "like: ../../x.yaml", "like: fuzz.yaml", "sweep: {r: [1: 2]}", "seeds: [1:1:1]", "- 1", "base: {<<: 1}",
-    "\n".join(f"a{i}: &a{i} [" + ", ".join([f"*a{i - 1}" if i else "x"] * 9) + "]" for i in range(12)),
-    "sweep: {" + ", ".join(f"{key}: [1, 2, 3, 4, 5, 6, 7, 8, 9]" for key in ("r", "num_basis", "train.batch_size", "gain",
-    "interval", "lora_alpha", "train.max_steps")) + "}",
-)  # fmt: skip
+    "a: &a [*a]",
+    "a: &a {b: *a}",
+    "x: 0x" + "f" * 6000,
+    "seeds: [" + "1" * 6000,
+    "seeds: [2001-99-99]",
+    "? [a]\n: b",
+    "base: " + "[" * 5000,
+    "base: " + "{a: " * 3000,
+    "!!binary x",
+    "base: !!python/object:os.system x",
+    "\0",
+    "",
+    "- 1",
+    *("title: !!set {a, b}", "like: like.yaml", "like: ../../x.yaml", "like: fuzz.yaml", "sweep: {r: [1: 2]}"),
+    *("seeds: [1:1:1]", "base: {<<: 1}", "beside: true", "\n".join(LAUGHS)),
+    "sweep: {" + ", ".join(f"{key}: [1, 2, 3, 4, 5, 6, 7, 8, 9]" for key in WIDE) + "}",
+)
 
 
 def dumped(whole):
@@ -261,18 +284,26 @@ def load_adapter(folder, case):
 # --- lines ---
 
 RESULT = {
-    "study": "s", "row": "sinc", "key": "0" * 16, "config": RunConfig.from_mapping({}).to_mapping(), "host": "h", "began": 1.0,
-    "ended": 2.0, "error": "", "traceback": "",
-    "result": {"status": "finished", "headline": "accuracy", "metrics": {"accuracy": 0.5, "eval_loss": 1}, "curves":
-    {"loss": [[1, 0.5], [2, 0.25]]}, "modules": {"a": {"kind": "mlp", "stable_rank": 1.5, "spectrum": [1.0]}}, "phi": {"a":
-    {"z": [0.0], "phi": [1.0]}}, "snapshots": [{"step": 0, "stable_rank": {"a": 1.0}, "phi": {}}], "landscape": {}, "warnings":
-    ["w"], "data": {"rows": 3}, "environment": {"torch": "2"}, "accumulate": 1},
-}  # fmt: skip
+    "status": "finished",
+    "headline": "accuracy",
+    "metrics": {"accuracy": 0.5, "eval_loss": 1},
+    "curves": {"loss": [[1, 0.5], [2, 0.25]]},
+    "modules": {"a": {"kind": "mlp", "stable_rank": 1.5, "spectrum": [1.0]}},
+    "phi": {"a": {"z": [0.0], "phi": [1.0]}},
+    "snapshots": [{"step": 0, "stable_rank": {"a": 1.0}, "phi": {}}],
+    "landscape": {},
+    "warnings": ["w"],
+    "data": {"rows": 3},
+    "environment": {"torch": "2"},
+    "accumulate": 1,
+}
+CELL = {"study": "s", "row": "sinc", "key": "0" * 16, "config": RunConfig.from_mapping({}).to_mapping()}
+LINE = {**CELL, "host": "h", "began": 1.0, "ended": 2.0, "error": "", "traceback": "", "result": RESULT}
 
 
 def line_files():
-    line = changed(RESULT).map(lambda values: json.dumps(values) + "\n")
-    sound = json.dumps(RESULT) + "\n"
+    line = changed(LINE).map(lambda values: json.dumps(values) + "\n")
+    sound = json.dumps(LINE) + "\n"
     odd = [
         "[" * 10000 + "\n",
         '{"a": ' * 5000 + "\n",
@@ -344,7 +375,8 @@ def tally(count, strategy, take, folder):
 
 
 def told(name, one):
-    return f"{name}: {one.total()} inputs tried / {one['accepted']} accepted / {one['refused']} clean refusals / 0 tracebacks"
+    accepted, refused = one["accepted"], one["refused"]
+    return f"{name}: {one.total()} inputs tried / {accepted} accepted / {refused} clean refusals / 0 tracebacks"
 
 
 def fuzz(count, folder, monkeypatch):
