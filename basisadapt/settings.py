@@ -93,6 +93,6 @@ def _describe(hint: Any) -> str:
     if typing.get_origin(hint) in (list, tuple):
         return f"a list of {_describe(typing.get_args(hint)[0])}"
     if typing.get_origin(hint) in (dict, Mapping):
-        key, value = typing.get_args(hint)
+        value = typing.get_args(hint)[1]
         return "keys and values" if value is Any else f"keys and values, each value {_describe(value)}"
     return str(getattr(hint, "__name__", hint))

@@ -49,7 +49,7 @@ class CheckedConfig(PeftConfig, ABC):  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """The configuration of a saved adapter. Of a local folder the weights are looked at too, without reading them."""
+        """The configuration of a saved adapter; in a local folder the weights' shapes are checked too."""
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         try:
             config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)

@@ -12,8 +12,8 @@ from basisadapt.phi.settings import LowRankSettings, require
 class AllocationSettings(LowRankSettings):
     """r: ranks per module on average, when all is settled. Raises InputError out of range.
 
-    spare: a module has room for ⌈(1 + spare) r⌉ ranks, spare at most 100. settle: the first and the last so many of the steps, as a
-    share, leave the ranks alone. every: steps between two moves.
+    spare: a module has room for ⌈(1 + spare) r⌉ ranks, spare at most 100. settle: the first and the last so many of the
+    steps, as a share, leave the ranks alone. every: steps between two moves.
     """
 
     spare: float = 0.5

@@ -119,20 +119,31 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(None, None, "aliases are not supported", self.peek_event().start_mark)
+            event: yaml.Event = self.get_event()  # type: ignore[no-untyped-call]
+            raise yaml.YAMLError(f"aliases are not supported{event.start_mark}")
         return super().compose_node(parent, index)
 
-    def construct_whole(self, node: yaml.ScalarNode) -> int:
-        value = self.construct_yaml_int(node)
-        if abs(value) >= WHOLE:
-            raise yaml.constructor.ConstructorError(None, None, "a number beyond 64 bits", node.start_mark)
-        return value
+
+def _whole(loader: Any, node: Any) -> int:
+    value: int = loader.construct_yaml_int(node)
+    if abs(value) >= WHOLE:
+        raise yaml.YAMLError(f"a number beyond 64 bits{node.start_mark}")
+    return value
 
 
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_whole)
-_Loader.add_constructor("tag:yaml.org,2002:timestamp", _Loader.construct_yaml_str)  # a date is a text
+def _text(loader: Any, node: Any) -> str:
+    text: str = loader.construct_yaml_str(node)
+    return text
+
+
+def _unknown(loader: Any, node: Any) -> None:
+    loader.construct_undefined(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole)
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", _text)  # a date is a text
 for _tag in ("binary", "omap", "pairs", "set"):  # what JSON has not
-    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.construct_undefined)
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _unknown)
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
@@ -180,7 +191,7 @@ def _read_file(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     try:
         if path.stat().st_size > MOST_BYTES:
             raise InputError(f"{where} must have at most {MOST_BYTES:,} bytes")
-        values = parse_yaml(path.read_text(encoding="utf-8"), where)
+        values: dict[str, Any] = parse_yaml(path.read_text(encoding="utf-8"), where)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{where} cannot be read: {one_line(error)}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):

@@ -367,7 +367,7 @@ def test_merging_beyond_the_range_of_the_weights_is_refused(dtype, safe_merge, b
         return
     y = layer(torch.ones(1, 32, dtype=dtype))
     assert not y.isfinite().any(), "no clipping: what has overflowed is seen"
-    with pytest.raises(ValueError, match="gives weights beyond 65504, the largest number in torch.float16"):
+    with pytest.raises(ValueError, match=r"gives weights beyond 65504, the largest number in torch\.float16"):
         layer.merge(safe_merge)
     assert torch.equal(layer.base_layer.weight, before)
     assert not layer.merged

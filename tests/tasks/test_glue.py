@@ -127,7 +127,7 @@ def test_minilm_trains_on_every_task(name, method, data_dir):
 @pytest.mark.parametrize(
     ("name", "lr", "epochs", "metric", "at_least"),
     [
-        ("glue/stsb", 5e-5, 4, "pearson", 0.85),
+        ("glue/stsb", 2e-4, 6, "pearson", 0.85),
         ("glue/mrpc", 1e-4, 5, "f1", 0.85),
         ("glue/sst2", 1e-4, 1, "accuracy", 0.89),
     ],
