@@ -26,7 +26,14 @@ from basisadapt.study.progress import Progress
 from basisadapt.study.record import Imported, Outcome, Record
 from basisadapt.study.report import Report, make_report
 from basisadapt.study.spec import StudySpec
-from basisadapt.study.stores import artifact_folder, check_database, record_error, sqlite_file, store_errors
+from basisadapt.study.stores import (
+    artifact_folder,
+    check_database,
+    is_stores_fault,
+    record_error,
+    sqlite_file,
+    store_errors,
+)
 from basisadapt.study.table import build_table
 from basisadapt.study.trials import Trials
 from basisadapt.study.tuning import Tuned, Tuning
@@ -239,9 +246,9 @@ class Invocation:
         if result is not None:
             try:
                 self._record.finish(at.run_id, at.cell, result, pictures(_title(at.cell), asdict(result)))
-            except OSError:
-                raise  # a full disk is no fault of the cell's
             except Exception as reason:  # whatever a result is like, the other cells go on
+                if is_stores_fault(reason):
+                    raise
                 error, traceback = one_line(reason), "".join(format_exception(reason))
             else:
                 value = result.metrics[result.headline] if result.status == "finished" else None

@@ -72,6 +72,11 @@ def store_errors() -> tuple[type[Exception], ...]:
     return OSError, MlflowException, OptunaError, SQLAlchemyError
 
 
+def is_stores_fault(error: Exception) -> bool:
+    """Whether a store could not write, as on a full disk, rather than refuse what it was given."""
+    return isinstance(error, store_errors()) and getattr(error, "error_code", None) != "INVALID_PARAMETER_VALUE"
+
+
 def record_error(error: Exception) -> RecordError:
     """A store's error as a user reads it."""
     return RecordError(f"the record cannot be read or written any more: {store_reason(error)}")

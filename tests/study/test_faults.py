@@ -110,5 +110,5 @@ def test_a_record_that_fails_while_cells_run_ends_the_study_in_one_line(home, fa
         "What is recorded stays; to go on: python -m basisadapt.study tiny.yaml --seeds 1"
     )
     assert len(fake.ran) == 1
-    assert [run.data.tags["status"] for run in runs()] == ["killed"]
+    assert {run.data.tags["status"] for run in runs()} == {"killed"}  # the next cell's too, which had its run already
     assert study("tiny.yaml", "--seeds", "1")[0] == 0

@@ -190,16 +190,16 @@ def test_a_study_is_refused_without_a_judge(data, language_model, tmp_path, monk
 STUDY = """
 title: Judged
 question: Who answers best?
-base: {{task: instruct/mt_bench, backbone: {backbone}, method: lora, adapter: {{r: 2}}, data: {{max_new_tokens: 4}}}}
-beside: [{{label: LoRA, set: {{train.max_steps: 1}}}}]
+base: {task: instruct/mt_bench, method: lora, adapter: {r: 2}, data: {max_new_tokens: 4}}
+beside: [{label: LoRA, set: {train.max_steps: 1}}]
 seeds: [1]
 """
 
 
 def test_a_study_goes_on_when_its_judge_is_back(data, language_model, judged_by, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "judged.yaml").write_text(STUDY.format(backbone=language_model))
-    command = ["judged.yaml", "--data-dir", str(data)]
+    (tmp_path / "judged.yaml").write_text(STUDY)
+    command = ["judged.yaml", "--data-dir", str(data), "--set", f"backbone={language_model}"]
     judged_by.replies = [says("[[4]]"), says("[[4]]"), (403, "no credit")]
     assert study(command) == 1
     assert "no credit" in capsys.readouterr().out
