@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 import tempfile
 import zlib
-from contextlib import suppress
+from contextlib import ExitStack, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ class OnRay(Executor):
         self._plugins = [_packed(plugin) for plugin in settings.plugins]
         self._jobs: dict[Any, str] = {}  # a task's reference to the key of its job
         self._task: Any = None
+        self._connection = ExitStack()  # what is undone when it ends
 
     def prepare(self) -> None:
         """Connect to the cluster. Raises InputError where it cannot be reached."""
@@ -94,9 +96,8 @@ class OnRay(Executor):
             with suppress(Exception):  # a cluster that is gone runs nothing
                 self._ray.cancel(task, force=True)
         self._jobs.clear()
-        if self._task is not None:
-            self._ray.shutdown()
-            self._task = None
+        self._connection.close()
+        self._task = None
 
     def _connect(self) -> None:
         if self._task is not None:
@@ -109,6 +110,8 @@ class OnRay(Executor):
                 self._ray.init(self._cluster.address, **quiet)
         except Exception as error:  # a connection's, a version's or Ray's own
             raise InputError(f"--ray {self._cluster.address!r} cannot be reached: {one_line(error)[:200]}") from error
+        self._connection.callback(self._ray.shutdown)
+        self._connection.enter_context(redirect_stdout(sys.stderr))  # Ray tells of lost processes on stdout
         needs = {"num_cpus": self._cluster.cpus, "num_gpus": self._cluster.gpus}
         # Without a limit a process that uses a GPU would be left after one job, and the next would import all anew.
         self._task = self._ray.remote(**needs, max_retries=RETRIES, max_calls=0)(run_job)

@@ -169,9 +169,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--import",
         dest="results",
+        nargs="+",
         type=Path,
         metavar="FILE",
-        help="enter the results of such cells into the record, and report; runs nothing",
+        help="enter the results of such cells into the record, and report; runs nothing. A result of another study "
+        "serves where a cell here has its configuration",
     )
     parser.add_argument(
         "--ui", action="store_true", help="serve the record's pages at 127.0.0.1, until Ctrl-C; needs no NAME"
@@ -257,10 +259,10 @@ def _export(tuning: Tuning, place: Place, path: Path) -> Answer:
     return Answer("\n".join(lines), {"study": tuning.spec.name, "file": str(path), "cells": count})
 
 
-def _import(tuning: Tuning, place: Place, tags: dict[str, str], executor: Executor, path: Path) -> Answer:
+def _import(tuning: Tuning, place: Place, tags: dict[str, str], executor: Executor, paths: list[Path]) -> Answer:
     from basisadapt.study.exchange import import_results
 
-    report, failed = import_results(tuning, place, tags, executor, path)
+    report, failed = import_results(tuning, place, tags, executor, paths)
     for line in failed:
         print(f"not entered: {line.row}, seed {line.config['seed']}, which failed: {line.error}", file=sys.stderr)
     answer = _report(report, place)

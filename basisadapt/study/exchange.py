@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from basisadapt.errors import InputError
@@ -35,25 +36,44 @@ def export_cells(tuning: Tuning, place: Place, path: Path) -> int:
 
 
 def import_results(
-    tuning: Tuning, place: Place, tags: Mapping[str, str], executor: Executor, path: Path
+    tuning: Tuning, place: Place, tags: Mapping[str, str], executor: Executor, paths: Sequence[Path]
 ) -> tuple[Report, list[ResultLine]]:
     """Enter results that `python -m basisadapt.training` gave, and report; runs nothing.
 
-    Cells that are done in the record stay as they are. Returns the report, and the lines of cells that failed there,
-    which are not entered: they are still to be run. Raises InputError, before anything is entered, if a line is none
-    of a cell of this study, or its configuration is not the one that its key was made from.
+    Cells that are done in the record stay as they are. The files may hold other studies too: a result of another one is
+    this one's where its configuration is that of a cell here, and is passed over otherwise. Returns the report, and the
+    lines of cells that failed there, which are not entered: they are still to be run. Raises InputError, before
+    anything is entered, if a line of this study is of none of its cells, or a line's configuration is not the one that
+    its key was made from.
     """
     check_place(place)
-    lines = read_lines(path, ResultLine, "--import")
     cells = {cell.key: cell for cell in _possible_cells(tuning)}
-    results = [_checked(line, cells, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+    results: dict[str, Imported] = {}
+    failed: dict[str, ResultLine] = {}
+    for path, number, line in _numbered(paths):
+        try:
+            cell = _cell_of(line, cells, tuning.spec.name)
+            if cell is None:
+                continue
+            if line.result is None:
+                failed[cell.key] = line
+            else:
+                results[cell.key] = Imported(cell, parse_result(line.result), line.host, line.began, line.ended)
+        except InputError as error:
+            raise InputError(f"{path}, line {number}: {error}") from error
     with Invocation(tuning.spec, place, tags, executor) as invocation:
-        invocation.enter([result for result in results if result is not None])
+        invocation.enter(list(results.values()))
         outcomes = invocation.outcomes
         report = report_on(tuning.choose(outcomes), outcomes)
         invocation.end(report)
     done = {key for key, outcome in outcomes.items() if outcome.done}
-    return report, [line for line in lines if line.key not in done]
+    return report, [line for key, line in failed.items() if key not in done]
+
+
+def _numbered(paths: Sequence[Path]) -> Iterator[tuple[Path, int, ResultLine]]:
+    for path in paths:
+        for number, line in enumerate(read_lines(path, ResultLine, "--import"), start=1):
+            yield path, number, line
 
 
 def _possible_cells(tuning: Tuning) -> Iterator[Cell]:
@@ -63,16 +83,12 @@ def _possible_cells(tuning: Tuning) -> Iterator[Cell]:
             yield from candidate.row.cells
 
 
-def _checked(line: ResultLine, cells: Mapping[str, Cell], where: str) -> Imported | None:
-    """The result on a line, checked; None for a cell that failed."""
-    try:
-        cell = Cell(line.study, line.row, RunConfig.from_mapping(line.config))
-        if cell.key != line.key:
-            raise InputError(f"its study and configuration have the key {cell.key}, not {line.key}: they were changed")
-        if cell.key not in cells:
-            raise InputError(f"cell {cell.key} ({line.row}) is none of this study with these options")
-        if line.result is None:
-            return None
-        return Imported(cells[cell.key], parse_result(line.result), line.host, line.began, line.ended)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
+def _cell_of(line: ResultLine, cells: Mapping[str, Cell], study: str) -> Cell | None:
+    """The cell that a line is of, by its key; None if it is of another study alone."""
+    there = Cell(line.study, line.row, RunConfig.from_mapping(line.config))
+    if there.key != line.key:
+        raise InputError(f"its study and configuration have the key {there.key}, not {line.key}: they were changed")
+    here = replace(there, study=study)
+    if here.key not in cells and line.study == study:
+        raise InputError(f"cell {here.key} ({line.row}) is none of this study with these options")
+    return cells.get(here.key)

@@ -278,43 +278,38 @@ def test_a_driver_on_another_host_is_dead_when_it_is_silent(home, monkeypatch):
 def test_whatever_is_killed_at_whatever_moment_the_table_is_the_same(home, faking, server, undisturbed):
     """20 kills with -9 of driver, worker and server, at moments drawn from a fixed seed."""
     table, cells = undisturbed
-    place = (*faking(seconds=2.0), "--workers", "2", "--tracking-uri", server.uri)
-    draw, tally, resumed = random.Random(0), collections.Counter(), 0
+    # Cells so long that 24 outlast 20 kills, and moments from before a driver has begun to when its cells end.
+    place = (*faking(seconds=5.0), "--workers", "2", "--tracking-uri", server.uri)
+    draw, tally, drivers = random.Random(0), collections.Counter(), 0
     while tally.total() < 20:
+        drivers += 1
         with driver(*place) as process:
-            while process.poll() is None and tally.total() < 20:
-                before = process.said.read_text().count(": accuracy")
-                patience = time.monotonic() + draw.uniform(2.0, 12.0)
-                more = draw.randint(0, 1)
-                while process.poll() is None and time.monotonic() < patience:
-                    if process.said.read_text().count(": accuracy") > before + more:
-                        break
-                    time.sleep(0.05)
-                time.sleep(draw.uniform(0.0, 1.5))
+            while tally.total() < 20:
+                time.sleep(draw.uniform(0.0, 10.0))
                 victim = draw.choice(["driver", "worker", "server"])
                 workers = workers_of(process)
-                if process.poll() is not None or (victim == "worker" and not workers):
-                    continue
-                tally[victim] += 1
-                if victim == "server":
+                assert process.poll() in (None, 1), process.said.read_text()  # not through before the last kill
+                if process.poll() is not None:
+                    break
+                if victim == "driver":
+                    process.kill()
+                elif victim == "server":
                     server.kill()
                     server.start()
-                elif victim == "worker":
+                elif workers:
                     with suppress(psutil.NoSuchProcess):
                         draw.choice(workers).kill()
                 else:
-                    process.kill()
-                    process.wait()
-        resumed += 1
-        if process.poll() == 0:
-            break
+                    continue
+                tally[victim] += 1
+                if victim == "driver":
+                    break
     with driver(*place) as process:
         out, _ = process.communicate()
         assert process.returncode == 0, process.said.read_text()
     assert table_of(out) == table
     ends = check_whole(server.uri, "sqlite:///optuna.db", cells)
-    assert tally.total() == 20
-    print(f"killed: {dict(tally)}, resumed {resumed} times; runs at the end: {dict(ends)}")
+    print(f"killed: {dict(tally)}, {drivers} drivers; runs at the end: {dict(ends)}")
 
 
 @pytest.fixture
@@ -377,8 +372,7 @@ def test_a_ray_node_is_killed_and_its_cells_run_elsewhere(home, faking, study, r
         killer.join()
     finally:
         cluster.shutdown()
-    assert code == 0, err
-    assert table_of(out).endswith(table)  # Ray itself has told of the node
+    assert (code, table_of(out)) == (0, table), err
     check_whole("sqlite:///mlflow.db", "sqlite:///optuna.db", cells)
     ran = collections.Counter(
         o.environment["ray_node"] for o in Record("sqlite:///mlflow.db", "tiny").outcomes().values()

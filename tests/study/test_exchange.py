@@ -217,6 +217,27 @@ def test_cells_of_other_options_are_refused(home, fake, study, results):
     assert "(sinc) is none of this study with these options" in err
 
 
+def test_results_of_other_studies_serve_where_the_configuration_is_the_same(home, fake, study, results, runs):
+    """Two files, of two studies that share LoRA and sinc; the third row is in none of them."""
+    spec = (home / "tiny.yaml").read_text()
+    (home / "other.yaml").write_text(spec.replace("[sinc, fourier]", "[sinc, bspline]"))
+    code, out, _ = study("other.yaml", "--seeds", "1", "--export", "others.jsonl")
+    assert "3 cells" in out
+    code, out, err = study("other.yaml", "--seeds", "1", "--import", "results.jsonl")
+    assert (code, err) == (0, "")
+    assert "bspline: 1 of 1 not run" in out
+    study("other.yaml", "--seeds", "1", "--export", "missing.jsonl")
+    assert [line["row"] for line in lines_of("missing.jsonl")] == ["bspline"]
+    assert fake.ran == []
+
+    lone = [line for line in results if line["row"] == "LoRA"]
+    Path("lone.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lone))
+    rest = [line for line in results if line["row"] != "LoRA"]
+    Path("rest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rest))
+    code, out, _ = study(*SEED, "--import", "lone.jsonl", "rest.jsonl")
+    assert (code, "not run" in out, len(runs())) == (0, False, 3)
+
+
 def test_what_a_kill_left_of_a_line_is_done_again(home, alone, study):
     study(*SEED, "--export", "cells.jsonl")
     options = alone()
