@@ -48,6 +48,8 @@ TINY = {
 UNTIMED = 4  # steps until memory is laid out
 ONE = "one process"
 CLOSE = {torch.bfloat16: 2e-2, torch.float32: 1e-5}  # what losses may differ by, as a share
+# Answers of 32 layers in bfloat16 move by 2e-2 where one weight in a hundred of a single matrix is rounded otherwise.
+ANSWERS = {torch.bfloat16: 5e-2, torch.float32: 1e-5}
 
 
 @dataclass(frozen=True)
@@ -192,12 +194,12 @@ def save_and_load(case: Case, model: nn.Module, folder: Path, faults: list[str])
     return ((alone(input_ids=probe).logits.float() - truth).abs().max() / truth.abs().max()).item()
 
 
-def compare(alone: Result, together: Result, tolerance: float) -> list[str]:
-    """What is wrong with the losses and with the loaded adapter."""
+def compare(alone: Result, together: Result, dtype: torch.dtype) -> list[str]:
+    """What is wrong with the losses and with the loaded adapter's answers."""
     pairs = zip(together.losses, alone.losses, strict=True)
     worst = max(abs(a - b) / abs(b) for a, b in pairs)
-    faults = [] if worst <= tolerance else [f"losses differ from one process's by {worst:.1e}"]
-    return faults + ([] if together.error <= tolerance else ["the loaded adapter answers differently"])
+    faults = [] if worst <= CLOSE[dtype] else [f"losses differ from one process's by {worst:.1e}"]
+    return faults + ([] if together.error <= ANSWERS[dtype] else ["the loaded adapter answers differently"])
 
 
 def main() -> None:
@@ -234,7 +236,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 result: Result = run_in_processes(train, (case, Path(folder)), processes)
             alone = alone or result
-            faults = result.faults + compare(alone, result, CLOSE[case.dtype])
+            faults = result.faults + compare(alone, result, case.dtype)
             faulty = faulty or bool(faults)
             share = result.tokens_per_second / alone.tokens_per_second
             speed = (

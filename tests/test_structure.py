@@ -10,6 +10,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import basisadapt
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "basisadapt"
 # Rooms from the ground up; a room may import from every floor below, and from itself.
@@ -125,6 +127,30 @@ def test_importing_the_package_is_quick_and_light():
     runs = [subprocess.run(command, capture_output=True, text=True, timeout=60) for _ in range(3)]
     assert not any(run.returncode for run in runs), runs[0].stderr
     assert min(float(run.stdout) for run in runs) < 0.5
+
+
+def test_every_public_module_may_be_the_first_that_is_imported():
+    """peft's import is followed by that of our methods, from within whichever module asks for peft first."""
+    program = """
+import importlib, os, sys, traceback
+import torch, transformers  # shared by all children; peft is each one's own
+assert "peft" not in sys.modules
+wrong = []
+for name in sys.argv[1:]:
+    if not (child := os.fork()):
+        try:
+            importlib.import_module(name)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        wrong.append(name)
+sys.exit(" ".join(wrong) or 0)
+"""
+    names = sorted({*basisadapt._PUBLIC.values(), "basisadapt.methods", "basisadapt.methods.product"})
+    run = subprocess.run([sys.executable, "-c", program, *names], capture_output=True, text=True, timeout=500)
+    assert run.returncode == 0, run.stderr
 
 
 def requirements():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import peft  # noqa: F401  # first: its import is followed by that of all methods, some of which build on this package
+
 from basisadapt.adapter.config import PhiConfig
 from basisadapt.adapter.layer import PhiLinear
 from basisadapt.adapter.model import PhiModel

@@ -225,7 +225,7 @@ def test_results_of_other_studies_serve_where_the_configuration_is_the_same(home
     assert "3 cells" in out
     code, out, err = study("other.yaml", "--seeds", "1", "--import", "results.jsonl")
     assert (code, err) == (0, "")
-    assert "bspline: 1 of 1 not run" in out
+    assert "Not run: 1 of 3 cells." in out
     study("other.yaml", "--seeds", "1", "--export", "missing.jsonl")
     assert [line["row"] for line in lines_of("missing.jsonl")] == ["bspline"]
     assert fake.ran == []
@@ -235,7 +235,7 @@ def test_results_of_other_studies_serve_where_the_configuration_is_the_same(home
     rest = [line for line in results if line["row"] != "LoRA"]
     Path("rest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rest))
     code, out, _ = study(*SEED, "--import", "lone.jsonl", "rest.jsonl")
-    assert (code, "not run" in out, len(runs())) == (0, False, 3)
+    assert (code, "Not run" in out, len(runs())) == (0, False, 3)
 
 
 def test_what_a_kill_left_of_a_line_is_done_again(home, alone, study):
