@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 
+from basisadapt.errors import InputError
+from basisadapt.phi import kernels
 from basisadapt.phi.choice import evaluator
 from basisadapt.phi.weight import Execution, adapted_linear, delta_weight
 from tests.phi.test_evaluators import factors, make
@@ -63,6 +67,57 @@ def test_a_weight_that_is_made_when_needed_and_one_that_trains():
     for found, truth in zip(torch.autograd.grad(on_demand, [bias, *inputs], upstream), expected, strict=True):
         assert torch.equal(found, truth)
     assert made == 2
+
+
+@pytest.mark.parametrize("size", [1, 400, 10**6])
+def test_pieces_hold_what_they_may_and_change_nothing(monkeypatch, size):
+    A, B = factors(9, 7, 2, 0.3)
+    evaluator = chosen(A, B)
+    base, dense = torch.randn(2, 9, 7, generator=torch.Generator().manual_seed(0))
+    whole = kernels.pull_back(dense, base, A, B, evaluator, BACKEND)
+    monkeypatch.setitem(kernels.PIECE, "cpu", size)
+    covered = []
+    for rows, z, room in kernels._pieces(A, B, evaluator):
+        torch.testing.assert_close(z, B[rows] @ A)
+        assert len(z) == 1 or evaluator.width * z.numel() <= size
+        assert rows.stop >= 9 or evaluator.width * 7 * (len(z) + 1) > size
+        assert room.shape == (evaluator.width, covered[0] * 7 if covered else z.numel())
+        assert rows.start == sum(covered)
+        covered.append(len(z))
+    assert sum(covered) == 9
+    effective, *gradients, sums = kernels.pull_back(dense, base, A, B, evaluator, BACKEND)
+    torch.testing.assert_close([effective, *gradients, *sums], [*whole[:3], *whole[3]], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(kernels.effective_weight(base, A, B, evaluator, base.dtype, BACKEND), effective)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("triton", [True, False])
+def test_what_auto_takes_and_what_triton_needs(monkeypatch, device, triton):
+    monkeypatch.setattr(kernels, "has_triton", lambda: triton)
+    there = torch.device(device)
+    fused = device == "cuda" and triton
+    assert kernels.resolve_backend("auto", there) == ("triton" if fused else "torch")
+    assert kernels.resolve_backend("torch", there) == "torch"
+    assert kernels.resolve_backend("direct", there) == "direct"
+    if fused:
+        assert kernels.resolve_backend("triton", there) == "triton"
+    else:
+        missing = "a CUDA device, and the weights are on cpu" if device == "cpu" else "the triton package"
+        with pytest.raises(InputError, match=missing):
+            kernels.resolve_backend("triton", there)
+
+
+def test_the_fused_kernels_are_for_series_in_float32():
+    A, B = factors(9, 7, 2, 0.3)
+    direct = evaluator(make("sinc", 5), A, B, "direct")
+    assert kernels._fused(chosen(A, B), A, "triton")
+    assert not kernels._fused(chosen(A, B), A, "torch")
+    assert not kernels._fused(chosen(A, B), A.double(), "triton")
+    assert not kernels._fused(direct, A, "triton")
+
+
+def test_triton_is_found_where_it_is_installed():
+    assert kernels.has_triton() == (importlib.util.find_spec("triton") is not None)
 
 
 def test_zero_b():
