@@ -53,7 +53,7 @@ TESTS = {
     "phi/basis": FORMULAS,
     "phi/grids": [*FORMULAS, "-k=not test_basis"],
     "phi/sharing": [*FORMULAS, "-k=not test_basis"],
-    "phi/series": PATHS,
+    "phi/series": ["tests/phi/test_series.py", *PATHS],
     "phi/kernels": PATHS,
     "phi/weight": PATHS,
     "phi/evaluators": PATHS,
