@@ -74,7 +74,7 @@ def test_series_are_cut_by_definition(tolerance):
         columns[:, 1] *= rng.choice([1, 1e4])  # steep, so that the slope's variation is small beside it
         assert cut(*columns, tolerance=tolerance) == by_definition(columns, tolerance)
         found.add(cut(*columns, tolerance=tolerance))
-    assert len(found) > 8
+    assert len(found) >= 6
 
 
 def test_coefficients_in_the_last_quarter_tell_of_those_beyond():
