@@ -69,6 +69,37 @@ def test_a_weight_that_is_made_when_needed_and_one_that_trains():
     assert made == 2
 
 
+def test_what_needs_no_gradient_costs_none():
+    """Without a gradient to x the weight is not made again; a frozen weight is not saved, one that trains is."""
+    A, B = (t.requires_grad_() for t in factors(9, 7, 2, 0.3))
+    base, bias, x = torch.ones(9, 7), torch.zeros(9), torch.ones(3, 7)
+    evaluator, made = chosen(A, B), []
+
+    def make_weight():
+        made.append(base)
+        return base
+
+    y = adapted_linear(x, make_weight, bias, A, B, evaluator, Execution(BACKEND))
+    found = torch.autograd.grad(y.square().sum(), (A, B))
+    assert len(made) == 1
+    kept = adapted_linear(x.clone().requires_grad_(), base, bias, A, B, evaluator, Execution(BACKEND))
+    assert kept.grad_fn.saved_tensors[3] is None
+    for gradient, expected in zip(found, torch.autograd.grad(kept.square().sum(), (A, B)), strict=True):
+        assert torch.equal(gradient, expected)
+    trained = base.clone().requires_grad_()
+    y = adapted_linear(x, trained, bias, A, B, evaluator, Execution(BACKEND))
+    assert y.grad_fn.saved_tensors[3] is trained
+    assert not delta_weight(A, B, evaluator, BACKEND).requires_grad
+
+
+def test_gradients_of_gradients_are_refused():
+    A, B = (t.requires_grad_() for t in factors(9, 7, 2, 0.3))
+    y = adapted_linear(torch.ones(3, 7), None, None, A, B, chosen(A, B), Execution(BACKEND))
+    (gradient,) = torch.autograd.grad(y.square().sum(), A, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 @pytest.mark.parametrize("size", [1, 400, 10**6])
 def test_pieces_hold_what_they_may_and_change_nothing(monkeypatch, size):
     A, B = factors(9, 7, 2, 0.3)
