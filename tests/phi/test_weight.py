@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+from types import ModuleType
 
 import pytest
 import torch
 
+from basisadapt import phi
 from basisadapt.errors import InputError
 from basisadapt.phi import kernels
 from basisadapt.phi.choice import evaluator
@@ -145,6 +148,24 @@ def test_the_fused_kernels_are_for_series_in_float32():
     assert not kernels._fused(chosen(A, B), A, "torch")
     assert not kernels._fused(chosen(A, B), A.double(), "triton")
     assert not kernels._fused(direct, A, "triton")
+
+
+def test_what_the_fused_kernels_are_asked_for(monkeypatch):
+    """With a stand-in for them that does the work in pieces."""
+    A, B = factors(9, 7, 2, 0.3)
+    evaluator = chosen(A, B)
+    base, dense = torch.randn(2, 9, 7, generator=torch.Generator().manual_seed(0))
+    fused = ModuleType("kernels_triton")
+    fused.effective_weight = lambda *arguments: kernels.effective_weight(*arguments, "torch")
+    fused.pull_back = lambda dense, *rest: kernels.pull_back(dense, None, *rest, "torch", form=False)[1:]
+    monkeypatch.setitem(sys.modules, "basisadapt.phi.kernels_triton", fused)
+    monkeypatch.setattr(phi, "kernels_triton", fused, raising=False)
+    for form in (True, False):
+        found, expected = (kernels.pull_back(dense, base, A, B, evaluator, b, form) for b in ("triton", "torch"))
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        assert (found[0] is None) == (not form)
+    found, expected = (kernels.effective_weight(base, A, B, evaluator, torch.bfloat16, b) for b in ("triton", "torch"))
+    assert torch.equal(found, expected)
 
 
 def test_triton_is_found_where_it_is_installed():
