@@ -124,6 +124,11 @@ def test_pieces_hold_what_they_may_and_change_nothing(monkeypatch, size):
     torch.testing.assert_close(kernels.effective_weight(base, A, B, evaluator, base.dtype, BACKEND), effective)
 
 
+def test_a_piece_fits_a_cores_cache_and_elsewhere_takes_no_more_than_a_gigabyte():
+    assert 2**20 <= 4 * kernels.PIECE["cpu"] <= 2**23
+    assert 2**26 <= 4 * kernels.PIECE_ELSEWHERE <= 2**30
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("triton", [True, False])
 def test_what_auto_takes_and_what_triton_needs(monkeypatch, device, triton):
