@@ -129,7 +129,7 @@ def test_a_piece_fits_a_cores_cache_and_elsewhere_takes_no_more_than_a_gigabyte(
     assert 2**26 <= 4 * kernels.PIECE_ELSEWHERE <= 2**30
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
 @pytest.mark.parametrize("triton", [True, False])
 def test_what_auto_takes_and_what_triton_needs(monkeypatch, device, triton):
     monkeypatch.setattr(kernels, "has_triton", lambda: triton)
@@ -141,7 +141,7 @@ def test_what_auto_takes_and_what_triton_needs(monkeypatch, device, triton):
     if fused:
         assert kernels.resolve_backend("triton", there) == "triton"
     else:
-        missing = "a CUDA device, and the weights are on cpu" if device == "cpu" else "the triton package"
+        missing = "the triton package" if device == "cuda" else f"a CUDA device, and the weights are on {device}"
         with pytest.raises(InputError, match=missing):
             kernels.resolve_backend("triton", there)
 
