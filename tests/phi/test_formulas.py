@@ -101,6 +101,13 @@ def test_sharing_counts(name):
     assert len(set(rows(SHARING[name](), "alpha", MODULES))) == TABLES[name][2]
 
 
+@pytest.mark.parametrize("name", ["omega", "alpha"])
+def test_a_parameter_is_known_by_its_name_wherever_that_comes_from(name):
+    composed = "".join(list(name))
+    assert composed is not name
+    assert set(rows(SHARING[name](), composed, MODULES)) == {0}
+
+
 @pytest.mark.parametrize("omega", [1e-3, 0.1, 1.0, 8.17, 50.0, 500.0])
 def test_omega_starts_at_omega0(omega):
     bank = TransferBank(PhiSettings(omega_init=omega, num_basis=3), MODULES[:1]).double()

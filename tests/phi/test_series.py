@@ -103,6 +103,13 @@ def test_verification_looks_between_the_nodes_and_at_grid_points():
     assert verified(make("sinc", 8), float("nan")) == [True]
 
 
+def test_every_module_is_verified_on_its_own_range():
+    single = make("sinc", 8)
+    together = tuple(p.expand(3, -1) for p in single.parameters)
+    radius = torch.tensor([1.0, 30.0, 2.0], dtype=torch.float64)
+    assert series.verify(single.with_parameters, together, radius, 32, 1e-6).tolist() == [True, False, True]
+
+
 def test_the_path_is_added_to_the_second_coefficient():
     radius = torch.tensor([0.7], dtype=torch.float64)
     found = []

@@ -95,6 +95,29 @@ def test_what_needs_no_gradient_costs_none():
     assert not delta_weight(A, B, evaluator, BACKEND).requires_grad
 
 
+def test_a_bias_trains_also_where_a_does_not():
+    A, B = factors(9, 7, 2, 0.3)
+    bias, weight = torch.zeros(9, requires_grad=True), torch.ones(9, 7)
+    adapted_linear(torch.ones(3, 7), weight, bias, A, B, chosen(A, B), Execution(BACKEND)).sum().backward()
+    assert torch.equal(bias.grad, torch.full((9,), 3.0))
+
+
+def test_the_weights_gradient_outlives_the_dense_one(monkeypatch):
+    """The dense gradient may be overwritten on the way to A and B, as the fused kernels do."""
+    A, B = (t.requires_grad_() for t in factors(9, 7, 2, 0.3))
+    weight, x = torch.ones(9, 7, requires_grad=True), torch.ones(3, 7)
+    plain = kernels.pull_back
+
+    def overwriting(dense, *rest):
+        found = plain(dense, *rest)
+        dense.fill_(float("nan"))
+        return found
+
+    monkeypatch.setattr(kernels, "pull_back", overwriting)
+    adapted_linear(x, weight, None, A, B, chosen(A, B), Execution(BACKEND)).sum().backward()
+    assert torch.equal(weight.grad, torch.full((9, 7), 3.0))
+
+
 def test_gradients_of_gradients_are_refused():
     A, B = (t.requires_grad_() for t in factors(9, 7, 2, 0.3))
     y = adapted_linear(torch.ones(3, 7), None, None, A, B, chosen(A, B), Execution(BACKEND))
