@@ -158,7 +158,7 @@ def test_what_auto_takes_and_what_triton_needs(monkeypatch, device, triton):
     monkeypatch.setattr(kernels, "has_triton", lambda: triton)
     there = torch.device(device)
     fused = device == "cuda" and triton
-    assert kernels.resolve_backend("auto", there) == ("triton" if fused else "torch")
+    assert kernels.resolve_backend("".join(["au", "to"]), there) == ("triton" if fused else "torch")
     assert kernels.resolve_backend("torch", there) == "torch"
     assert kernels.resolve_backend("direct", there) == "direct"
     if fused:
@@ -166,13 +166,13 @@ def test_what_auto_takes_and_what_triton_needs(monkeypatch, device, triton):
     else:
         missing = "the triton package" if device == "cuda" else f"a CUDA device, and the weights are on {device}"
         with pytest.raises(InputError, match=missing):
-            kernels.resolve_backend("triton", there)
+            kernels.resolve_backend("".join(["tri", "ton"]), there)  # equal, as from a file, not the same object
 
 
 def test_the_fused_kernels_are_for_series_in_float32():
     A, B = factors(9, 7, 2, 0.3)
     direct = evaluator(make("sinc", 5), A, B, "direct")
-    assert kernels._fused(chosen(A, B), A, "triton")
+    assert kernels._fused(chosen(A, B), A, "".join(["tri", "ton"]))
     assert not kernels._fused(chosen(A, B), A, "torch")
     assert not kernels._fused(chosen(A, B), A.double(), "triton")
     assert not kernels._fused(direct, A, "triton")
