@@ -55,6 +55,12 @@ def test_accuracy_is_measured_in_every_chunk_and_of_value_and_slope(monkeypatch)
         assert Table(narrow, RADIUS, 4096, torch.float64).accurate(1e-3)
 
 
+def test_a_value_may_be_wrong_where_its_slope_does_not_matter(monkeypatch):
+    monkeypatch.setattr(evaluators, "SLOPE", float("inf"))
+    table = Table(make("sinc", 8), RADIUS, 64, torch.float64)
+    assert [table.accurate(tolerance) for tolerance in (1e-3, 1e-9)] == [True, False]
+
+
 def test_what_is_not_finite_stays_so():
     table = Table(make("sinc", 8), RADIUS, 64, torch.float64)
     z = torch.tensor([float("nan"), float("inf"), 0.5], dtype=torch.float64)
