@@ -40,7 +40,8 @@ def test_a_packed_series_is_numpys(points):
 
 def cut(*columns, radius=1.0, tolerance=1e-6):
     """The degree of functions by their coefficients of T_0, T_1, ..., of 32; and whether it is enough."""
-    coefficients = torch.tensor([padded(np.array(column, dtype=float), 32) for column in columns]).T.unsqueeze(0)
+    rows = np.stack([padded(np.array(column, dtype=float), 32) for column in columns])
+    coefficients = torch.from_numpy(rows).T.unsqueeze(0)
     degree, resolved = series._degree(coefficients, torch.tensor([radius], dtype=torch.float64), tolerance)
     assert degree.dtype == torch.int32
     return degree.item(), resolved.item()
