@@ -9,6 +9,7 @@ from basisadapt import GridStrategy, InputError, SharingPolicy, TransferBasis
 from basisadapt.phi.basis import BASES
 from basisadapt.phi.grids import GRIDS
 from basisadapt.phi.sharing import SHARING
+from basisadapt.ranges import Range
 from basisadapt.testing import check_basis, check_grid, check_sharing
 
 
@@ -31,6 +32,43 @@ def test_the_paper_is_complete():
     assert {"sinc", "gaussian_rbf", "bspline", "fourier", "polynomial"} <= set(BASES)
     assert {"uniform", "chebyshev", "learned", "random"} <= set(GRIDS)
     assert {"none", "x", "omega", "alpha", "all", "kind"} <= set(SHARING)
+
+
+# A search that goes on in its database needs the ranges that it started with.
+RANGES = {
+    "fourier": {"omega_init": Range(0.3, 30.0, log=True)},
+    "polynomial": {
+        "omega_init": Range(0.1, 2.0, log=True),
+        "gain": Range(1.0, 30.0, log=True),
+        "num_basis": Range(4, 16, log=True),
+    },
+    "sinusoid": {"omega_init": Range(10.0, 1000.0, log=True)},
+    "learned": {"transfer_lr": Range(0.01, 3.0, log=True)},
+    "all": {"transfer_lr": Range(0.003, 3.0, log=True)},
+}
+
+
+@pytest.mark.parametrize("registry", [BASES, GRIDS, SHARING], ids=lambda registry: registry.kind)
+def test_where_a_search_looks(registry):
+    ours = {name: registry[name].search for name in registry if registry[name].__module__.startswith("basisadapt.")}
+    assert ours == {name: RANGES.get(name, {}) for name in ours}
+
+
+@pytest.mark.parametrize("kind", [TransferBasis, GridStrategy, SharingPolicy])
+def test_a_plugin_without_its_function_is_refused(kind):
+    class Empty(kind):
+        pass
+
+    with pytest.raises(TypeError, match="abstract"):
+        Empty()
+
+
+def test_a_module_may_be_a_group_of_its_own():
+    class Each(SharingPolicy):
+        def group(self, parameter, module):
+            return module
+
+    check_sharing(Each)
 
 
 class _Shape(TransferBasis):

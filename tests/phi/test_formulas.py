@@ -56,6 +56,11 @@ def points(name, num, interval=3.0):
     return GRIDS[name]().points(num, interval, torch.Generator().manual_seed(0)).numpy()
 
 
+@pytest.mark.parametrize("name", ["uniform", "learned", "chebyshev"])
+def test_a_single_point_lies_in_the_middle(name):
+    np.testing.assert_allclose(points(name, 1), [0.0], atol=1e-12)
+
+
 @pytest.mark.parametrize("num", [2, 32, 50])
 def test_grid_formulas(num):
     i = np.arange(num)
@@ -94,6 +99,13 @@ def test_sharing_counts(name):
     assert found == TABLES[name]
     assert bank.trainable_count() == 4 * sum(found)
     assert len(set(rows(SHARING[name](), "alpha", MODULES))) == TABLES[name][2]
+
+
+@pytest.mark.parametrize("name", ["omega", "alpha"])
+def test_a_parameter_is_known_by_its_name_wherever_that_comes_from(name):
+    composed = "".join(list(name))
+    assert composed is not name
+    assert set(rows(SHARING[name](), composed, MODULES)) == {0}
 
 
 @pytest.mark.parametrize("omega", [1e-3, 0.1, 1.0, 8.17, 50.0, 500.0])
@@ -143,6 +155,15 @@ def test_what_trains():
     assert trainable(learn_omega=False) == {"alpha"}
     assert trainable(grid="learned") == {"alpha", "raw_omega", "grid"}
     assert set(TransferBank(PhiSettings(learn_omega=False), MODULES).state_dict()) == {"alpha", "raw_omega", "grid"}
+
+
+@pytest.mark.parametrize(("num", "spacing"), [(1, 4.0), (2, 4.0), (3, 2.0), (50, 4 / 49)])
+def test_drawn_grids_by_their_draws(num, spacing):
+    """A seed stands for the same grid in every version."""
+    drawn = torch.rand(num, generator=torch.Generator().manual_seed(0), dtype=torch.float64).numpy()
+    np.testing.assert_allclose(points("random", num, 2.0), 4 * drawn - 2, atol=1e-12)
+    moved = points("uniform", num, 2.0) + spacing * (0.2 * drawn - 0.1)
+    np.testing.assert_allclose(points("jittered", num, 2.0), np.clip(moved, -2, 2), atol=1e-12)
 
 
 def test_random_grids_differ_by_module_and_repeat_by_seed():

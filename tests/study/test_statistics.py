@@ -32,6 +32,15 @@ def test_difference_by_hand():
     assert (ours.low, ours.high) == pytest.approx((-0.484138, 4.484138), abs=1e-6)
 
 
+def test_difference_of_two_and_of_four_pairs_is_scipys():
+    row, reference = [0.80, 0.85, 0.79, 0.91], [0.75, 0.84, 0.77, 0.93]
+    for n in (2, 4):
+        ours = difference(dict(enumerate(row[:n])), dict(enumerate(reference[:n])))
+        theirs = scipy.stats.ttest_rel(row[:n], reference[:n])
+        bounds = theirs.confidence_interval(0.95)
+        assert (ours.p, ours.low, ours.high) == pytest.approx((theirs.pvalue, bounds.low, bounds.high))
+
+
 def test_what_cannot_be_tested():
     assert difference({1: 1.0}, {2: 1.0}) is None
     one = difference({1: 1.0}, {1: 0.5})
@@ -61,6 +70,13 @@ def test_interval_of_a_mean():
     assert interval([2.0, 4.0, 9.0]) == pytest.approx((5 - half, 5 + half), rel=1e-6)
     assert interval([1.0]) is None
     assert interval([0.1, 0.1]) is None
+
+
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
+def test_values_that_differ_by_rounding_alone_have_no_interval(size):
+    assert interval([size, size * (1 + 4e-13)]) is None
+    low, high = interval([size, size * (1 + 1e-10)])
+    assert low < size < high
 
 
 def test_holm_keeps_a_smaller_product_from_overtaking():
