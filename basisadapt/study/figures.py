@@ -13,33 +13,43 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from basisadapt.study.report import Found
-    from basisadapt.study.table import Table
+    from basisadapt.study.table import Line, Table
 
 NEAR = 0.3  # decades, within which two labels may meet
 
 
 def comparison_figure(table: Table) -> Figure:
-    """Every row's seeds as dots, mean ± standard deviation over them, and the reference's mean as a line."""
+    """A panel a task: a row's seeds as dots, mean ± standard deviation over them, the reference's mean as a line."""
     from matplotlib.figure import Figure
 
-    scale = 100 if table.percent else 1
-    figure = Figure(figsize=(7, 1.2 + 0.4 * len(table.lines)), layout="constrained")
-    axes = figure.add_subplot()
-    alone = sum(line.row.is_reference for line in table.lines) == 1
-    for place, line in enumerate(table.lines):
-        values = [value * scale for value in line.values.values()]
+    tasks = list(dict.fromkeys(line.task for line in table.lines))
+    names = list(dict.fromkeys(line.name for line in table.lines))
+    size = 4 + 3 * len(tasks), 1.2 + 0.4 * len(names)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
+    for task, axes in zip(tasks, panels, strict=True):
+        _compare(axes, [line for line in table.lines if line.task == task], names, 100 if table.percent else 1)
+        if len(tasks) > 1:
+            axes.set_title(task, fontsize="medium")
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].set_ylim(len(names) - 0.5, -0.5)
+    figure.supxlabel(f"{table.headline}{', %' if table.percent else ''} (mean ± std over seeds)", fontsize="medium")
+    figure.suptitle(table.study.spec.title)
+    return figure
+
+
+def _compare(axes: Axes, lines: Sequence[Line], names: Sequence[str], scale: float) -> None:
+    """Draw the rows of one task, each at the place of its name."""
+    alone = sum(line.row.is_reference for line in lines) == 1
+    for line in lines:
+        place, values = names.index(line.name), [value * scale for value in line.values.values()]
         centre, spread = statistics.mean(values), statistics.std(values)
         axes.plot(values, [place] * len(values), "o", color="0.7", markersize=4)
         if centre is not None:
             axes.errorbar(centre, place, xerr=spread, fmt="o", color="C0", capsize=4)
             if line.row.is_reference and alone:
                 axes.axvline(centre, color="0.5", linestyle="--", linewidth=1)
-    axes.set_yticks(range(len(table.lines)), [line.label for line in table.lines])
-    axes.set_ylim(len(table.lines) - 0.5, -0.5)
-    axes.set_xlabel(f"{table.headline}{', %' if table.percent else ''} (mean ± std over seeds)")
-    axes.set_title(table.study.spec.title)
     axes.grid(axis="x", alpha=0.3)
-    return figure
 
 
 def against_figure(table: Table) -> Figure:

@@ -29,7 +29,7 @@ def report_files(report: Report, pictures: Callable[[str], dict[str, bytes]]) ->
         "table.txt": words.to_text(report),
         "table.md": words.to_markdown(report),
         "table.csv": words.to_csv(report.table),
-        **{f"{grid.title.lower()}.csv": words.grid_to_csv(grid) for grid in words.grids(report)[1:]},
+        **{f"{grid.title.lower().replace(' ', '_')}.csv": words.grid_to_csv(grid) for grid in words.grids(report)[1:]},
         "report.html": to_html(report, figures, pictures),
         **figures,
     }

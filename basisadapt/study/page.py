@@ -124,7 +124,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
 """
 
 CAPTIONS = {
-    "comparison.png": "Every row: its seeds as dots, mean ± standard deviation, and the reference's mean as a line",
+    "comparison.png": "Seeds as dots, mean ± standard deviation, the reference's mean as a line; a panel a task",
     "against.png": "Every row against what it costs, on a logarithmic scale",
     "search.png": "Every trial's value in order with the best so far, and the importance of each setting",
     "phi.png": "What φ has learned to add to an entry of BA, a line per layer",

@@ -226,6 +226,18 @@ def test_figures(two_bases, tmp_path):
     figures.comparison_figure(build_table(two_bases, {})).savefig(tmp_path / "nothing.png")
 
 
+def test_the_comparison_has_a_panel_for_each_task(folder):
+    path = folder / "tiny.yaml"
+    path.write_text(path.read_text().replace("sweep: {", "sweep: {task: [docstrings, glue/cola], "))
+    study = resolve(read_spec("tiny.yaml"))
+    known = {cell.key: outcome(cell, 0.5) for cell in study.cells if cell.row != "glue/cola, sinc"}
+    left, right = figures.comparison_figure(build_table(study, known)).axes
+    assert (left.get_title(), right.get_title()) == ("docstrings", "glue/cola")
+    assert [label.get_text() for label in left.get_yticklabels()] == ["sinc", "fourier", "LoRA"]
+    dots = [{y for line in axes.lines for y in line.get_ydata() if line.get_marker() == "o"} for axes in (left, right)]
+    assert dots == [{0, 1, 2}, {1, 2}]
+
+
 def test_a_study_may_be_drawn_against_what_rows_cost(folder):
     path = folder / "tiny.yaml"
     path.write_text(path.read_text() + "against: [parameters.trainable, seconds.train]\n")
