@@ -199,6 +199,7 @@ def test_every_study_shows_lora_and_most_the_literal_recipe():
             literal.add(name)
     assert set(list_studies()) - literal - set(LANGUAGE) == {
         "ablate_rank",
+        "ablate_remedies",
         "ablate_scale",
         "ablate_robustness",
         "compare_methods",
