@@ -70,11 +70,15 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """A hash of study, configuration and seed: 16 hexadecimal digits."""
-        config = self.config.to_mapping()
-        seed = config.pop("seed")
-        canonical = json.dumps({"study": self.study, "config": config, "seed": seed}, sort_keys=True)
-        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+        """See `cell_key`."""
+        return cell_key(self.study, self.config.to_mapping())
+
+
+def cell_key(study: str, config: Mapping[str, Any]) -> str:
+    """A hash of study, configuration and seed: 16 hexadecimal digits."""
+    settings = {name: value for name, value in config.items() if name != "seed"}
+    canonical = json.dumps({"study": study, "config": settings, "seed": config.get("seed")}, sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from basisadapt.errors import InputError
 from basisadapt.execution.executor import Executor
 from basisadapt.execution.lines import CellLine, ResultLine, parse_result, read_lines, to_line
 from basisadapt.run_config import RunConfig
-from basisadapt.study.cells import Cell
+from basisadapt.study.cells import Cell, cell_key
 from basisadapt.study.engine import Invocation, Place, check_place, missing_cells, report_on
 from basisadapt.study.record import Imported, Record
 from basisadapt.study.report import Report
@@ -84,11 +83,14 @@ def _possible_cells(tuning: Tuning) -> Iterator[Cell]:
 
 
 def _cell_of(line: ResultLine, cells: Mapping[str, Cell], study: str) -> Cell | None:
-    """The cell that a line is of, by its key; None if it is of another study alone."""
-    there = Cell(line.study, line.row, RunConfig.from_mapping(line.config))
-    if there.key != line.key:
-        raise InputError(f"its study and configuration have the key {there.key}, not {line.key}: they were changed")
-    here = replace(there, study=study)
+    """The cell that a line is of; None if it is of another study alone.
+
+    The line's key is that of its configuration as it was written. Settings that have come since are at their defaults.
+    """
+    here = Cell(study, line.row, RunConfig.from_mapping(line.config))
+    key = cell_key(line.study, line.config)
+    if key != line.key:
+        raise InputError(f"its study and configuration have the key {key}, not {line.key}: they were changed")
     if here.key not in cells and line.study == study:
-        raise InputError(f"cell {here.key} ({line.row}) is none of this study with these options")
+        raise InputError(f"cell {key} ({line.row}) is none of this study with these options")
     return cells.get(here.key)

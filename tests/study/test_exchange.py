@@ -238,6 +238,18 @@ def test_results_of_other_studies_serve_where_the_configuration_is_the_same(home
     assert (code, "Not run" in out, len(runs())) == (0, False, 3)
 
 
+def test_results_from_before_a_setting_was_there_are_read(home, fake, study, results, runs):
+    """A configuration as an earlier version wrote it, its key made from what it held; the setting is at its default."""
+    from basisadapt.study.cells import cell_key
+
+    for line in results:
+        del line["config"]["train"]["landscape"]
+        line["key"] = cell_key(line["study"], line["config"])
+    Path("results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in results))
+    code, out, err = study(*SEED, "--import", "results.jsonl")
+    assert (code, err, "Not run" in out, len(runs())) == (0, "", False, 3)
+
+
 def test_what_a_kill_left_of_a_line_is_done_again(home, alone, study):
     study(*SEED, "--export", "cells.jsonl")
     options = alone()

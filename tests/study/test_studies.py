@@ -18,7 +18,8 @@ from tests.tasks.endpoint import Endpoint, says
 from tests.tasks.files import write_alpaca, write_bench
 
 TABLES = {1, 2, 3, 5, 8, 9, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23}
-OURS = {"ablate_formulation", "ablate_interval", "ablate_remedies", "compare_methods", "learning_rate"}  # what no one table has
+# What no one table has.
+OURS = {"ablate_formulation", "ablate_interval", "ablate_remedies", "compare_methods", "learning_rate"}
 # Of a language model, on data that do not come with Python.
 LANGUAGE = {"commonsense": "commonsense/all", "instruct": "instruct/mt_bench"}
 VISION = {"vision_clip": "clip-vit-b32", "vision_dinov2": "dinov2-base"}  # and the weights that they download
