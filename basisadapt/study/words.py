@@ -165,11 +165,12 @@ def _main(table: Table) -> Grid:
 def _across(table: Table) -> Grid:
     number, reference = _number_form(table), table.study.spec.reference
     shows_published = any(line.published for line in table.across)
-    rows = []
+    rows, tasks = [], len({line.task for line in table.lines})
     for line in table.across:
-        cells = [line.name, number(statistics.mean(list(line.values.values())), "")]
+        whole = len(line.values) == tasks  # the mean of fewer tasks stands beside no other
+        cells = [line.name, number(statistics.mean(list(line.values.values())), "") if whole else DASH]
         cells += [_with_std(*(line.published or (DASH, None)))] if shows_published else []
-        cells.append(str(len(line.values)))
+        cells.append(str(tasks) if whole else f"{len(line.values)} of {tasks}")
         rows.append([*cells, *([_difference(line.difference, number), _p(line.p)] if reference is not None else [])])
     header = ["row", _headline(table), *(["published"] if shows_published else []), "tasks"]
     header += [f"difference to {reference} (95 % CI)", "p (Holm)"] if reference is not None else []

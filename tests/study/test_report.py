@@ -177,6 +177,13 @@ def test_rows_are_compared_within_their_task_and_over_all_tasks(folder):
     text = words.to_text(report.make_report(table))
     line = [line for line in text.splitlines() if line.startswith("sinc ")][-1]
     assert line.split()[:4] == ["sinc", "70.00", "3", "+30.00"]
+    # Of two of three tasks there is a difference, and no mean to stand beside the others.
+    known = {
+        key: found for key, found in outcomes(study, values).items() if key not in {c.key for c in study.cells[:2]}
+    }
+    text = words.to_text(report.make_report(build_table(study, known)))
+    line = [line for line in text.splitlines() if line.startswith("sinc ")][-1]
+    assert line.split()[:5] == ["sinc", "-", "2", "of", "3"]
 
 
 def test_a_published_table_without_tasks_stands_beside_the_means_over_tasks():
