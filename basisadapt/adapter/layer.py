@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -62,6 +63,26 @@ class PhiLinear(AdaptedLinear):
         target = device or self.base_layer.weight.device
         if source is not None and not (source.bank.alpha.is_meta or target.type == "meta"):
             source.bank.to(target)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make these adapters the active ones, which train unless `inference_mode`; φ's tables follow A and B."""
+        super().set_adapter(adapter_names, inference_mode)
+        self.train_tables()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch the adapters on or off; what is off does not train, φ's tables included."""
+        super().enable_adapters(enabled)
+        self.train_tables()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Train or freeze these adapters, φ's tables included."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        self.train_tables()
+
+    def train_tables(self) -> None:
+        """Have φ's tables train where A does; they lie outside the layer, where peft does not look for them."""
+        for name, source in self.phi_source.items():
+            source.bank.requires_grad_(self.phi_A[name].requires_grad)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW of one adapter in the layout of the base weight, in float32 (float64 for a float64 adapter)."""

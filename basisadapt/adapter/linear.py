@@ -8,6 +8,7 @@ from typing import ClassVar, cast
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from basisadapt.errors import InputError
@@ -35,6 +36,11 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         if not (isinstance(base_layer, nn.Linear) or self._transposed):
             raise InputError(
                 f"module {name!r} is a {type(base_layer).__name__}; {self.title} adapts nn.Linear and Conv1D only"
+            )
+        if isinstance(base_layer, NonDynamicallyQuantizableLinear):
+            raise InputError(
+                f"module {name!r} is inside an nn.MultiheadAttention, which reads its weight and never calls it: "
+                f"{self.title} would do nothing there; leave it out by exclude_modules"
             )
         self.base_layer = cast(nn.Linear, base_layer)
         self._quantised = not self.base_layer.weight.is_floating_point()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from basisadapt.adapter.config import PhiConfig
@@ -34,20 +35,27 @@ class PhiModel(BaseTuner):  # type: ignore[misc]
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Find where `adapter_name` goes, insert its layers, then build its bank over those with φ.
 
-        Raises InputError for a placement that the model does not have.
+        Raises InputError for a placement that the model does not have, and where an adapter of this name is in other
+        modules already.
         """
         config = self.peft_config[adapter_name]
         if config.target_modules is None:
             config.target_modules = target_pattern(config.placement, (name for name, _ in model.named_modules()))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        if "phi_bank" not in self._modules:
-            self.phi_bank = nn.ModuleDict()
-        inserted = list(self._layers(adapter_name))
+        if "phi_bank" not in self._modules:  # a model that was adapted before brings its banks with its layers
+            known = {name: source.bank for layer in self._layers() for name, source in layer.phi_source.items()}
+            self.phi_bank = nn.ModuleDict(known)
+        inserted = [layer for layer in self._layers() if adapter_name in layer.phi_A]
         layers = [layer for layer in inserted if check_target_module_exists(config, layer.name)]
         if not inserted:
             return
         if not layers:
             raise InputError(f"target_modules {config.target_modules!r} match no module: φ would be nowhere")
+        if left := [layer.name for layer in inserted if adapter_name in layer.phi_source and layer not in layers]:
+            raise InputError(
+                f"the model has an adapter {adapter_name!r} in {left[0]!r}, where the new one is not; "
+                "unload() it first, or give the new one another name"
+            )
         bank = TransferBank(config, [replace(describe(layer.name), in_features=layer.in_features) for layer in layers])
         if layers[0].base_layer.weight.dtype == torch.float64:
             bank.double()
@@ -58,36 +66,34 @@ class PhiModel(BaseTuner):  # type: ignore[misc]
         for layer in layers:
             layer.phi_source[adapter_name] = compiler
         layers[0]._move_adapter_to_device_of_base_layer(adapter_name)
-        self._train_banks(config.inference_mode)
+        for layer in self._layers():
+            layer.train_tables()
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The adapted model. Compiles φ of all modules first, whatever has changed them since the last call."""
-        self._refresh()
-        return super().forward(*args, **kwargs)
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
+        """What peft enters around every call of the model, `generate` included.
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """What the adapted language model writes; compiles φ first, as `forward` does, which it does not pass."""
-        self._refresh()
-        return self.model.generate(*args, **kwargs)
-
-    def _refresh(self) -> None:
+        Compiles φ of all modules, whatever has changed them since the last call. Raises InputError for a batch of mixed
+        adapters.
+        """
+        if kwargs.get("adapter_names") is not None:
+            raise InputError("φ(BA) does not support batches of mixed adapters (adapter_names)")
         for compiler in self._compilers():
             compiler.refresh()
+        yield
 
     def _compilers(self) -> Iterator[Compiler]:
         """Those of the adapters at work."""
         found = {}
-        for module in self.model.modules():
-            if isinstance(module, PhiLinear) and not (module.merged or module.disable_adapters):
-                for name in module.active_adapters:
-                    if name in module.phi_source and name not in found:
-                        found[name] = module.phi_source[name]
+        for layer in self._layers():
+            if not (layer.merged or layer.disable_adapters):
+                for name in layer.active_adapters:
+                    if name in layer.phi_source and name not in found:
+                        found[name] = layer.phi_source[name]
         yield from found.values()
 
-    def _layers(self, adapter: str) -> Iterator[PhiLinear]:
-        for module in self.model.modules():
-            if isinstance(module, PhiLinear) and adapter in module.phi_A:
-                yield module
+    def _layers(self) -> Iterator[PhiLinear]:
+        return (module for module in self.model.modules() if isinstance(module, PhiLinear))
 
     @staticmethod
     def _check_target_module_exists(peft_config: PhiConfig, key: str) -> Any:
@@ -115,26 +121,12 @@ class PhiModel(BaseTuner):  # type: ignore[misc]
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
-    def _train_banks(self, inference_mode: bool = False) -> None:
-        for name, bank in self.phi_bank.items():
-            bank.requires_grad_(name in self.active_adapters and not inference_mode)
-
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make these adapters the active ones; φ of the others stops training."""
-        super().set_adapter(adapter_name, inference_mode)
-        if "phi_bank" in self._modules:
-            self._train_banks(inference_mode)
-
-    def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
-        """Freeze or train these adapters, φ included."""
-        super().set_requires_grad(adapter_names, requires_grad)
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            if name in self.phi_bank:
-                self.phi_bank[name].requires_grad_(requires_grad)
-
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter and its bank."""
         super().delete_adapter(adapter_name)
+        for layer in self._layers():  # peft passes over those whose full names contain the prefix
+            BaseTunerLayer.delete_adapter(layer, adapter_name)
+        # peft asks the first layer alone, which need not have any of those that are left.
+        self.active_adapter = next((layer.active_adapters for layer in self._layers() if layer.active_adapters), [])
         if adapter_name in self.phi_bank:
             del self.phi_bank[adapter_name]
-        self._train_banks()

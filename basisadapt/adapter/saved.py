@@ -26,12 +26,17 @@ Shape = tuple[int | None, ...]  # None where the model decides
 class CheckedConfig(PeftConfig, ABC):  # type: ignore[misc]
     """A peft configuration whose own fields have the types that they are declared with, wherever they come from.
 
-    Raises InputError for a wrong type; from a local folder also for weights that are not safetensors, cannot be read or
-    do not have the shapes that the configuration says.
+    layers_to_transform, layers_pattern: as everywhere in peft, the numbers of the blocks in which a list of
+    target_modules is adapted, and the name of the list of blocks.
+
+    Raises InputError for a wrong type, and for layers_to_transform without such a list; from a local folder also for
+    weights that are not safetensors, cannot be read or do not have the shapes that the configuration says.
     """
 
     exclude_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
 
     @abstractmethod
     def saved_shapes(self) -> Mapping[str, Shape]:
@@ -46,6 +51,10 @@ class CheckedConfig(PeftConfig, ABC):  # type: ignore[misc]
             setattr(self, name, value)
         for name in ("target_modules", "exclude_modules"):
             _check_pattern(name, getattr(self, name))
+        if self.layers_to_transform is not None and not isinstance(self.target_modules, list):
+            raise InputError("layers_to_transform needs a list of target_modules; anything else chooses blocks itself")
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise InputError("layers_pattern needs layers_to_transform")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:

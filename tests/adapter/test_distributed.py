@@ -31,6 +31,7 @@ CASES = {
     ("phi", "shards, checkpointing"): {},
     ("phi", "fsdp, checkpointing"): {},
     ("phi, direct", "fsdp"): {"backend": "direct"},
+    ("phi, any model", "fsdp"): {"task_type": None},  # peft calls it past PhiModel
     **{(f"phi, {sharing}", way): {"sharing": sharing} for sharing in SHARING if sharing != "none" for way in WAYS[1:]},
 }
 
@@ -42,7 +43,7 @@ def tokens():
 def adapted(kind, **settings):
     torch.manual_seed(0)
     lora = LoraConfig(task_type="SEQ_CLS", r=3, target_modules=PROJECTION.pattern)
-    phi = PhiConfig(task_type="SEQ_CLS", r=3, num_basis=10, gain=2.0, **settings)
+    phi = PhiConfig(**{"task_type": "SEQ_CLS", "r": 3, "num_basis": 10, "gain": 2.0, **settings})
     model = get_peft_model(tiny("llama"), lora if kind == "lora" else phi)
     randomise(model)
     if kind == "lora":
