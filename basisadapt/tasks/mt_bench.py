@@ -102,15 +102,26 @@ def judged(rows: Rows, answers: Sequence[Turns], judge: Judge) -> dict[str, floa
 
     "score", the mean rating over questions and turns (1 to 10), "score.turn1", "score.turn2", and "score.math" and so
     on of each category; "unparsable", how many judgements name no rating, which are left out of the means. A mean over
-    no ratings is missing. Raises InputError where the judge gives no answer.
+    no ratings is missing. Raises InputError where the judge gives no answer, and asks no more then.
     """
+    failures: list[InputError] = []
+
+    def ask(messages: Sequence[Message]) -> str:
+        if failures:
+            raise failures[0]
+        try:
+            return judge.ask(messages)
+        except InputError as error:
+            failures.append(error)
+            raise
+
     asked = [
         message
         for question, grading, turns in zip(rows.inputs, rows.labels, answers, strict=True)
         for message in grading.messages(question, turns)
     ]
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        ratings = list(map(rating, pool.map(judge.ask, asked)))
+        ratings = list(map(rating, pool.map(ask, asked)))
     groups: dict[str, list[float]] = {}
     for place, value in enumerate(ratings):
         if value is not None:
