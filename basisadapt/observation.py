@@ -21,6 +21,7 @@ from basisadapt.backbones import is_head
 from basisadapt.diagnostics.path import Path
 from basisadapt.diagnostics.spectrum import dc_share, normalised, singular_values, stable_rank
 from basisadapt.diagnostics.transfer import active_count
+from basisadapt.phi.bank import Transfer
 from basisadapt.phi.settings import LowRankSettings, PhiSettings
 
 ADAPTER = "default"
@@ -190,7 +191,7 @@ def observe(
 
     modules: dict[str, Numbers] = {}
     phi: dict[str, Curve] = {}
-    for name, layer, update in _updates(model, weight_change):
+    for name, layer, update, transfer in _updates(model, weight_change):
         delta = torch.nan_to_num(update, posinf=0.0, neginf=0.0)
         if delta.abs().max() < NEGLIGIBLE:
             delta = torch.zeros_like(delta)
@@ -201,16 +202,16 @@ def observe(
             "dc_share": dc_share(delta),
             "spectrum": normalised(sigma, SPECTRUM),
         }
-        if _has_phi(layer):
-            numbers, curve = _transfer(layer)
+        if transfer is not None:
+            numbers, curve = _transfer(layer, transfer.double())
             if all(map(math.isfinite, [*numbers.values(), *curve["phi"]])):
                 modules[name].update(numbers)
                 phi[name] = curve
     return modules, phi
 
 
-def _updates(model: nn.Module, weight_change: WeightChange) -> Iterator[tuple[str, Any, Tensor]]:
-    """Name, layer and ΔW of every adapted module; ΔW of a Conv1D may come transposed."""
+def _updates(model: nn.Module, weight_change: WeightChange) -> Iterator[tuple[str, Any, Tensor, Transfer | None]]:
+    """Name, layer, ΔW and, where there is one, F of every adapted module; ΔW of a Conv1D may come transposed."""
     from basisadapt.phi.weight import delta_weight
 
     compilers: dict[int, Any] = {}
@@ -218,13 +219,14 @@ def _updates(model: nn.Module, weight_change: WeightChange) -> Iterator[tuple[st
         if not _has_phi(layer):
             change = weight_change(layer)
             if change is not None:
-                yield name, layer, change
+                yield name, layer, change, None
             continue
         source = layer.phi_source[ADAPTER]
         # A copy is as new: the original counts its compilations, and one more would change a later step's series.
         fresh = compilers.setdefault(id(source), copy.copy(source))
         A, B = layer.phi_A[ADAPTER], layer.phi_B[ADAPTER]
-        yield name, layer, delta_weight(A, B, fresh.evaluator(layer.name, A, B), fresh.backend(A.device))
+        update = delta_weight(A, B, fresh.evaluator(layer.name, A, B), fresh.backend(A.device))
+        yield name, layer, update, fresh.transfer(layer.name, A, B)
 
 
 def _has_phi(layer: Any) -> bool:
@@ -234,10 +236,9 @@ def _has_phi(layer: Any) -> bool:
     return isinstance(layer, PhiLinear) and ADAPTER in layer.phi_source
 
 
-def _transfer(layer: Any) -> tuple[dict[str, float], Curve]:
+def _transfer(layer: Any, transfer: Transfer) -> tuple[dict[str, float], Curve]:
     """A module's numbers of φ, and the curve f(z) = (φ(g z) − c φ(0)) / g on the range of BA."""
     A, B, settings = layer.phi_A[ADAPTER], layer.phi_B[ADAPTER], layer.phi_settings[ADAPTER]
-    transfer = layer.phi_source[ADAPTER].bank.transfer(layer.name).double()
     alpha, omega = transfer.alpha, transfer.omega
     reach = (B.float() @ A.float()).abs().max().item()
     z = torch.linspace(-reach, reach, FINE, dtype=torch.float64, device=alpha.device)
@@ -252,6 +253,6 @@ def _transfer(layer: Any) -> tuple[dict[str, float], Curve]:
         "alpha_mean": alpha.mean().item(),
         "alpha_std": alpha.std(correction=0).item(),
         "alpha_mean_abs": alpha.abs().mean().item(),
-        "range_share": transfer.gain * reach / settings.interval,
+        "range_share": transfer.gain.item() * reach / settings.interval,
     }
     return numbers, {"z": z[::COARSE].tolist(), "phi": terms[::COARSE].sum(1).tolist()}

@@ -14,7 +14,7 @@ from basisadapt.distributed import PARALLEL
 from basisadapt.errors import InputError, unknown
 from basisadapt.methods import METHODS
 from basisadapt.phi.settings import LowRankSettings, field_names, require
-from basisadapt.settings import from_mapping
+from basisadapt.settings import from_mapping, without_late
 from basisadapt.tasks import DataSettings
 
 SCHEDULES = ("linear", "cosine", "constant")
@@ -138,6 +138,12 @@ class RunConfig:
     def to_mapping(self) -> dict[str, Any]:
         """The canonical nested mapping: JSON types, every default spelled out; from_mapping takes it back."""
         return dataclasses.asdict(self)
+
+
+def identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a run's canonical mapping makes its identity: all but late settings at their defaults."""
+    settings = METHODS[config.get("method", _Keys.method)].settings
+    return {**config, "adapter": without_late(settings, config.get("adapter", {}))}
 
 
 def _check_foreign(values: Mapping[str, Any]) -> None:

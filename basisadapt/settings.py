@@ -33,6 +33,18 @@ def from_mapping(cls: type[S], values: Mapping[str, Any], where: str = "") -> S:
     return cls(**checked(cls, values, where))
 
 
+def late(default: Any) -> Any:
+    """The field of a setting that came when records were kept already: see `without_late`."""
+    return dataclasses.field(default=default, metadata={"late": True})
+
+
+def without_late(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` without the late settings of `cls` at their defaults: what was said of the same before they came."""
+    assert dataclasses.is_dataclass(cls)
+    late = {field.name: field.default for field in dataclasses.fields(cls) if field.metadata.get("late")}
+    return {key: value for key, value in values.items() if key not in late or value != late[key]}
+
+
 def checked(cls: type, values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     """`values` of fields of the dataclass `cls`, each in its field's type. Raises InputError."""
     hints, prefix = typing.get_type_hints(cls), f"{where}." if where else ""

@@ -13,7 +13,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from basisadapt.phi.bank import Transfer, TransferBank
+from basisadapt.phi.bank import ONE, Transfer, TransferBank
 from basisadapt.phi.basis import BASES, TransferBasis
 from basisadapt.phi.choice import evaluator
 from basisadapt.phi.grids import GRIDS, GridStrategy
@@ -48,7 +48,8 @@ def _example(basis: TransferBasis, count: int, grid: str) -> Transfer:
     generator = torch.Generator().manual_seed(count)
     alpha = torch.randn(count, generator=generator, dtype=torch.float64)
     omega = 0.5 + torch.rand(count, generator=generator, dtype=torch.float64)
-    return Transfer(basis, alpha, omega, GRIDS[grid]().points(count, 3.0, generator), gain=2.0, centre=True)
+    gain = torch.tensor(2.0, dtype=torch.float64)
+    return Transfer(basis, alpha, omega, GRIDS[grid]().points(count, 3.0, generator), gain, centre=True)
 
 
 def _check_values(basis: TransferBasis, transfer: Transfer) -> None:
@@ -91,14 +92,14 @@ def _check_dtypes(basis: TransferBasis) -> None:
 
 
 def _check_gradients(transfer: Transfer) -> None:
-    def phi(x: Tensor, alpha: Tensor, omega: Tensor, grid: Tensor) -> Tensor:
-        return transfer.with_parameters(alpha, omega, grid)(x)
+    def phi(x: Tensor, *parameters: Tensor) -> Tensor:
+        return transfer.with_parameters(*parameters)(x)
 
     # Away from the kinks that some bases have at whole arguments.
     x = torch.linspace(-1.37, 1.41, 7, dtype=torch.float64)
     inputs = [t.clone().requires_grad_() for t in (x, *transfer.parameters)]
     correct = torch.autograd.gradcheck(phi, inputs, raise_exception=False)
-    assert correct, f"{type(transfer.basis).__name__}: gradients in x, alpha, omega or the grid are wrong"
+    assert correct, f"{type(transfer.basis).__name__}: gradients in x, alpha, omega, the grid or the gain are wrong"
 
 
 def _check_derivative(transfer: Transfer) -> None:
@@ -185,5 +186,5 @@ def check_state(settings: PhiSettings) -> None:
     other.load_state_dict(state)
     x = torch.linspace(-3, 3, 13)
     for module in MODULES:
-        same = torch.equal(bank.transfer(module.name).phi(x), other.transfer(module.name).phi(x))
+        same = torch.equal(bank.transfer(module.name, ONE).phi(x), other.transfer(module.name, ONE).phi(x))
         assert same, f"φ of {module.name} changes through its state"

@@ -120,10 +120,14 @@ def make_optimizer(model: PreTrainedModel | PeftModel, config: RunConfig) -> tor
     return torch.optim.AdamW(groups, betas=(0.9, 0.999)) if groups else None
 
 
-def make_watch(
-    look: Callable[[int, int], None], on_step: Callable[[int, int], None] | None, after_step: Callable[[int, int], None]
-) -> Any:
-    """A callback for each step: to the method, to `look` and to the user; ends a run of no longer finite loss."""
+OnStep = Callable[[int, int], None]  # takes the number of a step and how many there are
+
+
+def make_watch(look: OnStep, on_step: OnStep | None, before: OnStep, after: OnStep) -> Any:
+    """A callback for each step: `before` and `after` its update to the method, to `look` and to the user.
+
+    Ends a run of no longer finite loss.
+    """
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):  # type: ignore[misc]
@@ -132,8 +136,11 @@ def make_watch(
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             look(0, state.max_steps)
 
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            before(state.global_step + 1, state.max_steps)
+
         def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            after_step(state.global_step + 1, state.max_steps)
+            after(state.global_step + 1, state.max_steps)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             look(state.global_step, state.max_steps)

@@ -239,10 +239,12 @@ def run(
         trainer.remove_callback(transformers.PrinterCallback)
         observer = Observer(model, weight_change)  # only now is the model where it trains
         cost = Cost(model)
+        own = model, config.adapter
         watch = make_watch(
             cost.aside(observer.step),
             on_step,
-            lambda step, total: method.after_step(model, config.adapter, step, total),
+            functools.partial(method.before_step, *own),
+            functools.partial(method.after_step, *own),
         )
         trainer.add_callback(watch)
         with cost:

@@ -71,7 +71,8 @@ class Bench:
         generator = torch.Generator(device="cuda").manual_seed(num)
         alpha = torch.randn(num, generator=generator, device="cuda") / num
         grid = torch.linspace(-3, 3, num, device="cuda")
-        return Transfer(Sinc(), alpha, torch.ones(num, device="cuda"), grid, 1.0, True, True, 1.0)
+        one = torch.ones((), device="cuda")
+        return Transfer(Sinc(), alpha, torch.ones_like(alpha), grid, one, True, True, 1.0)
 
     def truth(self, transfer: Transfer) -> torch.Tensor:
         """The first rows of W + F(BA), float64."""

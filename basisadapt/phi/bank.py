@@ -18,33 +18,37 @@ from basisadapt.phi.grids import GRIDS
 from basisadapt.phi.settings import PhiSettings
 from basisadapt.phi.sharing import SHARING, AdaptedModule, rows
 
+LEAST_SIZE = 1e-6  # of BA where a gain is normalised by it: at the start it is zero
+ROUGH = 8  # points a basis function
+ONE = torch.ones(())
+
 
 @dataclass(frozen=True)
 class Transfer:
     """The transfer function of one module: ΔW = F(BA) with F(z) = s (p z + (φ(g z) − c φ(0)) / g).
 
     φ(x) = Σᵢ αᵢ b(ωᵢ, x, xᵢ). alpha, omega, grid: shape (N,), or (M, N) for the functions of M modules at once. gain
-    g > 0; centre c; identity path p; scaling s. Where alpha has one dimension more than the grid, (..., N, k), there
-    are k functions side by side, which differ in their amplitudes alone.
+    g > 0: shape (), or (M,). centre c; identity path p; scaling s. Where alpha has one dimension more than the grid,
+    (..., N, k), there are k functions side by side, which differ in their amplitudes alone.
     """
 
     basis: TransferBasis
     alpha: Tensor
     omega: Tensor
     grid: Tensor
-    gain: float = 1.0
+    gain: Tensor = ONE
     centre: bool = False
     path: bool = False
     scaling: float = 1.0
 
     @property
-    def parameters(self) -> tuple[Tensor, Tensor, Tensor]:
-        """α, ω and the grid: what gradients flow to."""
-        return self.alpha, self.omega, self.grid
+    def parameters(self) -> tuple[Tensor, ...]:
+        """α, ω, the grid and g: what gradients flow to."""
+        return self.alpha, self.omega, self.grid, self.gain
 
-    def with_parameters(self, alpha: Tensor, omega: Tensor, grid: Tensor) -> Transfer:
+    def with_parameters(self, alpha: Tensor, omega: Tensor, grid: Tensor, gain: Tensor) -> Transfer:
         """The same function of other parameters."""
-        return dataclasses.replace(self, alpha=alpha, omega=omega, grid=grid)
+        return dataclasses.replace(self, alpha=alpha, omega=omega, grid=grid, gain=gain)
 
     def double(self) -> Transfer:
         """The same function in float64, differentiable back to the original parameters."""
@@ -64,34 +68,40 @@ class Transfer:
 
     def __call__(self, z: Tensor) -> Tensor:
         """F(z), shapes as in `phi`."""
-        phi = self.phi(self.gain * z)
+        phi = self.phi(_beside(self.gain, z) * z)
         if self.centre:
             first = self.grid.shape[:-1]
             origin = self.phi(z.new_zeros(*first, 1))
             phi = phi - origin.reshape(*first, *[1] * (z.dim() - len(first)), *origin.shape[len(first) + 1 :])
-        f = phi / self.gain
+        f = phi / _beside(self.gain, phi)
         if self.path:
             f = f + z.reshape(*z.shape, *[1] * (f.dim() - z.dim()))
         return self.scaling * f
+
+
+def _beside(gain: Tensor, values: Tensor) -> Tensor:
+    """The gain of each module in a shape that multiplies `values`."""
+    return gain.reshape(*gain.shape, *[1] * (values.dim() - gain.dim()))
 
 
 class TransferBank(nn.Module):
     """The tables alpha, raw_omega and grid, each of shape (rows, N); a sharing policy gives each module its rows.
 
     ω = softplus(raw_omega) > 0, started at ω₀ (paper, section 3.3). What does not train is a buffer, saved all the
-    same, so that an adapter file alone defines φ.
+    same, so that an adapter file alone defines φ. Where the gain is learned there is log_gain too, shape (M,).
     """
 
     alpha: Tensor
     raw_omega: Tensor
     grid: Tensor
+    log_gain: Tensor
 
     def __init__(self, settings: PhiSettings, modules: Sequence[AdaptedModule]) -> None:
         super().__init__()
-        assert settings.gain is not None and settings.amplitude_init is not None
+        assert settings.amplitude_init is not None
         self.basis = BASES[settings.basis]()
-        self.gain = settings.gain
-        self._formula = settings.gain, bool(settings.centre), bool(settings.identity_path), settings.scaling
+        self._gain_form, self._interval = settings.gain_form, settings.interval
+        self._formula = bool(settings.centre), bool(settings.identity_path), settings.scaling
         policy, strategy = SHARING[settings.sharing](), GRIDS[settings.grid]()
         assigned = {parameter: rows(policy, parameter, modules) for parameter in ("alpha", "omega", "x")}
         count = {parameter: max(row, default=-1) + 1 for parameter, row in assigned.items()}
@@ -107,6 +117,9 @@ class TransferBank(nn.Module):
         self._table("grid", grid, strategy.trainable)
         self._table("raw_omega", omega, settings.learn_omega)
         self._table("alpha", alpha, settings.amplitude_init != "fan_in")
+        kind, gain = settings.gain_form
+        if kind == "learned":
+            self._table("log_gain", torch.full((len(modules),), math.log(gain)), True)
         if not self.alpha.is_meta:  # where peft makes empty modules to load into, there is nothing to initialise
             self._initialise_alpha(settings.amplitude_init, settings.interval, modules)
 
@@ -128,24 +141,47 @@ class TransferBank(nn.Module):
                     raise InputError('amplitude_init "fan_in" needs equal in_features wherever modules share alpha')
                 self.alpha[row] = module.in_features**-0.5
         if init == "identity":
-            for alpha, omega, x in self.rows.values():
-                self.alpha[alpha] = _identity_fit(self._at(alpha, omega, x), interval)
+            for module, (alpha, _, _) in self.rows.items():
+                self.alpha[alpha] = _identity_fit(self.transfer(module, self.alpha.new_ones(())), interval)
 
-    def _at(self, alpha: int, omega: int, x: int) -> Transfer:
-        return self._transfer(self.alpha[alpha], self.raw_omega[omega], self.grid[x])
+    @property
+    def tables(self) -> tuple[Tensor, ...]:
+        """What the bank holds, trained or not."""
+        gain = (self.log_gain,) if self._gain_form[0] == "learned" else ()
+        return self.alpha, self.raw_omega, self.grid, *gain
 
-    def _transfer(self, alpha: Tensor, raw_omega: Tensor, grid: Tensor) -> Transfer:
-        return Transfer(self.basis, alpha, F.softplus(raw_omega), grid, *self._formula)
+    def gains(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """g of every module, shape (M,), float64; a normalised one is a constant to the gradient. pairs: A and B."""
+        kind, gain = self._gain_form
+        if kind == "learned":
+            return self.log_gain.double().exp()
+        if kind == "normalised":
+            return gain / root_mean_squares(pairs).clamp_min(LEAST_SIZE)
+        return torch.full((len(self.rows),), gain, dtype=torch.float64, device=self.alpha.device)
 
-    def transfer(self, module: str) -> Transfer:
-        """The transfer function of the adapted module of that name."""
-        return self._at(*self.rows[module])
+    def transfer(self, module: str, gain: Tensor) -> Transfer:
+        """The transfer function of the adapted module of that name, at its gain."""
+        alpha, omega, x = self.rows[module]
+        return self._transfer(self.alpha[alpha], self.raw_omega[omega], self.grid[x], gain)
 
-    def transfers(self, alpha: Tensor, raw_omega: Tensor, grid: Tensor) -> Transfer:
+    def transfers(self, alpha: Tensor, raw_omega: Tensor, grid: Tensor, gains: Tensor) -> Transfer:
         """The transfer functions of all M modules, in their order, at these tables: those of the bank, or copies."""
         columns = zip(*self.rows.values(), strict=True)
         tables = (alpha, raw_omega, grid)
-        return self._transfer(*(_pick(table, rows) for table, rows in zip(tables, columns, strict=True)))
+        picked = [_pick(table, rows) for table, rows in zip(tables, columns, strict=True)]
+        return self._transfer(picked[0], picked[1], picked[2], gains)
+
+    def _transfer(self, alpha: Tensor, raw_omega: Tensor, grid: Tensor, gain: Tensor) -> Transfer:
+        return Transfer(self.basis, alpha, F.softplus(raw_omega), grid, gain, *self._formula)
+
+    def roughness(self) -> Tensor:
+        """The mean of φ''² over the grid's interval and the modules, by differences of φ at ROUGH points a function."""
+        one = self.alpha.new_ones(len(self.rows))
+        functions = self.transfers(self.alpha, self.raw_omega, self.grid, one)
+        count = ROUGH * self.alpha.shape[1] + 2
+        x = torch.linspace(-self._interval, self._interval, count, device=one.device, dtype=one.dtype)
+        second = functions.phi(x.expand(len(one), -1)).diff(n=2) * ((count - 1) / (2 * self._interval)) ** 2
+        return second.square().mean()
 
     def trainable_count(self) -> int:
         """Trainable numbers in φ's tables."""
@@ -163,6 +199,13 @@ def index_tensor(rows: tuple[int, ...], device: torch.device) -> Tensor:
     """`rows` on the device, sent there once: sending makes the host wait."""
     with torch.inference_mode(False):
         return torch.tensor(rows, device=device)
+
+
+@torch.no_grad()
+def root_mean_squares(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The root mean square of BA of every pair (A, B), shape (M,), float64: from ‖BA‖² = tr(BᵀB AAᵀ)."""
+    wide = [(A.double(), B.double()) for A, B in pairs]
+    return torch.stack([((B.T @ B) * (A @ A.T)).sum().div(len(B) * A.shape[1]).sqrt() for A, B in wide])
 
 
 def _omega0(settings: PhiSettings, modules: Sequence[AdaptedModule], rows: Sequence[int]) -> list[float]:

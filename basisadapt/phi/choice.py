@@ -35,7 +35,7 @@ class Choice:
         self._answer: tuple[Tensor, torch.cuda.Event] | None = None
 
     def evaluators(
-        self, tables: series.Tables, parameters: tuple[Tensor, Tensor, Tensor], single: Callable[[int], Transfer],
+        self, tables: series.Tables, parameters: tuple[Tensor, ...], single: Callable[[int], Transfer],
         radius: Tensor, tolerance: float, dtype: torch.dtype,
     ) -> list[Evaluator]:  # fmt: skip
         """One evaluator per module, for arithmetic in `dtype`.
@@ -52,7 +52,7 @@ class Choice:
         ]
 
     def _compile(
-        self, tables: series.Tables, parameters: tuple[Tensor, Tensor, Tensor], radius: Tensor, tolerance: float
+        self, tables: series.Tables, parameters: tuple[Tensor, ...], radius: Tensor, tolerance: float
     ) -> tuple[series.SeriesBatch, Tensor]:
         """The batch of series, and their degrees, zero for the modules that it does not serve."""
         verify = self._count % VERIFY_EVERY == 0 and not _capturing(radius)
@@ -135,22 +135,21 @@ def evaluator(
     dtype = compute_dtype(A)
     if backend == "direct":
         return Direct(transfer, dtype)
-    alpha, omega, grid = (p.unsqueeze(0) for p in transfer.parameters)
+    parameters = tuple(p.unsqueeze(0) for p in transfer.parameters)
     radius = radii([(A, B)], transfer.gain)
-    choice, tables = Choice(), transfer.with_parameters
-    return choice.evaluators(tables, (alpha, omega, grid), lambda _: transfer, radius, tolerance, dtype)[0]
+    return Choice().evaluators(transfer.with_parameters, parameters, lambda _: transfer, radius, tolerance, dtype)[0]
 
 
 @torch.no_grad()
-def radii(pairs: Sequence[tuple[Tensor, Tensor]], gain: float) -> Tensor:
+def radii(pairs: Sequence[tuple[Tensor, Tensor]], gain: Tensor) -> Tensor:
     """R ≥ max |BA| of every pair (A, B), shape (M,), float64: the largest row of B times the largest column of A.
 
-    At least SMALLEST / gain: that keeps rounding out of F' where BA is zero, as at the start; Adam would scale it up.
-    Equal shapes go through together, so that the launches are few.
+    At least SMALLEST / gain, with gain of shape (M,): that keeps rounding out of F' where BA is zero, as at the start;
+    Adam would scale it up. Equal shapes go through together, so that the launches are few.
     """
     largest_a = _largest([A.T for A, _ in pairs])
     largest_b = _largest([B for _, B in pairs])
-    return (largest_a * largest_b * ROUNDING).clamp_min(SMALLEST / gain)
+    return (largest_a * largest_b * ROUNDING).clamp_min(SMALLEST / gain.detach())
 
 
 def _largest(matrices: list[Tensor]) -> Tensor:

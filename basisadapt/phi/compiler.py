@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from basisadapt.phi.bank import TransferBank
+from basisadapt.phi.bank import Transfer, TransferBank
 from basisadapt.phi.choice import Choice, compute_dtype, radii
 from basisadapt.phi.evaluators import Direct, Evaluator
 from basisadapt.phi.kernels import resolve_backend
@@ -40,6 +40,7 @@ class Compiler:
     def _forget(self) -> None:
         self._choice, self._device, self._sharded = Choice(), torch.device("cpu"), False
         self._evaluators: dict[str, Evaluator] = {}
+        self._gains: dict[str, Tensor] = {}
         self._made_of: dict[str, tuple[Any, ...]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -66,12 +67,16 @@ class Compiler:
             self.refresh()
         return self._evaluators[module]
 
+    def transfer(self, module: str, A: Tensor, B: Tensor) -> Transfer:
+        """The function of one module with these factors, as it is before it is compiled."""
+        self.evaluator(module, A, B)
+        return self.bank.transfer(module, self._gains[module])
+
     def _state(self, A: Tensor, B: Tensor) -> tuple[Any, ...]:
         """What an evaluator was made of: changes with every update in place."""
         if self._sharded:
             return (torch.is_grad_enabled(),)
-        tensors = (A, B, self.bank.alpha, self.bank.raw_omega, self.bank.grid)
-        versions = tuple(0 if t.is_inference() else t._version for t in tensors)
+        versions = tuple(0 if t.is_inference() else t._version for t in (A, B, *self.bank.tables))
         return (*versions, A.device, A.dtype, torch.is_grad_enabled())
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -85,13 +90,19 @@ class Compiler:
         if device != self._device:
             self._choice, self._device = Choice(), device
         with torch.autocast(device.type, enabled=False):
+            gains = self.bank.gains(pairs)
+            self._gains = dict(zip(names, gains, strict=True))
+
+            def single(index: int) -> Transfer:
+                return self.bank.transfer(names[index], gains[index])
+
             if self._setting == "direct":
-                evaluators: list[Evaluator] = [Direct(self.bank.transfer(name), dtype) for name in names]
+                evaluators: list[Evaluator] = [Direct(single(index), dtype) for index in range(len(names))]
             else:
-                tables = (self.bank.alpha, self.bank.raw_omega, self.bank.grid)
-                radius = radii(pairs, self.bank.gain) * (HALF_ROUNDING if self._sharded else 1)
+                tables = (self.bank.alpha, self.bank.raw_omega, self.bank.grid, gains)
+                radius = radii(pairs, gains.detach()) * (HALF_ROUNDING if self._sharded else 1)
                 evaluators = self._choice.evaluators(
-                    self.bank.transfers, tables, lambda i: self.bank.transfer(names[i]), radius, self._tolerance, dtype
+                    self.bank.transfers, tables, single, radius, self._tolerance, dtype
                 )
         self._evaluators = dict(zip(names, evaluators, strict=True))
         self._made_of = {name: self._state(*pair) for name, pair in zip(names, held, strict=True)}

@@ -32,7 +32,7 @@ PACKED = SLOPES + POINTS[-1]
 LEAST_VARIATION = 1e-3  # of a slope, relative to its size: below, rounding would decide
 PEAKS = 64  # at most so many grid points are check points
 
-Tables = Callable[[Tensor, Tensor, Tensor], Transfer]  # the functions of M modules, from the three tables of a bank
+Tables = Callable[..., Transfer]  # the functions of M modules, from three tables and their gains
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class SeriesBatch:
 
 
 def compile_series(
-    tables: Tables, parameters: tuple[Tensor, Tensor, Tensor], radius: Tensor, points: int, tolerance: float
+    tables: Tables, parameters: tuple[Tensor, ...], radius: Tensor, points: int, tolerance: float
 ) -> SeriesBatch:
     """Interpolate every function at `points` nodes on [−R, R] and find the degrees; R: (M,), float64.
 
@@ -66,15 +66,13 @@ def compile_series(
 
 
 @torch.no_grad()
-def verify(
-    tables: Tables, parameters: tuple[Tensor, Tensor, Tensor], radius: Tensor, points: int, tolerance: float
-) -> Tensor:
+def verify(tables: Tables, parameters: tuple[Tensor, ...], radius: Tensor, points: int, tolerance: float) -> Tensor:
     """Whether the interpolant is F between the nodes too, and at grid points, where narrow functions peak; (M,)."""
     both = _with_probe(tables(*(p.double() for p in parameters)))
     angle = torch.linspace(0, math.pi, 2 * points + 1, dtype=torch.float64, device=radius.device)
     # A sample of the peaks is enough, for the probe has an amplitude everywhere; so the cost grows with N and not N².
     count = both.grid.shape[-1]
-    peaks = both.grid[:, :: 1 + count // PEAKS] / both.gain / radius.unsqueeze(1)
+    peaks = both.grid[:, :: 1 + count // PEAKS] / (both.gain * radius).unsqueeze(1)
     places = torch.cat([torch.cos(angle).expand(len(radius), -1), peaks.clamp(-1, 1)], dim=1)
     truth = both(radius.unsqueeze(1) * places)
     degrees = torch.arange(points, dtype=torch.float64, device=radius.device)
@@ -90,7 +88,7 @@ def _with_probe(transfer: Transfer) -> Transfer:
     """
     index = torch.arange(transfer.alpha.shape[-1], dtype=torch.float64, device=transfer.alpha.device)
     probe = torch.cos(index**2).expand_as(transfer.alpha)
-    both = transfer.with_parameters(torch.stack([transfer.alpha, probe], -1), transfer.omega, transfer.grid)
+    both = transfer.with_parameters(torch.stack([transfer.alpha, probe], -1), *transfer.parameters[1:])
     return dataclasses.replace(both, path=False)
 
 

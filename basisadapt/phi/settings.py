@@ -9,6 +9,7 @@ from typing import Any
 
 from basisadapt.errors import InputError, shown, unknown
 from basisadapt.phi.dense_gradient import is_known
+from basisadapt.settings import late
 
 PRESETS: dict[str, dict[str, Any]] = {
     # The published recipe, taken literally (paper, section 3.3 and Table 10).
@@ -83,21 +84,23 @@ class PhiSettings(LowRankSettings):
     A preset ("paper": p = 0, c = 0, g = 1; "residual": p = c = 1) fills every setting that is left at None.
 
     basis, grid, sharing: names in the registries. num_basis N, at most 4,096; interval I: the grid lies on [−I, I].
-    interval, omega_init and gain are from 1e-6 to 1e6.
+    interval, ω₀ and the number of the gain are from 1e-6 to 1e6.
     rest: the projections outside the placement are "frozen", or get "lora": BA of the same rank, scale and start,
     without φ. omega_init: ω₀ > 0, or "nyquist" for (N − 1) / (2I), one over the grid's spacing, or "depth:LOW:HIGH",
     linear in depth from LOW in the first block to HIGH in the last adapted one (paper, Table 23; a shared row starts
     at the mean of its modules). learn_omega: whether ω trains.
-    identity_path p, centre c, gain g: see the formula. amplitude_init: "zero", "identity" (least-squares fit of
-    φ(x) = x on the grid's interval), "normal:σ", or "fan_in": 1 / √in_features, which does not train.
-    factor_init: "lora" (A Kaiming-uniform, B = 0) or "both" (B as A).
-    transfer_lr: learning rate of α, ω and learned x as a ratio to the base rate. transfer_decay: decoupled weight
-    decay of α, towards φ = 0. grid_seed: of the random grid; None takes the run's seed, or 0 outside a run. backend:
-    "auto" compiles φ once a step and takes fused kernels on a GPU with Triton; "triton" and "torch" choose; "direct"
-    sums the N basis functions for every weight (the reference, N times slower). tolerance: of compiled φ, relative to
-    the largest value of ΔW; None takes 1e-6, over half-precision weights what their rounding hides. dense_gradient: of
-    the one product no elementwise φ avoids: "exact", "fp8" (8-bit operands) or "sketch:K" (K tokens added up under
-    random signs; unbiased).
+    identity_path p, centre c, gain g: see the formula; "learned:G" trains log g of every module, from g = G on;
+    "normalised:G" is G over the root mean square of BA, a constant to the gradient.
+    amplitude_init: "zero", "identity" (least-squares fit of φ(x) = x on the grid's interval), "normal:σ", or "fan_in":
+    1 / √in_features, which does not train. factor_init: "lora" (A Kaiming-uniform, B = 0) or "both" (B as A).
+    transfer_lr: learning rate of α, ω, learned x and learned g as a ratio to the base rate. transfer_decay: decoupled
+    weight decay of α, towards φ = 0. transfer_delay: for this share of the steps they rest, and A and B train alone.
+    smoothing λ: the loss gets λ times the mean of φ''² over the grid's interval and the modules.
+    grid_seed: of the random grid; None takes the run's seed, or 0 outside a run. backend: "auto" compiles φ once a step
+    and takes fused kernels on a GPU with Triton; "triton" and "torch" choose; "direct" sums the N basis functions for
+    every weight (the reference, N times slower). tolerance: of compiled φ, relative to the largest value of ΔW; None
+    takes 1e-6, over half-precision weights what their rounding hides. dense_gradient: of the one product no elementwise
+    φ avoids: "exact", "fp8" (8-bit operands) or "sketch:K" (K tokens added up under random signs; unbiased).
 
     Raises InputError for a name that is not registered or a value out of range. Source: paper, section 3.3.
     """
@@ -113,7 +116,7 @@ class PhiSettings(LowRankSettings):
     learn_omega: bool = True
     identity_path: bool | None = None
     centre: bool | None = None
-    gain: float | None = None
+    gain: float | str | None = None
     amplitude_init: str | None = None
     factor_init: str | None = None
     sharing: str = "none"
@@ -122,6 +125,8 @@ class PhiSettings(LowRankSettings):
     backend: str = "auto"
     tolerance: float | None = None
     dense_gradient: str = "exact"
+    transfer_delay: float = late(0.0)
+    smoothing: float = late(0.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -139,9 +144,12 @@ class PhiSettings(LowRankSettings):
             require(_moderate(self.omega0(depth)), "omega_init", self.omega_init, known)
         require(self.rest in ("frozen", "lora"), "rest", self.rest, '"frozen" or "lora"')
         assert self.gain is not None and self.transfer_lr is not None
-        require(_moderate(self.gain), "gain", self.gain, MODERATE)
+        known = f'{MODERATE}, or "learned:G" or "normalised:G" with such a G'
+        require(_moderate(self.gain_form[1]), "gain", self.gain, known)
         require(0.0 <= self.transfer_lr < math.inf, "transfer_lr", self.transfer_lr, "at least 0")
         require(0.0 <= self.transfer_decay < math.inf, "transfer_decay", self.transfer_decay, "at least 0")
+        require(0.0 <= self.transfer_delay <= 1.0, "transfer_delay", self.transfer_delay, "from 0 to 1")
+        require(0.0 <= self.smoothing < math.inf, "smoothing", self.smoothing, "at least 0")
         require(self.factor_init in ("lora", "both"), "factor_init", self.factor_init, '"lora" or "both"')
         in_range = self.tolerance is None or 0.0 < self.tolerance <= 1e-2
         require(in_range, "tolerance", self.tolerance, "above 0 and at most 0.01")
@@ -162,6 +170,17 @@ class PhiSettings(LowRankSettings):
         from basisadapt.phi.sharing import SHARING
 
         BASES[self.basis], GRIDS[self.grid], SHARING[self.sharing]
+
+    @property
+    def gain_form(self) -> tuple[str, float]:
+        """ "fixed", "learned" or "normalised", and its number; 0 for a text that is neither."""
+        if not isinstance(self.gain, str):
+            return "fixed", self.gain or 0.0
+        kind, _, number = self.gain.partition(":")
+        try:
+            return kind, float(number) if kind in ("learned", "normalised") else 0.0
+        except ValueError:
+            return kind, 0.0
 
     @property
     def omega_by_depth(self) -> bool:

@@ -75,8 +75,10 @@ class Cell:
 
 
 def cell_key(study: str, config: Mapping[str, Any]) -> str:
-    """A hash of study, configuration and seed: 16 hexadecimal digits."""
-    settings = {name: value for name, value in config.items() if name != "seed"}
+    """A hash of study, configuration and seed: 16 hexadecimal digits. A setting that came late changes no older key."""
+    from basisadapt.run_config import identity
+
+    settings = {name: value for name, value in identity(config).items() if name != "seed"}
     canonical = json.dumps({"study": study, "config": settings, "seed": config.get("seed")}, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 

@@ -40,7 +40,7 @@ def make(basis="sinc", num=50, omega=1.0, gain=1.0, centre=True, amplitude="rand
         alpha = 0 * alpha
     x = GRIDS[grid]().points(num, 3.0, generator)
     chosen = BASES[basis]() if isinstance(basis, str) else basis
-    transfer = Transfer(chosen, alpha, torch.full_like(alpha, omega), x, gain, centre, path, 1.5)
+    transfer = Transfer(chosen, alpha, torch.full_like(alpha, omega), x, torch.tensor(gain), centre, path, 1.5)
     return transfer.with_parameters(*(p.float().double() for p in transfer.parameters))
 
 
@@ -55,7 +55,7 @@ def leaves(tensors, device, dtype):
 
 
 def evaluate(transfer, A, B, x, weight, upstream, device, backend, dtype, tolerance=1e-6):
-    """The evaluator; y and its gradients to x, A, B, α, ω and the grid, float64 on the CPU; in an output of NaN."""
+    """The evaluator; y and its gradients to x, A, B, α, ω, the grid and g, float64 on the CPU; in an output of NaN."""
     inputs = leaves((x, A, B, *transfer.parameters), device, dtype)
     chosen = evaluator(transfer.with_parameters(*inputs[3:]), inputs[1], inputs[2], backend, tolerance)
     base = None if weight is None else weight.to(device, dtype)
@@ -69,11 +69,13 @@ def evaluate(transfer, A, B, x, weight, upstream, device, backend, dtype, tolera
 def magnitudes(transfer, A, B, x, upstream):
     """What y and the gradients would be if F, F' and ∂F/∂p had their largest values on the range everywhere and nothing
     cancelled: float32 knows a function to an eps of its largest value, and all of these are sums over such values."""
-    z = (radii([(A, B)], 1.0) * torch.linspace(-1, 1, 401, dtype=torch.float64)).reshape(-1, 1).requires_grad_()
-    each = [p.expand(len(z), -1).clone().requires_grad_() for p in transfer.parameters]
+    radius = radii([(A, B)], torch.ones(()))
+    z = (radius * torch.linspace(-1, 1, 401, dtype=torch.float64)).reshape(-1, 1).requires_grad_()
+    each = [p.expand(len(z), *p.shape).clone().requires_grad_() for p in transfer.parameters]
     values = transfer.with_parameters(*each)(z)
     grads = torch.autograd.grad(values.sum(), [z, *each], allow_unused=True)
     value, slope, *rest = (torch.zeros(()) if g is None else g.abs().amax(0).norm() for g in (values, *grads))
+    rest[-1] = (slope * radius.item() + value) / transfer.gain  # ∂F/∂g = (z F' − F) / g, but for the path
     dense, all_ones = upstream.T @ x, x.new_ones(len(B), A.shape[1])
     sizes = [value * (x.abs() @ all_ones.T).norm(), value * (upstream.abs() @ all_ones).norm()]
     sizes += [slope * (B.abs().T @ dense.abs()).norm(), slope * (dense.abs() @ A.abs().T).norm()]
@@ -89,7 +91,7 @@ def check(transfer, A, B, x, device, backend, weight=None):
     up = torch.rand(A.shape, generator=torch.Generator().manual_seed(6)) < 0.5
     _, shaken = evaluate(transfer, A.double() * (1 + 2.0**-23 * (2.0 * up - 1)), B, *exactly)
     summed = magnitudes(transfer, A, B, x, upstream)
-    names = ("y", "dx", "dA", "dB", "dalpha", "domega", "dgrid")
+    names = ("y", "dx", "dA", "dB", "dalpha", "domega", "dgrid", "dgain")
     for name, part, expected, size, moved in zip(names, found, truth, summed, shaken, strict=True):
         bound = 1e-5 * expected.norm() + 1e-6 * size + 3 * (moved - expected).norm() + 1e-30
         error = (part - expected).norm()
@@ -218,7 +220,7 @@ def test_one_narrow_peak_among_many_that_are_zero_is_seen():
     for place in (100, 257, 311):
         alpha = torch.zeros(512, dtype=torch.float64)
         alpha[place] = 1.0
-        transfer = wide.with_parameters(alpha, wide.omega, wide.grid)
+        transfer = wide.with_parameters(alpha, *wide.parameters[1:])
         z = wide.grid[place - 2 : place + 3]
         torch.testing.assert_close(value_at(transfer, A, B, z), transfer(z), rtol=1e-8, atol=1e-8)
 
@@ -235,7 +237,7 @@ def test_the_degree_follows_the_range_and_the_tolerance():
 def test_the_range_is_never_too_small():
     for seed in range(20):
         A, B = factors(1 + seed, 40 - seed, 1 + seed % 5, 10.0 ** (seed % 4))
-        (radius,) = radii([(A, B)], 1.0).tolist()
+        (radius,) = radii([(A, B)], torch.ones(1)).tolist()
         assert (B.double() @ A.double()).abs().max() <= radius
 
 
@@ -245,9 +247,9 @@ def test_a_choice_made_once_stays_right_while_range_and_function_move():
     for step in range(40):
         transfer = make("bspline", 6, omega=0.2 * 1.1**step)
         A, B = (t.double() for t in factors(9, 8, 2, 0.05 * 1.12**step))
-        tables = tuple(p.unsqueeze(0) for p in transfer.parameters)
+        tables, radius = tuple(p.unsqueeze(0) for p in transfer.parameters), radii([(A, B)], torch.ones(1))
         (chosen,) = choice.evaluators(
-            transfer.with_parameters, tables, lambda _, t=transfer: t, radii([(A, B)], 1.0), 1e-6, torch.float32
+            transfer.with_parameters, tables, lambda _, t=transfer: t, radius, 1e-6, torch.float32
         )
         z = (B @ A).float()
         truth = transfer(z.double())
@@ -256,11 +258,11 @@ def test_a_choice_made_once_stays_right_while_range_and_function_move():
 
 
 def test_functions_of_many_modules_are_compiled_as_each_alone():
-    singles = [make("sinc", 7, 0.5 + i, amplitude="random") for i in range(3)]
-    alpha, omega, grid = (torch.stack(column) for column in zip(*(s.parameters for s in singles), strict=True))
+    singles = [make("sinc", 7, 0.5 + i, gain=1.0 + i, amplitude="random") for i in range(3)]
+    parameters = tuple(torch.stack(column) for column in zip(*(s.parameters for s in singles), strict=True))
     tables = dataclasses.replace(singles[0]).with_parameters
     radius = torch.tensor([0.1, 1.0, 2.0], dtype=torch.float64)
-    batch = series.compile_series(tables, (alpha, omega, grid), radius, 64, 1e-8)
+    batch = series.compile_series(tables, parameters, radius, 64, 1e-8)
     for index, single in enumerate(singles):
         one = tuple(p.unsqueeze(0) for p in single.parameters)
         alone = series.compile_series(tables, one, radius[index : index + 1], 64, 1e-8)

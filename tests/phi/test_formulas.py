@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.interpolate import BSpline
 
 from basisadapt.errors import InputError
-from basisadapt.phi.bank import Transfer, TransferBank, inverse_softplus
+from basisadapt.phi.bank import ONE, Transfer, TransferBank, inverse_softplus
 from basisadapt.phi.basis import BASES
 from basisadapt.phi.grids import GRIDS
 from basisadapt.phi.settings import PhiSettings
@@ -48,7 +48,7 @@ def test_centre_and_gain():
     parameters = [torch.from_numpy(rng.uniform(0.5, 1, 5)) for _ in range(3)]
     plain = Transfer(BASES["gaussian_rbf"](), *parameters)
     z = torch.linspace(-1, 1, 7, dtype=torch.float64)
-    f = Transfer(plain.basis, *parameters, gain=3.0, centre=True)
+    f = Transfer(plain.basis, *parameters, gain=torch.tensor(3.0), centre=True)
     torch.testing.assert_close(f(z), (plain.phi(3 * z) - plain.phi(torch.zeros(1, dtype=torch.float64))) / 3)
 
 
@@ -111,7 +111,7 @@ def test_a_parameter_is_known_by_its_name_wherever_that_comes_from(name):
 @pytest.mark.parametrize("omega", [1e-3, 0.1, 1.0, 8.17, 50.0, 500.0])
 def test_omega_starts_at_omega0(omega):
     bank = TransferBank(PhiSettings(omega_init=omega, num_basis=3), MODULES[:1]).double()
-    assert bank.transfer(MODULES[0].name).omega.tolist() == pytest.approx([omega] * 3, rel=1e-5)
+    assert bank.transfer(MODULES[0].name, ONE).omega.tolist() == pytest.approx([omega] * 3, rel=1e-5)
     assert inverse_softplus(1.0) == pytest.approx(0.541, abs=1e-3)  # the paper's value, section 3.3
 
 
@@ -178,6 +178,6 @@ def test_random_grids_differ_by_module_and_repeat_by_seed():
 @pytest.mark.parametrize(("omega", "error"), [("nyquist", 0.2), (1.0, 1e-3)])
 def test_identity_initialisation(omega, error):
     settings = PhiSettings(amplitude_init="identity", omega_init=omega)
-    transfer = TransferBank(settings, MODULES).transfer(MODULES[0].name).double()
+    transfer = TransferBank(settings, MODULES).transfer(MODULES[0].name, ONE).double()
     x = torch.linspace(-2.5, 2.5, 101, dtype=torch.float64)
     assert (transfer.phi(x) - x).abs().max() < error

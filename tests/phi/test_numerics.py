@@ -45,8 +45,9 @@ def test_phi_is_finite(name, data, gain):
     """α, ω, grid points and z at once; (1 + u)³ reaches 1e54 there, within float64."""
     draw = [data.draw(st.lists(kind, min_size=3, max_size=3)) for kind in (signed, bandwidths, signed, signed)]
     alpha, omega, grid, z = (torch.tensor(values, dtype=torch.float64, requires_grad=True) for values in draw)
-    value = Transfer(BASES[name](), alpha, omega, grid, gain=gain, centre=True, path=True)(z)
-    grads = torch.autograd.grad(value.sum(), (alpha, omega, grid, z), allow_unused=True)
+    g = torch.tensor(gain, dtype=torch.float64, requires_grad=True)
+    value = Transfer(BASES[name](), alpha, omega, grid, g, centre=True, path=True)(z)
+    grads = torch.autograd.grad(value.sum(), (alpha, omega, grid, z, g), allow_unused=True)
     assert finite([value, *(gradient for gradient in grads if gradient is not None)])
 
 
@@ -61,7 +62,7 @@ def test_an_adapted_layer_is_finite(name, alpha, omega, size, backend):
     x, weight = torch.randn(3, 6, generator=generator), torch.randn(5, 6, generator=generator)
     table = [torch.full((8,), alpha), torch.full((8,), omega), torch.linspace(-3, 3, 8)]
     inputs = [tensor.requires_grad_() for tensor in (x, A, B, *table)]
-    transfer = Transfer(BASES[name](), *table, gain=30.0, centre=True, path=True)
+    transfer = Transfer(BASES[name](), *table, gain=torch.tensor(30.0), centre=True, path=True)
     y = adapted_linear(x, weight, None, A, B, evaluator(transfer, A, B, backend), Execution(backend))
     grads = torch.autograd.grad(y.sum(), inputs, allow_unused=True)
     assert finite([y, *(gradient for gradient in grads if gradient is not None)])

@@ -106,7 +106,7 @@ def test_verification_looks_between_the_nodes_and_at_grid_points():
 
 def test_every_module_is_verified_on_its_own_range():
     single = make("sinc", 8)
-    together = tuple(p.expand(3, -1) for p in single.parameters)
+    together = tuple(p.expand(3, *p.shape) for p in single.parameters)
     radius = torch.tensor([1.0, 30.0, 2.0], dtype=torch.float64)
     assert series.verify(single.with_parameters, together, radius, 32, 1e-6).tolist() == [True, False, True]
 

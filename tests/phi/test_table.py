@@ -50,7 +50,8 @@ def test_accuracy_is_measured_in_every_chunk_and_of_value_and_slope(monkeypatch)
     monkeypatch.setattr(evaluators, "NODES_AT_ONCE", 16)
     for place in (-1.9, 0.0, 1.9):  # one narrow peak: nothing else is inaccurate
         parameters = [torch.tensor([number], dtype=torch.float64) for number in (1.0, 40.0, place)]
-        narrow = make("gaussian_rbf", 1, path=False, centre=False).with_parameters(*parameters)
+        any_peak = make("gaussian_rbf", 1, path=False, centre=False)
+        narrow = any_peak.with_parameters(*parameters, any_peak.gain)
         assert not Table(narrow, RADIUS, 64, torch.float64).accurate(1e-3)
         assert Table(narrow, RADIUS, 4096, torch.float64).accurate(1e-3)
 

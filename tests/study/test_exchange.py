@@ -250,6 +250,22 @@ def test_results_from_before_a_setting_was_there_are_read(home, fake, study, res
     assert (code, err, "Not run" in out, len(runs())) == (0, "", False, 3)
 
 
+def test_a_setting_that_came_late_changes_no_older_key():
+    """The keys of results that are kept in the repository, made before `transfer_delay` and `smoothing` were there."""
+    from basisadapt.run_config import RunConfig
+    from basisadapt.study.cells import cell_key
+
+    with gzip.open(Path(__file__).parents[2] / "studies/results/cells/ablate_rank.jsonl.gz", "rt") as file:
+        lines = [json.loads(line) for line in file]
+    assert {line["config"]["method"] for line in lines} == {"lora", "phi"}
+    for line in lines:
+        config = RunConfig.from_mapping(line["config"]).to_mapping()
+        assert cell_key(line["study"], config) == cell_key(line["study"], line["config"]) == line["key"]
+    phi = next(line for line in lines if line["config"]["method"] == "phi")
+    changed = {**phi["config"], "adapter": {**phi["config"]["adapter"], "smoothing": 0.5}}
+    assert cell_key(phi["study"], changed) != phi["key"]
+
+
 def test_what_a_kill_left_of_a_line_is_done_again(home, alone, study):
     study(*SEED, "--export", "cells.jsonl")
     options = alone()
