@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from basisadapt.adapter.linear import AdaptedLinear
+from basisadapt.adapter.linear import AdaptedLinear, AdaptedModel
 from basisadapt.adapter.peft_type import peft_type, register
 from basisadapt.adapter.saved import CheckedConfig
 from basisadapt.errors import InputError
@@ -99,10 +99,8 @@ class ProductLinear(AdaptedLinear):
         return self._matrix(self.settings[adapter].scaling * (B.to(dtype) @ h.T.to(dtype)))
 
 
-class ProductModel(BaseTuner):  # type: ignore[misc]
-    """A model with the layers of one method; peft's class is made to be extended by overriding."""
-
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+class ProductModel(AdaptedModel):
+    """A model with the layers of one method."""
 
     def _create_and_replace(
         self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,

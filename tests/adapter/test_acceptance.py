@@ -404,6 +404,27 @@ def test_merge_layers_is_idempotent():
         model.merge_adapter(adapter_names="default")
 
 
+def test_a_refused_merge_of_a_second_adapter_leaves_the_first_merged():
+    """Merged before it stays merged, and merged along with it is not."""
+    model = two()
+    layer, plain = model.base_model.model.lin0, base().lin0.weight
+    with torch.no_grad():
+        layer.phi_B["other"].fill_(float("inf"))
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match="merging adapter 'other' into 'lin0' gives NaN or infinite"):
+        model.merge_adapter(safe_merge=True)
+    assert layer.merged_adapters == []
+    assert torch.equal(layer.weight, plain)
+    model.merge_adapter(["default"])
+    merged = layer.weight.clone()
+    with pytest.raises(ValueError, match="merging adapter 'other' into 'lin0' gives NaN or infinite"):
+        model.merge_adapter(safe_merge=True)
+    assert layer.merged_adapters == ["default"]
+    assert torch.equal(layer.weight, merged)
+    model.unmerge_adapter()
+    assert torch.equal(layer.weight, plain)
+
+
 def test_set_adapter_unmerges():
     model = two()
     model.set_adapter("other")
