@@ -273,6 +273,17 @@ def test_several_adapters_add_up_and_switch(name, tokens):
     torch.testing.assert_close(logits(model, tokens), first, rtol=0, atol=1e-6)
 
 
+@ours
+def test_batches_of_mixed_adapters_are_refused(name, tokens):
+    model = attached(name)
+    _, layer = next(iter(adapted_layers(model)))
+    mixed = {"adapter_names": ["default"] * len(tokens)}
+    with pytest.raises(InputError, match=r"does not support batches of mixed adapters \(adapter_names\)"):
+        model(input_ids=tokens, **mixed)
+    with pytest.raises(InputError, match=r"does not support batches of mixed adapters \(adapter_names\)"):
+        layer(torch.zeros(len(tokens), layer.in_features), **mixed)
+
+
 @adapters
 def test_disabling_gives_the_base_layer_back(name, tokens):
     """Which is the pretrained one, but for PiSSA's: W less its principal part."""

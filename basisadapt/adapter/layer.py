@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from basisadapt.adapter.config import PhiConfig
 from basisadapt.adapter.linear import AdaptedLinear
-from basisadapt.errors import InputError
 from basisadapt.phi.choice import compute_dtype
 from basisadapt.phi.compiler import Compiler
 from basisadapt.phi.weight import Execution, Weight, adapted_linear, delta_weight
@@ -103,8 +102,7 @@ class PhiLinear(AdaptedLinear):
         return self._forward(x, *args, **kwargs)
 
     def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if kwargs.get("adapter_names") is not None:
-            raise InputError("φ(BA) does not support batches of mixed adapters (adapter_names)")
+        self.refuse_mixed_batches(kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
         active = [name for name in self.active_adapters if name in self.phi_A]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
-from typing import ClassVar, cast
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge, onload_layer
@@ -78,6 +79,12 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         holders: nn.ParameterDict = getattr(self, self.adapter_layer_names[0])
         return adapter in holders
 
+    @classmethod
+    def refuse_mixed_batches(cls, kwargs: Mapping[str, Any]) -> None:
+        """Raise InputError where the arguments of a call name an adapter for each row of the batch."""
+        if kwargs.get("adapter_names") is not None:
+            raise InputError(f"{cls.title} does not support batches of mixed adapters (adapter_names)")
+
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add ΔW to the base weight; the original is kept, so that unmerge restores it bit for bit.
@@ -133,7 +140,17 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 class AdaptedModel(BaseTuner):  # type: ignore[misc]
     """A model with such layers; peft's class is made to be extended by overriding."""
 
+    tuner_layer_cls: type[AdaptedLinear]
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
+        """What peft enters around every call of the model, `generate` included.
+
+        Raises InputError for a batch of mixed adapters, of which the layers see nothing.
+        """
+        self.tuner_layer_cls.refuse_mixed_batches(kwargs)
+        yield
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge in every layer. Raises what `AdaptedLinear.merge` raises, before any layer changes."""

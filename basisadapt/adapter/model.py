@@ -70,17 +70,12 @@ class PhiModel(AdaptedModel):
             layer.train_tables()
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
-        """What peft enters around every call of the model, `generate` included.
-
-        Compiles φ of all modules, whatever has changed them since the last call. Raises InputError for a batch of mixed
-        adapters.
-        """
-        if kwargs.get("adapter_names") is not None:
-            raise InputError("φ(BA) does not support batches of mixed adapters (adapter_names)")
-        for compiler in self._compilers():
-            compiler.refresh()
-        yield
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Compiles φ of all modules, whatever has changed them since the last call of the model."""
+        with super()._enable_peft_forward_hooks(*args, **kwargs):
+            for compiler in self._compilers():
+                compiler.refresh()
+            yield
 
     def _compilers(self) -> Iterator[Compiler]:
         """Those of the adapters at work."""

@@ -72,8 +72,7 @@ class ProductLinear(AdaptedLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The adapted layer; several active adapters add up. Raises InputError for a batch of mixed adapters."""
-        if kwargs.get("adapter_names") is not None:
-            raise InputError(f"{self.title} does not support batches of mixed adapters (adapter_names)")
+        self.refuse_mixed_batches(kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
         y = cast(Tensor, self.base_layer(x, *args, **kwargs))
@@ -101,6 +100,8 @@ class ProductLinear(AdaptedLinear):
 
 class ProductModel(AdaptedModel):
     """A model with the layers of one method."""
+
+    tuner_layer_cls: type[ProductLinear]
 
     def _create_and_replace(
         self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
