@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import PeftModel, PeftType
 from safetensors.torch import load_file
 from torch import nn
@@ -128,6 +129,14 @@ def test_from_meta_to_a_device(name, tokens, tmp_path):
         return
     lean = PeftModel.from_pretrained(tiny("bert"), tmp_path, low_cpu_mem_usage=True, torch_device="cpu")
     torch.testing.assert_close(logits(lean, tokens), logits(model, tokens), rtol=0, atol=1e-6)
+
+
+@ours
+def test_an_offloaded_model_is_the_same_function(name, tokens):
+    model, _ = trained(name, tokens)
+    expected = logits(model, tokens)
+    cpu_offload(model, torch.device("cpu"))
+    torch.testing.assert_close(logits(model, tokens), expected, rtol=0, atol=1e-6)
 
 
 @methods

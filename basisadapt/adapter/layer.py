@@ -108,7 +108,8 @@ class PhiLinear(AdaptedLinear):
         active = [name for name in self.active_adapters if name in self.phi_A]
         if self.disable_adapters or self.merged or not active:
             return cast(Tensor, self.base_layer(x, *args, **kwargs))
-        fused = next((name for name in active if name in self.phi_source and not self._drops(name)), None)
+        self._onload()
+        fused = next((name for name in active if self._fuses(name)), None)
         y: Tensor
         if fused is None:
             y = self.base_layer(x, *args, **kwargs)
@@ -119,8 +120,10 @@ class PhiLinear(AdaptedLinear):
                 y = y + self._update(name, self.phi_dropout[name](x)).to(y.dtype)
         return y
 
-    def _drops(self, adapter: str) -> bool:
-        return self.training and self.phi_settings[adapter].dropout > 0
+    def _fuses(self, adapter: str) -> bool:
+        drops = self.training and self.phi_settings[adapter].dropout > 0
+        # From the meta device, accelerate brings the weight back for the base layer's own forward pass alone.
+        return adapter in self.phi_source and not drops and not self.base_layer.weight.is_meta
 
     def _weight(self, dtype: torch.dtype) -> Weight:
         if not self._quantised:

@@ -14,6 +14,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from basisadapt.errors import InputError
+from basisadapt.phi.compiler import onload
 
 DEQUANTISED = ("Params4bit", "Int8Params")  # classes of weights that peft can dequantise
 
@@ -78,6 +79,10 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """Whether the adapter is in this layer."""
         holders: nn.ParameterDict = getattr(self, self.adapter_layer_names[0])
         return adapter in holders
+
+    def _onload(self) -> None:
+        for holder in self.adapter_layer_names:
+            onload(self.get_submodule(holder))
 
     @classmethod
     def refuse_mixed_batches(cls, kwargs: Mapping[str, Any]) -> None:
