@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from accelerate import cpu_offload
+from peft import PeftModel, PeftType
 from safetensors.torch import load_file
 from torch import nn
 
@@ -37,6 +38,9 @@ DETACHED = {"dora"}  # takes the lengths of V's rows for constants, by design (L
 methods = pytest.mark.parametrize("name", list(METHODS))
 learners = pytest.mark.parametrize("name", [name for name in METHODS if name != "frozen"])
 adapters = pytest.mark.parametrize("name", [name for name in METHODS if name not in PLAIN])
+ours = pytest.mark.parametrize(
+    "name", [name for name in METHODS if f"BASISADAPT_{name.upper()}" in PeftType.__members__]
+)
 
 
 def settings_of(name, **values):
@@ -128,6 +132,14 @@ def test_from_meta_to_a_device(name, tokens, tmp_path):
     torch.testing.assert_close(logits(lean, tokens), logits(model, tokens), rtol=0, atol=1e-6)
 
 
+@ours
+def test_an_offloaded_model_is_the_same_function(name, tokens):
+    model, _ = trained(name, tokens)
+    expected = logits(model, tokens)
+    cpu_offload(model, torch.device("cpu"))
+    torch.testing.assert_close(logits(model, tokens), expected, rtol=0, atol=1e-6)
+
+
 @methods
 def test_to_another_dtype_and_back(name, tokens):
     model, _ = trained(name, tokens)
@@ -180,6 +192,22 @@ def test_merging_is_exact_or_refused_with_a_reason(name, tokens):
     merged = model.merge_and_unload()
     assert not list(adapted_layers(merged))
     torch.testing.assert_close(logits(merged, tokens), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+@ours
+def test_a_refused_merge_leaves_the_whole_model_as_it_was(name, merge, tokens):
+    """The last layer refuses; those before it could be merged."""
+    model, _ = trained(name, tokens)
+    *_, (_, last) = adapted_layers(model)
+    with torch.no_grad():
+        last.base_layer.weight[0, 0] = float("nan")
+    modules, before = list(model.modules()), copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=NO_MERGE.get(name, "gives NaN or infinite weights")):
+        getattr(model, merge)(safe_merge=True)
+    assert list(model.modules()) == modules
+    assert not [module for module, layer in adapted_layers(model) if layer.merged]
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0, equal_nan=True)
 
 
 @adapters
@@ -253,6 +281,17 @@ def test_several_adapters_add_up_and_switch(name, tokens):
     torch.testing.assert_close(logits(model, tokens), first, rtol=0, atol=1e-6)
     model.delete_adapter("second")
     torch.testing.assert_close(logits(model, tokens), first, rtol=0, atol=1e-6)
+
+
+@ours
+def test_batches_of_mixed_adapters_are_refused(name, tokens):
+    model = attached(name)
+    _, layer = next(iter(adapted_layers(model)))
+    mixed = {"adapter_names": ["default"] * len(tokens)}
+    with pytest.raises(InputError, match=r"does not support batches of mixed adapters \(adapter_names\)"):
+        model(input_ids=tokens, **mixed)
+    with pytest.raises(InputError, match=r"does not support batches of mixed adapters \(adapter_names\)"):
+        layer(torch.zeros(len(tokens), layer.in_features), **mixed)
 
 
 @adapters

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from basisadapt.adapter.config import PhiConfig
 from basisadapt.adapter.linear import AdaptedLinear
-from basisadapt.errors import InputError
 from basisadapt.phi.choice import compute_dtype
 from basisadapt.phi.compiler import Compiler
 from basisadapt.phi.weight import Execution, Weight, adapted_linear, delta_weight
@@ -103,14 +102,14 @@ class PhiLinear(AdaptedLinear):
         return self._forward(x, *args, **kwargs)
 
     def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if kwargs.get("adapter_names") is not None:
-            raise InputError("φ(BA) does not support batches of mixed adapters (adapter_names)")
+        self.refuse_mixed_batches(kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
         active = [name for name in self.active_adapters if name in self.phi_A]
         if self.disable_adapters or self.merged or not active:
             return cast(Tensor, self.base_layer(x, *args, **kwargs))
-        fused = next((name for name in active if name in self.phi_source and not self._drops(name)), None)
+        self._onload()
+        fused = next((name for name in active if self._fuses(name)), None)
         y: Tensor
         if fused is None:
             y = self.base_layer(x, *args, **kwargs)
@@ -121,8 +120,10 @@ class PhiLinear(AdaptedLinear):
                 y = y + self._update(name, self.phi_dropout[name](x)).to(y.dtype)
         return y
 
-    def _drops(self, adapter: str) -> bool:
-        return self.training and self.phi_settings[adapter].dropout > 0
+    def _fuses(self, adapter: str) -> bool:
+        drops = self.training and self.phi_settings[adapter].dropout > 0
+        # From the meta device, accelerate brings the weight back for the base layer's own forward pass alone.
+        return adapter in self.phi_source and not drops and not self.base_layer.weight.is_meta
 
     def _weight(self, dtype: torch.dtype) -> Weight:
         if not self._quantised:

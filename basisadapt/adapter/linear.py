@@ -1,17 +1,20 @@
-"""What our adapted linear layers share: the frozen layer below, and merging with it."""
+"""What our adapted linear layers share: the frozen layer below, and merging with it, in one layer and in a model."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar, cast
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from basisadapt.errors import InputError
+from basisadapt.phi.compiler import onload
 
 DEQUANTISED = ("Params4bit", "Int8Params")  # classes of weights that peft can dequantise
 
@@ -77,27 +80,50 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         holders: nn.ParameterDict = getattr(self, self.adapter_layer_names[0])
         return adapter in holders
 
+    def _onload(self) -> None:
+        for holder in self.adapter_layer_names:
+            onload(self.get_submodule(holder))
+
+    @classmethod
+    def refuse_mixed_batches(cls, kwargs: Mapping[str, Any]) -> None:
+        """Raise InputError where the arguments of a call name an adapter for each row of the batch."""
+        if kwargs.get("adapter_names") is not None:
+            raise InputError(f"{cls.title} does not support batches of mixed adapters (adapter_names)")
+
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add ΔW to the base weight; the original is kept, so that unmerge restores it bit for bit.
 
-        Raises InputError for a quantised weight, and ValueError, before this layer changes, if the sum is beyond the
-        range of the weight's dtype (65,504 in float16), or with `safe_merge` if it is not finite for any other reason.
+        Raises InputError and ValueError as `merged_weight`, before this layer changes.
+        """
+        adapters = list(filter(self._holds, check_adapters_to_merge(self, adapter_names)))
+        merged, weight = self.merged_weight(adapters, safe_merge), self.base_layer.weight
+        if not adapters:
+            return
+        if self._unmerged_weight is None:
+            self._unmerged_weight = weight.detach().clone()
+        weight.data.copy_(merged)
+        self.merged_adapters += adapters
+
+    @torch.no_grad()
+    def merged_weight(self, adapters: Iterable[str], safe_merge: bool = False) -> Tensor:
+        """The base weight with ΔW of those of these adapters that are in this layer and not merged yet.
+
+        Raises InputError for a quantised weight, and ValueError if the sum is beyond the range of the weight's dtype
+        (65,504 in float16), or with `safe_merge` if it is not finite for any other reason.
         """
         if self._quantised:
             raise InputError(f"{self.name!r} has a quantised weight; load the base model unquantised to merge into it")
-        weight = self.base_layer.weight
-        for adapter in check_adapters_to_merge(self, adapter_names):
-            if not self._holds(adapter):
+        weight: Tensor = self.base_layer.weight
+        for adapter in adapters:
+            if not self._holds(adapter) or adapter in self.merged_adapters:
                 continue
             delta = self.get_delta_weight(adapter)
             merged = (weight + delta).to(weight.dtype)
             if not merged.isfinite().all():
                 self._refuse(adapter, weight, delta, safe_merge)
-            if self._unmerged_weight is None:
-                self._unmerged_weight = weight.detach().clone()
-            weight.data.copy_(merged)
-            self.merged_adapters.append(adapter)
+            weight = merged
+        return weight
 
     def _refuse(self, adapter: str, weight: Tensor, delta: Tensor, safe_merge: bool) -> None:
         into = f"merging adapter {adapter!r} into {self.name!r} gives"
@@ -114,3 +140,38 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             self.base_layer.weight.data.copy_(self._unmerged_weight)
         self._unmerged_weight = None
         self.merged_adapters.clear()
+
+
+class AdaptedModel(BaseTuner):  # type: ignore[misc]
+    """A model with such layers; peft's class is made to be extended by overriding."""
+
+    tuner_layer_cls: type[AdaptedLinear]
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
+        """What peft enters around every call of the model, `generate` included.
+
+        Raises InputError for a batch of mixed adapters, of which the layers see nothing.
+        """
+        self.tuner_layer_cls.refuse_mixed_batches(kwargs)
+        yield
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge in every layer. Raises what `AdaptedLinear.merge` raises, before any layer changes."""
+        self._try_to_merge(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """The plain model with ΔW in its weights. Raises what `AdaptedLinear.merge` raises, before anything changes."""
+        self._try_to_merge(adapter_names, safe_merge)
+        return cast(nn.Module, super().merge_and_unload(progressbar, safe_merge, adapter_names))
+
+    def _try_to_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        # Every ΔW is made twice: to undo half a merge would take a copy of all adapted weights at once.
+        for layer in self.model.modules():
+            if isinstance(layer, AdaptedLinear):
+                with onload_layer(layer):
+                    layer.merged_weight(layer.active_adapters if adapter_names is None else adapter_names, safe_merge)

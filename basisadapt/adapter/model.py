@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from basisadapt.adapter.config import PhiConfig
 from basisadapt.adapter.layer import PhiLinear
+from basisadapt.adapter.linear import AdaptedModel
 from basisadapt.adapter.placement import PROJECTION, describe, target_pattern
 from basisadapt.errors import InputError
 from basisadapt.phi.bank import TransferBank
@@ -20,17 +21,16 @@ from basisadapt.phi.choice import default_tolerance
 from basisadapt.phi.compiler import Compiler
 
 
-class PhiModel(BaseTuner):  # type: ignore[misc]
+class PhiModel(AdaptedModel):
     """A model with φ(BA) adapters; made by `peft.get_peft_model(model, PhiConfig(...))`.
 
-    The tables of φ live here, in `phi_bank`, since modules may share them. peft's class is made to be extended by
-    overriding; each override here keeps the banks in step with the layers.
+    The tables of φ live here, in `phi_bank`, since modules may share them; each override here keeps the banks in step
+    with the layers.
     """
 
     prefix = "phi_"
     tuner_layer_cls = PhiLinear
     uses_shared_state = True
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Find where `adapter_name` goes, insert its layers, then build its bank over those with φ.
@@ -70,17 +70,12 @@ class PhiModel(BaseTuner):  # type: ignore[misc]
             layer.train_tables()
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
-        """What peft enters around every call of the model, `generate` included.
-
-        Compiles φ of all modules, whatever has changed them since the last call. Raises InputError for a batch of mixed
-        adapters.
-        """
-        if kwargs.get("adapter_names") is not None:
-            raise InputError("φ(BA) does not support batches of mixed adapters (adapter_names)")
-        for compiler in self._compilers():
-            compiler.refresh()
-        yield
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Compiles φ of all modules, whatever has changed them since the last call of the model."""
+        with super()._enable_peft_forward_hooks(*args, **kwargs):
+            for compiler in self._compilers():
+                compiler.refresh()
+            yield
 
     def _compilers(self) -> Iterator[Compiler]:
         """Those of the adapters at work."""

@@ -14,7 +14,7 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from basisadapt.errors import InputError, one_line, shown
+from basisadapt.errors import InputError, one_line, shown, unknown
 from basisadapt.settings import checked
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -66,6 +66,16 @@ class CheckedConfig(PeftConfig, ABC):  # type: ignore[misc]
             raise InputError(f"{folder / CONFIG_NAME}: {' '.join(str(error).split())}") from error
         check_weights(folder, config.saved_shapes())
         return config
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> Any:
+        """The configuration of the class that `peft_type` names. Raises InputError if that is none of this package."""
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+        known = [name.value for name, kind in PEFT_TYPE_TO_CONFIG_MAPPING.items() if issubclass(kind, CheckedConfig)]
+        if "peft_type" in kwargs and kwargs["peft_type"] not in known:
+            raise unknown("peft_type", kwargs["peft_type"], known)
+        return super().from_peft_type(**kwargs)
 
 
 def _check_pattern(name: str, value: Any) -> None:

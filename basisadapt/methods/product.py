@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from basisadapt.adapter.linear import AdaptedLinear
+from basisadapt.adapter.linear import AdaptedLinear, AdaptedModel
 from basisadapt.adapter.peft_type import peft_type, register
 from basisadapt.adapter.saved import CheckedConfig
 from basisadapt.errors import InputError
@@ -72,13 +72,13 @@ class ProductLinear(AdaptedLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The adapted layer; several active adapters add up. Raises InputError for a batch of mixed adapters."""
-        if kwargs.get("adapter_names") is not None:
-            raise InputError(f"{self.title} does not support batches of mixed adapters (adapter_names)")
+        self.refuse_mixed_batches(kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
         y = cast(Tensor, self.base_layer(x, *args, **kwargs))
         if self.disable_adapters or self.merged:
             return y
+        self._onload()
         for adapter in filter(self._holds, self.active_adapters):
             A, B = self.factors(adapter)
             h = F.linear(self.dropout[adapter](x).to(A.dtype), A)
@@ -99,10 +99,10 @@ class ProductLinear(AdaptedLinear):
         return self._matrix(self.settings[adapter].scaling * (B.to(dtype) @ h.T.to(dtype)))
 
 
-class ProductModel(BaseTuner):  # type: ignore[misc]
-    """A model with the layers of one method; peft's class is made to be extended by overriding."""
+class ProductModel(AdaptedModel):
+    """A model with the layers of one method."""
 
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    tuner_layer_cls: type[ProductLinear]
 
     def _create_and_replace(
         self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,

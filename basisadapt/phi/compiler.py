@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from basisadapt.errors import InputError
 from basisadapt.phi.bank import Transfer, TransferBank
 from basisadapt.phi.choice import Choice, compute_dtype, radii
 from basisadapt.phi.evaluators import Direct, Evaluator
@@ -81,12 +83,19 @@ class Compiler:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def refresh(self) -> None:
-        """Compile every module's function for the factors of this moment."""
+        """Compile every module's function for the factors of this moment. Raises InputError for those on meta."""
         names = list(self._factors)
+        for module in chain([self.bank], *self._factors.values()):
+            onload(module)
         held = [self._pair(name) for name in names]
         self._sharded = any(hasattr(A, "full_tensor") for A, _ in held)
         pairs = [(_whole(A), _whole(B)) for A, B in held]
         dtype, device = compute_dtype(pairs[0][0]), pairs[0][0].device
+        if device.type == "meta":
+            raise InputError(
+                f"adapter {self._adapter!r} is on the meta device, where it has no values: offload a model after its "
+                "adapter is in it, and without preload_module_classes"
+            )
         if device != self._device:
             self._choice, self._device = Choice(), device
         with torch.autocast(device.type, enabled=False):
@@ -113,3 +122,16 @@ def _whole(tensor: Any) -> Tensor:
     """The tensor, gathered where it is a DTensor."""
     whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return whole
+
+
+def onload(module: nn.Module) -> None:
+    """Bring back, for good, what accelerate has offloaded of an adapter.
+
+    Its hook would do so for the module's own forward pass alone, and an adapter is read outside of that. As everywhere
+    with accelerate, the parameters are new ones, which an optimiser from before does not know.
+    """
+    hook: Any = vars(module).get("_hf_hook")
+    if getattr(hook, "offload", False):
+        with torch.inference_mode(False):
+            hook.pre_forward(module)
+        hook.offload = False

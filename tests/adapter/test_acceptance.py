@@ -13,6 +13,7 @@ import re
 import peft
 import pytest
 import torch
+from accelerate import cpu_offload, dispatch_model
 from peft import LoraConfig, PeftConfig, PeftModel, functional, get_peft_model, get_peft_model_state_dict
 from peft.utils import set_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter
@@ -23,6 +24,7 @@ from basisadapt import InputError, PhiConfig
 from basisadapt.adapter import PhiLinear
 from tests.conftest import tiny
 
+CPU = torch.device("cpu")
 X = torch.linspace(-1, 1, 90, dtype=torch.float64).view(9, 10)
 
 
@@ -404,6 +406,27 @@ def test_merge_layers_is_idempotent():
         model.merge_adapter(adapter_names="default")
 
 
+def test_a_refused_merge_of_a_second_adapter_leaves_the_first_merged():
+    """Merged before it stays merged, and merged along with it is not."""
+    model = two()
+    layer, plain = model.base_model.model.lin0, base().lin0.weight
+    with torch.no_grad():
+        layer.phi_B["other"].fill_(float("inf"))
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match="merging adapter 'other' into 'lin0' gives NaN or infinite"):
+        model.merge_adapter(safe_merge=True)
+    assert layer.merged_adapters == []
+    assert torch.equal(layer.weight, plain)
+    model.merge_adapter(["default"])
+    merged = layer.weight.clone()
+    with pytest.raises(ValueError, match="merging adapter 'other' into 'lin0' gives NaN or infinite"):
+        model.merge_adapter(safe_merge=True)
+    assert layer.merged_adapters == ["default"]
+    assert torch.equal(layer.weight, merged)
+    model.unmerge_adapter()
+    assert torch.equal(layer.weight, plain)
+
+
 def test_set_adapter_unmerges():
     model = two()
     model.set_adapter("other")
@@ -692,6 +715,59 @@ def test_peft_model_device_map(tmp_path):
     tokens = torch.ones(2, 3, dtype=torch.long)
     with torch.no_grad():
         torch.testing.assert_close(loaded(input_ids=tokens).logits, model.eval()(input_ids=tokens).logits)
+
+
+def disk_map(model, folder):
+    """As a map of devices does it that leaves a part of the model on the disk."""
+    parts = {"base_model.model.lin0": "cpu", "base_model.model.lin1": "disk", "base_model.model.head": "disk"}
+    dispatch_model(model, {**parts, "base_model.phi_bank": "disk"}, main_device="cpu", offload_dir=folder)
+
+
+offloads = pytest.mark.parametrize("offload", [lambda m, _: cpu_offload(m, CPU), disk_map], ids=["cpu", "disk"])
+
+
+@offloads
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_an_offloaded_model_has_the_same_values_and_gradients(offload, dropout, tmp_path):
+    """Its weights are there during the forward pass of their own modules alone, the base layers'."""
+    found, expected = (adapted("MLP, two layers", dropout=dropout).train() for _ in range(2))
+    offload(found, tmp_path)
+    layer = found.base_model.model.lin1
+    assert layer.base_layer.weight.is_meta
+    results = []
+    for model in (found, expected):
+        torch.manual_seed(0)
+        y = model(X)
+        y.square().sum().backward()
+        results.append((y, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+    assert layer.base_layer.weight.is_meta
+
+
+@offloads
+def test_an_offloaded_model_merges_and_its_layers_work_alone(offload, tmp_path):
+    plain = adapted("MLP, two layers")
+    alone, merged = copy.deepcopy(plain), copy.deepcopy(plain)
+    offload(alone, tmp_path / "alone")
+    with torch.inference_mode():
+        found, expected = (model.base_model.model.lin0(X) for model in (alone, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    alone(X).sum().backward()  # nothing of the inference is left
+    offload(merged, tmp_path / "merged")
+    merged.merge_adapter()
+    torch.testing.assert_close(answer(merged), answer(plain), rtol=1e-12, atol=1e-12)
+    merged.unmerge_adapter()
+    torch.testing.assert_close(answer(merged.merge_and_unload()), answer(plain), rtol=1e-12, atol=1e-12)
+
+
+def test_an_adapter_without_values_is_refused():
+    """As it is made in a model that is offloaded, and where accelerate is told to load the whole layer at once."""
+    plain, whole = base(), adapted()
+    cpu_offload(plain, CPU)
+    cpu_offload(whole, CPU, preload_module_classes=["PhiLinear"])
+    for model in (get_peft_model(plain, config()), whole):
+        with pytest.raises(InputError, match="adapter 'default' is on the meta device, where it has no values"):
+            answer(model)
 
 
 # ---- status

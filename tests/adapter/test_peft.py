@@ -316,6 +316,24 @@ def test_a_saved_configuration_of_wrong_types_is_refused(settings, message, bert
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("BASISADAPT_PHY", "unknown peft_type 'BASISADAPT_PHY'; did you mean 'BASISADAPT_PHI'?"),
+        ("LORA", "unknown peft_type 'LORA' (known: BASISADAPT_ABBA, "),
+        (None, "unknown peft_type 'None' (known: BASISADAPT_ABBA, "),
+        ([], "unknown peft_type '[]' (known: BASISADAPT_ABBA, "),
+    ],
+)
+def test_a_saved_configuration_of_another_type_is_refused(name, message, tmp_path):
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({"peft_type": name}))
+    with pytest.raises(InputError) as caught:
+        PhiConfig.from_pretrained(tmp_path)
+    assert str(caught.value).startswith(f"{path}: {message}")
+    assert "\n" not in str(caught.value)
+
+
 def change(tensors, name, tensor):
     return {key: tensor if key.endswith(name) else value for key, value in tensors.items()}
 
