@@ -135,7 +135,7 @@ def _run(module: str, source: str, tests: list[str]) -> None:
     os.dup2(silent, 1)
     os.dup2(silent, 2)
     sys.meta_path.insert(0, Replaced(f"basisadapt.{module.replace('/', '.')}", _path(module), source))
-    os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:faulthandler", *tests]))
+    os._exit(pytest.main(["-x", "-q", "-n0", "-p", "no:cacheprovider", "-p", "no:faulthandler", *tests]))
 
 
 def _path(module: str) -> Path:

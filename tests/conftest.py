@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of torch: a process per core is enough
 
 import pytest
 import torch
