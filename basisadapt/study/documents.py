@@ -30,7 +30,10 @@ def report_document(report: Report, tracking_uri: str) -> Document:
         "headline": table.headline,
         "reference": spec.reference,
         "rows": [_row(line, table) for line in table.lines],
-        "over_tasks": [{"name": line.name, **_numbers(line)} for line in table.across],
+        "over_tasks": [
+            {"name": line.name, **_numbers(line), "pairs": asdict(line.pairs) if line.pairs else None}
+            for line in table.across
+        ],
         "claims": [
             {"text": verdict.claim.text, "verdict": verdict.word, "because": list(verdict.because)}
             for verdict in report.verdicts

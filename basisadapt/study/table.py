@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from basisadapt.study import statistics
 from basisadapt.study.spec import published_values
@@ -84,8 +84,9 @@ class Across:
     """Rows that differ in their task alone, taken together (paper, section B.2).
 
     values: task to the mean over its seeds. difference: to the reference, paired by task: first the mean over the
-    seeds that both have, so that tasks are counted and not seeds of one task. p: of its test, adjusted. published: as
-    in Line, of a published table that does not tell the tasks apart.
+    seeds that both have, so that tasks are counted and not seeds of one task. p: of its test, adjusted. pairs: the same
+    paired by task and seed, which speaks of these tasks alone. published: as in Line, of a published table that does
+    not tell the tasks apart.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Across:
     published: tuple[str, str | None] | None = None
     difference: statistics.Difference | None = None
     p: float | None = None
+    pairs: statistics.Difference | None = None
 
 
 @dataclass(frozen=True)
@@ -147,9 +149,8 @@ def build_table(study: Study, outcomes: Mapping[str, Outcome]) -> Table:
     adjusted = statistics.holm([line.difference.p if line.difference else None for line in lines])
     lines = [dataclasses.replace(line, p=p) for line, p in zip(lines, adjusted, strict=True)]
     headlines = dict.fromkeys(o.headline for line in lines for o in line.outcomes.values() if o.headline)
-    return Table(
-        study, " / ".join(headlines) or "result", tuple(lines), _across(lines, {} if tells_tasks else published)
-    )
+    across = _across(lines, references, {} if tells_tasks else published)
+    return Table(study, " / ".join(headlines) or "result", tuple(lines), across)
 
 
 def _line(row: Row, outcomes: Mapping[str, Outcome], published: Mapping[str, tuple[str, str | None]]) -> Line:
@@ -166,7 +167,9 @@ def _compared(line: Line, reference: Line | None) -> Line:
     return dataclasses.replace(line, difference=statistics.difference(line.values, reference.values))
 
 
-def _across(lines: list[Line], published: Mapping[str, tuple[str, str | None]]) -> tuple[Across, ...]:
+def _across(
+    lines: list[Line], references: Mapping[tuple[Any, ...], Line], published: Mapping[str, tuple[str, str | None]]
+) -> tuple[Across, ...]:
     if len({line.task for line in lines}) < 2:
         return ()
     found = []
@@ -175,7 +178,14 @@ def _across(lines: list[Line], published: Mapping[str, tuple[str, str | None]]) 
         by_task = {line.task: line.mean_of(None) for line in same}
         gains = {line.task: line.difference.mean for line in same if line.difference is not None}
         difference = statistics.difference(gains, dict.fromkeys(gains, 0.0))
+        compared = [(line, references[line.row.group]) for line in same if line.difference is not None]
+        ours, theirs = _by_task_and_seed(a for a, _ in compared), _by_task_and_seed(b for _, b in compared)
         means = {task: mean for task, mean in by_task.items() if mean is not None}
-        found.append(Across(name, means, published.get(same[0].row.published or ""), difference))
+        printed = published.get(same[0].row.published or "")
+        found.append(Across(name, means, printed, difference, pairs=statistics.difference(ours, theirs)))
     adjusted = statistics.holm([line.difference.p if line.difference else None for line in found])
     return tuple(dataclasses.replace(line, p=p) for line, p in zip(found, adjusted, strict=True))
+
+
+def _by_task_and_seed(lines: Iterable[Line]) -> dict[tuple[str, int], float]:
+    return {(line.task, seed): value for line in lines for seed, value in line.values.items()}

@@ -173,10 +173,15 @@ def test_rows_are_compared_within_their_task_and_over_all_tasks(folder):
     # Mean 0.3, std 0.1, so t = 0.3 √3 / 0.1 with 2 degrees of freedom: p = 1 − t / √(t² + 2).
     t = 3 * 3**0.5
     assert sinc.difference.p == pytest.approx(1 - t / (t * t + 2) ** 0.5)
-    assert lora.difference is None
+    assert lora.difference is lora.pairs is None
+    # The six differences: mean 0.3, std √0.02, so 0.3 ± t(5) std / √6, with t(5) = 2.5706.
+    assert (sinc.pairs.n, sinc.pairs.mean) == (6, pytest.approx(0.3))
+    half = 2.5706 * (0.02 / 6) ** 0.5
+    assert (sinc.pairs.low, sinc.pairs.high) == pytest.approx((0.3 - half, 0.3 + half), rel=1e-4)
     text = words.to_text(report.make_report(table))
     line = [line for line in text.splitlines() if line.startswith("sinc ")][-1]
     assert line.split()[:4] == ["sinc", "70.00", "3", "+30.00"]
+    assert line.endswith("+30.00 [+15.16, +44.84]")
     # Of two of three tasks there is a difference, and no mean to stand beside the others.
     known = {
         key: found for key, found in outcomes(study, values).items() if key not in {c.key for c in study.cells[:2]}
