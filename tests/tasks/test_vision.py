@@ -200,6 +200,11 @@ def test_a_broken_image_of_the_hub_and_classes_without_names(hub):
 # --- IDX files and digits ---
 
 
+def packed(data):
+    """The same bytes at any time: they are in the names of tests, which must be the same in every process."""
+    return gzip.compress(data, mtime=0)
+
+
 def idx(array):
     return bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
 
@@ -211,8 +216,8 @@ def fashion(tmp_path, request):
     for part, count in (("train", 20), ("t10k", 10)):
         labels = np.arange(count, dtype=np.uint8) % 10
         images = np.broadcast_to(labels[:, None, None], (count, 28, 28))
-        (folder / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images)))
-        (folder / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels)))
+        (folder / f"{part}-images-idx3-ubyte.gz").write_bytes(packed(idx(images)))
+        (folder / f"{part}-labels-idx1-ubyte.gz").write_bytes(packed(idx(labels)))
     return folder
 
 
@@ -234,13 +239,13 @@ def test_idx_files_are_read(fashion):
     ("content", "message"),
     [
         (b"plain", "cannot be unzipped"),
-        (gzip.compress(idx(np.zeros((10, 28, 28), np.uint8)))[:40], "cannot be unzipped"),
-        (gzip.compress(b"\0\0\x0d\x03" + bytes(12)), "is no IDX file of bytes: it begins with 00 00 0d 03"),
-        (gzip.compress(b""), "is no IDX file of bytes: it begins with nothing"),
-        (gzip.compress(idx(np.zeros((10, 28, 28), np.uint8))[:-1]), r"has 7839 bytes of data, expected \[10, 28, 28\]"),
-        (gzip.compress(b"\0\0\x08\x01" + bytes(4)), r"has 0 bytes of data, expected \[0\]"),
-        (gzip.compress(idx(np.zeros((9, 28, 28), np.uint8))), r"have shapes \(9, 28, 28\) and \(10,\)"),
-        (gzip.compress(idx(np.zeros(10, np.uint8))), r"have shapes \(10,\) and \(10,\)"),
+        (packed(idx(np.zeros((10, 28, 28), np.uint8)))[:40], "cannot be unzipped"),
+        (packed(b"\0\0\x0d\x03" + bytes(12)), "is no IDX file of bytes: it begins with 00 00 0d 03"),
+        (packed(b""), "is no IDX file of bytes: it begins with nothing"),
+        (packed(idx(np.zeros((10, 28, 28), np.uint8))[:-1]), r"has 7839 bytes of data, expected \[10, 28, 28\]"),
+        (packed(b"\0\0\x08\x01" + bytes(4)), r"has 0 bytes of data, expected \[0\]"),
+        (packed(idx(np.zeros((9, 28, 28), np.uint8))), r"have shapes \(9, 28, 28\) and \(10,\)"),
+        (packed(idx(np.zeros(10, np.uint8))), r"have shapes \(10,\) and \(10,\)"),
     ],
 )
 def test_bad_idx_files_are_named(fashion, content, message):
@@ -251,7 +256,7 @@ def test_bad_idx_files_are_named(fashion, content, message):
 
 
 def test_wrong_labels_and_missing_files(fashion):
-    (fashion / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(np.full(20, 10, np.uint8))))
+    (fashion / "train-labels-idx1-ubyte.gz").write_bytes(packed(idx(np.full(20, 10, np.uint8))))
     with pytest.raises(InputError, match=r"train-labels.* has label 10, expected 0 to 9"):
         FashionMNIST().load(root(fashion))
     (fashion / "train-labels-idx1-ubyte.gz").unlink()
