@@ -108,8 +108,11 @@ class PhiLinear(AdaptedLinear):
         active = [name for name in self.active_adapters if name in self.phi_A]
         if self.disable_adapters or self.merged or not active:
             return cast(Tensor, self.base_layer(x, *args, **kwargs))
-        self._onload()
-        fused = next((name for name in active if self._fuses(name)), None)
+        # From the meta device, accelerate brings the weight back for the base layer's own forward pass alone.
+        offloaded = self.base_layer.weight.is_meta
+        if offloaded:
+            self._onload()
+        fused = None if offloaded else next((name for name in active if self._fuses(name)), None)
         y: Tensor
         if fused is None:
             y = self.base_layer(x, *args, **kwargs)
@@ -122,8 +125,7 @@ class PhiLinear(AdaptedLinear):
 
     def _fuses(self, adapter: str) -> bool:
         drops = self.training and self.phi_settings[adapter].dropout > 0
-        # From the meta device, accelerate brings the weight back for the base layer's own forward pass alone.
-        return adapter in self.phi_source and not drops and not self.base_layer.weight.is_meta
+        return adapter in self.phi_source and not drops
 
     def _weight(self, dtype: torch.dtype) -> Weight:
         if not self._quantised:

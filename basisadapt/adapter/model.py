@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -72,9 +72,9 @@ class PhiModel(AdaptedModel):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Compiles φ of all modules, whatever has changed them since the last call of the model."""
-        with super()._enable_peft_forward_hooks(*args, **kwargs):
+        with super()._enable_peft_forward_hooks(*args, **kwargs), ExitStack() as stack:
             for compiler in self._compilers():
-                compiler.refresh()
+                stack.enter_context(compiler.compiled())
             yield
 
     def _compilers(self) -> Iterator[Compiler]:

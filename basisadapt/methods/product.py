@@ -78,7 +78,8 @@ class ProductLinear(AdaptedLinear):
         y = cast(Tensor, self.base_layer(x, *args, **kwargs))
         if self.disable_adapters or self.merged:
             return y
-        self._onload()
+        if self.base_layer.weight.is_meta:
+            self._onload()
         for adapter in filter(self._holds, self.active_adapters):
             A, B = self.factors(adapter)
             h = F.linear(self.dropout[adapter](x).to(A.dtype), A)

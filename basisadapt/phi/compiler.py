@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -41,6 +42,7 @@ class Compiler:
 
     def _forget(self) -> None:
         self._choice, self._device, self._sharded = Choice(), torch.device("cpu"), False
+        self._settled: bool | None = None  # in `compiled`: whether gradients were asked for when it began
         self._evaluators: dict[str, Evaluator] = {}
         self._gains: dict[str, Tensor] = {}
         self._made_of: dict[str, tuple[Any, ...]] = {}
@@ -65,9 +67,19 @@ class Compiler:
 
     def evaluator(self, module: str, A: Tensor, B: Tensor) -> Evaluator:
         """The evaluator of one module with these factors; compiles all where something has changed since."""
-        if self._made_of.get(module) != self._state(A, B):
+        if self._settled is not torch.is_grad_enabled() and self._made_of.get(module) != self._state(A, B):
             self.refresh()
         return self._evaluators[module]
+
+    @contextmanager
+    def compiled(self) -> Iterator[None]:
+        """Compile, and hold that for true meanwhile: to look again costs every layer microseconds."""
+        self.refresh()
+        self._settled = torch.is_grad_enabled()
+        try:
+            yield
+        finally:
+            self._settled = None
 
     def transfer(self, module: str, A: Tensor, B: Tensor) -> Transfer:
         """The function of one module with these factors, as it is before it is compiled."""

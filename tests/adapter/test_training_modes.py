@@ -10,6 +10,8 @@ import torch
 from peft import get_peft_model
 
 from basisadapt import InputError, PhiConfig
+from basisadapt.adapter import PhiLinear
+from basisadapt.phi.compiler import Compiler
 from tests.conftest import randomise
 
 LABELS = torch.tensor([0, 1, 2, 0])
@@ -85,6 +87,21 @@ def test_a_part_of_the_model_called_alone_follows_every_update(bert, tokens):
         assert not torch.equal(before, after), parameter
         backward(model, tokens)  # compiles anew, whatever was seen
         assert torch.equal(after, encoder(input_ids=tokens).last_hidden_state), parameter
+
+
+def test_a_call_of_the_model_looks_at_every_module_once(bert, tokens, monkeypatch):
+    """Where it compiles; its layers take that, until it ends, one way or the other."""
+    model, looked = adapted(bert), []
+    state = Compiler._state
+    monkeypatch.setattr(Compiler, "_state", lambda self, A, B: looked.append(A) or state(self, A, B))
+    layers = [module for module in model.modules() if isinstance(module, PhiLinear)]
+    model(input_ids=tokens)
+    assert len(looked) == len(layers)
+    with pytest.raises(TypeError):
+        model(input_ids=tokens, unknown=1)
+    looked.clear()
+    layers[0](torch.ones(1, layers[0].in_features))
+    assert len(looked) == 1
 
 
 def test_an_evaluation_in_between_changes_nothing(bert, tokens, expected):
