@@ -85,6 +85,8 @@ class PhiModel(AdaptedModel):
                 for name in layer.active_adapters:
                     if name in layer.phi_source and name not in found:
                         found[name] = layer.phi_source[name]
+            if len(found) == len(self.phi_bank):  # as a rule by the first layer: a model has many
+                break
         yield from found.values()
 
     def _layers(self) -> Iterator[PhiLinear]:

@@ -44,7 +44,7 @@ class Compiler:
         self._choice, self._device, self._sharded = Choice(), torch.device("cpu"), False
         self._settled: bool | None = None  # in `compiled`: whether gradients were asked for when it began
         self._evaluators: dict[str, Evaluator] = {}
-        self._gains: dict[str, Tensor] = {}
+        self._gains: Tensor | None = None
         self._made_of: dict[str, tuple[Any, ...]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -67,7 +67,8 @@ class Compiler:
 
     def evaluator(self, module: str, A: Tensor, B: Tensor) -> Evaluator:
         """The evaluator of one module with these factors; compiles all where something has changed since."""
-        if self._settled is not torch.is_grad_enabled() and self._made_of.get(module) != self._state(A, B):
+        settled = self._settled is torch.is_grad_enabled()
+        if not settled and self._made_of.get(module) != self._state(A, B, _versions(self.bank.tables)):
             self.refresh()
         return self._evaluators[module]
 
@@ -84,14 +85,14 @@ class Compiler:
     def transfer(self, module: str, A: Tensor, B: Tensor) -> Transfer:
         """The function of one module with these factors, as it is before it is compiled."""
         self.evaluator(module, A, B)
-        return self.bank.transfer(module, self._gains[module])
+        assert self._gains is not None
+        return self.bank.transfer(module, self._gains[list(self._factors).index(module)])
 
-    def _state(self, A: Tensor, B: Tensor) -> tuple[Any, ...]:
+    def _state(self, A: Tensor, B: Tensor, of_tables: tuple[int, ...]) -> tuple[Any, ...]:
         """What an evaluator was made of: changes with every update in place."""
         if self._sharded:
             return (torch.is_grad_enabled(),)
-        versions = tuple(0 if t.is_inference() else t._version for t in (A, B, *self.bank.tables))
-        return (*versions, A.device, A.dtype, torch.is_grad_enabled())
+        return (*_versions((A, B)), *of_tables, A.device, A.dtype, torch.is_grad_enabled())
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def refresh(self) -> None:
@@ -101,7 +102,7 @@ class Compiler:
             onload(module)
         held = [self._pair(name) for name in names]
         self._sharded = any(hasattr(A, "full_tensor") for A, _ in held)
-        pairs = [(_whole(A), _whole(B)) for A, B in held]
+        pairs = [(_whole(A), _whole(B)) for A, B in held] if self._sharded else held
         dtype, device = compute_dtype(pairs[0][0]), pairs[0][0].device
         if device.type == "meta":
             raise InputError(
@@ -111,8 +112,7 @@ class Compiler:
         if device != self._device:
             self._choice, self._device = Choice(), device
         with torch.autocast(device.type, enabled=False):
-            gains = self.bank.gains(pairs)
-            self._gains = dict(zip(names, gains, strict=True))
+            self._gains = gains = self.bank.gains(pairs)
 
             def single(index: int) -> Transfer:
                 return self.bank.transfer(names[index], gains[index])
@@ -126,7 +126,12 @@ class Compiler:
                     self.bank.transfers, tables, single, radius, self._tolerance, dtype
                 )
         self._evaluators = dict(zip(names, evaluators, strict=True))
-        self._made_of = {name: self._state(*pair) for name, pair in zip(names, held, strict=True)}
+        of_tables = _versions(self.bank.tables)
+        self._made_of = {name: self._state(*pair, of_tables) for name, pair in zip(names, held, strict=True)}
+
+
+def _versions(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
+    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
 
 
 @torch.no_grad()
