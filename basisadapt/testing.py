@@ -140,7 +140,7 @@ def _check_layer(transfer: Transfer) -> None:
 
     expected = with_gradients(plain)
     for backend in ("direct", "torch"):
-        names = ("the output", "dx", "dA", "dB", "dalpha", "domega", "dgrid")
+        names = ("the output", "dx", "dA", "dB", "dalpha", "domega", "dgrid", "dgain")
         for name, found, truth in zip(names, with_gradients(layer, backend), expected, strict=True):
             error = (found - truth).abs().max() / (1e-3 + truth.abs().max())
             which = f"{type(transfer.basis).__name__}, {backend} evaluation"

@@ -144,7 +144,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(loss):
     class Control:
         should_training_stop = False
 
-    watch, control = make_watch(lambda *_: None, None, lambda *_: None), Control()
+    watch, control = make_watch(*[lambda *_: None] * 4), Control()
     watch.on_log(None, None, control, logs={"loss": 1.0})
     assert not watch.diverged
     watch.on_log(None, None, control, logs={"loss": loss})
@@ -228,7 +228,7 @@ def test_round_trip_and_hashable_form():
         ({"method": "lora", "adapter": {"bases": 1}}, "unknown key 'adapter.bases'"),
         ({"adapter": {"r": "four"}}, "adapter.r must be a whole number, got 'four'"),
         ({"adapter": {"r": 4.5}}, "adapter.r must be a whole number"),
-        ({"adapter": {"gain": True}}, "adapter.gain must be a number or null"),
+        ({"adapter": {"gain": True}}, "adapter.gain must be a number or text or null"),
         ({"train": {"lr": "fast"}}, "train.lr must be a number"),
         ({"train": {"lr": -1.0}}, "train.lr must be above 0"),
         ({"train": {"patience": 2}}, "train.patience"),
@@ -238,7 +238,7 @@ def test_round_trip_and_hashable_form():
         ({"seed": -1}, "seed must be at least 0 and below 4294967296, got -1"),
         ({"seed": 2**32}, "seed must be at least 0 and below 4294967296"),
         ({"adapter": {1: 2}}, "adapter must be keys and values"),
-        ({"adapter": {"gain": 10**400}}, "adapter.gain must be a number or null, got 1000"),
+        ({"adapter": {"gain": 10**400}}, "adapter.gain must be a number or text or null, got 1000"),
         ({"train": {"max_steps": 2**63}}, "train.max_steps must be a whole number or null"),
     ],
 )

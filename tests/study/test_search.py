@@ -235,7 +235,7 @@ def test_parsed_ranges():
     [
         ("search: {adapter.gainn: [1, 2]}", "did you mean 'adapter.gain'"),
         ("search: {gain: [2, 1]}", "low < high"),
-        ("search: {gain: [-5, 1]}", "gain must be above 0, from 1e-6 to 1e6, got -5"),
+        ("search: {gain: [-5, 1]}", "gain must be above 0, from 1e-6 to 1e6"),
         ("search: {r: [4, 999]}", "adapter.r must be at most 384"),
         ("search: {basis: [sinc, sync]}", "did you mean 'sinc'"),
         ("search: {r: declared}", "search.adapter.r: no range is declared"),
