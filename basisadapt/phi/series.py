@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from basisadapt.phi.bank import Transfer
 
-POINTS = (32, 64, 128)  # numbers of nodes that are tried
+POINTS = (16, 32, 64, 128)  # numbers of nodes that are tried
 # The layout of a packed series: degree, 1 / R, and from these places on the coefficients of F and of dF/dz as series in
 # T_d(z / R), and of both in powers of z / R.
 POWER_COUNT = 16  # monomials are well conditioned for short series only
