@@ -146,10 +146,12 @@ class _Interpolate(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         tables, radius, points, values = ctx.inputs
         with torch.enable_grad():
-            leaves = [v.detach().requires_grad_() for v in values]
+            leaves = [v.detach().requires_grad_(need) for v, need in zip(values, ctx.needs_input_grad[3:], strict=True)]
             coefficients = _interpolate(tables(*leaves), radius, points)
             moments = upstream[0] @ with_powers(points, radius.device).T
-            grads = torch.autograd.grad(coefficients, leaves, moments, allow_unused=True)
+            trained = [leaf for leaf in leaves if leaf.requires_grad]
+            found = iter(torch.autograd.grad(coefficients, trained, moments, allow_unused=True))
+        grads = [next(found) if leaf.requires_grad else None for leaf in leaves]
         return None, None, None, *(g if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True))
 
 
