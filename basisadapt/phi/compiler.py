@@ -41,7 +41,8 @@ class Compiler:
         self._forget()
 
     def _forget(self) -> None:
-        self._choice, self._device, self._sharded = Choice(), torch.device("cpu"), False
+        self._choice, self._sharded = Choice(), False
+        self._chosen_for: tuple[torch.device, torch.dtype] | None = None  # what the choice was made for
         self._settled: bool | None = None  # in `compiled`: whether gradients were asked for when it began
         self._evaluators: dict[str, Evaluator] = {}
         self._gains: Tensor | None = None
@@ -109,8 +110,8 @@ class Compiler:
                 f"adapter {self._adapter!r} is on the meta device, where it has no values: offload a model after its "
                 "adapter is in it, and without preload_module_classes"
             )
-        if device != self._device:
-            self._choice, self._device = Choice(), device
+        if (device, dtype) != self._chosen_for:
+            self._choice, self._chosen_for = Choice(), (device, dtype)
         with torch.autocast(device.type, enabled=False):
             self._gains = gains = self.bank.gains(pairs)
 
