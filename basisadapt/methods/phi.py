@@ -30,9 +30,9 @@ class Phi(PeftMethod, name="phi", settings=PhiSettings):
         if step <= settings.transfer_delay * total:
             for table in bank.parameters():
                 table.grad = None
-        elif settings.smoothing:
+        elif settings.smoothing and (roughness := bank.roughness()).requires_grad:
             tables = [table for table in bank.parameters() if table.grad is not None]
-            gradients = torch.autograd.grad(bank.roughness(), tables, allow_unused=True, materialize_grads=True)
+            gradients = torch.autograd.grad(roughness, tables, allow_unused=True, materialize_grads=True)
             for table, gradient in zip(tables, gradients, strict=True):
                 table.grad += settings.smoothing * gradient
 
