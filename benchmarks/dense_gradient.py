@@ -58,13 +58,15 @@ def main() -> None:
     """Train each way, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100)
-    steps = parser.parse_args().steps
+    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
+    options = parser.parse_args()
+    steps = options.steps
     for name, value in environment().items():
         print(f"{name}: {value}")
     print(f"\n{steps} steps of {BATCH} × {TOKENS} tokens\n")
     print(f"| dense gradient | first loss | mean of the last {LAST}, three seeds | standard deviation |")
     print("|---|---:|---:|---:|")
-    for way in WAYS:
+    for way in options.ways:
         runs = [losses(way, seed, steps) for seed in range(3)]
         last = [statistics.mean(run[-LAST:]) for run in runs]
         first = statistics.mean(run[0] for run in runs)

@@ -281,20 +281,35 @@ def report(case: Case, results: dict[str, Result]) -> None:
     """The table."""
     lora = results["LoRA (peft)"]
     on_gpu = case.device.type == "cuda"
-    more = " tokens/s | GPU busy, ms | peak GiB | trainable |" if on_gpu else ""
+    more = " tokens/s | peak GiB | trainable |" if on_gpu else ""
     print(f"\n| method | step / LoRA's step, median | min | max |{more}")
-    print("|---|---:|---:|---:|" + ("---:|---:|---:|---:|" if on_gpu else ""))
+    print("|---|---:|---:|---:|" + ("---:|---:|---:|" if on_gpu else ""))
     for name, result in results.items():
         ratios = [a / b for a, b in zip(result.seconds, lora.seconds, strict=True)]
         rate = case.batch * case.tokens / statistics.median(result.seconds)
-        more = f" {rate:,.0f} | {result.busy * 1e3:.0f} | {result.peak:.2f} | {result.trainable:,} |" if on_gpu else ""
-        print(f"| {name} | {statistics.median(ratios):.2f} | {min(ratios):.2f} | {max(ratios):.2f} |{more}")
+        more = f" {rate:,.0f} | {result.peak:.2f} | {result.trainable:,} |" if on_gpu else ""
+        numbers = f"{statistics.median(ratios):.2f} | {min(ratios):.2f} | {max(ratios):.2f}"
+        print(f"| {name} | {numbers} |{more}", flush=True)
     if {"phi, N = 512", "phi, N = 8"} <= set(results):
         pairs = zip(results["phi, N = 512"].seconds, results["phi, N = 8"].seconds, strict=True)
         print(f"\nN = 512 / N = 8: {statistics.median(a / b for a, b in pairs):.3f}")
     if "phi direct, N = 50" in results:
         pairs = zip(results["phi direct, N = 50"].seconds, results["phi, N = 50"].seconds, strict=True)
         print(f"direct / compiled at N = 50: {statistics.median(a / b for a, b in pairs):.1f}")
+
+
+def report_busy(case: Case, results: dict[str, Result], rate: float) -> None:
+    """The time in which the GPU computes, and what the products alone take at `rate`."""
+    print("\n| method | GPU at work, ms |\n|---|---:|")
+    for name, result in results.items():
+        print(f"| {name} | {result.busy * 1e3:.0f} |")
+    bound = products_bound(case, rate)
+    phi = statistics.median(results["phi, N = 50"].seconds if "phi, N = 50" in results else [math.nan])
+    print(
+        f"\nproducts of the adapted layers at the measured {rate / 1e12:.0f} TFLOP/s: {bound * 1e3:.0f} ms, "
+        f"{bound / phi:.0%} of phi's step",
+        flush=True,
+    )
 
 
 def merged_inference(case: Case, base: PreTrainedModel) -> None:
@@ -365,21 +380,15 @@ def main() -> None:
         print(f"\n{case}", flush=True)
         case.prepare(base)
         tables.append(measure(case, base, given.methods.split(";"), given.rounds, given.steps))
+        report(case, tables[-1])
     cases[0].prepare(base)
     merged_inference(cases[0], base)
-    for case, results in zip(cases, tables, strict=True):
-        if case.device.type == "cuda":
+    if cases[0].device.type == "cuda":
+        for case, results in zip(cases, tables, strict=True):
+            print(f"\n{case}")
             case.prepare(base)
             measure_busy(case, base, results)
-        print(f"\n{case}")
-        report(case, results)
-        if case.device.type == "cuda":
-            bound = products_bound(case, rate)
-            phi = statistics.median(results["phi, N = 50"].seconds if "phi, N = 50" in results else [math.nan])
-            print(
-                f"products of the adapted layers at the measured {rate / 1e12:.0f} TFLOP/s: {bound * 1e3:.0f} ms, "
-                f"{bound / phi:.0%} of phi's step"
-            )
+            report_busy(case, results, rate)
 
 
 if __name__ == "__main__":
