@@ -25,7 +25,7 @@ from basisadapt.training import Plan, attach, count_parameters
 RANK = 16
 MODELS = {  # as the paper calls them: our name, and the form of its tasks
     "Qwen2-0.5B": ("qwen2-0.5b", "completion"),
-    "Phi-3-8B": ("phi3-mini", "completion"),  # of the sizes printed, and no Phi-3 has 8B parameters with them
+    "Phi-3-8B": ("phi3-mini", "completion"),  # of 3.8B parameters; its width is the one that the printed counts imply
     "LLaMA3-8B": ("llama3-8b", "completion"),
     "RoBERTa-base": ("roberta-base", "text"),
 }
