@@ -251,6 +251,7 @@ def measure(case: Case, base: PreTrainedModel, only: list[str], rounds: int, ste
                     result.trainable, result.loss = step.count, run().item()
                     if case.device.type == "cuda":
                         result.peak = max(result.peak, torch.cuda.max_memory_allocated() / 2**30)
+                    del run  # a graph keeps all the memory of its step
             except (torch.OutOfMemoryError, ValueError, RuntimeError) as problem:
                 print(f"{name}: {type(problem).__name__}: {str(problem).splitlines()[0]}")
                 results[name].seconds.append(float("nan"))
@@ -265,6 +266,7 @@ def measure_busy(case: Case, base: PreTrainedModel, results: dict[str, Result]) 
                 run = captured(step) if case.graph else step
                 run()
                 result.busy = busy(run)
+                del run
 
 
 def products_bound(case: Case, rate: float) -> float:

@@ -27,6 +27,7 @@ POWER_COUNT = tl.constexpr(layout.POWER_COUNT)
 VALUES, SLOPES = tl.constexpr(layout.VALUES), tl.constexpr(layout.SLOPES)
 POWERS, SLOPE_POWERS = tl.constexpr(layout.POWERS), tl.constexpr(layout.SLOPE_POWERS)
 STEP = tl.constexpr(4)  # powers of t that are kept at once
+LANES = tl.constexpr(4)  # threads among which a product's result deals out the columns of a row, in pairs
 FEWEST = 6  # powers for which a kernel is compiled; from there in twos
 BLOCK_R = 64  # columns of B per product
 ROWS_OF_TILES = 8  # per program, which keeps its columns of A
@@ -162,6 +163,21 @@ def _form(
 
 
 @triton.jit
+def _pieces(x, HALVINGS: tl.constexpr):
+    """x cut into 2^HALVINGS pieces of LANES columns: neighbours parted first, then left halves from right ones. Every
+    thread holds as much of each, so that nothing moves."""
+    pieces = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+    for depth in tl.static_range(1, HALVINGS):
+        finer = ()
+        for i in tl.static_range(2**depth):
+            piece = pieces[i]
+            halves = tl.reshape(piece, (piece.shape[0], 2, piece.shape[1] // 2))
+            finer = finer + tl.split(tl.permute(halves, (0, 2, 1)))
+        pieces = finer
+    return pieces
+
+
+@triton.jit
 def _power_sums(sums, g0, t, COUNT: tl.constexpr):
     """sums + G t^k for k < COUNT: each a product of G t^i, i < STEP, and a power of t^STEP. Element by element: one
     fused multiply-add each, and no exchange between threads."""
@@ -214,10 +230,10 @@ def _pull_by(
     in_group = tl.arange(0, GROUP)[None, :]
     group = tl.arange(0, TERMS // GROUP)[:, None]
     moments = tl.zeros((TERMS // GROUP, GROUP), tl.float32)
-    sums = (tl.zeros((ROWS, COLUMNS), tl.float32),)
+    sums = (tl.zeros((ROWS, LANES), tl.float32),)
     for _ in tl.static_range(1, COUNT):
-        sums = sums + (tl.zeros((ROWS, COLUMNS), tl.float32),)
-    for i in range(tiles):
+        sums = sums + (tl.zeros((ROWS, LANES), tl.float32),)
+    for i in tl.range(tiles, num_stages=3):
         cols = (tl.program_id(0) * tiles + i) * COLUMNS + tl.arange(0, COLUMNS)
         inside = (rows < m)[:, None] & (cols < n)[None, :]
         place = row * n + cols[None, :]
@@ -230,7 +246,9 @@ def _pull_by(
         if ONE_BLOCK:
             grad_b = tl.dot(pulled, tl.trans(a.to(G.dtype.element_ty)), grad_b, input_precision=PRECISION)
         if COUNT:
-            sums = _power_sums(sums, gradient, t, COUNT)
+            gradients, positions = _pieces(gradient, HALVINGS), _pieces(t, HALVINGS)
+            for piece in tl.static_range(2**HALVINGS):
+                sums = _power_sums(sums, gradients[piece], positions[piece], COUNT)
         else:
             moments = _moments(moments, gradient, t, degree, group, in_group)
     if ONE_BLOCK:
@@ -296,7 +314,8 @@ class Tiling:
 
 
 # Few numbers per thread, so that many warps fit.
-FORM, PULL, COLLECT = Tiling(16, 128, 4), Tiling(64, 16, 4, registers=128), Tiling(1, 1024, 4)
+FORM, PULL, COLLECT = Tiling(16, 128, 4), Tiling(64, 32, 4, registers=128), Tiling(1, 1024, 4)
+HALVINGS = tl.constexpr((PULL.columns // LANES.value).bit_length() - 1)
 SUMS = TERMS.value + POWER_COUNT.value  # numbers that a program of `_pull` leaves
 
 
