@@ -175,8 +175,8 @@ def main() -> None:
     def direct() -> torch.Tensor:
         out = torch.empty_like(bench.weight)
         _direct_sinc[(cdiv(n, 64), cdiv(m, 64))](
-            bench.weight, out, bench.A, bench.B, transfer.alpha, transfer.omega, transfer.grid, m, n, arguments.rank, 50,
-            BM=64, BN=64, BR=max(16, 1 << (arguments.rank - 1).bit_length()),
+            bench.weight, out, bench.A, bench.B, transfer.alpha, transfer.omega, transfer.grid, m, n, arguments.rank,
+            50, BM=64, BN=64, BR=max(16, 1 << (arguments.rank - 1).bit_length()),
         )  # fmt: skip
         return out
 
