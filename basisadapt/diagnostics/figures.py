@@ -49,26 +49,27 @@ def figures(title: str, result: Mapping[str, Any]) -> dict[str, Figure]:
 
 def pictures(title: str, result: Mapping[str, Any]) -> dict[str, bytes]:
     """File name to PNG file, of the figures of a result."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    drawn = {}
     collects = gc.isenabled()
     # A figure is made of so many objects that collections would take a third of the time: there is one, at the end, of
     # what drawing has left behind alone.
     gc.disable()
     gc.freeze()
     try:
-        for name, figure in figures(title, result).items():
-            file = io.BytesIO()
-            FigureCanvasAgg(figure).print_png(file, pil_kwargs={"compress_level": 1})  # type: ignore[no-untyped-call]
-            drawn[name] = file.getvalue()
-        del figure
+        drawn = {name: _png(figure) for name, figure in figures(title, result).items()}
         gc.collect()
     finally:
         gc.unfreeze()
         if collects:
             gc.enable()
     return drawn
+
+
+def _png(figure: Figure) -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    file = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(file, pil_kwargs={"compress_level": 1})  # type: ignore[no-untyped-call]
+    return file.getvalue()
 
 
 def phi_figure(title: str, phi: Mapping[str, Curve]) -> Figure | None:

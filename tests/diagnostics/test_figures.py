@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from basisadapt.diagnostics.figures import figures
+from basisadapt.diagnostics.figures import figures, pictures
 
 PROJECTIONS = {"attention.self.query": "attention", "attention.output.dense": "attention", "output.dense": "mlp"}
 
@@ -128,6 +128,13 @@ def test_without_phi_updates_or_loss():
     for numbers in dead["modules"].values():
         numbers.update(stable_rank=0.0, spectrum=[])
     assert "spectrum.png" not in figures("dead", {**dead, "curves": {}})
+
+
+def test_what_did_not_train_has_no_pictures():
+    """A backbone as it is: no modules, no curves."""
+    plain = {"modules": {}, "phi": {}, "snapshots": [], "curves": {}, "metrics": {}, "landscape": {}}
+    assert pictures("zero-shot", plain) == {}
+    assert list(pictures("LoRA", plain_result(phi=False))) == list(figures("LoRA", plain_result(phi=False)))
 
 
 def test_one_module_outside_any_block(tmp_path):
