@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from typing import NoReturn
@@ -18,6 +19,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise InputError."""
         raise InputError(f"{message} (--help lists the options)")
+
+
+def say(text: str) -> None:
+    """Tell the user the answer. Who has read enough of it and closed the pipe, as `head` does, is not bothered."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still writes as it ends
 
 
 def complain(error: object) -> None:

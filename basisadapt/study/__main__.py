@@ -13,7 +13,7 @@ from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from basisadapt.command import BAD_INPUT, DONE, INTERRUPTED, UNSOUND, Parser, complain, masked
+from basisadapt.command import BAD_INPUT, DONE, INTERRUPTED, UNSOUND, Parser, complain, masked, say
 from basisadapt.errors import InputError, RecordError, shown
 from basisadapt.registry import load_plugin
 from basisadapt.study import spec as specs
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # What plug-ins and libraries print must not get into the document.
         with redirect_stdout(sys.stderr) if options.json else nullcontext():
             answer = _run(options, command)
-        print(json.dumps(answer.document, indent=2, allow_nan=False) if options.json else answer.text)
+        say(json.dumps(answer.document, indent=2, allow_nan=False) if options.json else answer.text)
         return answer.code
     except InputError as error:
         if "--debug" in arguments:

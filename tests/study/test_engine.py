@@ -398,6 +398,16 @@ def test_passwords_are_shown_nowhere(home, fake, study, monkeypatch, runs):
     assert "s3cret" not in str(parent.data)
 
 
+def test_a_reader_that_has_seen_enough_is_no_error():
+    """python -m basisadapt.study --list | head"""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "basisadapt.study", "--list"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("option", ["--help", "--list"])
 def test_help_and_list_do_without_torch(option):
     program = (

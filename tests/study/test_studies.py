@@ -132,17 +132,29 @@ def test_presets(name):
     assert {cell.seed for cell in quick.cells} == ({7} if name == "learning_rate" else {42, 123, 456})
 
 
+# What a preset runs on where it is not the four tasks.
+ON_A_GPU = {
+    "ablate_formulation": {"glue/cola", "glue/rte"},
+    "ablate_scale": {"glue/rte", "glue/mrpc"},
+    "commonsense": {"commonsense/all"},
+    "glue": {"glue/cola", "glue/rte", "glue/mrpc", "glue/stsb", "glue/sst2", "glue/qnli"},
+}
+
+
 @pytest.mark.parametrize("name", [name for name in list_studies() if "gpu" in read_spec(name).presets])
-def test_the_preset_for_a_gpu_runs_the_rows_on_tasks_of_glue(name):
+def test_the_preset_for_a_gpu_runs_the_rows_on_real_tasks(name):
     """Every row on every task, with one schedule; the published table stands beside the means over the tasks."""
     spec = read_spec(name)
     quick, gpu = resolve(spec), resolve(spec, preset="gpu")
-    chosen = {"glue/cola", "glue/rte"} | ({"glue/mrpc", "glue/stsb"} if name != "ablate_formulation" else set())
-    if name == "glue":
-        chosen |= {"glue/sst2", "glue/qnli"}
+    chosen = ON_A_GPU.get(name, {"glue/cola", "glue/rte", "glue/mrpc", "glue/stsb"})
     assert {cell.config.task for cell in gpu.cells} == chosen
-    assert {cell.config.train.max_steps for cell in gpu.cells} == {800}
-    assert name == "ablate_robustness" or {cell.config.train.batch_size for cell in gpu.cells} == {32}
+    assert {cell.config.train.max_steps for cell in gpu.cells} == {500 if name == "commonsense" else 800}
+    batch = 16 if name == "commonsense" else 32
+    assert name == "ablate_robustness" or {cell.config.train.batch_size for cell in gpu.cells} == {batch}
+    if name == "ablate_scale":  # which has another backbone beside that of the quick preset
+        assert {cell.config.backbone for cell in gpu.cells} == {"minilm", "smollm2-135m"}
+        assert len(gpu.rows) == len(chosen) * 2 * len(quick.rows)
+        return
     if name != "glue":
         assert [row.name for row in gpu.rows[:: len(chosen)]] == [row.label for row in quick.rows]
         assert [row.published for row in gpu.rows[:: len(chosen)]] == [row.published for row in quick.rows]
