@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from basisadapt.study.report import Found
     from basisadapt.study.table import Line, Table
 
-NEAR = 0.3  # decades, within which two labels may meet
+NEAR = 0.12  # of a panel's width, within which two labels may meet
 
 
 def comparison_figure(table: Table) -> Figure:
@@ -53,39 +53,63 @@ def _compare(axes: Axes, lines: Sequence[Line], names: Sequence[str], scale: flo
 
 
 def against_figure(table: Table) -> Figure:
-    """The headline metric against each of the metrics that the study is read `against`, by logarithm: a point a row."""
+    """The headline metric against each of the metrics that the study is read `against`, by logarithm: a point a row.
+
+    Of several tasks, a point is the mean over them of a row that has all; its seeds' deviations are not shown then.
+    """
     from matplotlib.figure import Figure
 
     scale, metrics = 100 if table.percent else 1, table.study.spec.against
+    tasks = len({line.task for line in table.lines})
     figure = Figure(figsize=(1 + 5.5 * len(metrics), 5), layout="constrained")
     for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
         points = []
-        for line in table.lines:
-            x, values = line.mean_of(metric), [value * scale for value in line.values.values()]
-            centre, spread = statistics.mean(values), statistics.std(values)
-            if x is not None and x > 0 and centre is not None:
-                axes.errorbar(x, centre, yerr=spread, fmt="o", color="C1" if line.row.is_reference else "C0", capsize=3)
-                points.append((centre, x, line.label))
+        for name in dict.fromkeys(line.name for line in table.lines):
+            lines = [line for line in table.lines if line.name == name]
+            costs, scores = _all_of(lines, metric), _all_of(lines, None)
+            if not costs or not scores or min(costs) <= 0:
+                continue
+            x, y = math.fsum(costs) / len(costs), math.fsum(scores) / len(scores)
+            spread = statistics.std([value * scale for value in lines[0].values.values()]) if tasks == 1 else None
+            colour = "C1" if lines[0].row.is_reference else "C0"
+            axes.errorbar(x, y * scale, yerr=spread, fmt="o", color=colour, capsize=3)
+            points.append((y * scale, x, name))
         axes.set_xscale("log")
         axes.margins(x=0.2)
         _label(axes, points)
         axes.set_xlabel(metric)
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel(f"{table.headline}{', %' if table.percent else ''} (mean ± std over seeds)")
+    over = "mean ± std over seeds" if tasks == 1 else f"mean over {tasks} tasks"
+    figure.axes[0].set_ylabel(f"{table.headline}{', %' if table.percent else ''} ({over})")
     figure.suptitle(table.study.spec.title)
     return figure
 
 
+def _all_of(lines: Sequence[Line], metric: str | None) -> list[float]:
+    """The mean of every line; empty where one has none."""
+    means = [line.mean_of(metric) for line in lines]
+    return [] if None in means else [mean for mean in means if mean is not None]
+
+
 def _label(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
-    """The name of every point (y, x, name) beside it, the upper of two that would lie on each other moved up."""
-    low, high = axes.get_ylim()
-    line = (high - low) / 35
-    placed: list[tuple[float, float]] = []
-    for y, x, name in sorted(points):
-        near = [there for there, at in placed if abs(math.log10(x / at)) < NEAR]
-        place = max([y, *(there + line for there in near)])
-        placed.append((place, x))
-        axes.annotate(name, (x, place), (6, 0), textcoords="offset points", fontsize=7, va="center")
+    """The name of every point (y, x, name) beside it; of those that would lie on each other the upper are moved up, and
+    down again where they would leave the panel."""
+    (low, high), (left, right) = axes.get_ylim(), axes.get_xlim()
+    line, width = (high - low) / 35, math.log10(right / left)
+
+    def meets(one: int, other: int) -> bool:
+        return abs(math.log10(points[one][1] / points[other][1])) < NEAR * width
+
+    points = sorted(points)
+    places: list[float] = []
+    for n, (y, _, _) in enumerate(points):
+        places.append(max([y, *(places[k] + line for k in range(n) if meets(k, n))]))
+    for n in reversed(range(len(points))):
+        above = [places[k] - line for k in range(n + 1, len(points)) if meets(k, n)]
+        places[n] = min([places[n], high - line, *above])
+    way = {"arrowstyle": "-", "color": "0.7", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
+    for (y, x, name), place in zip(points, places, strict=True):
+        axes.annotate(name, (x, y), (x * 10 ** (0.02 * width), place), fontsize=7, va="center", arrowprops=way)
 
 
 def search_figure(found: Found, headline: str) -> Figure:

@@ -261,6 +261,20 @@ def test_a_study_may_be_drawn_against_what_rows_cost(folder):
     assert "against.png" not in report_files(reported(resolve(read_spec("tiny.yaml")), SOUND), no_pictures)
 
 
+def test_over_several_tasks_it_is_drawn_against_the_means_of_those_that_have_all(folder):
+    path = folder / "tiny.yaml"
+    text = path.read_text().replace("sweep: {", "sweep: {task: [docstrings, glue/cola], ")
+    path.write_text(text + "against: [parameters.trainable]\n")
+    study = resolve(read_spec("tiny.yaml"))
+    scores = {"docstrings, sinc": 0.5, "glue/cola, sinc": 0.7, "LoRA, docstrings": 0.4, "LoRA, glue/cola": 0.5}
+    there = [cell for cell in study.cells if cell.row != "glue/cola, fourier"]
+    known = {cell.key: outcome(cell, scores.get(cell.row, 0.6)) for cell in there}
+    (axes,) = figures.against_figure(build_table(study, known)).axes
+    assert axes.get_ylabel().endswith("(mean over 2 tasks)")
+    assert {text.get_text() for text in axes.texts} == {"LoRA", "sinc"}
+    assert sorted(drawn.lines[0].get_ydata().item() for drawn in axes.containers) == pytest.approx([45.0, 60.0])
+
+
 def test_data_that_changed_between_cells_and_splits_are_said(two_bases):
     found = outcomes(two_bases, SOUND)
     for number, cell in enumerate(two_bases.cells):
