@@ -125,10 +125,17 @@ def _parser() -> argparse.ArgumentParser:
         "--search",
         choices=SAMPLERS,
         help="search instead of running the grid: over the ranges in the study's `search`, or else over its axes and "
-        "every setting with a declared range. A trial is run with every seed and its value is their mean; the first "
-        "seed drives the sampler",
+        "every setting with a declared range. A trial is run on every task with every seed and its value is the mean; "
+        "the first seed drives the sampler",
     )
     parser.add_argument("--trials", type=int, metavar="T", help="trials of the search, finished ones included")
+    parser.add_argument(
+        "--at-once",
+        type=int,
+        metavar="K",
+        help="propose K trials together (1), so that their cells can run at once; the sampler learns of all K when all "
+        "have ended",
+    )
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where the tasks' data lie")
     parser.add_argument(
         "--output",
@@ -235,6 +242,8 @@ def _check_together(options: argparse.Namespace) -> None:
         raise InputError("give the NAME of a study or --report NAME (--list lists the studies)")
     if (options.search is None) != (options.trials is None):
         raise InputError("--search and --trials go together, such as --search tpe --trials 30")
+    if options.search is None and options.at_once is not None:
+        raise InputError("--at-once goes with --search")
     if options.ray is None and (options.cpus_per_cell is not None or options.gpus_per_cell is not None):
         raise InputError("--cpus-per-cell and --gpus-per-cell go with --ray")
     if options.ray is not None and options.workers is not None:
@@ -298,6 +307,7 @@ def _search(study_spec: specs.StudySpec, options: argparse.Namespace) -> Search:
         seeds=_seeds(options.seeds),
         sampler=options.search,
         trials=options.trials,
+        at_once=1 if options.at_once is None else options.at_once,
     )
 
 

@@ -20,7 +20,7 @@ from basisadapt.study.owner import Owner
 from basisadapt.study.record import Outcome, Record
 from basisadapt.study.report import Found, Report, Tried, make_report
 from basisadapt.study.space import Space, distribution, edges, search_space
-from basisadapt.study.spec import Beside, StudySpec
+from basisadapt.study.spec import SWEEP, Beside, StudySpec
 from basisadapt.study.table import build_table
 from basisadapt.study.trials import is_orphan, open_study
 
@@ -30,13 +30,15 @@ if TYPE_CHECKING:
 
 SHOWN = 5  # trials in the table beside the reference
 ENOUGH = 10  # finished trials, before importances are estimated from them
+TASKS = f"{SWEEP}task"
 
 
 @dataclass(frozen=True)
 class Search:
     """What is searched: a study under a preset and changes, by `sampler`, until `trials` trials have ended.
 
-    A trial is a configuration, run with every seed; its value is the mean. The first seed drives the sampler.
+    A trial is a configuration, run on every task of the study with every seed; its value is the mean. The first seed
+    drives the sampler. at_once: trials that are proposed together, before any of them has ended.
     """
 
     spec: StudySpec
@@ -45,21 +47,25 @@ class Search:
     seeds: Sequence[int] | None
     sampler: str
     trials: int
+    at_once: int = 1
 
     def __post_init__(self) -> None:
         if self.trials < 1:
             raise InputError(f"--trials must be at least 1, got {self.trials}")
+        if self.at_once < 1:
+            raise InputError(f"--at-once must be at least 1, got {self.at_once}")
 
-    def row(self, label: str, settings: Mapping[str, Any]) -> Row:
-        """The row of a trial: the study's base with `settings` over it. Raises InputError."""
+    def rows(self, label: str, settings: Mapping[str, Any]) -> tuple[Row, ...]:
+        """The rows of a trial, one a task: the study's base with `settings` over it. Raises InputError."""
+        tasks = {TASKS: self.spec.sweep["task"]} if "task" in self.spec.sweep else {}
         presets = {
-            name: {key: value for key, value in overrides.items() if not key.startswith("sweep")}
-            for name, overrides in self.spec.presets.items()
+            name: {**tasks, **{key: value for key, value in overrides.items() if _stays(key)}}
+            for name, overrides in {"quick": {}, **self.spec.presets}.items()
         }
         alone = Beside(label=label, set=dict(settings))
         spec = dataclasses.replace(self.spec, sweep={}, beside=(alone,), reference=None, presets=presets)
-        changes = [change for change in self.changes if not change.startswith("sweep.")]
-        return resolve(spec, preset=self.preset, changes=changes, seeds=self.seeds).rows[0]
+        changes = [change for change in self.changes if _stays(change.partition("=")[0])]
+        return resolve(spec, preset=self.preset, changes=changes, seeds=self.seeds).rows
 
     def reference(self) -> list[Row]:
         """The rows that the trials are compared with, if the study has any."""
@@ -68,13 +74,19 @@ class Search:
 
     def space(self) -> Space:
         """Where it looks."""
-        axes = split_changes(self.changes).sweep
-        return search_space(self.spec, {**self.spec.sweep, **axes}, self.row("base", {}).cells[0].config)
+        axes = {**self.spec.sweep, **split_changes(self.changes).sweep}
+        axes.pop("task", None)
+        return search_space(self.spec, axes, self.rows("base", {})[0].cells[0].config)
 
     def study(self, rows: Sequence[Row]) -> Study:
         """The given rows as a study, whose table has no published one beside it."""
         title = f"{self.spec.title}: search"
         return Study(dataclasses.replace(self.spec, title=title, answers=None, claims=()), tuple(rows))
+
+
+def _stays(key: str) -> bool:
+    """Whether a preset or a change has a say in what a trial is: of the axes, the tasks alone."""
+    return key == TASKS or not key.startswith(SWEEP)
 
 
 def run_search(search: Search, place: Place, tags: Mapping[str, str], executor: Executor) -> Report:
@@ -83,7 +95,8 @@ def run_search(search: Search, place: Place, tags: Mapping[str, str], executor: 
     Raises InputError before anything is recorded, and KeyboardInterrupt once what was interrupted is closed.
     """
     check_place(place)
-    rows = [search.row(f"{key}={value}", {key: value}) for edge in edges(search.space()) for key, value in edge.items()]
+    ends = [(f"{key}={value}", {key: value}) for edge in edges(search.space()) for key, value in edge.items()]
+    rows = [row for label, settings in ends for row in search.rows(label, settings)]
     plan_cells([row.cells[0] for row in [*rows, *search.reference()]], place.data_dir)
     executor.prepare()
     with Invocation(search.spec, place, tags, executor) as invocation:
@@ -111,7 +124,7 @@ def read_search(search: Search, place: Place) -> Report:
 
 def _report(search: Search, hunt: Hunt, outcomes: Mapping[str, Outcome]) -> Report:
     found = hunt.found()
-    best = [search.row(trial.label, trial.params) for trial in found.ranked[:SHOWN]]
+    best = [row for trial in found.ranked[:SHOWN] for row in search.rows(trial.label, trial.params)]
     return make_report(build_table(search.study([*best, *search.reference()]), outcomes), found)
 
 
@@ -125,9 +138,10 @@ class Hunt:
 
     def __init__(self, storage: str, search: Search) -> None:
         self._search, self._space = search, search.space()
-        base = search.row("base", {})
-        self._seeds = tuple(cell.seed for cell in base.cells)
-        same = [base.cells[0].key, self._seeds, {key: str(where) for key, where in self._space.items()}, search.sampler]
+        base = search.rows("base", {})
+        self._seeds = tuple(cell.seed for cell in base[0].cells)
+        keys = [row.cells[0].key for row in base]
+        same = [keys, self._seeds, {key: str(where) for key, where in self._space.items()}, search.sampler]
         digest = hashlib.sha256(json.dumps(same).encode()).hexdigest()[:8]
         self._study = open_study(storage, f"{search.spec.name} search {digest}")
 
@@ -146,26 +160,37 @@ class Hunt:
                 self._study.tell(trial.number, state=TrialState.FAIL)
 
     def step(self, invocation: Invocation) -> None:
-        """One trial: ask, run its cells, tell."""
-        number = len(self.ended) + 1
+        """The next trials: ask, run their cells, tell."""
+        first = len(self.ended) + 1
+        last = min(first + self._search.at_once - 1, self._search.trials)
+        asked: dict[int, Trial] = {}
+        try:
+            for number in range(first, last + 1):
+                asked[number] = self._ask(number)
+            rows = {n: self._search.rows(f"trial {n}", trial.params) for n, trial in asked.items()}
+            for number, trial in asked.items():
+                trial.set_user_attr("cells", [cell.key for row in rows[number] for cell in row.cells])
+            outcomes = invocation.run(self._search.study([row for same in rows.values() for row in same]))
+        except BaseException:
+            for trial in asked.values():
+                self._tell(trial, "killed", None)
+            raise
+        for number, trial in asked.items():
+            ended = [outcomes[cell.key] for row in rows[number] for cell in row.cells]
+            states = [outcome.status for outcome in ended]
+            status = next((state for state in ("failed", "diverged", "killed") if state in states), "finished")
+            values = [outcome.value for outcome in ended if outcome.value is not None]
+            value = statistics.mean(values) if status == "finished" else None
+            self._tell(trial, status, value)
+            shown = status if value is None else f"{value:.4f}"
+            print(f"trial {number} of {self._search.trials}: {shown}", file=sys.stderr, flush=True)
+
+    def _ask(self, number: int) -> Trial:
         self._study.sampler = self._sampler(number)
         trial = self._study.ask({key: distribution(key, where) for key, where in self._space.items()})
         for name, value in {"owner": str(Owner.me()), "number": number, "status": "killed"}.items():
             trial.set_user_attr(name, value)  # "killed" until it is known better
-        try:
-            row = self._search.row(f"trial {number}", trial.params)
-            trial.set_user_attr("cells", [cell.key for cell in row.cells])
-            outcomes = invocation.run(self._search.study([row]))
-        except BaseException:
-            self._tell(trial, "killed", None)
-            raise
-        states = [outcomes[cell.key].status for cell in row.cells]
-        status = next((state for state in ("failed", "diverged", "killed") if state in states), "finished")
-        values = [outcomes[cell.key].value for cell in row.cells]
-        value = statistics.mean([value for value in values if value is not None]) if status == "finished" else None
-        self._tell(trial, status, value)
-        shown = status if value is None else f"{value:.4f}"
-        print(f"trial {number} of {self._search.trials}: {shown}", file=sys.stderr, flush=True)
+        return trial
 
     def _tell(self, trial: Trial, status: str, value: float | None) -> None:
         from optuna.trial import TrialState
@@ -179,7 +204,9 @@ class Hunt:
         from optuna.samplers import RandomSampler, TPESampler
 
         seed = random.Random(f"{self._seeds[0]} {number}").getrandbits(32)
-        return TPESampler(seed=seed) if self._search.sampler == "tpe" else RandomSampler(seed=seed)
+        if self._search.sampler == "random":
+            return RandomSampler(seed=seed)
+        return TPESampler(seed=seed, constant_liar=self._search.at_once > 1)  # which keeps off what is under way
 
     def found(self) -> Found:
         """What there is so far."""

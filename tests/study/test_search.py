@@ -108,6 +108,63 @@ def test_an_interrupted_search_goes_on_as_if_it_had_not_been(
     assert resumed.split("\nRecorded")[0] == whole.split("\nRecorded")[0]
 
 
+def test_trials_of_a_batch_run_at_once_and_differ(searched, fake, study):
+    fake.score = hill
+    arguments = ["tiny.yaml", "--search", "tpe", "--trials", "14", "--seeds", "1", "--at-once", "4"]
+    code, whole, err = study(*arguments)
+    assert code == 0
+    assert len(fake.ran) == 1 + 14
+    assert [f"trial {n} of 14" in err for n in range(1, 15)] == [True] * 14
+    trials = optuna_trials(searched)
+    assert len({trial.params["adapter.gain"] for trial in trials}) == 14
+    begun, ended = ([getattr(trial, at) for trial in trials] for at in ("datetime_start", "datetime_complete"))
+    for first in (0, 4, 8, 12):  # a batch is asked before any of it ends, and told before the next is asked
+        assert max(begun[first : first + 4]) < min(ended[first : first + 4])
+        assert all(max(ended[first : first + 4]) < later for later in begun[first + 4 :])
+    assert study(*arguments)[1].split("\nRecorded")[0] == whole.split("\nRecorded")[0]
+
+
+def test_a_batch_that_was_interrupted_is_proposed_again(searched, fake, study):
+    arguments = ["tiny.yaml", "--search", "random", "--trials", "6", "--seeds", "1", "--at-once", "3"]
+
+    def interrupted(config):
+        if len(fake.ran) == 1 + 5:  # in the second batch
+            raise KeyboardInterrupt
+        return hill(config)
+
+    fake.score = interrupted
+    assert study(*arguments)[0] == 130
+    fake.score = hill
+    assert study(*arguments)[0] == 0
+    states = [trial.state.name for trial in optuna_trials(searched)]
+    assert states == ["COMPLETE"] * 3 + ["FAIL"] * 3 + ["COMPLETE"] * 3
+    killed, again = (optuna_trials(searched)[at : at + 3] for at in (3, 6))
+    assert [trial.params for trial in killed] == [trial.params for trial in again]
+    assert len(fake.ran) == 1 + 6 + 1  # the interrupted cell alone is run twice
+
+
+def test_a_trial_is_run_on_every_task_of_the_study(searched, fake, study):
+    path = searched / "tiny.yaml"
+    path.write_text(path.read_text().replace("sweep: {", "sweep: {task: [docstrings, glue/cola], "))
+    ran = []
+
+    def score(config):
+        ran.append(config)
+        return hill(config) - (0.1 if config.task == "glue/cola" else 0.0)
+
+    fake.score = score
+    code, out, _ = study("tiny.yaml", "--search", "random", "--trials", "2", "--seeds", "1", "--at-once", "2")
+    assert code == 0
+    assert [config.task for config in ran] == ["docstrings", "glue/cola"] * 3  # LoRA's, then the trials'
+    for trial in optuna_trials(searched):
+        cells = [config for config in ran if getattr(config.adapter, "gain", None) == trial.params["adapter.gain"]]
+        assert trial.value == pytest.approx(hill(cells[0]) - 0.05)
+    assert "Over all tasks" in out
+    assert "task" not in study("tiny.yaml", "--search", "random", "--trials", "2", "--dry-run")[1]
+    alone = search_of(changes=["sweep.task=glue/cola", "sweep.basis=sinc"])
+    assert [row.task for row in alone.rows("alone", {})] == ["glue/cola"]
+
+
 def test_cells_that_the_grid_has_run_are_not_run_again(searched, fake, study):
     (searched / "tiny.yaml").write_text((searched / "tiny.yaml").read_text().partition("\nsearch:")[0])
     study("tiny.yaml", "--seeds", "1")
@@ -206,7 +263,7 @@ def test_every_declared_range_can_be_run(folder):
 
     search = search_of()
     for settings in edges(search.space()):
-        assert search.row("end", settings).cells
+        assert search.rows("end", settings)[0].cells
 
 
 def test_optunas_distributions():
@@ -259,6 +316,8 @@ def test_a_bad_space_is_one_line_and_leaves_nothing(folder, fake, study, text, m
         (["--search", "grid", "--trials", "3"], "invalid choice: 'grid'"),
         (["--search", "tpe", "--trials", "0"], "--trials must be at least 1, got 0"),
         (["--search", "tpe", "--trials", "many"], "invalid int value: 'many'"),
+        (["--search", "tpe", "--trials", "3", "--at-once", "0"], "--at-once must be at least 1, got 0"),
+        (["--at-once", "3"], "--at-once goes with --search"),
     ],
 )
 def test_bad_options_of_a_search(folder, fake, study, arguments, message):
