@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from basisadapt.study.tuning import Tuning
 
 SAMPLERS = ("tpe", "random")
-COMPARED = 100  # runs that fit into an address, and onto the page of MLflow that it leads to
 EXAMPLES = """\
 Examples:
   python -m basisadapt.study ablate_basis
@@ -375,8 +374,8 @@ def _report(report: Report, place: Place) -> Answer:
         lines.append(f"  mlflow ui --backend-store-uri {masked(shlex.quote(place.tracking_uri))}")
     record = Record(place.tracking_uri, table.study.spec.name)
     lines.append(f"  {server}/#/experiments/{record.experiment_id}/runs  all runs, by invocation")
-    if len(table.run_ids) <= COMPARED:
-        lines.append(f"  {server}{record.compare_path(table.run_ids)}  the cells above, compared")
+    if compared := record.compare_path(table.run_ids):
+        lines.append(f"  {server}{compared}  the cells above, compared")
     if place.output is not None:
         lines.append(f"Written to {place.output}")
     document = report_document(report, place.tracking_uri)

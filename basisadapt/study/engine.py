@@ -178,8 +178,9 @@ class Invocation:
         """Keep the report, in the parent run and in the output folder."""
         files = report_files(report, self._record.pictures)
         # A long table may be cut off at MLflow's limit: the link comes first.
-        note = f"Compare its runs: `{self._record.compare_path(report.table.run_ids)}`\n\n{files['table.md']}"
-        self._record.end(self._parent, note, files)
+        compared = self._record.compare_path(report.table.run_ids)
+        link = f"Compare its runs: `{compared}`\n\n" if compared else ""
+        self._record.end(self._parent, f"{link}{files['table.md']}", files)
         if self._place.output is not None:
             _write(files, self._place.output)
 

@@ -47,6 +47,7 @@ ACCUMULATE = "basisadapt.accumulate"  # how many smaller batches made up a batch
 BEAT, SILENCE = 20.0, 180.0  # seconds between two signs of life, and without one until a driver elsewhere is dead
 TEXT_LIMIT = 5000  # below every limit that MLflow sets for tags, parameters and notes
 FEW = 20  # cells whose runs are sooner read one by one than in the whole record
+COMPARED = 100  # runs that fit into an address, and onto the page that it leads to
 METRICS, PARAMETERS = 900, 90  # in one call, likewise
 
 
@@ -310,8 +311,10 @@ class Record:
                 return {}
             return {name: Path(path).read_bytes() for name, path in paths.items()}
 
-    def compare_path(self, run_ids: Iterable[str]) -> str:
-        """The page of MLflow's UI that compares these runs, from the root of its address."""
+    def compare_path(self, run_ids: Sequence[str]) -> str | None:
+        """The page of MLflow's UI that compares these runs, from the root of its address; None of too many for one."""
+        if len(run_ids) > COMPARED:
+            return None
         lists = {"runs": list(run_ids), "experiments": [self.experiment_id]}
         query = {name: json.dumps(ids, separators=(",", ":")) for name, ids in lists.items()}
         return f"/#/compare-runs?{urllib.parse.urlencode(query, safe='[],')}"

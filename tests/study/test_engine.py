@@ -398,6 +398,16 @@ def test_passwords_are_shown_nowhere(home, fake, study, monkeypatch, runs):
     assert "s3cret" not in str(parent.data)
 
 
+def test_too_many_runs_for_an_address_have_no_link(home, fake, study, runs, monkeypatch):
+    monkeypatch.setattr("basisadapt.study.record.COMPARED", 8)
+    code, out, _ = study("tiny.yaml")
+    assert code == 0
+    assert "all runs, by invocation" in out
+    assert "compare-runs" not in out
+    (parent,) = runs(parents=True)
+    assert parent.data.tags["mlflow.note.content"].startswith("**")
+
+
 def test_a_reader_that_has_seen_enough_is_no_error():
     """python -m basisadapt.study --list | head"""
     read, write = os.pipe()
