@@ -31,7 +31,8 @@ LANES = tl.constexpr(4)  # threads among which a product's result deals out the 
 FEWEST = 6  # powers for which a kernel is compiled; from there in twos
 BLOCK_R = 64  # columns of B per product
 ROWS_OF_TILES = 8  # per program, which keeps its columns of A
-ENOUGH_PROGRAMS, ENOUGH_PULLS = 2048, 1600
+ENOUGH_PROGRAMS = 2048
+REGISTERS = 2**16  # of a multiprocessor
 
 
 @triton.jit
@@ -163,16 +164,17 @@ def _form(
 
 
 @triton.jit
-def _pieces(x, HALVINGS: tl.constexpr):
-    """x cut into 2^HALVINGS pieces of LANES columns: neighbours parted first, then left halves from right ones. Every
-    thread holds as much of each, so that nothing moves."""
-    pieces = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+def _pieces(g, t, HALVINGS: tl.constexpr):
+    """g and t, side by side, cut into 2^HALVINGS pieces of LANES columns: neighbours parted first, then left halves
+    from right ones. Every thread holds as much of each, so that nothing moves."""
+    both = tl.join(g, t)
+    pieces = tl.split(tl.permute(tl.reshape(both, (both.shape[0], both.shape[1] // 2, 2, 2)), (0, 1, 3, 2)))
     for depth in tl.static_range(1, HALVINGS):
         finer = ()
         for i in tl.static_range(2**depth):
             piece = pieces[i]
-            halves = tl.reshape(piece, (piece.shape[0], 2, piece.shape[1] // 2))
-            finer = finer + tl.split(tl.permute(halves, (0, 2, 1)))
+            halves = tl.reshape(piece, (piece.shape[0], 2, piece.shape[1] // 2, 2))
+            finer = finer + tl.split(tl.permute(halves, (0, 2, 3, 1)))
         pieces = finer
     return pieces
 
@@ -216,46 +218,51 @@ def _moments(moments, gradient, t, degree, group, in_group):
 
 @triton.jit
 def _pull_by(
-    COUNT: tl.constexpr, G, A, B, SERIES, SCRATCH, m, n, r, tiles, programs, ROWS: tl.constexpr,
+    COUNT: tl.constexpr, G, A, B, SERIES, SCRATCH, m, n, r, tiles, each, programs, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, BR: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """By COUNT powers of t; 0: by recurrences."""
     degree = tl.load(SERIES).to(tl.int32)
     scale = tl.load(SERIES + 1)
     slopes = _coefficients(SERIES + SLOPE_POWERS, COUNT)
-    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    row = rows[:, None].to(tl.int64)
-    b = _halves(_rows_of(B, rows, m, r, 0, BR) * scale, PRECISION)
-    grad_b = tl.zeros((ROWS, BR), tl.float32)
     in_group = tl.arange(0, GROUP)[None, :]
     group = tl.arange(0, TERMS // GROUP)[:, None]
     moments = tl.zeros((TERMS // GROUP, GROUP), tl.float32)
     sums = (tl.zeros((ROWS, LANES), tl.float32),)
     for _ in tl.static_range(1, COUNT):
         sums = sums + (tl.zeros((ROWS, LANES), tl.float32),)
-    for i in tl.range(tiles, num_stages=3):
-        cols = (tl.program_id(0) * tiles + i) * COLUMNS + tl.arange(0, COLUMNS)
-        inside = (rows < m)[:, None] & (cols < n)[None, :]
-        place = row * n + cols[None, :]
-        gradient = tl.load(G + place, mask=inside, other=0.0).to(tl.float32)
-        a = _columns_of(A, cols, n, r, 0, BR)
-        t = _factor_product(A, B, _halves(a, PRECISION), b, rows, cols, m, n, r, scale, BR, ONE_BLOCK, PRECISION)
-        slope = _horner(t, slopes, COUNT) if COUNT else _clenshaw(t, SERIES + SLOPES, degree)
-        pulled = (gradient * slope).to(G.dtype.element_ty)
-        tl.store(G + place, pulled, mask=inside)
+    program = tl.program_id(0)
+    first = program * each
+    end = tl.minimum(first + each, tl.cdiv(m, ROWS) * tiles)
+    for block in range(first // tiles, tl.cdiv(end, tiles)):
+        rows = block * ROWS + tl.arange(0, ROWS)
+        row = rows[:, None].to(tl.int64)
+        b = _halves(_rows_of(B, rows, m, r, 0, BR) * scale, PRECISION)
+        grad_b = tl.zeros((ROWS, BR), tl.float32)
+        for i in tl.range(tl.maximum(first, block * tiles), tl.minimum(end, (block + 1) * tiles), num_stages=3):
+            cols = (i - block * tiles) * COLUMNS + tl.arange(0, COLUMNS)
+            inside = (rows < m)[:, None] & (cols < n)[None, :]
+            place = row * n + cols[None, :]
+            gradient = tl.load(G + place, mask=inside, other=0.0).to(tl.float32)
+            a = _columns_of(A, cols, n, r, 0, BR)
+            t = _factor_product(A, B, _halves(a, PRECISION), b, rows, cols, m, n, r, scale, BR, ONE_BLOCK, PRECISION)
+            slope = _horner(t, slopes, COUNT) if COUNT else _clenshaw(t, SERIES + SLOPES, degree)
+            pulled = (gradient * slope).to(G.dtype.element_ty)
+            tl.store(G + place, pulled, mask=inside)
+            if ONE_BLOCK:
+                grad_b = tl.dot(pulled, tl.trans(a.to(G.dtype.element_ty)), grad_b, input_precision=PRECISION)
+            if COUNT:
+                pieces = _pieces(gradient, t, HALVINGS)
+                for piece in tl.static_range(2**HALVINGS):
+                    g, position = tl.split(pieces[piece])
+                    sums = _power_sums(sums, g, position, COUNT)
+            else:
+                moments = _moments(moments, gradient, t, degree, group, in_group)
         if ONE_BLOCK:
-            grad_b = tl.dot(pulled, tl.trans(a.to(G.dtype.element_ty)), grad_b, input_precision=PRECISION)
-        if COUNT:
-            gradients, positions = _pieces(gradient, HALVINGS), _pieces(t, HALVINGS)
-            for piece in tl.static_range(2**HALVINGS):
-                sums = _power_sums(sums, gradients[piece], positions[piece], COUNT)
-        else:
-            moments = _moments(moments, gradient, t, degree, group, in_group)
-    if ONE_BLOCK:
-        k = tl.arange(0, BR)[None, :]
-        parts = SCRATCH + (TERMS + POWER_COUNT) * programs
-        tl.store(parts + (tl.program_id(0) * m + row) * r + k, grad_b, mask=(rows < m)[:, None] & (k < r))
-    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+            k = tl.arange(0, BR)[None, :]
+            part = program - block * tiles // each
+            parts = SCRATCH + (TERMS + POWER_COUNT) * programs
+            tl.store(parts + (part.to(tl.int64) * m + row) * r + k, grad_b, mask=(rows < m)[:, None] & (k < r))
     if COUNT:
         for d in tl.static_range(COUNT):
             tl.store(SCRATCH + (TERMS + d) * programs + program, tl.sum(tl.sum(sums[d], 1), 0))
@@ -263,26 +270,29 @@ def _pull_by(
         tl.store(SCRATCH + (group * GROUP + in_group) * programs + program, moments)
 
 
-@triton.jit(do_not_specialize=["tiles", "programs"])
+@triton.jit(do_not_specialize=["tiles", "each", "programs"])
 def _pull(
-    G, A, B, SERIES, SCRATCH, m, n, r, tiles, programs, COUNT: tl.constexpr, ROWS: tl.constexpr,
+    G, A, B, SERIES, SCRATCH, m, n, r, tiles, each, programs, COUNT: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, BR: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """On a block of rows and some columns: G becomes G F'(z); the scratch receives the sums Σ G T_d(t) or, behind
-    them, Σ G t^k, and, where r fits into one block, the part of dB = (G F'(z)) Aᵀ."""
+    """On `each` of the tiles, counted row by row, `tiles` to a row: G becomes G F'(z); the scratch receives the sums
+    Σ G T_d(t) or, behind them, Σ G t^k, and, where r fits into one block, the parts of dB = (G F'(z)) Aᵀ."""
     if tl.load(SERIES).to(tl.int32) <= COUNT:
         _pull_by(
-            COUNT, G, A, B, SERIES, SCRATCH, m, n, r, tiles, programs, ROWS, COLUMNS, BR, ONE_BLOCK, PRECISION
+            COUNT, G, A, B, SERIES, SCRATCH, m, n, r, tiles, each, programs, ROWS, COLUMNS, BR, ONE_BLOCK, PRECISION
         )  # fmt: skip
     else:
         _pull_by(
-            0, G, A, B, SERIES, SCRATCH, m, n, r, tiles, programs, ROWS, COLUMNS, BR, ONE_BLOCK, PRECISION
+            0, G, A, B, SERIES, SCRATCH, m, n, r, tiles, each, programs, ROWS, COLUMNS, BR, ONE_BLOCK, PRECISION
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["size", "programs", "parts"])
-def _collect(SERIES, SCRATCH, MOMENTS, GRAD_B, size, programs, parts, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """Adds up what the programs of `_pull` have left, in a fixed order; size: of dB."""
+@triton.jit(do_not_specialize=["size", "tiles", "each", "programs", "parts"])
+def _collect(
+    SERIES, SCRATCH, MOMENTS, GRAD_B, size, tiles, each, programs, parts, COUNT: tl.constexpr, SHARE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Adds up what the programs of `_pull` have left, in a fixed order; size: of dB, SHARE: of a row of tiles in it."""
     index = tl.program_id(0)
     if index < TERMS + POWER_COUNT:
         degree = tl.load(SERIES).to(tl.int32)
@@ -296,10 +306,13 @@ def _collect(SERIES, SCRATCH, MOMENTS, GRAD_B, size, programs, parts, COUNT: tl.
         tl.store(MOMENTS + index, tl.sum(total, 0))
     else:
         place = (index - TERMS - POWER_COUNT) * BLOCK + tl.arange(0, BLOCK)
+        block = place // SHARE
+        of_block = ((block + 1) * tiles - 1) // each - block * tiles // each
+        source = SCRATCH + (TERMS + POWER_COUNT) * programs + place
         summed = tl.zeros((BLOCK,), tl.float32)
         for part in range(parts):
-            source = SCRATCH + (TERMS + POWER_COUNT) * programs + part * size
-            summed += tl.load(source + place, mask=place < size, other=0.0)
+            summed += tl.load(source, mask=(place < size) & (part <= of_block), other=0.0)
+            source += size
         tl.store(GRAD_B + place, summed, mask=place < size)
 
 
@@ -312,9 +325,13 @@ class Tiling:
     warps: int
     registers: int | None = None
 
+    def resident(self, device: torch.device) -> int:
+        """The number of programs that a device holds at once, by their registers."""
+        multiprocessors: int = torch.cuda.get_device_properties(device).multi_processor_count
+        return multiprocessors * (REGISTERS // (32 * self.warps * (self.registers or 255)))
 
-# Few numbers per thread, so that many warps fit.
-FORM, PULL, COLLECT = Tiling(16, 128, 4), Tiling(64, 32, 4, registers=128), Tiling(1, 1024, 4)
+
+FORM, PULL, COLLECT = Tiling(16, 128, 4), Tiling(64, 64, 4, registers=255), Tiling(1, 1024, 4)
 HALVINGS = tl.constexpr((PULL.columns // LANES.value).bit_length() - 1)
 SUMS = TERMS.value + POWER_COUNT.value  # numbers that a program of `_pull` leaves
 
@@ -352,11 +369,15 @@ def _form_plan(m: int, n: int, r: int, dtype: torch.dtype, device: torch.device)
 @functools.cache
 def _pull_plan(
     m: int, n: int, r: int, dtype: torch.dtype, device: torch.device
-) -> tuple[tuple[int, int, int], int, tuple[Any, ...]]:
-    """The grid of programs of `_pull`, tiles per program, and its constants from ROWS on."""
-    rows, tiles = triton.cdiv(m, PULL.rows), triton.cdiv(n, PULL.columns)
-    each = triton.cdiv(tiles, max(1, min(tiles, ENOUGH_PULLS // rows)))
-    return (triton.cdiv(tiles, each), rows, 1), each, (PULL.rows, PULL.columns, *_product_constants(r, dtype, device))
+) -> tuple[int, int, int, tuple[Any, ...]]:
+    """Tiles in a row of `_pull`, tiles per program, programs, and its constants from ROWS on.
+
+    As many programs as the device holds at once, each with as many tiles, so that none waits for another to end.
+    """
+    tiles = triton.cdiv(n, PULL.columns)
+    total = triton.cdiv(m, PULL.rows) * tiles
+    each = triton.cdiv(total, PULL.resident(device))
+    return tiles, each, triton.cdiv(total, each), (PULL.rows, PULL.columns, *_product_constants(r, dtype, device))
 
 
 _compiled: dict[tuple[Any, ...], Any] = {}
@@ -399,19 +420,20 @@ def pull_back(dense: Tensor, A: Tensor, B: Tensor, series: Series) -> tuple[Tens
     """The gradients to A, B and the series' coefficients; `dense` is overwritten."""
     A, B, dense = A.contiguous(), B.contiguous(), dense.contiguous()
     (r, n), m = A.shape, B.shape[0]
-    grid, tiles, constants = _pull_plan(m, n, r, dense.dtype, A.device)
-    programs, parts, one_block = grid[0] * grid[1], grid[0], constants[3]
-    count, to_add = _count(series, dense.dtype), m * r if one_block else 0
-    scratch = A.new_empty(SUMS * programs + parts * to_add)
+    tiles, each, programs, constants = _pull_plan(m, n, r, dense.dtype, A.device)
+    count, size = _count(series, dense.dtype), m * r if constants[3] else 0
+    parts = (tiles - 2) // each + 2
+    scratch = A.new_empty(SUMS * programs + parts * size)
     moments, grad_b = series.parameters[0].new_empty(SUMS), torch.empty_like(B)
     tensors = (dense, A, B, series.packed, scratch)
-    _launch(_pull, grid, PULL, tensors, m, n, r, tiles, programs, count, *constants)
+    _launch(_pull, (programs, 1, 1), PULL, tensors, m, n, r, tiles, each, programs, count, *constants)
     _launch(
-        _collect, (SUMS + triton.cdiv(to_add, COLLECT.columns), 1, 1), COLLECT,
-        (series.packed, scratch, moments, grad_b), to_add, programs, parts, count, COLLECT.columns,
+        _collect, (SUMS + triton.cdiv(size, COLLECT.columns), 1, 1), COLLECT,
+        (series.packed, scratch, moments, grad_b), size, tiles, each, programs, parts, count, PULL.rows * r,
+        COLLECT.columns,
     )  # fmt: skip
     grad_a = _product_in_float32(B.T, dense)
-    if not one_block:
+    if not size:
         grad_b = _product_in_float32(dense, A.T)
     return grad_a, grad_b, (moments,)
 
