@@ -58,6 +58,9 @@ class ResultLine(CellLine):
             raise InputError(f"began and ended must be seconds since 1970, got {self.began} and {self.ended}")
 
 
+ADDED = {field.name for field in dataclasses.fields(ResultLine)} - {f.name for f in dataclasses.fields(CellLine)}
+
+
 def end_to_mapping(ended: Ended) -> dict[str, Any]:
     """How a job ended, in JSON types, without its key."""
     result = None if ended.result is None else asdict(ended.result)
@@ -96,8 +99,9 @@ def to_line(values: Any) -> str:
 def read_lines(path: Path, kind: type[L], option: str) -> list[L]:
     """The lines of a file, packed by gzip if it ends so, each as a `kind`.
 
-    A last line without an end, which a kill leaves behind, is not one. `option` is where the user gave the path.
-    Raises InputError that names the line, and for a file of more than MOST_BYTES.
+    A last line without an end, which a kill leaves behind, is not one. A result read as a CellLine is its cell, which
+    can be run again. `option` is where the user gave the path. Raises InputError that names the line,
+    and for a file of more than MOST_BYTES.
     """
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
@@ -115,6 +119,8 @@ def _parse(text: str, kind: type[L], where: str) -> L:
         values = json.loads(text)
         if not isinstance(values, dict):
             raise InputError("a line must be an object with keys and values")
+        if kind is CellLine:
+            values = {key: value for key, value in values.items() if key not in ADDED}
         return from_mapping(kind, values)
     except (InputError, TypeError) as error:  # a TypeError for a field that is missing
         raise InputError(f"{where}: {error}") from error

@@ -66,6 +66,17 @@ def results(home, fake, study):
     return lines
 
 
+def test_a_result_is_a_cell_that_can_be_run_again(home, alone, study):
+    study(*SEED, "--export", "cells.jsonl")
+    assert train("cells.jsonl", *alone())[0] == 0
+    code, err = train("results.jsonl", "--output", "again.jsonl", *alone())
+    assert (code, err.count("finished")) == (0, 3)
+    then, now = lines_of("results.jsonl"), lines_of("again.jsonl")
+    assert [line["result"]["metrics"]["accuracy"] for line in now] == [
+        line["result"]["metrics"]["accuracy"] for line in then
+    ]
+
+
 def test_a_file_packed_by_gzip_is_read(home, alone, study):
     study(*SEED, "--export", "cells.jsonl")
     assert train("cells.jsonl", "--output", "brief.jsonl", "--brief", *alone())[0] == 0
