@@ -16,7 +16,9 @@ class Claim:
     along these rows. rows with at_most or equals: the metric of each is at most so much, or rounds to so much.
     metric: any recorded one; None is the headline metric. per: take 100 · metric / this metric of the same row.
     relative_to: take 100 · (metric / the same of that row − 1). With several tasks, a label without its task stands
-    for the row's means over seeds, paired by task. Raises InputError for a claim in none of these forms.
+    for the row's means over seeds, paired by task. In a claim that compares, labels joined by " + " stand for the sum
+    of their rows: a gain of two changes above the sum of their gains is better "both + neither" than "one + other".
+    Raises InputError for a claim in none of these forms.
     """
 
     text: str
@@ -52,10 +54,16 @@ class Claim:
     @property
     def labels(self) -> list[str]:
         """Every label that the claim names."""
-        named = [label for pair in self.pairs for label in pair] + listed(self.rows) + listed(self.relative_to)
+        named = [part for pair in self.pairs for label in pair for part in summed(label)]
+        named += listed(self.rows) + listed(self.relative_to)
         return list(dict.fromkeys(named))
 
 
 def listed(labels: str | list[str] | None) -> list[str]:
     """One label or several, as a list."""
     return [labels] if isinstance(labels, str) else labels or []
+
+
+def summed(label: str) -> list[str]:
+    """The labels that are joined in one."""
+    return label.split(" + ")

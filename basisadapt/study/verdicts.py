@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from basisadapt.study import statistics
-from basisadapt.study.claims import Claim, listed
+from basisadapt.study.claims import Claim, listed, summed
 
 if TYPE_CHECKING:
     from basisadapt.study.statistics import Difference
@@ -40,8 +40,14 @@ def judge(table: Table) -> tuple[Verdict, ...]:
 
 
 def _difference(table: Table, claim: Claim, pair: tuple[str, str]) -> Difference | None:
-    more, less = (table.values(label, claim.metric) for label in pair)
-    return statistics.difference({**more}, {**less})
+    more, less = (_values(table, label, claim.metric) for label in pair)
+    return statistics.difference(more, less)
+
+
+def _values(table: Table, label: str, metric: str | None) -> dict[Any, float]:
+    """Seed or task to the value of a row, or to the sum of several, where all of them have one."""
+    rows = [{**table.values(part, metric)} for part in summed(label)]
+    return {key: sum(row[key] for row in rows) for key in rows[0] if all(key in row for row in rows)}
 
 
 def _compared(
@@ -84,7 +90,7 @@ def _shown(
     published: float | None,
 ) -> str:
     if difference is None:
-        missing = [label for label in pair if not table.values(label, claim.metric)]
+        missing = [part for label in pair for part in summed(label) if not table.values(part, claim.metric)]
         return f"nothing finished of {' and '.join(missing)}" if missing else "no seed in common"
     scale, form = _scale(table, claim), "+.2f" if _scale(table, claim) == 100 else "+.4g"
     text = format(difference.mean * scale, form)
@@ -103,7 +109,8 @@ def _published_difference(table: Table, pair: tuple[str, str]) -> float | None:
     printed = {line.label: line.published[0] for line in table.lines if line.published}
     printed |= {line.name: line.published[0] for line in table.across if line.published}
     try:
-        return float(printed[pair[0]]) - float(printed[pair[1]])
+        more, less = (sum(float(printed[part]) for part in summed(label)) for label in pair)
+        return more - less
     except (KeyError, ValueError):  # not printed for one of the two
         return None
 

@@ -48,6 +48,17 @@ def test_a_row_is_better(verdicts, sinc, fourier, word, reason):
     assert reason in verdict.because[0]
 
 
+def test_labels_that_are_joined_stand_for_a_sum(verdicts):
+    claim = "  - {text: More than twice LoRA, better: sinc + fourier, than: LoRA + LoRA}\n"
+    # 0.30 + 0.20, 0.33 + 0.21 and 0.33 + 0.24 above: 53.67 ± 3.51 points, t = 26.46, p = 0.001.
+    (verdict,) = verdicts(claim, [0.80, 0.83, 0.83, 0.70, 0.71, 0.74, *LORA])
+    assert verdict.word == REPRODUCED
+    assert verdict.because == ("sinc + fourier over LoRA + LoRA: +53.67 [+44.94, +62.39], p 0.001",)
+    assert verdict.claim.labels == ["sinc", "fourier", "LoRA"]
+    (missing,) = verdicts(claim, [0.80, 0.83, 0.83, None, None, None, *LORA])
+    assert missing.because == ("sinc + fourier over LoRA + LoRA: nothing finished of fourier",)
+
+
 def test_one_seed_or_a_missing_row_tells_nothing(verdicts):
     (one,) = verdicts(BETTER, [0.8, 0.7, 0.5], seeds=[1])
     assert (one.word, one.because) == (UNTESTABLE, ("sinc over fourier: +10.00, published +1.90 (one seed)",))
