@@ -58,6 +58,7 @@ class ResultLine(CellLine):
             raise InputError(f"began and ended must be seconds since 1970, got {self.began} and {self.ended}")
 
 
+# What a result says beyond its cell.
 ADDED = {field.name for field in dataclasses.fields(ResultLine)} - {f.name for f in dataclasses.fields(CellLine)}
 
 

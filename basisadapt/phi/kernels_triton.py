@@ -422,7 +422,7 @@ def pull_back(dense: Tensor, A: Tensor, B: Tensor, series: Series) -> tuple[Tens
     (r, n), m = A.shape, B.shape[0]
     tiles, each, programs, constants = _pull_plan(m, n, r, dense.dtype, A.device)
     count, size = _count(series, dense.dtype), m * r if constants[3] else 0
-    parts = (tiles - 2) // each + 2
+    parts = (tiles - 2) // each + 2  # programs that have tiles of one row, at most
     scratch = A.new_empty(SUMS * programs + parts * size)
     moments, grad_b = series.parameters[0].new_empty(SUMS), torch.empty_like(B)
     tensors = (dense, A, B, series.packed, scratch)
