@@ -19,7 +19,14 @@ from tests.tasks.files import write_alpaca, write_bench
 
 TABLES = {1, 2, 3, 5, 8, 9, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23}
 # What no one table has.
-OURS = {"ablate_formulation", "ablate_interval", "ablate_remedies", "compare_methods", "learning_rate"}
+OURS = {
+    "ablate_formulation",
+    "ablate_interval",
+    "ablate_remedies",
+    "compare_methods",
+    "confirm_formulation",
+    "learning_rate",
+}
 # Of a language model, on data that do not come with Python.
 LANGUAGE = {"commonsense": "commonsense/all", "instruct": "instruct/mt_bench"}
 VISION = {"vision_clip": "clip-vit-b32", "vision_dinov2": "dinov2-base"}  # and the weights that they download
@@ -137,6 +144,7 @@ ON_A_GPU = {
     "ablate_formulation": {"glue/cola", "glue/rte"},
     "ablate_scale": {"glue/rte", "glue/mrpc"},
     "commonsense": {"commonsense/all"},
+    "confirm_formulation": {"glue/mrpc", "glue/stsb", "glue/sst2"},
     "glue": {"glue/cola", "glue/rte", "glue/mrpc", "glue/stsb", "glue/sst2", "glue/qnli"},
 }
 
@@ -216,6 +224,7 @@ def test_every_study_shows_lora_and_most_the_literal_recipe():
         "ablate_scale",
         "ablate_robustness",
         "compare_methods",
+        "confirm_formulation",
         "glue",
         "learning_rate",
     }
