@@ -259,14 +259,13 @@ def measure(case: Case, base: PreTrainedModel, only: list[str], rounds: int, ste
 
 
 def measure_busy(case: Case, base: PreTrainedModel, results: dict[str, Result]) -> None:
-    """Last of all: once a profiler has run in a process, every launch costs the host more."""
+    """Last of all: once a profiler has run in a process, every launch costs the host more. Without a graph, for the
+    kernels are the same, and memory did not suffice for the next graph after a profiled one."""
     for name, result in results.items():
         if math.isfinite(result.seconds[-1]):
             with attached(case, base, rivals(case)[name]) as step:
-                run = captured(step) if case.graph else step
-                run()
-                result.busy = busy(run)
-                del run
+                step()
+                result.busy = busy(step)
 
 
 def products_bound(case: Case, rate: float) -> float:
