@@ -130,13 +130,23 @@ class Table:
     def values(self, label: str, metric: str | None) -> Mapping[int, float] | Mapping[str, float]:
         """Seed to value of the row `label`, or task to value of that name over all tasks; empty if there is neither.
 
-        metric: None is the headline one.
+        With one task a name is a row. metric: None is the headline one.
         """
-        for line in self.lines:
-            if line.label == label:
-                return line.values_of(metric)
-        means = {line.task: line.mean_of(metric) for line in self.lines if line.name == label}
+        lines = self._named(label)
+        if len(lines) == 1:
+            return lines[0].values_of(metric)
+        means = {line.task: line.mean_of(metric) for line in lines}
         return {task: value for task, value in means.items() if value is not None}
+
+    def published(self, label: str) -> str | None:
+        """The published mean of the row `label`, or of that name over all tasks."""
+        lines = self._named(label)
+        printed = lines if len(lines) == 1 else [row for row in self.across if row.name == label]
+        return next((row.published[0] for row in printed if row.published), None)
+
+    def _named(self, label: str) -> list[Line]:
+        exactly = [line for line in self.lines if line.label == label]
+        return exactly[:1] or [line for line in self.lines if line.name == label]
 
 
 def build_table(study: Study, outcomes: Mapping[str, Outcome]) -> Table:

@@ -106,12 +106,10 @@ def _scale(table: Table, claim: Claim) -> float:
 
 
 def _published_difference(table: Table, pair: tuple[str, str]) -> float | None:
-    printed = {line.label: line.published[0] for line in table.lines if line.published}
-    printed |= {line.name: line.published[0] for line in table.across if line.published}
     try:
-        more, less = (sum(float(printed[part]) for part in summed(label)) for label in pair)
+        more, less = (sum(float(table.published(part) or "") for part in summed(label)) for label in pair)
         return more - less
-    except (KeyError, ValueError):  # not printed for one of the two
+    except ValueError:  # not printed for one of the two
         return None
 
 

@@ -48,6 +48,16 @@ def test_a_row_is_better(verdicts, sinc, fourier, word, reason):
     assert reason in verdict.because[0]
 
 
+def test_a_single_task_may_be_an_axis(folder):
+    """Labels then end with it; a claim that names rows without it means the same rows, paired by seed."""
+    text = (folder / "tiny.yaml").read_text().replace("presets: {", "presets: {gpu: {sweep.task: [docstrings]}, ")
+    (folder / "claiming.yaml").write_text(f"{text}claims:\n{BETTER}")
+    study = resolve(read_spec("claiming.yaml"), preset="gpu")
+    assert study.rows[0].label == "sinc, docstrings"
+    (verdict,) = judge(build_table(study, outcomes(study, [0.80, 0.82, 0.84, 0.70, 0.71, 0.72, *LORA])))
+    assert verdict.because == ("sinc over fourier: +11.00 [+8.52, +13.48], p 0.003, published +1.90",)
+
+
 def test_labels_that_are_joined_stand_for_a_sum(verdicts):
     claim = "  - {text: More than twice LoRA, better: sinc + fourier, than: LoRA + LoRA}\n"
     # 0.30 + 0.20, 0.33 + 0.21 and 0.33 + 0.24 above: 53.67 ± 3.51 points, t = 26.46, p = 0.001.
