@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import runpy
 from collections import Counter
 from pathlib import Path
+
+import pytest
 
 from basisadapt.tasks.lookup import find
 from basisadapt.tasks.settings import DataSettings
@@ -13,25 +14,33 @@ from basisadapt.tasks.settings import DataSettings
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "constant_answers.py"
 
 
-def answers(*arguments):
-    return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=100)
+@pytest.fixture
+def answers(monkeypatch, capsys):
+    """Runs the script; returns what it printed."""
+
+    def call(*arguments):
+        monkeypatch.setattr("sys.argv", [str(SCRIPT), *arguments])
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+        return capsys.readouterr().out
+
+    return call
 
 
-def test_the_most_frequent_answer():
+def test_the_most_frequent_answer(answers):
     labels = find("docstrings", DataSettings()).load(None).eval.head(100).labels
     answer, count = Counter(labels).most_common(1)[0]
-    assert (
-        answers("docstrings", "--rows", "100").stdout.splitlines()[-1] == f"| docstrings | 100 | {answer} | {count}.0 |"
-    )
+    assert answers("docstrings", "--rows", "100").splitlines()[-1] == f"| docstrings | 100 | {answer} | {count}.0 |"
 
 
-def test_every_task_of_a_suite(data_dir):
-    *_, mean = answers("commonsense/all", "--rows", "4000", "--data-dir", str(data_dir)).stdout.splitlines()
+def test_every_task_of_a_suite(answers, data_dir):
+    *_, mean = answers("commonsense/all", "--rows", "4000", "--data-dir", str(data_dir)).splitlines()
     assert mean == "| mean | 4,000 | | 38.35 |"
 
 
-def test_refusals():
-    for task, why in (("glue/cola", "measured by matthews"), ("docstring", "did you mean 'docstrings'?")):
-        refused = answers(task)
-        assert (refused.returncode, refused.stdout) == (2, "")
-        assert why in refused.stderr.splitlines()[-1]
+@pytest.mark.parametrize(
+    ("task", "why"), [("glue/cola", "measured by matthews"), ("docstring", "did you mean 'docstrings'?")]
+)
+def test_refusals(answers, capsys, task, why):
+    with pytest.raises(SystemExit, match="2"):
+        answers(task)
+    assert why in capsys.readouterr().err.splitlines()[-1]

@@ -127,7 +127,13 @@ def test_presets(name):
     glue = name == "glue"
     quick, smoke, paper = (resolve(spec, preset=preset) for preset in ("quick", "smoke", "paper"))
     # A cell takes about 25 s on two cores.
-    large = {"glue": 90, "ablate_formulation": 51, "ablate_remedies": 57, "compare_methods": 51}
+    large = {
+        "glue": 90,
+        "ablate_formulation": 51,
+        "ablate_remedies": 57,
+        "compare_methods": 51,
+        "confirm_formulation": 36,
+    }
     assert len(quick.cells) <= large.get(name, 30)
     assert len(smoke.cells) == len(quick.rows)
     for cell in (*smoke.cells, *quick.cells):
