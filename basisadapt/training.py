@@ -86,8 +86,8 @@ class Plan:
 class RunResult:
     """What a run gave, in plain JSON types.
 
-    status: "finished", or "diverged" where the loss stopped being finite. headline: the key in `metrics` of the task's
-    main metric, such as "accuracy".
+    status: "finished", or "diverged" where a loss, of training or at the end, is not finite. headline: the key in
+    `metrics` of the task's main metric, such as "accuracy".
     metrics: final numbers (finite ones only): the task's metrics, "eval_loss", "train_loss"; over the modules (standard
     deviations of the population) "stable_rank.mean" and ".std", the same of each kind, "stable_rank.attention.mean",
     "dc_share.mean" and, of φ, "active_n.mean", "utilisation.mean", "omega.mean" and ".std", "alpha.mean_abs" and
@@ -254,7 +254,7 @@ def run(
         trainer.compute_metrics = None  # which measures the held-out rows
         output = trainer.predict(questions, metric_key_prefix="eval")
         evaluated = time.perf_counter()
-        on_seen = trainer.predict(encode(seen, training=False)).predictions if task.comparable else None
+        on_seen = trainer.predict(encode(seen, training=False), metric_key_prefix="seen")
         slice_of_loss = _landscape(trainer, encode(_spread(train, EVAL_BATCH), training=False), config)
         size = math.nan
         # A whole model is written where it is asked for only.
@@ -267,11 +267,14 @@ def run(
     observing = observer.seconds + time.perf_counter() - described
     curves = {**logged_curves(trainer.state.log_history), **observer.curves(modules, trainer.state.global_step)}
     law = fit_power_law(curves.get("loss", []))
+    # No training loss tells what the last update did; held-out rows that are not comparable may have no loss.
+    last = [on_seen.metrics["seen_loss"], *([output.metrics["eval_loss"]] if task.comparable else [])]
+    diverged = watch.diverged or not all(map(math.isfinite, last))
     scores, gap = {}, math.nan
-    if not watch.diverged:
+    if not diverged:
         scores = measure(output.predictions, held_out, processor)
-        if on_seen is not None:
-            gap = measure(on_seen, seen, processor)[task.headline] - scores[task.headline]
+        if task.comparable:
+            gap = measure(on_seen.predictions, seen, processor)[task.headline] - scores[task.headline]
     training_seconds = trained - began - observer.seconds
     costs = cost.metrics(training_seconds)
     metrics = {
@@ -294,7 +297,7 @@ def run(
         "seconds.observe": observing,
     }
     return RunResult(
-        status="diverged" if watch.diverged else "finished",
+        status="diverged" if diverged else "finished",
         headline=task.headline,
         metrics={name: float(value) for name, value in metrics.items() if math.isfinite(value)},
         curves=curves,

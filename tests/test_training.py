@@ -162,6 +162,14 @@ def test_divergence_is_a_result():
     assert len(result.curves["loss"]) < 30
 
 
+def test_the_last_update_too_may_break_a_run():
+    """No training loss follows it."""
+    result = run(config(train={"lr": 1e30, "max_steps": 2}, adapter={"r": 4}))
+    assert len(result.curves["loss"]) == 2, "all of them finite"
+    assert result.status == "diverged"
+    assert {"accuracy", "eval_loss", "generalisation_gap"}.isdisjoint(result.metrics)
+
+
 def test_best_checkpoint_and_early_stopping():
     result = run(config(train={"max_steps": 30, "eval_steps": 2, "patience": 1, "lr": 0.5}, adapter={"r": 2}))
     scores = [value for _, value in result.curves["eval_accuracy"]]

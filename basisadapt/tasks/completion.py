@@ -283,6 +283,8 @@ def _tempered(temperatures: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     warm = temperatures.clamp(min=1e-3)[:, None]
 
     def temper(_: Tensor, logits: Tensor) -> Tensor:
+        # A model whose training broke it draws any token; that it is broken, its losses tell.
+        logits = (logits - logits.amax(-1, keepdim=True)).nan_to_num(nan=0.0, neginf=-torch.inf)
         likeliest = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, logits.argmax(-1, keepdim=True), True)
         only = logits.masked_fill(~likeliest, -torch.inf)
         return torch.where(temperatures[:, None] > 0, logits / warm, only)

@@ -131,6 +131,14 @@ def test_scores_count_response_tokens(language_model, tmp_path):
 # --- MT-Bench ---
 
 
+def test_no_judge_is_asked_about_a_run_that_its_last_update_broke(config, data, judged_by):
+    """The answers have no loss to tell it by; training rows have."""
+    result = run(config("instruct/mt_bench", train={"lr": 1e30}), data_dir=data)
+    assert result.status == "diverged"
+    assert "score" not in result.metrics
+    assert judged_by.requests == []
+
+
 def test_a_run_is_judged_and_recorded(config, data, judged_by, tmp_path):
     chosen = config("instruct/mt_bench")
     plan(chosen, data)
