@@ -26,9 +26,11 @@ def test_what_is_drawn_can_be_run(tmp_path):
     assert [RunConfig.from_mapping(line.config).seed for line in lines] == [line.config["seed"] for line in lines]
 
 
-def test_the_second_run_on_record_has_the_scores_of_the_first():
+def test_the_second_runs_on_record_have_the_scores_of_the_first_within_the_scatter_of_the_seeds():
     *table, _, last = repeat("compare", str(ROOT / "studies" / "results" / "again.jsonl.gz")).splitlines()
-    assert last == "19 of 20 scores are the same to four digits; run again at cbd0578."
-    assert len(table) == 2 + 20
-    (other,) = [cells for cells in (row.split(" | ") for row in table[2:]) if cells[3] != cells[4]]
-    assert other[1] == "paper recipe, glue/stsb"
+    assert last == "33 of 40 scores are the same to four digits; run again at 6de4b67, cbd0578."
+    assert len(table) == 2 + 40
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table[2:]]
+    one_answer = 0.00201  # of RTE's 498 held-out rows; a rate that was tried on one seed has no scatter
+    for _, row, _, then, again, _, scatter, *_ in rows:
+        assert abs(float(then) - float(again)) <= (one_answer if scatter == "–" else float(scatter)), row

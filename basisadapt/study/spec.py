@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import csv
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
@@ -114,7 +115,7 @@ class _Loader(yaml.SafeLoader):
     """yaml.safe_load, except that 1e-3 is a number here as everywhere else (YAML 1.1 wants 1.0e-3).
 
     Aliases (*name) are refused, for a few lines of them may stand for more than memory holds, or for themselves; and
-    so are whole numbers that a record cannot hold.
+    so are whole numbers that a record cannot hold, and a key that is given more than once.
     """
 
     def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
@@ -122,6 +123,14 @@ class _Loader(yaml.SafeLoader):
             event: yaml.Event = self.get_event()  # type: ignore[no-untyped-call]
             raise yaml.YAMLError(f"aliases are not supported{event.start_mark}")
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        counts = collections.Counter(key.value for key in keys)
+        for key in keys:
+            if counts[key.value] > 1:
+                raise yaml.YAMLError(f"{key.value} is given more than once{key.start_mark}")
+        return super().construct_mapping(node, deep)
 
 
 def _whole(loader: Any, node: Any) -> int:

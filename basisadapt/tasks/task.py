@@ -86,7 +86,8 @@ class Task(ABC):
 
     form: "text", "image", "zero_shot" or "completion", what the model must be able to do. max_length: what
     train.max_length is where nobody sets it; None for no limit. comparable: whether training rows can be measured as
-    the held-out ones are, which then have a loss. notes: what the run's record is to say beside numbers, such as who has judged.
+    the held-out ones are, which then have a loss. notes: what the run's record is to say beside numbers, such as who
+    has judged.
     """
 
     form: str

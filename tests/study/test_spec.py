@@ -211,6 +211,8 @@ def test_bad_changes(spec, changes, message):
         ("sweep:", "given: {bases=sinc: {r: 2}}\nsweep:", "given.bases=sinc must be AXIS=VALUE of the sweep with keys"),
         ("title:", "x: &a [*a]\ntitle:", "aliases are not supported"),
         ("title:", "x: &a [1]\ny: *a\ntitle:", "aliases are not supported"),
+        ("title:", "title: x\ntitle:", "title is given more than once"),
+        ("set: {method: lora}", "set: {method: lora, method: dora}", "method is given more than once"),
         ("title:", "x: " + "[" * 5000 + "\ntitle:", "nested too deeply"),
         ("title:", "x: 0x" + "f" * 5000 + "\ntitle:", "a number beyond 64 bits"),
         ("title:", "x: " + "1" * 5000 + "\ntitle:", "is not valid YAML"),
