@@ -14,7 +14,7 @@ from basisadapt.execution.lines import brief, to_line
 from basisadapt.execution.workers import Workers
 from basisadapt.run_config import RunConfig
 
-SHORT = {"max_steps": 3, "eval_rows": 40, "train_rows": 200, "batch_size": 8}
+SHORT = {"max_steps": 3, "eval_rows": 24, "train_rows": 64, "batch_size": 8}
 
 
 @pytest.fixture(autouse=True)

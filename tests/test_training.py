@@ -17,7 +17,7 @@ from basisadapt.tasks import TASKS, Rows, TaskData, TextTask
 from basisadapt.trainer import make_watch
 from basisadapt.training import plan, run
 
-SHORT = {"max_steps": 3, "eval_rows": 40, "train_rows": 200, "batch_size": 8}
+SHORT = {"max_steps": 3, "eval_rows": 24, "train_rows": 64, "batch_size": 8}
 
 
 def config(train=None, **values):
@@ -59,7 +59,7 @@ def test_a_run_is_complete_and_repeats_bitwise(method, tmp_path):
     assert ("active_n.mean" in first.metrics) == (method == "phi")
     assert set(first.phi) == (set(first.modules) if method == "phi" else set())
     assert first.metrics["parameters.trainable"] == plan(chosen).trainable
-    assert first.data["train_rows"] == 200
+    assert first.data["train_rows"] == 64
     assert first.environment["torch"]
     assert (tmp_path / "adapter_model.safetensors").is_file()
     json.dumps(dataclasses.asdict(first), allow_nan=False)

@@ -135,7 +135,7 @@ def test_presets(name):
         "ablate_formulation": 51,
         "ablate_remedies": 57,
         "compare_methods": 51,
-        "confirm_formulation": 36,
+        "confirm_formulation": 39,
         "refine_formulation": 44,
     }
     assert len(quick.cells) <= large.get(name, 30)
