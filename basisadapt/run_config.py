@@ -14,12 +14,12 @@ from basisadapt.distributed import PARALLEL
 from basisadapt.errors import InputError, unknown
 from basisadapt.methods import METHODS
 from basisadapt.phi.settings import LowRankSettings, field_names, require
-from basisadapt.settings import from_mapping, without_late
+from basisadapt.settings import from_mapping, late, without_late
 from basisadapt.tasks import DataSettings
 
 SCHEDULES = ("linear", "cosine", "constant")
 SEEDS = 2**32  # what numpy takes
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,8 @@ class TrainSettings:
     lr: base learning rate (A, B and the task's head). epochs, or max_steps where given. schedule: "linear", "cosine"
     or "constant", after a warm-up of warmup_ratio of the steps. weight_decay: of A, B and the head; max_grad_norm:
     the gradient's norm is clipped there. max_length: tokens of a row; None is the task's own, which the run's
-    configuration then has. precision: "fp32", or "bf16" and "fp16" by autocast. weights: how the frozen backbone is
+    configuration then has. precision: "fp32"; "tf32", which on a GPU rounds the operands of products to ten bits; or
+    "bf16" and "fp16" by autocast. weights: how the frozen backbone is
     held, "fp32", "bf16", or quantised by bitsandbytes, "int8" or "nf4"; adapter and head stay in float32.
     gradient_checkpointing: compute activations again in the backward pass instead of keeping them. eval_steps: evaluate
     every so many steps and keep the best checkpoint; None evaluates once, at the end. patience: stop after so many
@@ -39,7 +40,8 @@ class TrainSettings:
     solution with so many points a side, an odd number; None does not. processes: train in so many processes of this
     host, one for each GPU, among which every batch is divided: batch_size is the run's. parallel: what they share, with
     "ddp" the batches alone, with "fsdp" the frozen weights too (see `distributed/shard.py`); either trains as one
-    process does, up to rounding and dropout's draws.
+    process does, up to rounding and dropout's draws. group_by_length: batches of texts of like length, which are hardly
+    padded, in any order.
     Raises InputError out of range.
     """
 
@@ -63,6 +65,7 @@ class TrainSettings:
     landscape: int | None = None
     processes: int = 1
     parallel: str = "ddp"
+    group_by_length: bool = late(False)
 
     def __post_init__(self) -> None:
         require(0 < self.lr < math.inf, "train.lr", self.lr, "above 0")
@@ -85,6 +88,8 @@ class TrainSettings:
         divides = self.processes >= 1 and self.batch_size % self.processes == 0
         require(divides, "train.processes", self.processes, f"a divisor of train.batch_size, {self.batch_size}")
         require(self.parallel in PARALLEL, "train.parallel", self.parallel, f"one of {', '.join(PARALLEL)}")
+        alone = not self.group_by_length or self.processes == 1
+        require(alone, "train.group_by_length", self.group_by_length, "false with several train.processes")
         shared = self.parallel == "ddp" or self.processes > 1
         require(shared, "train.parallel", self.parallel, "used together with train.processes of at least 2")
         plain = self.parallel == "ddp" or self.weights not in QUANTISED
@@ -142,8 +147,9 @@ class RunConfig:
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """What of a run's canonical mapping makes its identity: all but late settings at their defaults."""
-    settings = METHODS[config.get("method", _Keys.method)].settings
-    return {**config, "adapter": without_late(settings, config.get("adapter", {}))}
+    adapter = METHODS[config.get("method", _Keys.method)].settings
+    parts = {"adapter": adapter, "train": TrainSettings, "data": DataSettings}
+    return {**config, **{name: without_late(cls, config[name]) for name, cls in parts.items() if name in config}}
 
 
 def _check_foreign(values: Mapping[str, Any]) -> None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from basisadapt.distributed.group import sum_over_group, world_size
+from basisadapt.distributed.group import lowest_in_group, sum_over_group, world_size
 from basisadapt.observation import CURVE_POINTS
 from basisadapt.phi.settings import PhiSettings
 from basisadapt.run_config import RunConfig
 from basisadapt.tasks import Task
+from basisadapt.tasks.completion import IGNORED, token_loss
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -23,21 +25,48 @@ if TYPE_CHECKING:
 EVAL_BATCH = 64
 
 
+@contextmanager
+def arithmetic(precision: str) -> Iterator[None]:
+    """How a run computes on a GPU: its products in TF32 where that is its precision, its attention without cuDNN's.
+
+    cuDNN's gradients of masked attention are wrong at some lengths (pytorch issue 196678).
+    """
+    products, attention = torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else products)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cuda.enable_cudnn_sdp(attention)
+
+
 def trainer_for(task: Task) -> type[Trainer]:
     """transformers' Trainer: its loss is the whole batch's, however that is divided; the task scores the answers."""
     import transformers
+    from transformers.trainer_pt_utils import LengthGroupedSampler
 
     class TaskTrainer(transformers.Trainer):  # type: ignore[misc]
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            sampler = super()._get_train_sampler(train_dataset)
+            if not isinstance(sampler, LengthGroupedSampler):
+                return sampler
+            # transformers' own goes from long to short over and over; here the batches come in any order.
+            return MixedBatches(sampler, self.args.train_batch_size * self.args.gradient_accumulation_steps)
+
         def compute_loss(
             self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
         ) -> Any:
-            rows = len(inputs["labels"])
-            if inputs["labels"].dim() > 1:  # of tokens, all of which the Trainer counts: those of the whole batch
-                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            # It counts rows too, but most models give the mean over the rows that they see, whatever they are told.
-            outputs = model(**inputs)
-            whole = sum_over_group(rows) if num_items_in_batch is None else num_items_in_batch
-            loss = outputs["loss"] * (rows * world_size() / whole)
+            labels = inputs["labels"]
+            if labels.dim() == 1:  # it counts rows too, but most models give the mean over the rows that they see
+                outputs, rows = model(**inputs), len(labels)
+                whole: Any = sum_over_group(rows) if num_items_in_batch is None else num_items_in_batch
+                loss = outputs["loss"] * (rows * world_size() / whole)
+            else:  # of tokens: a vocabulary is wide, and only the columns that hold labels are looked at
+                outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+                own = int((labels != IGNORED).sum()) if num_items_in_batch is None else 0
+                whole = sum_over_group(own) if num_items_in_batch is None else num_items_in_batch
+                loss = token_loss(outputs["logits"][:, -inputs["logits_to_keep"] :], labels) * (world_size() / whole)
             return (loss, outputs) if return_outputs else loss
 
         def prediction_step(
@@ -50,6 +79,21 @@ def trainer_for(task: Task) -> type[Trainer]:
             return loss, *((None, None) if prediction_loss_only else (scores, scores.new_zeros(len(scores))))
 
     return TaskTrainer
+
+
+class MixedBatches:
+    """A sampler's batches of `size` rows in an order drawn for every epoch; one that is not full stays the last."""
+
+    def __init__(self, sampler: Any, size: int) -> None:
+        self._sampler, self._size = sampler, size
+
+    def __iter__(self) -> Iterator[int]:
+        rows = torch.tensor(list(self._sampler))
+        full = rows[: len(rows) // self._size * self._size].view(-1, self._size)
+        yield from torch.cat([full[torch.randperm(len(full))].flatten(), rows[full.numel() :]]).tolist()
+
+    def __len__(self) -> int:
+        return len(self._sampler)
 
 
 def trainer_arguments(config: RunConfig, rows: int, headline: str, folder: Path, accumulate: int) -> TrainingArguments:
@@ -74,6 +118,8 @@ def trainer_arguments(config: RunConfig, rows: int, headline: str, folder: Path,
         recent = hasattr(TrainingArguments, "activation_checkpointing")
         name = "activation_checkpointing" if recent else "gradient_checkpointing"
         every |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+    if train.group_by_length:
+        every["train_sampling_strategy"] = "group_by_length"
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=train.batch_size // accumulate // train.processes,
@@ -108,8 +154,7 @@ def make_optimizer(model: PreTrainedModel | PeftModel, config: RunConfig) -> tor
     train, settings = config.train, config.adapter
     groups: list[dict[str, Any]] = [{"params": [], "lr": train.lr, "weight_decay": train.weight_decay}]
     if isinstance(settings, PhiSettings):
-        assert settings.transfer_lr is not None
-        rate = train.lr * settings.transfer_lr
+        rate = settings.transfer_rate(train.lr)
         groups.append({"params": [], "lr": rate, "weight_decay": settings.transfer_decay})
         groups.append({"params": [], "lr": rate, "weight_decay": 0.0})
     for name, parameter in model.named_parameters():
@@ -126,17 +171,20 @@ OnStep = Callable[[int, int], None]  # takes the number of a step and how many t
 def make_watch(look: OnStep, on_step: OnStep | None, before: OnStep, after: OnStep) -> Any:
     """A callback for each step: `before` and `after` its update to the method, to `look` and to the user.
 
-    Ends a run of no longer finite loss.
+    Ends a run whose loss or gradient is no longer finite, and then has the `reason`, a sentence that names the step.
     """
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):  # type: ignore[misc]
-        diverged = False
+        reason = ""
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self._gradients = _Gradients()
             look(0, state.max_steps)
 
-        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+            if not args.fp16:  # whose scaler finds its scale by gradients that are not finite, and skips their steps
+                self._gradients.look(model, state.global_step + 1)
             before(state.global_step + 1, state.max_steps)
 
         def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -149,9 +197,36 @@ def make_watch(look: OnStep, on_step: OnStep | None, before: OnStep, after: OnSt
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
             if not math.isfinite(logs.get("loss", 0.0)):
-                self.diverged = control.should_training_stop = True
+                self._end("loss", state.global_step, control)
+            step = self._gradients.first()
+            if step is not None:
+                self._end("gradient", step, control)
+
+        def _end(self, what: str, step: int, control: Any) -> None:
+            self.reason = f"diverged: the {what} was not finite at step {step}, and the run ended"
+            control.should_training_stop = True
 
     return Watch()
+
+
+class _Gradients:
+    """Looks at the gradients of every step, and only tells when asked, so that a GPU need not be waited for."""
+
+    def __init__(self) -> None:
+        self._first: Tensor | None = None  # the first step whose gradient was not finite
+
+    def look(self, model: nn.Module, step: int) -> None:
+        """Look at the gradients that step number `step` is made with."""
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([getattr(g, "_local_tensor", g) for g in gradients])
+        found = torch.where(norm.isfinite(), math.inf, float(step))
+        self._first = found if self._first is None else torch.minimum(self._first, found)
+
+    def first(self) -> int | None:
+        """The first step whose gradient was not finite, of all processes of the group."""
+        mine = math.inf if self._first is None else self._first.item()
+        first = lowest_in_group(mine)
+        return int(first) if math.isfinite(first) else None
 
 
 def early_stopping(patience: int | None) -> list[TrainerCallback]:

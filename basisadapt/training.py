@@ -47,6 +47,7 @@ from basisadapt.run_config import RunConfig
 from basisadapt.tasks import DataSettings, Example, Rows, TaskData
 from basisadapt.trainer import (
     EVAL_BATCH,
+    arithmetic,
     early_stopping,
     logged_curves,
     make_optimizer,
@@ -133,6 +134,8 @@ def plan(config: RunConfig, data_dir: Path | None = None, dry: bool = False) -> 
     if config.train.precision == "fp16" and not torch.cuda.is_available():
         raise InputError("train.precision fp16 needs a GPU; on a CPU use fp32 or bf16")
     task = tasks.find(config.task, config.data)
+    if config.train.group_by_length and task.form not in ("text", "completion"):
+        raise InputError(f"train.group_by_length is for texts, and task {config.task!r} has none; leave it at false")
     if config.train.validation is not None and not task.comparable:
         raise InputError(f"train.validation measures a run on training rows, which task {config.task!r} cannot")
     task.check(data_dir)
@@ -224,7 +227,7 @@ def run(
         shard_frozen(model)
         weight_change = gathering(weight_change)
 
-    with shared_folder() as checkpoints:
+    with shared_folder() as checkpoints, arithmetic(config.train.precision):
         trainer = spread(trainer_for(task), in_step=sharded)(
             model=model,
             args=trainer_arguments(config, len(examples), task.headline, checkpoints, accumulate),
@@ -269,7 +272,7 @@ def run(
     law = fit_power_law(curves.get("loss", []))
     # No training loss tells what the last update did; held-out rows that are not comparable may have no loss.
     last = [on_seen.metrics["seen_loss"], *([output.metrics["eval_loss"]] if task.comparable else [])]
-    diverged = watch.diverged or not all(map(math.isfinite, last))
+    diverged = bool(watch.reason) or not all(map(math.isfinite, last))
     scores, gap = {}, math.nan
     if not diverged:
         scores = measure(output.predictions, held_out, processor)
@@ -307,6 +310,7 @@ def run(
         landscape=slice_of_loss,
         warnings=[
             *_left_out(len(train) - len(examples), len(train)),
+            *([watch.reason] if watch.reason else []),
             *observer.warnings(modules, config.adapter),
         ],
         data={

@@ -8,14 +8,19 @@ import math
 import statistics
 
 import pytest
+import torch
+from transformers import TrainerState
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from basisadapt import InputError
+from basisadapt.backbones import find, shape_only
 from basisadapt.diagnostics.figures import figures
+from basisadapt.methods import METHODS
 from basisadapt.observation import Observer, observe
 from basisadapt.run_config import RunConfig
 from basisadapt.tasks import TASKS, Rows, TaskData, TextTask
-from basisadapt.trainer import make_watch
-from basisadapt.training import plan, run
+from basisadapt.trainer import MixedBatches, arithmetic, make_optimizer, make_watch
+from basisadapt.training import attach, count_parameters, plan, run
 
 SHORT = {"max_steps": 3, "eval_rows": 24, "train_rows": 64, "batch_size": 8}
 
@@ -133,6 +138,82 @@ def test_mixed_precision_trains():
     assert result.environment["torch"]
 
 
+def test_batches_of_like_length_come_in_any_order():
+    size, lengths = 8, list(range(1, 131))
+    torch.manual_seed(0)
+    sampler = MixedBatches(LengthGroupedSampler(size, lengths=lengths), size)
+    first, second = list(sampler), list(sampler)
+    assert sorted(first) == sorted(second) == list(range(len(sampler)))
+    assert first != second
+
+    def means(rows):
+        batches = [[lengths[row] for row in rows[at : at + size]] for at in range(0, len(rows), size)]
+        assert [len(batch) for batch in batches] == [size] * 16 + [2]
+        assert all(max(batch) - min(batch) < 2 * 32 for batch in batches[:-1])
+        return [statistics.fmean(batch) for batch in batches[:-1]]
+
+    spread = [statistics.pstdev(means(rows)) for rows in (first, second, list(range(len(lengths))))]
+    assert min(spread[:2]) > 0.9 * spread[2], "the batches' mean lengths differ nearly as much as those of sorted rows"
+    assert means(first) != sorted(means(first), reverse=True)
+
+
+def test_like_lengths_train_the_same_rows():
+    one, other = (run(config(task="docstrings", train={"group_by_length": which})) for which in (False, True))
+    assert one.data["train_rows"] == other.data["train_rows"]
+    assert one.metrics["tokens_per_second"] > 0
+    assert one.curves["loss"] != other.curves["loss"]
+
+
+@pytest.mark.parametrize("values", [{"processes": 2}])
+def test_like_lengths_are_refused_where_they_cannot_be(values):
+    with pytest.raises(InputError, match=r"train\.group_by_length must be false with several train\.processes"):
+        config(train={"group_by_length": True, **values})
+    with pytest.raises(InputError, match=r"train\.group_by_length is for texts"):
+        plan(config(task="vision/fashion_mnist", backbone="dinov2-base", train={"group_by_length": True}), dry=True)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "rate"),
+    [
+        ({}, 2e-3),
+        ({"transfer_lr": 0.1}, 2e-4),
+        ({"transfer_lr": "absolute:0.05"}, 0.05),
+        ({"preset": "nyquist"}, 0.03),
+        ({"preset": "nyquist", "transfer_lr": 2.0}, 4e-3),
+    ],
+)
+def test_the_rate_of_phi_follows_the_base_rate_or_is_its_own(adapter, rate):
+    chosen = config(adapter={"r": 2, **adapter}, train={"lr": 2e-3})
+    model = attach(shape_only(find("minilm"), "text", 2), chosen, "text")
+    base, amplitudes, others = make_optimizer(model, chosen).param_groups
+    assert (base["lr"], amplitudes["lr"], others["lr"]) == (2e-3, pytest.approx(rate), pytest.approx(rate))
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[id(p)].rpartition(".")[2] for p in amplitudes["params"]} == {"alpha"}
+
+
+@pytest.mark.parametrize("rate", ["absolute", "absolute:fast", "ratio:2", "absolute:-1", "absolute:nan", "", -0.5])
+def test_what_is_no_rate_of_phi(rate):
+    with pytest.raises(InputError, match=r"transfer_lr must be at least 0, or \"absolute:RATE\" with such a rate, got"):
+        config(adapter={"transfer_lr": rate})
+
+
+def test_one_learned_number_is_a_learned_scale():
+    adapter = {"r": 2, "basis": "linear", "num_basis": 1, "omega_init": 1.0, "learn_omega": False}
+    model = attach(shape_only(find("minilm"), "text", 2), config(adapter=adapter), "text")
+    counts = count_parameters(model)
+    assert counts.transfer == counts.modules
+
+
+def test_tf32_is_a_precision_of_its_own_run():
+    before = torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()
+    with arithmetic("tf32"):
+        assert torch.get_float32_matmul_precision() == "high"
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    with arithmetic("fp32"):
+        assert torch.get_float32_matmul_precision() == "highest"
+    assert (torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()) == before
+
+
 def test_residual_does_start():
     result = run(config(train={"max_steps": 20}, adapter={"r": 4}))
     assert result.warnings == []
@@ -144,12 +225,27 @@ def test_a_loss_that_is_not_finite_ends_the_run(loss):
     class Control:
         should_training_stop = False
 
-    watch, control = make_watch(*[lambda *_: None] * 4), Control()
-    watch.on_log(None, None, control, logs={"loss": 1.0})
-    assert not watch.diverged
-    watch.on_log(None, None, control, logs={"loss": loss})
-    assert watch.diverged
+    watch, control, state = make_watch(*[lambda *_: None] * 4), Control(), TrainerState(global_step=7, max_steps=9)
+    watch.on_train_begin(None, state, control)
+    watch.on_log(None, state, control, logs={"loss": 1.0})
+    assert not watch.reason
+    watch.on_log(None, state, control, logs={"loss": loss})
+    assert watch.reason == "diverged: the loss was not finite at step 7, and the run ended"
     assert control.should_training_stop
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_ends_the_run_by_its_step(bad, monkeypatch):
+    def poison(self, model, settings, step, total):
+        if step == 3:  # the fourth gradient shows it
+            next(p for p in model.parameters() if p.requires_grad).data.flatten()[0] = bad
+
+    monkeypatch.setattr(METHODS["lora"], "after_step", poison)
+    steps = []
+    result = run(config(method="lora", train={"max_steps": 400}), on_step=lambda step, _: steps.append(step))
+    assert result.status == "diverged"
+    assert "diverged: the gradient was not finite at step 4, and the run ended" in result.warnings
+    assert steps == [1, 2, 3, 4]
 
 
 def test_divergence_is_a_result():

@@ -181,6 +181,15 @@ def sum_over_group(number: float) -> float:
     return sums.item()
 
 
+def lowest_in_group(number: float) -> float:
+    """The lowest of what the processes of the group pass, which all of them must."""
+    if not in_group():
+        return number
+    lowest = torch.tensor(number, dtype=torch.float64, device="cuda" if torch.cuda.is_available() else "cpu")
+    dist.all_reduce(lowest, dist.ReduceOp.MIN)
+    return lowest.item()
+
+
 def in_the_first(function: Callable[..., T]) -> Callable[..., T]:
     """The function, called by process 0 alone, for all; what it returns is pickled."""
 

@@ -1,4 +1,4 @@
-"""The five bases of the paper's Table 13, and the sine of SineLoRA."""
+"""The five bases of the paper's Table 13, and two controls: the sine of SineLoRA, and no nonlinearity at all."""
 
 from __future__ import annotations
 
@@ -74,3 +74,15 @@ class Sinusoid(TransferBasis, name="sinusoid", argument="scaled"):
     def forward(self, u: Tensor) -> Tensor:
         """b(u)."""
         return torch.sin(u)
+
+
+class Linear(TransferBasis, name="linear", argument="scaled"):
+    """ωᵢ x, which has no grid: φ(BA) = (Σᵢ αᵢ ωᵢ) BA.
+
+    With N = 1 and `learn_omega: false` it is LoRA with one learned number a module: the control of what is gained by
+    the size of an update and not by its nonlinearity.
+    """
+
+    def forward(self, u: Tensor) -> Tensor:
+        """b(u)."""
+        return u

@@ -32,6 +32,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         "factor_init": "lora",
         "transfer_lr": 1.0,
     },
+    # The grid's own bandwidth, a gain that brings BA onto the grid, and a rate of φ that does not follow the base rate:
+    # α and ω have no unit, whatever A and B are trained with.
+    "nyquist": {
+        "identity_path": True,
+        "centre": True,
+        "gain": 300.0,
+        "amplitude_init": "zero",
+        "omega_init": "nyquist",
+        "factor_init": "lora",
+        "transfer_lr": "absolute:0.03",
+    },
 }
 
 
@@ -81,7 +92,7 @@ class LowRankSettings:
 class PhiSettings(LowRankSettings):
     """ΔW = s · (p·BA + (φ(g·BA) − c·φ(0)) / g),  φ(x) = Σᵢ αᵢ b(ωᵢ, x, xᵢ),  i = 1..N.
 
-    A preset ("paper": p = 0, c = 0, g = 1; "residual": p = c = 1) fills every setting that is left at None.
+    A preset ("paper": p = 0, c = 0, g = 1; "residual" and "nyquist": p = c = 1) fills every setting left at None.
 
     basis, grid, sharing: names in the registries. num_basis N, at most 4,096; interval I: the grid lies on [−I, I].
     interval, ω₀ and the number of the gain are from 1e-6 to 1e6.
@@ -93,8 +104,9 @@ class PhiSettings(LowRankSettings):
     "normalised:G" is G over the root mean square of BA, a constant to the gradient.
     amplitude_init: "zero", "identity" (least-squares fit of φ(x) = x on the grid's interval), "normal:σ", or "fan_in":
     1 / √in_features, which does not train. factor_init: "lora" (A Kaiming-uniform, B = 0) or "both" (B as A).
-    transfer_lr: learning rate of α, ω, learned x and learned g as a ratio to the base rate. transfer_decay: decoupled
-    weight decay of α, towards φ = 0. transfer_delay: for this share of the steps they rest, and A and B train alone.
+    transfer_lr: learning rate of α, ω, learned x and learned g as a ratio to the base rate, or "absolute:RATE".
+    transfer_decay: decoupled weight decay of α, towards φ = 0. transfer_delay: for this share of the steps they rest,
+    and A and B train alone.
     smoothing λ: the loss gets λ times the mean of φ''² over the grid's interval and the modules.
     grid_seed: of the random grid; None takes the run's seed, or 0 outside a run. backend: "auto" compiles φ once a step
     and takes fused kernels on a GPU with Triton; "triton" and "torch" choose; "direct" sums the N basis functions for
@@ -120,7 +132,7 @@ class PhiSettings(LowRankSettings):
     amplitude_init: str | None = None
     factor_init: str | None = None
     sharing: str = "none"
-    transfer_lr: float | None = None
+    transfer_lr: float | str | None = None
     transfer_decay: float = 0.0
     backend: str = "auto"
     tolerance: float | None = None
@@ -146,7 +158,8 @@ class PhiSettings(LowRankSettings):
         assert self.gain is not None and self.transfer_lr is not None
         known = f'{MODERATE}, or "learned:G" or "normalised:G" with such a G'
         require(_moderate(self.gain_form[1]), "gain", self.gain, known)
-        require(0.0 <= self.transfer_lr < math.inf, "transfer_lr", self.transfer_lr, "at least 0")
+        known = 'at least 0, or "absolute:RATE" with such a rate'
+        require(0.0 <= self.transfer_rate(1.0) < math.inf, "transfer_lr", self.transfer_lr, known)
         require(0.0 <= self.transfer_decay < math.inf, "transfer_decay", self.transfer_decay, "at least 0")
         require(0.0 <= self.transfer_delay <= 1.0, "transfer_delay", self.transfer_delay, "from 0 to 1")
         require(0.0 <= self.smoothing < math.inf, "smoothing", self.smoothing, "at least 0")
@@ -181,6 +194,16 @@ class PhiSettings(LowRankSettings):
             return kind, float(number) if kind in ("learned", "normalised") else 0.0
         except ValueError:
             return kind, 0.0
+
+    def transfer_rate(self, base: float) -> float:
+        """φ's learning rate beside the base rate; NaN for a text that is none."""
+        if not isinstance(self.transfer_lr, str):
+            return base * (self.transfer_lr or 0.0)
+        kind, _, number = self.transfer_lr.partition(":")
+        try:
+            return float(number) if kind == "absolute" else math.nan
+        except ValueError:
+            return math.nan
 
     @property
     def omega_by_depth(self) -> bool:

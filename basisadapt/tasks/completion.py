@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -138,25 +139,40 @@ class CompletionTask(Task):
         return list(examples)
 
     def collator(self, processor: Any) -> Callable[[list[Example]], dict[str, Tensor]]:
-        """Pads training examples on the right.
+        """Pads on the left, so that rows end together and what is looked at lies in the last columns.
 
-        Of probes: input_ids and attention_mask, shape (rows, length), padded on the left; continuations and labels,
-        shape (rows, continuations, tokens), padded on the right; right, shape (rows,).
+        Of training examples: input_ids, attention_mask, position_ids and labels, shape (rows, length), and
+        logits_to_keep, the number of last columns that hold all labels and the column before them.
+
+        Of probes: input_ids and attention_mask, shape (rows, length), of the prompts; read_ids and read_mask, of the
+        prompts with what all continuations of a row begin with; shared, shape (rows, most shared tokens), the tokens of
+        that, padded on the left with -100; continuations, shape (rows, continuations, tokens), the rest of them, and
+        labels, of them whole, padded on the right; right, shape (rows,).
         """
         pad = processor.pad_token_id
 
-        def collate(examples: list[Example]) -> dict[str, Tensor]:
-            ids = [example["input_ids"] for example in examples]
+        def collate(examples: list[Example]) -> dict[str, Any]:
             if "continuations" not in examples[0]:
-                length = max(map(len, ids))
+                batch = pad_left([example["input_ids"] for example in examples], pad)
+                # Nothing predicts a row's first token.
+                labels = _padded_left([[IGNORED, *example["labels"][1:]] for example in examples], IGNORED)
+                looked_at = (labels != IGNORED).any(dim=0).long()
+                first = int(looked_at.argmax())
                 return {
-                    "input_ids": torch.tensor([row + [pad] * (length - len(row)) for row in ids]),
-                    "attention_mask": torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in ids]),
-                    "labels": torch.tensor([e["labels"] + [IGNORED] * (length - len(e["labels"])) for e in examples]),
+                    **batch,
+                    "position_ids": positions(batch["attention_mask"]),
+                    "labels": labels,
+                    "logits_to_keep": labels.shape[1] - max(0, first - 1),
                 }
+            shared = [_shared(example["continuations"]) for example in examples]
+            rests = [[ids[len(s) :] for ids in e["continuations"]] for e, s in zip(examples, shared, strict=True)]
+            read = pad_left([[*e["input_ids"], *s] for e, s in zip(examples, shared, strict=True)], pad)
             return {
-                **pad_left(ids, pad),
-                "continuations": _block([example["continuations"] for example in examples], pad),
+                **pad_left([example["input_ids"] for example in examples], pad),
+                "read_ids": read["input_ids"],
+                "read_mask": read["attention_mask"],
+                "shared": _padded_left(shared, IGNORED),
+                "continuations": _block(rests, pad),
                 "labels": _block([example["labels"] for example in examples], IGNORED),
                 "right": torch.tensor([example["right"] for example in examples]),
             }
@@ -166,11 +182,24 @@ class CompletionTask(Task):
 
 def pad_left(prompts: Sequence[list[int]], pad: int) -> dict[str, Tensor]:
     """input_ids and attention_mask of prompts that are to be continued: each ends where its row ends."""
-    length = max(map(len, prompts))
-    return {
-        "input_ids": torch.tensor([[pad] * (length - len(row)) + row for row in prompts]),
-        "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in prompts]),
-    }
+    mask = _padded_left([[1] * len(row) for row in prompts], 0)
+    return {"input_ids": _padded_left(prompts, pad), "attention_mask": mask}
+
+
+def positions(mask: Tensor) -> Tensor:
+    """The place of every token in its row, from an attention mask of shape (rows, length)."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def _padded_left(rows: Sequence[list[int]], fill: int) -> Tensor:
+    length = max(map(len, rows))
+    return torch.tensor([[fill] * (length - len(row)) + row for row in rows], dtype=torch.long)
+
+
+def _shared(continuations: Sequence[list[int]]) -> list[int]:
+    """What all continuations of a row begin with, of which each keeps at least one token."""
+    columns = zip(*(ids[:-1] for ids in continuations), strict=False)
+    return [column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, columns)]
 
 
 def _block(rows: Sequence[Sequence[list[int]]], fill: int) -> Tensor:
@@ -205,11 +234,12 @@ def _extended(processor: Any, starts: Sequence[str], ids: Sequence[list[int]], t
 def teacher_forced(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """log p of every token of the continuations, in float32, and whether it is the likeliest one.
 
-    Both have the shape of the labels, (rows, continuations, tokens), and are zero where a label is -100. The prompt is
-    read once for all continuations of a row, which begin from copies of its cache.
+    Both have the shape of the labels, (rows, continuations, tokens), and are zero where a label is -100. The prompt and
+    what all continuations of a row begin with are read once; the rest of each begins from a copy of their cache.
     """
-    rows, _, length = batch["labels"].shape
-    at_once = max(1, LOGITS // (length * model.config.get_text_config().vocab_size))
+    rows = len(batch["labels"])
+    columns = batch["shared"].shape[1] + batch["continuations"].shape[-1]
+    at_once = max(1, LOGITS // (columns * model.config.get_text_config().vocab_size))
     parts = [
         _teacher_forced(model, {name: tensor[row : row + at_once] for name, tensor in batch.items()})
         for row in range(0, rows, at_once)
@@ -219,14 +249,20 @@ def teacher_forced(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Ten
 
 
 def _teacher_forced(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    mask, length = batch["attention_mask"], batch["labels"].shape[-1]
-    places = (mask.cumsum(-1) - 1).clamp(min=0)
+    mask, shared, rests = batch["read_mask"], batch["shared"], batch["continuations"]
+    (width, length), places = (shared.shape[1], rests.shape[-1]), positions(mask)
     prompt = model(
-        input_ids=batch["input_ids"], attention_mask=mask, position_ids=places, use_cache=True, logits_to_keep=1
+        input_ids=batch["read_ids"],
+        attention_mask=mask,
+        position_ids=places,
+        use_cache=length > 1,
+        logits_to_keep=width + 1,
     )
-    log_probs, likeliest = [], []
-    for tokens, labels in zip(batch["continuations"].unbind(1), batch["labels"].unbind(1), strict=True):
-        logits = prompt.logits[:, -1:]
+    logits = prompt.logits[:, -width - 1 :]
+    of_shared = _looked_up(logits[:, :-1], shared)
+    found = []
+    for tokens in rests.unbind(1):
+        of_rest = logits[:, -1:]
         if length > 1:
             output = model(
                 input_ids=tokens[:, :-1],
@@ -235,13 +271,32 @@ def _teacher_forced(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Te
                 past_key_values=copy.deepcopy(prompt.past_key_values),
                 use_cache=True,
             )
-            logits = torch.cat([logits, output.logits], dim=1)
-        losses = functional.cross_entropy(
-            logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
-        )
-        log_probs.append(-losses)
-        likeliest.append(logits.argmax(-1) == labels)
-    return torch.stack(log_probs, dim=1), torch.stack(likeliest, dim=1)
+            of_rest = torch.cat([of_rest, output.logits], dim=1)
+        parts = zip(of_shared, _looked_up(of_rest, tokens), strict=True)
+        found.append([torch.cat(part, dim=1) for part in parts])
+    log_probs, likeliest = (torch.stack(part, dim=1) for part in zip(*found, strict=True))
+    # A row's shared tokens end where its rest begins: from there back to its first token.
+    labels = batch["labels"]
+    begin = (shared == IGNORED).sum(1)[:, None] + torch.arange(labels.shape[-1], device=labels.device)
+    place = begin.clamp(max=width + length - 1)[:, None].expand(labels.shape)
+    counted = labels != IGNORED
+    return log_probs.gather(2, place).where(counted, 0.0), likeliest.gather(2, place) & counted
+
+
+def _looked_up(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """log p of `tokens`, shape (rows, tokens), in float32, and whether each is the likeliest."""
+    losses = functional.cross_entropy(logits.float().transpose(1, 2), tokens, ignore_index=IGNORED, reduction="none")
+    return -losses, logits.argmax(-1) == tokens
+
+
+def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """The summed loss of the labels that are not -100, shape (rows, length), in float32.
+
+    logits: of the last columns, shape (rows, kept, vocabulary), each predicting the label of the next column.
+    """
+    kept = logits.shape[1]
+    predicted, target = logits[:, :-1].float().transpose(1, 2), labels[:, labels.shape[1] - kept + 1 :]
+    return functional.cross_entropy(predicted, target, ignore_index=IGNORED, reduction="sum")
 
 
 def response_loss(log_probs: Tensor, batch: Mapping[str, Tensor]) -> Tensor:

@@ -24,6 +24,7 @@ FORMULAS = {
     "fourier": lambda x, w, g: np.cos(w * x + g),
     "polynomial": lambda x, w, g: (1 + w * x) ** 3,
     "sinusoid": lambda x, w, g: np.sin(w * x),
+    "linear": lambda x, w, g: w * x,
 }
 numbers = st.floats(-20, 20, allow_nan=False)
 

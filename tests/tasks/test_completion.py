@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from basisadapt import InputError
 from basisadapt.methods import METHODS
@@ -27,6 +27,7 @@ from basisadapt.tasks.completion import (
     read_instructions,
     response_loss,
     teacher_forced,
+    token_loss,
 )
 
 ROWS = Rows(
@@ -118,22 +119,58 @@ def test_what_the_backbone_cannot_read(task, tokenizer):
         task.examples(long, tokenizer, None, training=False)
 
 
-def test_training_is_padded_on_the_right_and_probes_on_the_left(task, tokenizer):
+@pytest.mark.parametrize("on_inputs", [False, True])
+def test_batches_are_padded_on_the_left(tokenizer, on_inputs):
+    task = Free(DataSettings(train_on_inputs=on_inputs))
     examples = task.examples(ROWS, tokenizer, None, training=True)
     batch = task.collator(tokenizer)(examples)
     for row, example in enumerate(examples):
         size = len(example["input_ids"])
-        assert batch["input_ids"][row, :size].tolist() == example["input_ids"]
-        assert batch["labels"][row, :size].tolist() == example["labels"]
-        assert set(batch["labels"][row, size:].tolist()) <= {IGNORED}
-        assert batch["attention_mask"][row].tolist() == [1] * size + [0] * (batch["labels"].shape[1] - size)
+        assert batch["input_ids"][row, -size:].tolist() == example["input_ids"]
+        assert batch["labels"][row, -size + 1 :].tolist() == example["labels"][1:]
+        assert set(batch["labels"][row, : -size + 1].tolist()) <= {IGNORED}
+        assert batch["attention_mask"][row].sum() == batch["attention_mask"][row, -size:].sum() == size
+        assert batch["position_ids"][row, -size:].tolist() == list(range(size))
+    longest = max(sum(label != IGNORED for label in example["labels"][1:]) for example in examples)
+    assert batch["logits_to_keep"] == longest + 1
     examples, batch = probes(task, tokenizer)
     for row, example in enumerate(examples):
         size = len(example["input_ids"])
         assert batch["input_ids"][row, -size:].tolist() == example["input_ids"]
         assert batch["attention_mask"][row].sum() == batch["attention_mask"][row, -size:].sum() == size
+        shared = [token for token in batch["shared"][row].tolist() if token != IGNORED]
+        read = batch["read_ids"][row, batch["read_mask"][row].bool()].tolist()
+        assert read == example["input_ids"] + shared
         for option, ids in enumerate(example["continuations"]):
-            assert batch["continuations"][row, option, : len(ids)].tolist() == ids
+            rest = ids[len(shared) :]
+            assert [*shared, *batch["continuations"][row, option, : len(rest)].tolist()] == ids
+
+
+@pytest.mark.parametrize("on_inputs", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_few_scored_positions_give_the_loss_and_gradients_of_all(tokenizer, model, on_inputs, kind):
+    if kind == "gpt2":  # whose positions are learned
+        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2}
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).eval()
+    examples = Free(DataSettings(train_on_inputs=on_inputs)).examples(ROWS, tokenizer, None, training=True)
+    batch = Free().collator(tokenizer)(examples)
+    labels = batch.pop("labels")
+
+    def gradients(loss):
+        model.zero_grad()
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    found = token_loss(model(**batch).logits, labels)
+    ours = gradients(found)
+    # Each row alone, in full: transformers' own loss.
+    expected = 0.0
+    for example in examples:
+        ids, labels = (torch.tensor([example[name]]) for name in ("input_ids", "labels"))
+        expected = expected + model(input_ids=ids, labels=labels).loss * (labels[:, 1:] != IGNORED).sum()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    theirs = gradients(expected)
+    assert (ours - theirs).norm() < 1e-6 * theirs.norm()
 
 
 def test_a_lead_is_read_and_does_not_count(task, tokenizer):
@@ -192,6 +229,26 @@ def test_a_shared_cache_gives_what_whole_texts_give(task, tokenizer, model, meth
     assert response_loss(log_probs, batch).item() == pytest.approx(expected)
 
 
+class Alike(Free):
+    def probe(self, question, response):
+        return Probe(question.prompt, tuple(Continuation(f"It is {option}") for option in "abc"))
+
+
+@pytest.mark.parametrize("at_once", [1, 2**27])
+def test_what_all_continuations_begin_with_is_read_with_the_prompt(tokenizer, model, at_once, monkeypatch):
+    monkeypatch.setattr(module, "LOGITS", at_once)
+    passes, forward = [], model.forward
+    monkeypatch.setattr(model, "forward", lambda **inputs: passes.append(1) or forward(**inputs))
+    examples, batch = probes(Alike(), tokenizer)
+    log_probs, likeliest = teacher_forced(model, batch)
+    assert len(passes) == (1 if at_once > 1 else len(ROWS)), "one pass for a batch"
+    monkeypatch.undo()
+    for row, example in enumerate(examples):
+        for option, (expected, hits) in enumerate(plainly(model, example)):
+            torch.testing.assert_close(log_probs[row, option, : len(expected)], expected, rtol=0, atol=1e-4)
+            assert torch.equal(likeliest[row, option, : len(expected)], hits)
+
+
 def test_the_prompt_is_read_once(task, tokenizer, model, monkeypatch):
     lengths, forward = [], model.forward
     monkeypatch.setattr(
@@ -200,8 +257,8 @@ def test_the_prompt_is_read_once(task, tokenizer, model, monkeypatch):
     _, batch = probes(task, tokenizer)
     teacher_forced(model, batch)
     prompt, *others = lengths
-    assert prompt == batch["input_ids"].shape
-    assert others == [(3, batch["labels"].shape[-1] - 1)] * 2
+    assert prompt == batch["read_ids"].shape
+    assert others == [(3, batch["continuations"].shape[-1] - 1)] * 2
 
 
 def test_autocast_is_finite_and_close(task, tokenizer, model):
