@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+from basisadapt.backbones import gguf
 from basisadapt.errors import InputError, unknown
 from basisadapt.registry import load_entry_points
+
+OWN = "BASISADAPT_BACKBONES"  # names a folder of the user's: NAME/ or NAME.gguf in it are the weights of backbone NAME
 
 
 @dataclass(frozen=True)
@@ -27,19 +31,26 @@ class Package:
 class Backbone:
     """A pretrained model.
 
-    source: a hub id, a local folder, or the import name of its `package`. shapes: the transformers configuration, so
-    that counting needs no download; empty where the source is asked. note: what every result with it has to say.
+    source: a hub id, a local folder or GGUF file, or the import name of its `package`. shapes: the transformers
+    configuration, so that counting needs no download; empty where the source is asked. note: what every result with it
+    has to say. called: its name in BACKBONES, where the source is the user's own copy of the weights.
     """
 
     source: str
     shapes: dict[str, Any] = field(default_factory=dict)
     package: Package | None = None
     note: str = ""
+    called: str = ""
 
     @property
     def name(self) -> str:
         """What users call it: its name in BACKBONES, or the source."""
-        return next((name for name, backbone in BACKBONES.items() if backbone == self), self.source)
+        return self.called or next((name for name, backbone in BACKBONES.items() if backbone == self), self.source)
+
+    @property
+    def file(self) -> Path | None:
+        """The GGUF file that is the source, if it is one."""
+        return Path(self.source) if self.package is None and self.source.endswith(".gguf") else None
 
 
 BACKBONES = {
@@ -129,6 +140,19 @@ BACKBONES = {
             "tie_word_embeddings": True,
         },
     ),
+    "qwen2.5-coder-0.5b": Backbone(
+        source="Qwen/Qwen2.5-Coder-0.5B-Instruct",
+        shapes={
+            "model_type": "qwen2",
+            "vocab_size": 151936,
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+        },
+    ),
     "phi3-mini": Backbone(
         source="microsoft/Phi-3-mini-4k-instruct",
         shapes={
@@ -166,14 +190,33 @@ def register(name: str, backbone: Backbone) -> None:
 
 
 def find(name: str) -> Backbone:
-    """The backbone called `name`: one of BACKBONES, a local folder, or a hub id such as "Qwen/Qwen2-0.5B".
+    """The backbone called `name`: one of BACKBONES, a local folder, a GGUF file, or a hub id such as "Qwen/Qwen2-0.5B".
 
-    Raises InputError for anything else, naming the nearest.
+    Where BASISADAPT_BACKBONES names a folder, the weights of one of BACKBONES are those in NAME/ or NAME.gguf there, if
+    there are any. Raises InputError for anything else, naming the nearest, and for a file that is not there or is not
+    GGUF.
     """
     if name not in BACKBONES:
         load_entry_points()
     if name in BACKBONES:
-        return BACKBONES[name]
+        return _own_copy(name, BACKBONES[name])
+    if name.endswith(".gguf"):
+        return Backbone(source=name, note=gguf.rounding(Path(name)))
     if os.path.isdir(name) or name.count("/") == 1:
         return Backbone(source=name)
     raise unknown("backbone", name, BACKBONES)
+
+
+def _own_copy(name: str, backbone: Backbone) -> Backbone:
+    """The backbone with the weights that the user's folder has of it, if any."""
+    if not (place := os.environ.get(OWN)):
+        return backbone
+    if not os.path.isdir(place):
+        raise InputError(f"{OWN} must name a folder, got {place!r}")
+    folder, file = Path(place, name), Path(place, f"{name}.gguf")
+    if folder.is_dir():
+        note = "the weights are those of a folder of the user's own"
+        return replace(backbone, source=str(folder), package=None, note=note, called=name)
+    if file.is_file():
+        return replace(backbone, source=str(file), package=None, note=gguf.rounding(file), called=name)
+    return backbone

@@ -18,6 +18,8 @@ SENTENCES = {
     "custom code": "brings code of its own, which is not run; choose a model that transformers knows",
     "does not recognize this architecture": "has a model type that this transformers does not know: pip install -U "
     "transformers, or choose another model",
+    "is not supported yet": "has an architecture that this transformers does not unpack from GGUF: pip install -U "
+    "transformers, or choose another file",
     "Unrecognized model": "has no config.json with a model_type that transformers knows",
     "model.safetensors": NO_SAFETENSORS,
 }

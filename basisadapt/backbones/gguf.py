@@ -2,22 +2,45 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
+from basisadapt.backbones.files import sha256_of
+from basisadapt.backbones.gguf_header import Header, read_header
 from basisadapt.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"  # what ggml calls the two ends of a language model
+# How finely floats are spaced, on the scale of bits a weight on which a rounding to b bits is off by some 2^(1 - b).
+FLOATS = {"F32": 25.0, "F16": 12.0, "BF16": 9.0}
+
+
+def rounding(file: Path) -> str:
+    """What every result with the weights of `file` has to say: how they were rounded, and which file it was.
+
+    Raises InputError where the file is not there, or not GGUF.
+    """
+    header, digest = read_header(file), sha256_of(file)[:16]
+    kind = _file_type(header)
+    if kind == "F32":
+        return f"the weights are those of a GGUF file in F32 (sha256 {digest})"
+    return f"the weights are a rounding{f' to {kind}' if kind else ''} of the original ones (sha256 {digest})"
 
 
 def converted(file: Path, sha256: str) -> Path:
-    """The folder with the weights and the tokenizer of `file`, whose checked sha256 is part of its name.
+    """The folder with the weights and the tokenizer of `file`, whose sha256 is part of its name.
 
-    The first call makes it, in some 40 s. The folder gets its name only when it is complete, so that nothing half done
-    is ever taken for it, and a lock lets one process work at a time. Raises InputError where the cache cannot be
-    written.
+    The first call makes it, in a minute or two for half a billion weights. The folder gets its name only when it is
+    complete, so that nothing half done is ever taken for it, and a lock lets one process work at a time. Raises
+    InputError where the cache cannot be written.
     """
     cache = cache_folder()
     folder = cache / f"{file.stem}-{sha256[:16]}"
@@ -49,14 +72,67 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or home.get(sys.platform, Path.home() / ".cache")) / "basisadapt"
 
 
+def _file_type(header: Header) -> str:
+    """What the file says it was rounded to, such as "Q4_K_M"; empty where it does not, or where gguf is missing."""
+    if importlib.util.find_spec("gguf") is None or "general.file_type" not in header.metadata:
+        return ""
+    from gguf import LlamaFileType
+
+    number = header.metadata["general.file_type"] & ~LlamaFileType.GUESSED
+    names = {int(kind): kind.name.removeprefix("MOSTLY_").removeprefix("ALL_") for kind in LlamaFileType}
+    return names.get(number, "")
+
+
 def _convert(file: Path, folder: Path) -> None:
     import transformers
 
+    header = read_header(file)
+    _check_whole(file, header)
     # Without `dequantize` transformers may keep the blocks packed, and such a model cannot be trained or saved.
     unpacked = transformers.GgufConfig(dequantize=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=unpacked
     )
+    _tie_head(model, header)
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
+
+
+def _check_whole(file: Path, header: Header) -> None:
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    size = file.stat().st_size
+    for name, tensor in header.tensors.items():
+        per_block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(tensor.kind)]
+        end = header.start + tensor.start + tensor.elements // per_block * block_bytes
+        if end > size:
+            raise InputError(f"backbone {str(file)!r} is cut short: {name} ends at byte {end:,} of {size:,}")
+
+
+def _tie_head(model: PreTrainedModel, header: Header) -> None:
+    """Make head and embedding one again where the file has rounded them apart, both into the finer copy.
+
+    A file may store the one tensor of a tied model twice, in two types; transformers then takes the model for an untied
+    one. They are one where they differ by no more than the coarser rounding: ‖E − H‖ ≤ 2^(2 − b) ‖H‖ at b bits a
+    weight, which is twice what such a rounding is off by, and no more than half.
+    """
+    if HEAD not in header.tensors or EMBEDDING not in header.tensors or not model._tied_weights_keys:
+        return
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    bits = {name: _bits(header.tensors[name].kind) for name in (EMBEDDING, HEAD)}
+    apart = torch.linalg.vector_norm(embedding.weight - head.weight) / torch.linalg.vector_norm(head.weight)
+    if apart > min(2 ** (2 - min(bits.values())), 0.5):
+        return
+    if bits[HEAD] > bits[EMBEDDING]:
+        embedding.weight = head.weight
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+
+
+def _bits(kind: int) -> float:
+    """How finely a type of ggml's resolves, in bits a weight."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    per_block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+    return FLOATS.get(GGMLQuantizationType(kind).name, 8 * block_bytes / per_block)

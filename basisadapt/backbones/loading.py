@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from basisadapt.backbones.catalogue import Backbone
+from basisadapt.backbones.catalogue import OWN, Backbone
 from basisadapt.backbones.failures import NO_SAFETENSORS, explained
 from basisadapt.backbones.forms import FORMS, check_form, is_head, model_class
-from basisadapt.backbones.packages import check_installed, folder_of
+from basisadapt.backbones.packages import check_installed, place_of
 from basisadapt.backbones.precision import keep_head_exact, loading_options
 from basisadapt.errors import InputError
 
@@ -39,11 +39,16 @@ def shape_only(backbone: Backbone, form: str, num_labels: int) -> PreTrainedMode
 
 
 def check_at_hand(backbone: Backbone) -> None:
-    """Raise InputError where a look shows that `load` would fail: at a package, or a local folder. No hub is asked."""
+    """Raise InputError where a look shows that `load` would fail: at a package, a local folder or a GGUF file.
+
+    No hub is asked. A GGUF file is unpacked: whether it can be, nothing less tells.
+    """
     check_installed(backbone)
     folder = Path(backbone.source)
     if backbone.package is None and folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise InputError(f"backbone {backbone.name!r} {NO_SAFETENSORS}")
+    if backbone.file is not None or backbone.called:
+        _check_shapes(backbone)
 
 
 def load(
@@ -94,6 +99,16 @@ def _class_embeddings(backbone: Backbone, num_labels: int, prompts: Sequence[Seq
     return clip.class_embeddings(whole, _ask(transformers.AutoTokenizer, backbone), prompts)
 
 
+def _check_shapes(backbone: Backbone) -> None:
+    """Raise InputError where the user's own copy of a named backbone is another model."""
+    config = _config(backbone, 1)
+    for key, expected in backbone.shapes.items():
+        if (found := getattr(config, key, None)) != expected:
+            raise InputError(
+                f"backbone {backbone.name!r} has {key} {expected}, and what {OWN} has for it {found}: another model"
+            )
+
+
 def _config(backbone: Backbone, num_labels: int) -> PretrainedConfig:
     import transformers
 
@@ -102,7 +117,7 @@ def _config(backbone: Backbone, num_labels: int) -> PretrainedConfig:
 
 def _ask(auto_class: Any, backbone: Backbone, **options: Any) -> Any:
     with explained(backbone), _quietly():
-        source = backbone.source if backbone.package is None else str(folder_of(backbone, backbone.package))
+        source = place_of(backbone)
         if Path(source).is_dir() and not Path(source, "config.json").is_file():
             raise InputError(f"backbone {backbone.name!r} is a folder without a config.json: it holds no model")
         return auto_class.from_pretrained(source, trust_remote_code=False, **options)

@@ -1,27 +1,36 @@
-"""Weights that come with Python packages: found, checked and, from GGUF, converted once."""
+"""Weights that are on this machine, in a package or a file: found, checked and, from GGUF, converted once."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import importlib.util
 from pathlib import Path
 
 from basisadapt.backbones import gguf
 from basisadapt.backbones.catalogue import Backbone, Package
+from basisadapt.backbones.files import sha256_of
 from basisadapt.errors import InputError
 
 
 def check_installed(backbone: Backbone) -> None:
     """Raise InputError, with the command to run, where a package that the backbone needs is not installed."""
-    if backbone.package is None:
-        return
-    needed = [backbone.source, *(["gguf"] if backbone.package.weights.endswith(".gguf") else [])]
+    if backbone.package is not None:
+        from_gguf = backbone.package.weights.endswith(".gguf")
+        needed, install = [backbone.source, *(["gguf"] if from_gguf else [])], backbone.package.install
+    else:
+        needed, install = ["gguf"] if backbone.file is not None else [], "pip install gguf"
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
-        raise InputError(
-            f"backbone {backbone.name!r} needs {' and '.join(missing)}, not installed here: {backbone.package.install}"
-        )
+        raise InputError(f"backbone {backbone.name!r} needs {' and '.join(missing)}, not installed here: {install}")
+
+
+def place_of(backbone: Backbone) -> str:
+    """What transformers is to load: a hub id, or a folder, to which a GGUF file is converted. Raises InputError."""
+    if backbone.package is not None:
+        return str(folder_of(backbone, backbone.package))
+    if backbone.file is not None:
+        check_installed(backbone)
+        return str(gguf.converted(backbone.file, sha256_of(backbone.file)))
+    return backbone.source
 
 
 def folder_of(backbone: Backbone, package: Package) -> Path:
@@ -35,12 +44,6 @@ def folder_of(backbone: Backbone, package: Package) -> Path:
     return gguf.converted(weights, package.sha256) if weights.suffix == ".gguf" else weights.parent
 
 
-@functools.cache
 def _check_sha256(path: Path, expected: str) -> None:
-    try:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"the weights {str(path)!r} cannot be read: {error.strerror}") from error
-    if found != expected:
+    if (found := sha256_of(path)) != expected:
         raise InputError(f"the weights {str(path)!r} have sha256 {found}, expected {expected}")

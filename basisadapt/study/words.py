@@ -251,8 +251,7 @@ def _notes(table: Table) -> list[str]:
                 f"Differences to {reference_named(spec.reference)} are paired by seed: mean, 95 % confidence interval "
                 f"(t), two-sided paired t-test, Holm-corrected for {tests} test{'' if tests == 1 else 's'}."
             )
-    used = dict.fromkeys(cell.config.backbone for line in table.lines for cell in line.row.cells)
-    notes += [f"Backbone {name}: {note}." for name in used if (note := backbones.find(name).note)]
+    notes += _backbones(table)
     notes += trouble(table)
     notes += _splits(table)
     if spec.answers is not None:
@@ -311,6 +310,16 @@ def _splits(table: Table) -> list[str]:
     """How a task's rows were split, where they do not come that way."""
     outcomes = ((line.task, outcome) for line in table.lines for outcome in line.outcomes.values())
     return list(dict.fromkeys(f"Rows of {task}: {o.data['split']}." for task, o in outcomes if "split" in o.data))
+
+
+def _backbones(table: Table) -> list[str]:
+    """What the runs say of their weights; the catalogue speaks where nothing has run."""
+    said = []
+    for line in table.lines:
+        name, seen = line.row.cells[0].config.backbone, [o.data for o in line.outcomes.values() if o.data]
+        notes = [data.get("backbone", "") for data in seen] if seen else [backbones.find(name).note]
+        said += [f"Backbone {name}: {note}." for note in notes if note]
+    return list(dict.fromkeys(said))
 
 
 def _named(seeds: Sequence[int]) -> str:

@@ -1,0 +1,29 @@
+"""What tells files of weights apart: their content, hashed once."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from pathlib import Path
+
+from basisadapt.errors import InputError
+
+
+def stamp(file: Path) -> tuple[int, ...]:
+    """What changes when a file does."""
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def sha256_of(file: Path) -> str:
+    """The sha256 of what `file` holds, computed once for as long as it does not change. Raises InputError."""
+    try:
+        return _sha256_once(file, stamp(file))
+    except OSError as error:
+        raise InputError(f"the weights {str(file)!r} cannot be read: {error.strerror}") from error
+
+
+@functools.lru_cache(maxsize=8)
+def _sha256_once(file: Path, stamp: tuple[int, ...]) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
