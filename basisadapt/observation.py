@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from basisadapt.backbones import is_head
 from basisadapt.diagnostics.path import Path
-from basisadapt.diagnostics.spectrum import dc_share, normalised, singular_values, stable_rank
+from basisadapt.diagnostics.spectrum import dc_share, normalised, singular_values, stable_rank, stable_rank_of
 from basisadapt.diagnostics.transfer import active_count
 from basisadapt.phi.bank import Transfer
 from basisadapt.phi.settings import LowRankSettings, PhiSettings
@@ -84,7 +84,7 @@ class Observer:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()  # what is still at work is the training step's
             began = time.perf_counter()
-            modules, phi = observe(self._model, self._weight_change)
+            modules, phi = observe(self._model, self._weight_change, in_passing=True)
             stable_ranks = {name: numbers["stable_rank"] for name, numbers in modules.items()}
             self.snapshots.append({"step": step, "stable_rank": stable_ranks, "phi": phi})
             self.seconds += time.perf_counter() - began
@@ -180,12 +180,12 @@ def _kinds(modules: dict[str, Numbers]) -> dict[str, list[str]]:
 
 @torch.no_grad()
 def observe(
-    model: nn.Module, weight_change: WeightChange = delta_weight_of
+    model: nn.Module, weight_change: WeightChange = delta_weight_of, in_passing: bool = False
 ) -> tuple[dict[str, Numbers], dict[str, Curve]]:
     """Every module's numbers and what φ adds to BA, as `training.RunResult` describes them.
 
     weight_change: gives ΔW of a layer; modules for which it is None are left out. Of weights that are no longer finite,
-    the finite part is described.
+    the finite part is described. in_passing: of ΔW no more than its stable rank.
     """
     from basisadapt.adapter.placement import describe
 
@@ -195,19 +195,22 @@ def observe(
         delta = torch.nan_to_num(update, posinf=0.0, neginf=0.0)
         if delta.abs().max() < NEGLIGIBLE:
             delta = torch.zeros_like(delta)
-        sigma = singular_values(delta)
-        modules[name] = {
-            "kind": describe(name).kind,
-            "stable_rank": stable_rank(sigma),
-            "dc_share": dc_share(delta),
-            "spectrum": normalised(sigma, SPECTRUM),
-        }
+        modules[name] = {"kind": describe(name).kind, **(_in_passing(delta) if in_passing else _spectrum(delta))}
         if transfer is not None:
             numbers, curve = _transfer(layer, transfer.double())
             if all(map(math.isfinite, [*numbers.values(), *curve["phi"]])):
                 modules[name].update(numbers)
                 phi[name] = curve
     return modules, phi
+
+
+def _in_passing(delta: Tensor) -> Numbers:
+    return {"stable_rank": stable_rank_of(delta)}
+
+
+def _spectrum(delta: Tensor) -> Numbers:
+    sigma = singular_values(delta)
+    return {"stable_rank": stable_rank(sigma), "dc_share": dc_share(delta), "spectrum": normalised(sigma, SPECTRUM)}
 
 
 def _updates(model: nn.Module, weight_change: WeightChange) -> Iterator[tuple[str, Any, Tensor, Transfer | None]]:

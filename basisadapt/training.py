@@ -207,18 +207,14 @@ def run(
 
     task = tasks.find(config.task, config.data)
     data = load_data(config, data_dir)
-    train, held_out = data.train.head(config.train.train_rows), data.eval
-    if config.train.validation is not None:
-        train, held_out = train.split(config.train.validation)
-    held_out = held_out.head(config.train.eval_rows)
     transformers.set_seed(config.seed)
     backbone = backbones.find(config.backbone)
     base, processor = backbones.load(backbone, task.form, task.num_labels, config.train.weights, data.prompts)
     model = attach(base, config, task.form)
     counts = count_parameters(model)
-    encode = functools.partial(task.examples, processor=processor, max_length=config.train.max_length)
-    held_out, questions = _longest_first(held_out, encode(held_out, training=False))
-    seen, examples = _spread(train, SEEN_ROWS), encode(train, training=True)
+    encoded = _encode(_Portion.of(config, data, processor))
+    train, examples, held_out, questions = encoded.train, encoded.examples, encoded.held_out, encoded.questions
+    seen = _spread(train, SEEN_ROWS)
     measure = in_the_first(task.measure)  # which may ask a judge
     method = METHODS[config.method]()
     weight_change: WeightChange = method.weight_change
@@ -257,8 +253,9 @@ def run(
         trainer.compute_metrics = None  # which measures the held-out rows
         output = trainer.predict(questions, metric_key_prefix="eval")
         evaluated = time.perf_counter()
-        on_seen = trainer.predict(encode(seen, training=False), metric_key_prefix="seen")
-        slice_of_loss = _landscape(trainer, encode(_spread(train, EVAL_BATCH), training=False), config)
+        ask = functools.partial(task.examples, processor=processor, max_length=config.train.max_length, training=False)
+        on_seen = trainer.predict(ask(seen), metric_key_prefix="seen")
+        slice_of_loss = _landscape(trainer, ask(_spread(train, EVAL_BATCH)), config)
         size = math.nan
         # A whole model is written where it is asked for only.
         if (save_to is not None or hasattr(model, "peft_config")) and rank() == 0:
@@ -343,6 +340,50 @@ def _load(task: str, settings: DataSettings, data_dir: Path | None, stamp: tuple
     loader = tasks.find(task, settings)
     loader.check(data_dir)
     return loader.load(data_dir)
+
+
+@dataclass(frozen=True)
+class _Portion:
+    """Which rows a run trains on and is tested on, and for which backbone: what their examples follow from."""
+
+    data: TaskData
+    task: str
+    settings: DataSettings
+    backbone: str
+    max_length: int | None
+    train_rows: int | None
+    eval_rows: int | None
+    validation: float | None
+    processor: Any = field(compare=False)
+
+    @staticmethod
+    def of(config: RunConfig, data: TaskData, processor: Any) -> _Portion:
+        train = config.train
+        rows = train.max_length, train.train_rows, train.eval_rows, train.validation
+        return _Portion(data, config.task, config.data, config.backbone, *rows, processor)
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """Training rows and their examples, of which too long ones are missing; rows for the test and their questions."""
+
+    train: Rows
+    examples: Sequence[Example]
+    held_out: Rows
+    questions: Sequence[Example]
+
+
+@functools.lru_cache(maxsize=2)
+def _encode(portion: _Portion) -> _Encoded:
+    """The rows as the backbone takes them, encoded once for the cells of a process that share them."""
+    task = tasks.find(portion.task, portion.settings)
+    train, held_out = portion.data.train.head(portion.train_rows), portion.data.eval
+    if portion.validation is not None:
+        train, held_out = train.split(portion.validation)
+    held_out = held_out.head(portion.eval_rows)
+    encode = functools.partial(task.examples, processor=portion.processor, max_length=portion.max_length)
+    held_out, questions = _longest_first(held_out, encode(held_out, training=False))
+    return _Encoded(train, encode(train, training=True), held_out, questions)
 
 
 def _longest_first(rows: Rows, examples: Sequence[Example]) -> tuple[Rows, Sequence[Example]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+SQUARINGS = 25
+
 
 def singular_values(matrix: Tensor) -> Tensor:
     """σ₁ ≥ σ₂ ≥ … of M, in float64: the square roots of the eigenvalues of its Gram matrix, faster than an SVD.
@@ -24,6 +26,33 @@ def singular_values(matrix: Tensor) -> Tensor:
 def stable_rank(sigma: Tensor) -> float:
     """S(M) = ‖M‖_F² / ‖M‖₂² = Σ (σᵢ / σ₁)² (paper, eq. 5): 1 for rank one, up to min(m, n); 0 for the zero matrix."""
     return (sigma / sigma[0]).square().sum().item() if sigma[0] > 0 else 0.0
+
+
+def stable_rank_of(matrix: Tensor) -> float:
+    """S(M) without the other singular values: on a GPU from σ₁ alone, as eigenvalues are found slowly there."""
+    if not matrix.is_cuda:
+        return stable_rank(singular_values(matrix))
+    matrix = matrix.double()
+    sigma = largest_singular_value(matrix)
+    return (matrix / sigma).square().sum().item() if sigma > 0 else 0.0
+
+
+def largest_singular_value(matrix: Tensor) -> Tensor:
+    """σ₁ in float64, a scalar, from products alone; it is off by less than 1e-8, relative.
+
+    σ₁² is the Rayleigh quotient of the longest column of G^(2^SQUARINGS), where G is the Gram matrix.
+    """
+    matrix = matrix.double()
+    largest = matrix.abs().max()
+    matrix = matrix / largest.where(largest > 0, 1.0)
+    gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+    power = gram
+    for _ in range(SQUARINGS):
+        power = power / power.diagonal().max().clamp_min(torch.finfo(power.dtype).tiny)
+        power = power @ power
+    column = power[:, power.diagonal().argmax()]
+    length = column.square().sum()
+    return largest * ((column @ gram @ column) / length.where(length > 0, 1.0)).clamp_min(0).sqrt()
 
 
 def normalised(sigma: Tensor, count: int) -> list[float]:

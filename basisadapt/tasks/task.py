@@ -59,9 +59,9 @@ class Rows:
         return self.between(0, place), self.between(place, None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TaskData:
-    """A task's rows. They are in a fixed, mixed order, so that the first ones are a fair sample.
+    """A task's rows, equal to themselves alone. They are in a fixed, mixed order, so that the first ones are a fair sample.
 
     mark: what tells these data from others, where the rows are too many to be read for it. about: what is to be
     recorded of them, in plain JSON types; "split", in words, where it is not the published one. prompts: sentences

@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 from basisadapt.diagnostics.convergence import fit_power_law
 from basisadapt.diagnostics.landscape import landscape
 from basisadapt.diagnostics.path import Path
-from basisadapt.diagnostics.spectrum import dc_share, normalised, singular_values, stable_rank
+from basisadapt.diagnostics.spectrum import (
+    dc_share,
+    largest_singular_value,
+    normalised,
+    singular_values,
+    stable_rank,
+)
 from basisadapt.diagnostics.transfer import active_count
 
 
@@ -44,6 +50,17 @@ def test_singular_values_of_known_matrices():
 @pytest.mark.parametrize("size", [1e-30, 1e30])
 def test_singular_values_neither_vanish_nor_overflow(size):
     assert stable_rank(singular_values(size * torch.eye(7))) == pytest.approx(7)
+
+
+@pytest.mark.parametrize("shape", [(40, 90), (90, 40), (64, 64)])
+@pytest.mark.parametrize("second", [0.0, 0.5, 0.999999, 1.0])
+def test_the_largest_singular_value_by_products(shape, second):
+    torch.manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(side, 8, dtype=torch.float64))[0] for side in shape)
+    sigma = torch.tensor([1.0, second, *[0.3] * 6], dtype=torch.float64)
+    matrix = 1e-30 * (left * sigma) @ right.T
+    assert largest_singular_value(matrix).item() == pytest.approx(singular_values(matrix)[0].item(), rel=1e-8)
+    assert largest_singular_value(torch.zeros(shape)).item() == 0
 
 
 def test_stable_rank():
