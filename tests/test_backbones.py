@@ -427,7 +427,7 @@ def test_a_table_says_what_the_backbone_is():
 
 SHAPES = {  # of what `write_gguf` writes
     "model_type": "qwen2",
-    "vocab_size": 259,
+    "vocab_size": 260,
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 1,
@@ -444,7 +444,7 @@ def write_gguf(file, head="once", types=("Q5_0", "Q8_0"), architecture="qwen2", 
     """
     writing = pytest.importorskip("gguf", reason="needs the package gguf")
     draw = np.random.default_rng(0).normal
-    tokens = ["<pad>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]
+    tokens = ["<pad>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "cd"]
     sides = {"attn_q": (64, 64), "attn_k": (32, 64), "attn_v": (32, 64), "attn_output": (64, 64)}
     sides |= {"ffn_gate": (96, 64), "ffn_up": (96, 64), "ffn_down": (64, 96)}
     kinds = {f"blk.0.{name}.weight": "Q5_0" for name in sides}
@@ -460,7 +460,7 @@ def write_gguf(file, head="once", types=("Q5_0", "Q8_0"), architecture="qwen2", 
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3] + [1] * (len(tokens) - 2))
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "c d"])
     writer.add_pad_token_id(0)
     writer.add_eos_token_id(1)
     writer.add_context_length(4096)
