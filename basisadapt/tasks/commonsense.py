@@ -1,7 +1,8 @@
 """The eight commonsense tasks and their suites (Hu et al., 2023), from a local folder or from the hub.
 
 The folder is that of LLM-Adapters: `commonsense/boolq/train.json` and `test.json`, and beside the tasks the published
-mixtures `commonsense_15k.json` and `commonsense_170k.json`. Of HellaSwag it may have a `subset.json` to be tested on.
+mixtures `commonsense_15k.json` and `commonsense_170k.json`, which are rebuilt from the training files where they are
+missing, and mixtures of one's own. Of HellaSwag it may have a `subset.json` to be tested on.
 Without `--data-dir` the original data sets are read from the hub; their development sets are the tests where the test
 labels are withheld, as published. The published mixture has Winogrande's training rows in all six sizes, from the hub
 they are those of the largest, "xl".
@@ -11,32 +12,37 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from basisadapt.errors import InputError
+from basisadapt.errors import InputError, unknown
 from basisadapt.tasks import commonsense_prompts as prompts
 from basisadapt.tasks.choice import ChoiceQuestion, ChoiceTask
 from basisadapt.tasks.commonsense_prompts import Asked, Layout
 from basisadapt.tasks.completion import Instruction, read_instructions, read_json
 from basisadapt.tasks.hub import ask_hub
-from basisadapt.tasks.task import Rows, TaskData, readable_folder
+from basisadapt.tasks.settings import DataSettings
+from basisadapt.tasks.task import TASKS, Rows, TaskData, readable_folder
 
 CONVERTED = "refs/convert/parquet"  # the hub's own conversion of data sets that are scripts
 SUBSET = "subset.json"
+PREFIX = "commonsense/"
 
 
 @dataclass(frozen=True)
 class Source:
     """Where a task's rows come from.
 
-    folder: under `commonsense/`. hub: the original data set, its `subset` and `revision`; test: its split for testing.
-    convert: one of its rows to question, options and the right one.
+    folder: under `commonsense/`. mixed: its rows in the published mixture of 170,000. hub: the original data set, its
+    `subset` and `revision`; test: its split for testing. convert: one of its rows to question, options and the right
+    one.
     """
 
     folder: str
+    mixed: int
     layout: Layout
     hub: str
     convert: Callable[[Mapping[str, Any]], Asked]
@@ -46,21 +52,29 @@ class Source:
 
 
 SOURCES = {
-    "boolq": Source("boolq", prompts.TRUE_FALSE, "google/boolq", prompts.from_boolq),
-    "piqa": Source("piqa", prompts.SOLUTIONS, "ybisk/piqa", prompts.from_piqa, revision=CONVERTED),
+    "boolq": Source("boolq", 9_427, prompts.TRUE_FALSE, "google/boolq", prompts.from_boolq),
+    "piqa": Source("piqa", 16_113, prompts.SOLUTIONS, "ybisk/piqa", prompts.from_piqa, revision=CONVERTED),
     "social_i_qa": Source(
-        "social_i_qa", prompts.ANSWERS, "allenai/social_i_qa", prompts.from_social_i_qa, revision=CONVERTED
+        "social_i_qa", 33_410, prompts.ANSWERS, "allenai/social_i_qa", prompts.from_social_i_qa, revision=CONVERTED
     ),
-    "hellaswag": Source("hellaswag", prompts.ENDINGS, "Rowan/hellaswag", prompts.from_hellaswag),
+    "hellaswag": Source("hellaswag", 39_905, prompts.ENDINGS, "Rowan/hellaswag", prompts.from_hellaswag),
     "winogrande": Source(
-        "winogrande", prompts.FILLINGS, "allenai/winogrande", prompts.from_winogrande, "winogrande_xl", CONVERTED
+        "winogrande",
+        63_238,
+        prompts.FILLINGS,
+        "allenai/winogrande",
+        prompts.from_winogrande,
+        "winogrande_xl",
+        CONVERTED,
     ),
-    "arc_easy": Source("ARC-Easy", prompts.ANSWERS, "allenai/ai2_arc", prompts.from_arc, "ARC-Easy", test="test"),
+    "arc_easy": Source(
+        "ARC-Easy", 2_251, prompts.ANSWERS, "allenai/ai2_arc", prompts.from_arc, "ARC-Easy", test="test"
+    ),
     "arc_challenge": Source(
-        "ARC-Challenge", prompts.ANSWERS, "allenai/ai2_arc", prompts.from_arc, "ARC-Challenge", test="test"
+        "ARC-Challenge", 1_119, prompts.ANSWERS, "allenai/ai2_arc", prompts.from_arc, "ARC-Challenge", test="test"
     ),
     "openbookqa": Source(
-        "openbookqa", prompts.ANSWERS, "allenai/openbookqa", prompts.from_openbookqa, "main", test="test"
+        "openbookqa", 4_957, prompts.ANSWERS, "allenai/openbookqa", prompts.from_openbookqa, "main", test="test"
     ),
 }
 
@@ -157,18 +171,18 @@ class CommonsenseSuite(ChoiceTask, name="commonsense/all"):
 
 
 class CommonsenseMixture(ChoiceTask):
-    """Trained on a published mixture, tested on every test file of the folder. The subclasses below are data.
+    """Trained on a mixture of the tasks' rows, tested on every test file of the folder, as `commonsense/all` is.
 
-    The tests are as of `commonsense/all`. The mixtures are files of LLM-Adapters and need `--data-dir`.
+    file: beside the tasks' folders in `--data-dir`, rows of all layouts.
     """
 
-    file: ClassVar[str]
+    file: str
 
     def check(self, data_dir: Path | None) -> None:
         """Raise InputError unless the mixture and a test file are there."""
         if data_dir is None:
             raise InputError(f"{self.file} needs --data-dir; commonsense/all trains on the original data of the hub")
-        if not (readable_folder(data_dir) / "commonsense" / self.file).is_file():
+        if not self.has_file(readable_folder(data_dir)):
             raise InputError(f"data folder {str(data_dir)!r} has no commonsense/{self.file}")
         _tested(data_dir)
 
@@ -176,20 +190,97 @@ class CommonsenseMixture(ChoiceTask):
         """The mixture, mixed by a fixed seed, and the test rows in turn."""
         self.check(data_dir)
         assert data_dir is not None
-        trained = {self.file: _rows(data_dir / "commonsense" / self.file, prompts.LAYOUTS, "mixture")}
-        return _data(trained, {source: _test_rows(source, data_dir) for source in _tested(data_dir)})
+        mixture = {self.file: _rows(data_dir / "commonsense" / self.file, prompts.LAYOUTS, "mixture")}
+        return _data(mixture, {source: _test_rows(source, data_dir) for source in _tested(data_dir)})
+
+    def has_file(self, data_dir: Path) -> bool:
+        """Whether the mixture is there."""
+        return (data_dir / "commonsense" / self.file).is_file()
 
 
-class Commonsense15k(CommonsenseMixture, name="commonsense/15k"):
+class OwnMixture(CommonsenseMixture):
+    """`commonsense/NAME`: the mixture is `NAME.json`."""
+
+    def __init__(self, name: str, settings: DataSettings) -> None:
+        super().__init__(settings)
+        self._name, self.file = name, f"{name.removeprefix(PREFIX)}.json"
+
+    def check(self, data_dir: Path | None) -> None:
+        """Raise InputError, with the nearest task, unless the mixture and a test file are there."""
+        try:
+            super().check(data_dir)
+        except InputError as error:
+            if data_dir is not None and self.has_file(data_dir):
+                raise
+            raise InputError(f"{unknown('task', self._name, TASKS)}; {error}") from error
+
+
+class PublishedMixture(CommonsenseMixture):
+    """A regime of the paper's, rebuilt from the eight training files where its own file is missing.
+
+    rows: that are then drawn, in the published mixture's proportions; None takes all.
+    """
+
+    rows: ClassVar[int | None]
+
+    def check(self, data_dir: Path | None) -> None:
+        """Raise InputError unless the mixture or all training files, and a test file, are there."""
+        if data_dir is None or self.has_file(readable_folder(data_dir)):
+            return super().check(data_dir)
+        missing = [str(_file(source, "train.json")) for source in SOURCES if source not in _trained(data_dir)]
+        if missing:
+            raise InputError(
+                f"data folder {str(data_dir)!r} has no commonsense/{self.file}, nor {', '.join(missing)} to rebuild it"
+            )
+        _tested(data_dir)
+
+    def load(self, data_dir: Path | None) -> TaskData:
+        """The published mixture, or the rebuilt one, which data and tables then say."""
+        self.check(data_dir)
+        assert data_dir is not None
+        if self.has_file(data_dir):
+            return super().load(data_dir)
+        trained, how = {source: _train_rows(source, data_dir) for source in SOURCES}, "all rows of the training files"
+        if self.rows is not None:
+            trained, how = _drawn(trained, self.rows), "rows of the training files in the published proportions"
+        tested = {source: _test_rows(source, data_dir) for source in _tested(data_dir)}
+        return _data(trained, tested, f"rebuilt without {self.file}, from {how}: ")
+
+
+class Commonsense15k(PublishedMixture, name="commonsense/15k"):
     """The regime of 15,000 rows."""
 
-    file = "commonsense_15k.json"
+    file, rows = "commonsense_15k.json", 15_000
 
 
-class Commonsense170k(CommonsenseMixture, name="commonsense/170k"):
+class Commonsense170k(PublishedMixture, name="commonsense/170k"):
     """The regime of 170,000 rows."""
 
-    file = "commonsense_170k.json"
+    file, rows = "commonsense_170k.json", None
+
+
+def _drawn(trained: Mapping[str, Rows], count: int) -> dict[str, Rows]:
+    """`count` rows in the published mixture's proportions, made whole by largest remainders.
+
+    Each task's are drawn by a seed of its own, so that no other task's rows change them. Raises InputError where a
+    task has too few.
+    """
+    published = sum(place.mixed for place in SOURCES.values())
+    shares = {source: count * place.mixed / published for source, place in SOURCES.items()}
+    counts = {source: int(share) for source, share in shares.items()}
+    by_remainder = sorted(SOURCES, key=lambda source: counts[source] - shares[source])
+    for source in by_remainder[: count - sum(counts.values())]:
+        counts[source] += 1
+    for source, rows in trained.items():
+        if counts[source] > len(rows):
+            raise InputError(
+                f"{_file(source, 'train.json')} has {len(rows):,} rows, and {counts[source]:,} of them belong to "
+                f"{count:,} in the published proportions"
+            )
+    return {
+        source: rows.take(random.Random(f"{source} {count}").sample(range(len(rows)), counts[source]))
+        for source, rows in trained.items()
+    }
 
 
 # --- files ---
@@ -299,12 +390,15 @@ def _from_hub(source: str, split: str) -> Rows:
 # --- what a task hands over ---
 
 
-def _data(trained: Mapping[str, Rows], tested: Mapping[str, Rows]) -> TaskData:
-    """Training rows in one mixed order; test rows mixed task by task, then taken from the tasks in turn."""
+def _data(trained: Mapping[str, Rows], tested: Mapping[str, Rows], before: str = "") -> TaskData:
+    """Training rows in one mixed order; test rows mixed task by task, then taken from the tasks in turn.
+
+    before: what the words about the split begin with.
+    """
     pairs = [[*zip(rows.inputs, rows.labels, strict=True)] for rows in map(Rows.mixed, tested.values())]
     train = _of_pairs(pair for rows in trained.values() for pair in zip(rows.inputs, rows.labels, strict=True)).mixed()
     test = _of_pairs(pair for turn in itertools.zip_longest(*pairs) for pair in turn if pair is not None)
-    split = f"trained on {_sizes(trained)}; tested on {_sizes(tested)}"
+    split = f"{before}trained on {_sizes(trained)}; tested on {_sizes(tested)}"
     return TaskData(train, test, mark=_mark(train, test), about={"split": split})
 
 

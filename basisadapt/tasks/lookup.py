@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from basisadapt.errors import InputError
-from basisadapt.tasks import files
+from basisadapt.tasks import commonsense, files
 from basisadapt.tasks.files import FileTask
 from basisadapt.tasks.hub import PREFIX, HubTask
 from basisadapt.tasks.settings import DataSettings
@@ -15,7 +16,8 @@ from basisadapt.tasks.task import TASKS, Task
 
 
 def find(name: str, settings: DataSettings) -> Task:
-    """The task called `name`: a registered one, a file by its suffix, or "hub:owner/name". Reads nothing.
+    """The task called `name`: a registered one, a file by its suffix, "hub:owner/name", or "commonsense/NAME" of a
+    mixture of one's own in the data folder. Reads nothing.
 
     Raises InputError naming the nearest.
     """
@@ -27,6 +29,8 @@ def find(name: str, settings: DataSettings) -> Task:
         return FileTask(Path(name), settings)
     if os.path.isfile(name):  # which takes any text, as Path.is_file does not
         raise InputError(f"task {name!r} is a file of none of the formats {', '.join(SUFFIXES)}")
+    if name not in TASKS and re.fullmatch(rf"{commonsense.PREFIX}[\w-]+", name):
+        return commonsense.OwnMixture(name, settings)
     return TASKS[name](settings)
 
 

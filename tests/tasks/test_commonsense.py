@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
+import re
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from basisadapt.run_config import RunConfig
 from basisadapt.tasks import DataSettings, Rows, find
 from basisadapt.tasks import commonsense_prompts as prompts
 from basisadapt.tasks.choice import extract
-from basisadapt.tasks.commonsense import SOURCES
+from basisadapt.tasks.commonsense import SOURCES, Commonsense15k
 from basisadapt.tasks.hub import ask_hub
 from basisadapt.training import plan, run
 
@@ -294,7 +295,10 @@ def test_the_real_suite(data_dir):
     assert counts["hellaswag"] == 1000
     first = collections.Counter(question.group for question in data.eval.head(10 * len(counts)).inputs)
     assert set(first.values()) == {10}
-    assert {question.group for question in data.train.inputs} == {"boolq", "arc_easy", "arc_challenge", "openbookqa"}
+    there = {
+        name for name, source in SOURCES.items() if (data_dir / "commonsense" / source.folder / "train.json").is_file()
+    }
+    assert {question.group for question in data.train.inputs} == there > {"boolq", "arc_easy"}
     assert collections.Counter(data.train.labels)["the correct answer is true"] == 5874
 
 
@@ -351,6 +355,149 @@ def test_mixtures(tmp_path, regime):
     mixture.write_text(json.dumps([*rows, {**rows[0], "instruction": "Sing."}]), encoding="utf-8")
     with pytest.raises(InputError, match=f"commonsense_{regime}.json', row 11: the instruction is not one"):
         task.load(tmp_path)
+
+
+def training_sets(data_dir, count=40):
+    """The training sets of all tasks, with different rows, and one test file."""
+    for source in SOURCES.values():
+        text, options = WRITTEN[source.layout][1:]
+        rows = [written_row(source.layout, number % 2) for number in range(count)]
+        for number, row in enumerate(rows):
+            row["instruction"] = source.layout.render(f"{source.folder} {number}. {text}", options)
+        write(data_dir, source.folder, rows=rows)
+    write(data_dir, "piqa", "test", 7)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The regime of 15,000 rows with 60."""
+    monkeypatch.setattr(Commonsense15k, "rows", 60)
+    return find("commonsense/15k", DataSettings())
+
+
+def test_a_missing_mixture_is_rebuilt_in_the_published_proportions(tmp_path, small):
+    training_sets(tmp_path)
+    small.check(tmp_path)
+    data = small.load(tmp_path)
+    counts = collections.Counter(question.group for question in data.train.inputs)
+    assert sum(counts.values()) == len({question.prompt for question in data.train.inputs}) == 60
+    published = sum(source.mixed for source in SOURCES.values())
+    assert all(abs(counts[name] - 60 * source.mixed / published) < 1 for name, source in SOURCES.items())
+    assert data.about["split"] == (
+        "rebuilt without commonsense_15k.json, from rows of the training files in the published proportions: "
+        f"trained on {', '.join(f'{name} ({counts[name]})' for name in SOURCES)}; tested on piqa (7)"
+    )
+    groups = [question.group for question in data.train.inputs]
+    assert groups != sorted(groups, key=list(SOURCES).index), "mixed"
+    again = small.load(tmp_path)
+    assert data.train.inputs == again.train.inputs
+    assert data.fingerprint() == again.fingerprint()
+
+
+def test_the_rows_that_are_drawn_of_a_task_do_not_hang_on_other_tasks(tmp_path, small):
+    def drawn():
+        numbers = {name: [] for name in SOURCES}
+        for question in small.load(tmp_path).train.inputs:
+            numbers[question.group] += map(int, re.findall(r" (\d+)\. ", question.prompt))
+        return {name: sorted(of_task) for name, of_task in numbers.items()}
+
+    training_sets(tmp_path)
+    before = drawn()
+    assert before["winogrande"] != list(range(len(before["winogrande"]))), "from all over the file"
+    write(tmp_path, "boolq", count=1000)
+    after = drawn()
+    assert (len(before.pop("boolq")), after.pop("boolq")) == (3, [])
+    assert before == after
+
+
+def test_170k_is_rebuilt_from_all_rows(tmp_path):
+    training_sets(tmp_path, count=5)
+    data = find("commonsense/170k", DataSettings()).load(tmp_path)
+    assert collections.Counter(question.group for question in data.train.inputs) == dict.fromkeys(SOURCES, 5)
+    assert data.about["split"].startswith("rebuilt without commonsense_170k.json, from all rows of the training files")
+
+
+@pytest.mark.parametrize("regime", ["15k", "170k"])
+def test_a_mixture_that_cannot_be_rebuilt_names_what_is_missing(tmp_path, regime):
+    task = find(f"commonsense/{regime}", DataSettings())
+    training_sets(tmp_path, count=2)
+    for folder in ("ARC-Easy", "piqa"):
+        (tmp_path / "commonsense" / folder / "train.json").unlink()
+    for call in (task.check, task.load):
+        with pytest.raises(InputError, match=rf"no commonsense/commonsense_{regime}.json, nor ") as raised:
+            call(tmp_path)
+        assert str(raised.value).endswith(
+            ", nor commonsense/piqa/train.json, commonsense/ARC-Easy/train.json to rebuild it"
+        )
+
+
+def test_a_training_set_with_too_few_rows_for_its_share_is_refused(tmp_path):
+    training_sets(tmp_path)
+    message = (
+        r"^commonsense/boolq/train.json has 40 rows, and 830 of them belong to 15,000 in the published proportions$"
+    )
+    with pytest.raises(InputError, match=message):
+        find("commonsense/15k", DataSettings()).load(tmp_path)
+
+
+def test_a_check_reads_no_rows(tmp_path):
+    training_sets(tmp_path)
+    for path in (tmp_path / "commonsense").glob("*/*.json"):
+        path.write_text("not JSON", encoding="utf-8")
+    (tmp_path / "commonsense" / "mine.json").write_text("not JSON", encoding="utf-8")
+    for name in ("15k", "170k", "mine", "all"):
+        find(f"commonsense/{name}", DataSettings()).check(tmp_path)
+        with pytest.raises(InputError, match="is not JSON"):
+            find(f"commonsense/{name}", DataSettings()).load(tmp_path)
+
+
+def test_a_run_says_that_its_mixture_was_rebuilt(tmp_path, small, language_model):
+    training_sets(tmp_path)
+    train = {"max_steps": 1, "batch_size": 2, "eval_rows": 4}
+    chosen = {"task": "commonsense/15k", "backbone": str(language_model), "method": "lora", "train": train}
+    result = run(RunConfig.from_mapping(chosen), data_dir=tmp_path)
+    assert result.data["split"].startswith("rebuilt without commonsense_15k.json")
+    assert (result.data["train_rows"], result.data["eval_rows"]) == (60, 4)
+
+
+def test_a_mixture_of_ones_own_is_a_task_by_its_name(tmp_path):
+    training_sets(tmp_path, count=2)
+    rows = [written_row(layout, right) for layout in prompts.LAYOUTS for right in (0, 1)]
+    (tmp_path / "commonsense" / "my-mix_1.json").write_text(json.dumps(rows), encoding="utf-8")
+    task = find("commonsense/my-mix_1", DataSettings())
+    task.check(tmp_path)
+    data = task.load(tmp_path)
+    assert sorted(data.train.labels) == sorted(row["output"] for row in rows)
+    assert data.about["split"] == "trained on my-mix_1.json (10); tested on piqa (7)"
+    for name in ("commonsense/../secret", "commonsense/a/b", "commonsense/", "commonsense/a.b"):
+        with pytest.raises(InputError, match=r"^unknown task 'commonsense/"):
+            find(name, DataSettings())
+    typo = find("commonsense/bolq", DataSettings())
+    for data_dir, reason in (
+        (None, "bolq.json needs --data-dir"),
+        (tmp_path, r"data folder .* has no commonsense/bolq.json"),
+    ):
+        with pytest.raises(
+            InputError, match=rf"unknown task 'commonsense/bolq'; did you mean 'commonsense/boolq'.*; {reason}"
+        ):
+            typo.check(data_dir)
+
+
+def test_the_real_training_sets_are_mixed_in_the_published_proportions(data_dir):
+    """Where all eight are there."""
+    task = find("commonsense/15k", DataSettings())
+    try:
+        task.check(data_dir)
+    except InputError as error:
+        pytest.skip(str(error))
+    if task.has_file(data_dir):
+        pytest.skip("the published mixture is there")
+    data = task.load(data_dir)
+    counts = collections.Counter(question.group for question in data.train.inputs)
+    assert (len(data.train), counts["winogrande"], counts["boolq"]) == (15_000, 5_566, 830)
+    assert len({question.prompt for question in data.train.inputs}) > 14_990
+    assert len({question.group for question in data.eval.inputs}) == 8
+    assert "hellaswag (1000)" in data.about["split"].partition("tested on")[2]
 
 
 SUBSET_ROW = {"question": "She", "choices": {"A": "sits.", "B": "melts.", "C": "is.", "D": ""}, "answer": "C"}
