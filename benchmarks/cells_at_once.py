@@ -4,8 +4,8 @@ python -m basisadapt.study ablate_rate --preset llm --data-dir DIR --export cell
 python -m basisadapt.training cells.jsonl --workers 14 --data-dir DIR --output results.jsonl
 python benchmarks/cells_at_once.py results.jsonl --gpus 2
 
-Tokens are those of training, without padding. The stretch is as long as from the first cell's begin to the last one's
-end, with loading, evaluation and all; "training" counts only the time in which cells train, as many at once as there were.
+Tokens are those of training, without padding. The stretch lasts from the first cell's begin to the last one's end, with
+loading, evaluation and all; "training" is what as many cells would make that do nothing but train.
 """
 
 from __future__ import annotations

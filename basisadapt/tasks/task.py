@@ -61,7 +61,7 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class TaskData:
-    """A task's rows, equal to themselves alone. They are in a fixed, mixed order, so that the first ones are a fair sample.
+    """A task's rows, in a fixed, mixed order, so that the first ones are a fair sample. Equal to themselves alone.
 
     mark: what tells these data from others, where the rows are too many to be read for it. about: what is to be
     recorded of them, in plain JSON types; "split", in words, where it is not the published one. prompts: sentences
