@@ -41,7 +41,8 @@ class TrainSettings:
     host, one for each GPU, among which every batch is divided: batch_size is the run's. parallel: what they share, with
     "ddp" the batches alone, with "fsdp" the frozen weights too (see `distributed/shard.py`); either trains as one
     process does, up to rounding and dropout's draws. group_by_length: batches of texts of like length, which are hardly
-    padded, in any order.
+    padded, in any order. sharpness: before training, find the largest eigenvalue of the loss's Hessian in what trains,
+    by so many steps of power iteration on one batch of training rows; None does not.
     Raises InputError out of range.
     """
 
@@ -66,6 +67,7 @@ class TrainSettings:
     processes: int = 1
     parallel: str = "ddp"
     group_by_length: bool = late(False)
+    sharpness: int | None = late(None)
 
     def __post_init__(self) -> None:
         require(0 < self.lr < math.inf, "train.lr", self.lr, "above 0")
@@ -76,7 +78,8 @@ class TrainSettings:
         require(self.max_grad_norm > 0, "train.max_grad_norm", self.max_grad_norm, "above 0")
         require(self.precision in PRECISIONS, "train.precision", self.precision, f"one of {', '.join(PRECISIONS)}")
         require(self.weights in WEIGHTS, "train.weights", self.weights, f"one of {', '.join(WEIGHTS)}")
-        for name in ("max_steps", "batch_size", "max_length", "eval_steps", "patience", "train_rows", "eval_rows"):
+        optional = ("max_steps", "max_length", "eval_steps", "patience", "train_rows", "eval_rows", "sharpness")
+        for name in ("batch_size", *optional):
             value = getattr(self, name)
             require(value is None or value >= 1, f"train.{name}", value, "at least 1")
         share = self.validation is None or 0 < self.validation < 1
@@ -90,6 +93,8 @@ class TrainSettings:
         require(self.parallel in PARALLEL, "train.parallel", self.parallel, f"one of {', '.join(PARALLEL)}")
         alone = not self.group_by_length or self.processes == 1
         require(alone, "train.group_by_length", self.group_by_length, "false with several train.processes")
+        alone = self.sharpness is None or self.processes == 1
+        require(alone, "train.sharpness", self.sharpness, "null with several train.processes")
         shared = self.parallel == "ddp" or self.processes > 1
         require(shared, "train.parallel", self.parallel, "used together with train.processes of at least 2")
         plain = self.parallel == "ddp" or self.weights not in QUANTISED

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from basisadapt import backbones, tasks
 from basisadapt.backbones import FORMS, is_head
 from basisadapt.cost import Cost
 from basisadapt.diagnostics.convergence import fit_power_law
 from basisadapt.diagnostics.landscape import landscape
+from basisadapt.diagnostics.sharpness import largest_eigenvalue
 from basisadapt.distributed.group import (
     check_processes,
     in_group,
@@ -93,8 +95,9 @@ class RunResult:
     deviations of the population) "stable_rank.mean" and ".std", the same of each kind, "stable_rank.attention.mean",
     "dc_share.mean" and, of φ, "active_n.mean", "utilisation.mean", "omega.mean" and ".std", "alpha.mean_abs" and
     "range.share", the largest of them; "convergence_exponent" (`diagnostics.convergence`), "update_smoothness"
-    (`diagnostics.path`), "generalisation_gap" (the headline metric on up to 128 training rows less that on the held-out
-    ones, where they are comparable); "parameters.trainable", ".factors", ".transfer", ".head"; "adapter.bytes", the
+    (`diagnostics.path`), "sharpness" (`diagnostics.sharpness`, where train.sharpness asks for it), "generalisation_gap"
+    (the headline metric on up to 128 training rows less that on the held-out ones, where they are comparable);
+    "parameters.trainable", ".factors", ".transfer", ".head"; "adapter.bytes", the
     size of the saved weights; "memory.peak_bytes" (of process 0) and "tokens_per_second" of training (`cost`);
     "seconds.train", ".eval" and ".observe", which do not overlap.
     curves: name -> [(step, value), ...]: "loss", "update_smoothness" so far, "stable_rank.attention" and so on at the
@@ -246,6 +249,7 @@ def run(
             functools.partial(method.after_step, *own),
         )
         trainer.add_callback(watch)
+        sharpness = _sharpness(trainer, examples, config)
         with cost:
             began = time.perf_counter()
             training_loss = trainer.train().training_loss if counts.trainable else math.nan
@@ -285,6 +289,7 @@ def run(
         "convergence_exponent": law.exponent if law else math.nan,
         "generalisation_gap": gap,
         "update_smoothness": observer.smoothness(),
+        "sharpness": sharpness,
         "parameters.factors": counts.factors,
         "parameters.transfer": counts.transfer,
         "parameters.head": counts.head,
@@ -402,8 +407,28 @@ def _left_out(count: int, rows: int) -> list[str]:
 
 def _spread(rows: Rows, count: int) -> Rows:
     """At most `count` rows, evenly spread."""
-    count = min(count, len(rows))
-    return rows.take(range(0, len(rows) // count * count, len(rows) // count))
+    return rows.take(_places(len(rows), count))
+
+
+def _places(size: int, count: int) -> range:
+    count = min(count, size)
+    return range(0, size // count * count, size // count)
+
+
+def _sharpness(trainer: Any, examples: Sequence[Example], config: RunConfig) -> float:
+    """The largest eigenvalue of the Hessian of one batch's training loss; NaN where it is not asked for."""
+    parameters = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    if config.train.sharpness is None or not parameters:
+        return math.nan
+    rows = [examples[place] for place in _places(len(examples), EVAL_BATCH)]
+    batch = trainer._prepare_inputs(trainer.data_collator(rows))
+
+    def gradients() -> Sequence[Tensor]:
+        loss = trainer.compute_loss(trainer.model, dict(batch))
+        return torch.autograd.grad(loss, parameters, materialize_grads=True)
+
+    trainer.model.eval()
+    return largest_eigenvalue(parameters, gradients, config.train.sharpness, config.seed)
 
 
 def _landscape(trainer: Any, examples: Sequence[Example], config: RunConfig) -> dict[str, Any]:

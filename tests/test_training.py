@@ -214,6 +214,16 @@ def test_tf32_is_a_precision_of_its_own_run():
     assert (torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()) == before
 
 
+@pytest.mark.parametrize("method", ["lora", "head", "frozen"])
+def test_to_look_for_the_sharpness_changes_nothing(method):
+    found, plain = (
+        run(config(method=method, adapter={"r": 1}, train={"sharpness": steps, "max_steps": 2})) for steps in (3, None)
+    )
+    assert "sharpness" not in plain.metrics
+    assert found.metrics.get("sharpness", 0) > 0 or method == "frozen"
+    assert found.curves.get("loss") == plain.curves.get("loss")
+
+
 def test_residual_does_start():
     result = run(config(train={"max_steps": 20}, adapter={"r": 4}))
     assert result.warnings == []

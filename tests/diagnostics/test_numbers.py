@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from basisadapt.diagnostics.convergence import fit_power_law
 from basisadapt.diagnostics.landscape import landscape
 from basisadapt.diagnostics.path import Path
+from basisadapt.diagnostics.sharpness import largest_eigenvalue
 from basisadapt.diagnostics.spectrum import (
     dc_share,
     largest_singular_value,
@@ -176,6 +177,31 @@ def test_a_loss_that_has_hardly_begun_to_fall_shows_no_floor():
     law = fitted(t, 2 - 0.005 * t + noise)
     assert law.floor == pytest.approx(0, abs=1e-6)
     assert -0.1 < law.exponent < 0
+
+
+# --- sharpness ---
+
+
+@pytest.mark.parametrize("eigenvalues", [[7.0, 2.0, -1.0], [-5.0, 3.0, 1.0], [0.0, 0.0, 0.0]])
+def test_the_sharpness_of_a_quadratic(eigenvalues):
+    torch.manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))[0]
+    hessian = basis @ torch.diag(torch.tensor([*eigenvalues, 0.1, 0.2, 0.0], dtype=torch.float64)) @ basis.T
+    parameters = [torch.randn(2, dtype=torch.float64), torch.randn(2, 2, dtype=torch.float64)]
+    before, state = [p.clone() for p in parameters], torch.get_rng_state()
+
+    def gradients():
+        flat = hessian @ torch.cat([p.flatten() for p in parameters])
+        return [flat[:2], flat[2:].view(2, 2)]
+
+    found = largest_eigenvalue(parameters, gradients, 60, seed=1)
+    assert found == pytest.approx(eigenvalues[0] or 0.2, rel=1e-5)
+    assert all(torch.equal(p, b) for p, b in zip(parameters, before, strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_sharpness_where_the_loss_is_not_a_number():
+    assert math.isnan(largest_eigenvalue([torch.ones(2)], lambda: [torch.full((2,), math.nan)], 3, seed=1))
 
 
 # --- landscape ---
