@@ -44,6 +44,7 @@ def arithmetic(precision: str) -> Iterator[None]:
 def trainer_for(task: Task) -> type[Trainer]:
     """transformers' Trainer: its loss is the whole batch's, however that is divided; the task scores the answers."""
     import transformers
+    from torch.utils.data import SequentialSampler
     from transformers.trainer_pt_utils import LengthGroupedSampler
 
     class TaskTrainer(transformers.Trainer):  # type: ignore[misc]
@@ -53,6 +54,10 @@ def trainer_for(task: Task) -> type[Trainer]:
                 return sampler
             # transformers' own goes from long to short over and over; here the batches come in any order.
             return MixedBatches(sampler, self.args.train_batch_size * self.args.gradient_accumulation_steps)
+
+        def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+            # transformers groups these by length as well, and the answers would be those to other rows.
+            return SequentialSampler(eval_dataset)
 
         def compute_loss(
             self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
