@@ -523,6 +523,7 @@ def test_a_gguf_file_is_unpacked_once_and_every_run_says_that_its_weights_are_ro
     assert torch.equal(up, unpacked(file, "blk.0.ffn_up.weight"))
     assert np.abs(up.detach().numpy() - tensors["blk.0.ffn_up.weight"]).max() < 0.2
     assert tokenizer.decode(tokenizer("naïve ab 東京").input_ids) == "naïve ab 東京"
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, model.config.eos_token_id) == (0, 1, 1)
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,10 @@ def _convert(file: Path, folder: Path) -> None:
     # Without `dequantize` transformers may keep the blocks packed, and such a model cannot be trained or saved.
     unpacked = transformers.GgufConfig(dequantize=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    for token, key in (("eos_token", "eos_token_id"), ("pad_token", "padding_token_id")):
+        # The file's own word: what transformers makes of it has changed between its versions.
+        if (number := header.metadata.get(f"tokenizer.ggml.{key}")) is not None:
+            setattr(tokenizer, token, tokenizer.convert_ids_to_tokens(number))
     model = transformers.AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=unpacked
     )
