@@ -13,23 +13,28 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from basisadapt.errors import InputError, shown, unknown
-from basisadapt.study.spec import SWEEP, TUNE, StudySpec, axes_in, parse_yaml
+from basisadapt.study.spec import RULE, SWEEP, TUNE, VARIANT, StudySpec, axes_in, parse_yaml
 
 if TYPE_CHECKING:  # run configurations need torch, which --help and --list must not wait for
     from basisadapt.run_config import RunConfig
+
+
+Point = tuple[tuple[str, Any], ...]  # one value on every axis: (axis' name, value), ...
 
 
 @dataclass(frozen=True)
 class Row:
     """A row of the table: a configuration, run with every seed.
 
-    published: its key in `published_values`. group: what it shares with the row that it is compared with; is_reference:
-    whether it is the one that the others of its group are compared with.
+    published: its key in `published_values`. point: its values on the axes, none of a row beside them. group: what it
+    shares with the row that it is compared with; is_reference: whether it is the one that the others of its group are
+    compared with.
     """
 
     label: str
     published: str | None
     cells: tuple[Cell, ...]
+    point: Point = ()
     group: tuple[Any, ...] = ()
     is_reference: bool = False
 
@@ -115,7 +120,8 @@ def resolve(
     above = {**_with_full_keys(preset_values), **split.overrides}
     sweep: dict[str, tuple[str, list[Any]]] = {}
     for name, points in (*spec.sweep.items(), *preset_axes.items(), *split.sweep.items()):
-        sweep[full_key(name)] = (name, points)
+        sweep[_axis_key(name)] = (name, points)
+    _check_variants(spec, sweep)
 
     own = (name for values in (*spec.given.values(), *(beside.set for beside in spec.beside)) for name in values)
     named = tuple(dict.fromkeys([*sweep, *map(full_key, own), *split.overrides]))
@@ -152,18 +158,17 @@ def _grouped(row: Row, reference: str | None, axes: Iterable[str]) -> Row:
     axis, equals, value = (reference or "").partition("=")
     if not equals:
         return replace(row, group=(row.task,), is_reference=reference in (row.name, row.label))
-    flat = row.cells[0].settings
+    flat = {**row.cells[0].settings, **{name: value for name, value in row.point if name == VARIANT}}
     others = dict.fromkeys(["task", *axes])
-    others.pop(full_key(axis), None)
+    others.pop(_axis_key(axis), None)
     return replace(
         row,
         group=tuple(flat.get(key) for key in others),
-        is_reference=full_key(axis) in axes and plain(flat.get(full_key(axis))) == value,
+        is_reference=_axis_key(axis) in axes and plain(flat.get(_axis_key(axis))) == value,
     )
 
 
 MOST_CELLS = 10_000  # of one study
-Point = tuple[tuple[str, Any], ...]  # one value on every axis: (axis' name, value), ...
 
 
 def product(axes: Iterable[tuple[str, list[Any]]]) -> list[Point]:
@@ -183,8 +188,38 @@ def _base(spec: StudySpec, above: Mapping[str, Any], point: Point) -> dict[str, 
     """The base of a point's rows, by full keys: the study's, what the point's values set over it, and what is above."""
     base = _flat(spec.base)
     for name, value in point:
-        base.update(_with_full_keys(spec.given.get(f"{name}={plain(value)}", {})))
+        base.update(_given(spec, name, value) if name != VARIANT else {})
     return {**base, **above}
+
+
+def _given(spec: StudySpec, name: str, value: Any) -> dict[str, Any]:
+    """What is given for an axis' value, by full keys; for a variant without anything, which a method's name may be, the
+    method."""
+    otherwise = {"method": value} if name == VARIANT else {}
+    return _with_full_keys(spec.given.get(f"{name}={plain(value)}", otherwise))
+
+
+def _set_by(spec: StudySpec, point: Point) -> dict[str, Any]:
+    """What a point's values set in its rows, by full keys: each the setting of that name, but a variant what is given
+    for it."""
+    found: dict[str, Any] = {}
+    for name, value in point:
+        found.update(_given(spec, name, value) if name == VARIANT else {full_key(name): value})
+    return found
+
+
+def _check_variants(spec: StudySpec, sweep: Mapping[str, tuple[str, list[Any]]]) -> None:
+    """Raise InputError for a variant that nothing is given for, or that sets what another axis does."""
+    from basisadapt.methods import METHODS
+
+    _, variants = sweep.get(VARIANT, ("", []))
+    known = [name.partition("=")[2] for name in spec.given if name.startswith(f"{VARIANT}=")]
+    for value in map(plain, variants):
+        if value not in (*known, *METHODS):
+            raise unknown("variant", value, [*known, *METHODS])
+        for key in _given(spec, VARIANT, value):
+            if key in sweep:
+                raise InputError(f"variant {value!r} sets {key}, which is an axis of its own")
 
 
 def _swept_row(spec: StudySpec, above: Mapping[str, Any], point: Point, seeds: Sequence[int]) -> Row:
@@ -195,7 +230,8 @@ def _swept_row(spec: StudySpec, above: Mapping[str, Any], point: Point, seeds: S
     if spec.answers is not None:
         named = ", ".join(plain(value) for _, value in told)
         published = {plain(row): name for row, name in spec.answers.rows.items()}.get(named, published)
-    return _row(spec, label, published, {**_base(spec, above, point), **_with_full_keys(dict(point))}, seeds)
+    row = _row(spec, label, published, {**_base(spec, above, point), **_set_by(spec, point)}, seeds)
+    return replace(row, point=point)
 
 
 def _row(spec: StudySpec, label: str, published: str | None, flat: Mapping[str, Any], seeds: Sequence[int]) -> Row:
@@ -224,11 +260,11 @@ def _scaled(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any
 @dataclass(frozen=True)
 class Changes:
     """The command line's changes: overrides of the base, by full key; replaced axes of the rows and of what is tuned,
-    by name."""
+    by name, and what is replaced of the rule of tuning, likewise."""
 
     overrides: dict[str, Any]
     sweep: dict[str, list[Any]]
-    tune: dict[str, list[Any]]
+    tune: dict[str, Any]
 
 
 def split_changes(changes: Sequence[str]) -> Changes:
@@ -238,13 +274,15 @@ def split_changes(changes: Sequence[str]) -> Changes:
         key, equals, text = change.partition("=")
         if not equals:
             raise InputError(f"--set needs key=value, got {shown(change)}")
-        kind = next((kind for kind in (SWEEP, TUNE) if key.startswith(kind)), None)
-        if kind is not None:
+        kind = next((kind for kind in (SWEEP, TUNE) if key.startswith(kind)), "")
+        name = key.removeprefix(kind)
+        if kind == TUNE and name in RULE:
+            split.tune[name] = parse_yaml(text, f"--set {key}")
+        elif kind:
             parts = [part for part in text.split(",") if part.strip()]
             if not parts:
                 raise InputError(f"--set {key} needs at least one value")
-            name = key.removeprefix(kind)
-            full_key(name)
+            _axis_key(name)
             axes = split.sweep if kind == SWEEP else split.tune
             axes[name] = [parse_yaml(part, f"--set {key}") for part in parts]
         else:
@@ -276,6 +314,11 @@ def full_key(name: str) -> str:
     if name not in known:
         raise unknown("key", name, known)
     return name
+
+
+def _axis_key(name: str) -> str:
+    """An axis' name in full: that of a setting, or VARIANT. Raises InputError."""
+    return name if name == VARIANT else full_key(name)
 
 
 def _with_full_keys(values: Mapping[str, Any]) -> dict[str, Any]:

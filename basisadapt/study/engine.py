@@ -34,7 +34,6 @@ from basisadapt.study.stores import (
     sqlite_file,
     store_errors,
 )
-from basisadapt.study.table import build_table
 from basisadapt.study.trials import Trials
 from basisadapt.study.tuning import Tuned, Tuning
 
@@ -78,7 +77,7 @@ def run_study(tuning: Tuning, place: Place, tags: Mapping[str, str], executor: E
     check_place(place)
     recorded = Record.read(place.tracking_uri, tuning.spec.name)
     tuned = tuning.choose(recorded)
-    for study in (tuning.trials, tuned.study):
+    for study in (tuning.trials, tuned.planned):
         _check_own_files(study, recorded, place.data_dir)
         missing = missing_cells(study.cells, recorded)
         plan_cells(missing, place.data_dir)
@@ -310,7 +309,7 @@ def read_report(tuning: Tuning, place: Place) -> Report:
 
 def report_on(tuned: Tuned, outcomes: Mapping[str, Outcome]) -> Report:
     """The report on a study with what its tuning found, from the record."""
-    return make_report(build_table(tuned.study, tuned.seen(outcomes)), tuned=tuned)
+    return make_report(tuned.table(outcomes), tuned=tuned)
 
 
 def write_report(report: Report, place: Place) -> None:

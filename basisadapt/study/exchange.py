@@ -46,7 +46,7 @@ def import_results(
     its key was made from.
     """
     check_place(place)
-    cells = {cell.key: cell for cell in _possible_cells(tuning)}
+    cells = {cell.key: cell for cell in tuning.possible_cells}
     results: dict[str, Imported] = {}
     failed: dict[str, ResultLine] = {}
     for path, number, line in _numbered(paths):
@@ -73,13 +73,6 @@ def _numbered(paths: Sequence[Path]) -> Iterator[tuple[Path, int, ResultLine]]:
     for path in paths:
         for number, line in enumerate(read_lines(path, ResultLine, "--import"), start=1):
             yield path, number, line
-
-
-def _possible_cells(tuning: Tuning) -> Iterator[Cell]:
-    yield from tuning.trials.cells
-    for candidates in tuning.candidates:
-        for candidate in candidates:
-            yield from candidate.row.cells
 
 
 def _cell_of(line: ResultLine, cells: Mapping[str, Cell], study: str) -> Cell | None:

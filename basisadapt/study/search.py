@@ -20,7 +20,7 @@ from basisadapt.study.owner import Owner
 from basisadapt.study.record import Outcome, Record
 from basisadapt.study.report import Found, Report, Tried, make_report
 from basisadapt.study.space import Space, distribution, edges, search_space
-from basisadapt.study.spec import SWEEP, Beside, StudySpec
+from basisadapt.study.spec import SWEEP, VARIANT, Beside, StudySpec
 from basisadapt.study.table import build_table
 from basisadapt.study.trials import is_orphan, open_study
 
@@ -76,6 +76,8 @@ class Search:
         """Where it looks."""
         axes = {**self.spec.sweep, **split_changes(self.changes).sweep}
         axes.pop("task", None)
+        if axes.pop(VARIANT, None) and not self.spec.search:
+            raise InputError(f"study {self.spec.name!r} has variants, which a search cannot vary: give it `search`")
         return search_space(self.spec, axes, self.rows("base", {})[0].cells[0].config)
 
     def study(self, rows: Sequence[Row]) -> Study:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import csv
+import math
 import re
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
@@ -14,11 +15,13 @@ import yaml
 
 from basisadapt.errors import InputError, one_line, shown, unknown
 from basisadapt.settings import WHOLE, from_mapping
-from basisadapt.study.claims import Claim
+from basisadapt.study.claims import COMMON, PLATEAU, Claim
 
-PRESETS = ("smoke", "quick", "gpu", "paper")
+PRESETS = ("smoke", "quick", "gpu", "llm", "paper")
 MOST_BYTES = 1_000_000  # of a study's file
 SWEEP, TUNE = "sweep.", "tune."  # what the axes of the rows, and of what is tuned, begin with
+VARIANT = "variant"  # the axis of the sweep whose values are names, each for what is `given` for it
+ALL = "all"  # tune.at: every value of the grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +67,47 @@ class Tune:
 
     grid: a setting to the values that are tried, all combinations of several. seeds: those that they are tried with,
     none of the study's. validation: the share of the training rows that they are judged on.
+    at: of a grid of one setting, the values at which every row is run with the study's seeds as well, whatever is
+    chosen for it, so that there is a curve: a list, or "all" for the grid's. common: one more such value, at which the
+    rows are compared with each other beside the comparison of each at its own; both are numbers above 0.
+    Raises InputError for others.
     """
 
     grid: dict[str, Any]
     seeds: tuple[int, ...]
     validation: float
+    at: list[float] | str | None = None
+    common: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_axes(self.grid, TUNE)
+        if self.at is None and self.common is None:
+            return
+        if isinstance(self.at, str) and self.at != ALL:
+            raise InputError(f"tune.at must be a list of numbers or {ALL}, got {shown(self.at)}")
+        if len(self.grid) != 1:
+            raise InputError(f"tune.at and tune.common need one tuned setting, got {', '.join(self.grid) or 'none'}")
+        for value in self._listed:
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+                raise InputError(f"tune.at and tune.common must be numbers above 0, got {shown(value)}")
+
+    @property
+    def setting(self) -> str:
+        """The setting that is tuned, where it is one."""
+        return next(iter(self.grid), "")
+
+    @property
+    def values(self) -> list[float]:
+        """The values at which every row is run, in order."""
+        return sorted(set(self._listed))
+
+    @property
+    def _listed(self) -> list[Any]:
+        values = self.grid[self.setting] if self.at == ALL else self.at or ()
+        return [*values, *(() if self.common is None else (self.common,))]
+
+
+RULE = ("seeds", "validation", "at", "common")  # of Tune: what a preset may replace as tune.NAME, beside the grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +116,15 @@ class StudySpec:
 
     title, question: what is compared and how to read it. base: the configuration that all rows share. sweep:
     an axis' name to its values; the rows are their product. given: an axis' value, such as method=vera, to what its
-    rows set over the base. beside: further rows, which no axis changes.
+    rows set over the base. An axis called `variant` sets what is given for its values, which are names, such as
+    variant=tuned, and as any axis does so over preset and command line; a method's name needs nothing given.
+    beside: further rows, which no axis changes.
     reference: the label of the row that the others are compared with; or one axis' value, such as method=lora: then
     each row's reference is the one that is equal on the other axes. answers: the published table. tune: what is chosen
     for every row before it is run. presets: a name to dotted overrides of the base, `seeds`, and axes in full:
-    sweep.AXIS, tune.SETTING. columns: further recorded metrics to show. against: recorded metrics that the headline
-    metric is drawn against. claims: of the paper, each judged by the record. search: setting to its range in a search,
-    see `search_space`.
+    sweep.AXIS, tune.SETTING; also tune.NAME of `Tune`. columns: further recorded metrics to show. against: recorded
+    metrics that the headline metric is drawn against. claims: of the paper, each judged by the record. search: setting
+    to its range in a search, see `search_space`.
 
     A file that is `like` a shipped study takes over its base, presets and seeds, and states what differs; a preset that
     is null there is left out. An axis called `task` also multiplies the rows beside, and where a preset or the command
@@ -269,7 +310,8 @@ def _spec(values: dict[str, Any]) -> StudySpec:
         values["presets"] = {name: overrides for name, overrides in presets.items() if overrides is not None}
     spec = from_mapping(StudySpec, values)
     _check_axes(spec.sweep)
-    _check_axes(spec.tune.grid if spec.tune else {}, TUNE)
+    for claim in spec.claims:
+        _check_claim(claim, spec.tune)
     for name, overrides in spec.given.items():
         if name.partition("=")[0] not in spec.sweep or not isinstance(overrides, dict):
             raise InputError(
@@ -281,8 +323,18 @@ def _spec(values: dict[str, Any]) -> StudySpec:
         if not isinstance(overrides, dict) or not all(isinstance(key, str) for key in overrides):
             raise InputError(f"presets.{preset} must hold keys and values, got {shown(overrides)}")
         for kind in (SWEEP, TUNE):
-            _check_axes(axes_in(overrides, kind), kind)
+            _check_axes({name: axis for name, axis in axes_in(overrides, kind).items() if name not in RULE}, kind)
     return spec
+
+
+def _check_claim(claim: Claim, tune: Tune | None) -> None:
+    """Raise InputError for a claim on values at which the study runs nothing."""
+    at, common = (None, None) if tune is None else (tune.at, tune.common)
+    if claim.at is not None and common is None and (at is None or claim.at == COMMON):
+        missing = "tune.common" if claim.at == COMMON else "tune.at or tune.common"
+        raise InputError(f"claim {claim.text!r} is on rows at {claim.at}, which needs {missing}")
+    if claim.metric == PLATEAU and at is None:
+        raise InputError(f"claim {claim.text!r} is on a plateau, which needs tune.at")
 
 
 def _check_axes(axes: Mapping[str, Any], kind: str = SWEEP) -> None:

@@ -1,7 +1,8 @@
-"""Means over seeds, their confidence intervals, and paired comparisons (paper, section B.2)."""
+"""Means over seeds, their confidence intervals, paired comparisons (paper, section B.2), and plateaus of curves."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ CONFIDENCE = 0.95
 class Difference:
     """A row against another over the `n` seeds, or tasks, that they share.
 
-    low, high: the confidence interval of the mean difference; p: of the two-sided paired t-test. None where
-    they are undefined: for one pair, or where every pair gives the same difference.
+    low, high: the confidence interval of the mean difference; p: of the two-sided paired t-test; error: the standard
+    error of the mean. None where they are undefined: for one pair, or where every pair gives the same difference.
     """
 
     n: int
@@ -23,6 +24,7 @@ class Difference:
     low: float | None = None
     high: float | None = None
     p: float | None = None
+    error: float | None = None
 
 
 def mean(values: Sequence[float]) -> float | None:
@@ -64,7 +66,30 @@ def difference(row: Mapping[K, float], reference: Mapping[K, float]) -> Differen
         return Difference(len(shared), centre)
     error = (std(shared) or 0.0) / math.sqrt(len(shared))
     p = 2 * float(t.sf(abs(centre) / error, len(shared) - 1))
-    return Difference(len(shared), centre, *bounds, p)
+    return Difference(len(shared), centre, *bounds, p, error)
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """Whether a difference is smaller than a margin: two one-sided paired t-tests (TOST; Schuirmann, 1987).
+
+    p: the larger of the two, of mean ≤ −margin and of mean ≥ margin. half: half the width of the (1 − 2·0.05)
+    confidence interval of the mean; where that lies within the margin, p < 0.05.
+    """
+
+    p: float
+    half: float
+
+
+def equivalence(found: Difference, margin: float) -> Equivalence | None:
+    """The tests of `found` against ±margin; None where it has no standard error."""
+    from scipy.stats import t
+
+    if found.error is None:
+        return None
+    least = (margin - abs(found.mean)) / found.error
+    half = float(t.ppf(CONFIDENCE, found.n - 1)) * found.error
+    return Equivalence(float(t.sf(least, found.n - 1)), half)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -76,3 +101,32 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
         largest = max(largest, min(1.0, (len(known) - rank) * p))
         adjusted[index] = largest
     return adjusted
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """Where a curve is near its best.
+
+    octaves: the length of the set of x at which the curve lies within the tolerance of its greatest value, in log₂ x.
+    open: whether that set reaches an end of the curve, so that the length is a lower bound.
+    """
+
+    octaves: float
+    open: bool
+
+
+def plateau(curve: Mapping[float, float], tolerance: float) -> Plateau | None:
+    """The plateau of a curve x > 0 to value, straight between its points in log₂ x; None of fewer than two points.
+
+    A value of −∞ (a run that diverged) belongs to no plateau, and nor does what lies between it and its neighbours.
+    """
+    points = sorted(curve.items())
+    level = max(curve.values(), default=-math.inf) - tolerance
+    if len(points) < 2 or level == -math.inf:
+        return None
+    octaves = 0.0
+    for (left, low), (right, high) in itertools.pairwise(points):
+        low, high = sorted((low, high))
+        share = 1.0 if low >= level else 0.0 if high < level or low == -math.inf else (high - level) / (high - low)
+        octaves += share * math.log2(right / left)
+    return Plateau(octaves, points[0][1] >= level or points[-1][1] >= level)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from basisadapt.study import statistics
-from basisadapt.study.spec import published_values
+from basisadapt.study.cells import plain
+from basisadapt.study.claims import COMMON, PLATEAU
+from basisadapt.study.spec import ALL, published_values
 
 if TYPE_CHECKING:
     from basisadapt.study.cells import Row, Study
@@ -98,24 +101,106 @@ class Across:
 
 
 @dataclass(frozen=True)
+class Plateau:
+    """How wide a row's curve is near its best, in octaves of the tuned setting.
+
+    octaves: of the curve of means over seeds. open: whether it reaches an end of the curve, of which it then tells no
+    more than a lower bound. by_seed: the same of each seed's curve, by which rows are compared; open_seeds: those whose
+    plateau is open.
+    """
+
+    octaves: float
+    open: bool
+    by_seed: dict[int, float]
+    open_seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Table:
-    """The rows of a study, in its order. headline: the metric that is compared. across: empty for one task."""
+    """The rows of a study, in its order. headline: the metric that is compared. across: empty for one task.
+
+    at: a value of the tuned setting to the same table of the rows as they were run with it; empty where there is none.
+    """
 
     study: Study
     headline: str
     lines: tuple[Line, ...]
     across: tuple[Across, ...]
+    at: Mapping[float, Table] = field(default_factory=dict)
+
+    @property
+    def every_line(self) -> list[Line]:
+        """The lines, and those at values that share no cell with them."""
+        own = {cell.key for line in self.lines for cell in line.row.cells}
+        at = (line for table in self.at.values() for line in table.lines)
+        return [*self.lines, *(line for line in at if line.row.cells[0].key not in own)]
 
     @property
     def unsound(self) -> bool:
         """Whether a cell failed or diverged."""
-        return any({"failed", "diverged"} & line.seeds_by_state().keys() for line in self.lines)
+        return any({"failed", "diverged"} & line.seeds_by_state().keys() for line in self.every_line)
 
     @property
     def percent(self) -> bool:
         """Whether the headline metric is read as a percentage."""
-        values = [value for line in self.lines for value in line.values.values()]
+        values = [value for line in self.every_line for value in line.values.values()]
         return any(word in self.headline for word in PERCENT) and all(abs(value) <= 1 for value in values)
+
+    @property
+    def point(self) -> float:
+        """What a point is in the headline metric: 0.01 where it is read as a percentage, else 1."""
+        return 0.01 if self.percent else 1.0
+
+    @property
+    def beside(self) -> dict[float, Table]:
+        """The tables to show beside this one: at every value that `tune.at` lists, of a whole curve at `tune.common`
+        alone; none at a grid's only value, which is this table again."""
+        rule = self.study.spec.tune
+        if rule is None:
+            return {}
+        shown = (rule.common,) if rule.at == ALL else rule.values
+        return {value: self.at[value] for value in self.at if value in shown and rule.grid[rule.setting] != [value]}
+
+    def where(self, at: float | str | None) -> Table:
+        """The table of the rows at a value of the tuned setting, "common" being `tune.common`; without rows where there
+        is none; this one for None."""
+        if at is None:
+            return self
+        return self.at.get(self._value(at), dataclasses.replace(self, lines=(), across=(), at={}))
+
+    def place(self, at: float | str) -> str:
+        """What a value of the tuned setting is called: train.lr=0.0001."""
+        rule = self.study.spec.tune
+        setting = rule.setting.removeprefix("adapter.") if rule else ""
+        return f"{setting}={plain(self._value(at))}"
+
+    def _value(self, at: float | str) -> float:
+        rule = self.study.spec.tune
+        if at == COMMON and rule is not None and rule.common is not None:
+            return rule.common
+        return float(at)
+
+    def curve(self, line: Line) -> dict[float, Line]:
+        """A value of the tuned setting to the same row there."""
+        return {value: same for value, table in self.at.items() for same in table.lines if same.label == line.label}
+
+    def plateau(self, line: Line) -> Plateau | None:
+        """How many octaves of the tuned setting lie within a point of the best of a row's curve.
+
+        The length of that set in log₂ of the setting, the curve being straight between its values. A value at which a
+        run diverged counts as worst. Of the seeds whose cells have all ended; None if there is none.
+        """
+        curve = self.curve(line)
+        by_seed = {seed: _scores(curve, seed) for seed in line.seeds}
+        ended = {seed: scores for seed, scores in by_seed.items() if scores is not None}
+        means = {x: math.fsum(scores[x] for scores in ended.values()) / len(ended) for x in curve} if ended else {}
+        whole = statistics.plateau(means, self.point)
+        found = {seed: statistics.plateau(scores, self.point) for seed, scores in ended.items()}
+        known = {seed: one for seed, one in found.items() if one is not None}
+        if whole is None:
+            return None
+        widths = {seed: one.octaves for seed, one in known.items()}
+        return Plateau(whole.octaves, whole.open, widths, tuple(seed for seed, one in known.items() if one.open))
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -133,10 +218,22 @@ class Table:
         With one task a name is a row. metric: None is the headline one.
         """
         lines = self._named(label)
+        by_task = {line.task: self._values(line, metric) for line in lines}
         if len(lines) == 1:
-            return lines[0].values_of(metric)
-        means = {line.task: line.mean_of(metric) for line in lines}
+            return by_task[lines[0].task]
+        means = {task: statistics.mean(list(values.values())) for task, values in by_task.items()}
         return {task: value for task, value in means.items() if value is not None}
+
+    def _values(self, line: Line, metric: str | None) -> dict[int, float]:
+        if metric != PLATEAU:
+            return line.values_of(metric)
+        plateau = self.plateau(line)
+        return plateau.by_seed if plateau else {}
+
+    def open_plateaus(self, label: str) -> list[str]:
+        """The rows of that label, or name, of which a seed's plateau reaches an end of the curve."""
+        found = {line.label: self.plateau(line) for line in self._named(label)}
+        return [name for name, plateau in found.items() if plateau is not None and plateau.open_seeds]
 
     def published(self, label: str) -> str | None:
         """The published mean of the row `label`, or of that name over all tasks."""
@@ -149,8 +246,21 @@ class Table:
         return exactly[:1] or [line for line in self.lines if line.name == label]
 
 
-def build_table(study: Study, outcomes: Mapping[str, Outcome]) -> Table:
-    """The table of a study's own cells, whichever invocation ran them."""
+def _scores(curve: Mapping[float, Line], seed: int) -> dict[float, float] | None:
+    """What a seed has at each value, −∞ where it diverged; None where a cell has not ended, or failed."""
+    scores = {}
+    for x, line in curve.items():
+        if seed in line.values:
+            scores[x] = line.values[seed]
+        elif seed in line.outcomes and line.outcomes[seed].status == "diverged":
+            scores[x] = -math.inf
+        else:
+            return None
+    return scores
+
+
+def build_table(study: Study, outcomes: Mapping[str, Outcome], at: Mapping[float, Table] | None = None) -> Table:
+    """The table of a study's own cells, whichever invocation ran them. at: those of its rows at values."""
     published = published_values(study.spec.answers)
     tells_tasks = "task" in study.spec.sweep or len({row.task for row in study.rows}) == 1
     lines = [_line(row, outcomes, published if tells_tasks else {}) for row in study.rows]
@@ -158,9 +268,10 @@ def build_table(study: Study, outcomes: Mapping[str, Outcome]) -> Table:
     lines = [_compared(line, references.get(line.row.group)) for line in lines]
     adjusted = statistics.holm([line.difference.p if line.difference else None for line in lines])
     lines = [dataclasses.replace(line, p=p) for line, p in zip(lines, adjusted, strict=True)]
-    headlines = dict.fromkeys(o.headline for line in lines for o in line.outcomes.values() if o.headline)
     across = _across(lines, references, {} if tells_tasks else published)
-    return Table(study, " / ".join(headlines) or "result", tuple(lines), across)
+    table = Table(study, "", tuple(lines), across, at or {})
+    headlines = dict.fromkeys(o.headline for line in table.every_line for o in line.outcomes.values() if o.headline)
+    return dataclasses.replace(table, headline=" / ".join(headlines) or "result")
 
 
 def _line(row: Row, outcomes: Mapping[str, Outcome], published: Mapping[str, tuple[str, str | None]]) -> Line:

@@ -1,16 +1,19 @@
 """Tuning: every row is tried with the same values of some settings, and run with those that came out best for it.
 
+A study may ask for every row at given values as well (`tune.at`, `tune.common`), with its own seeds and on its held-out
+rows: cells that are the same as those of a choice are run once.
 The trials are cells like any other, but for two things: their seeds are none of the study's, and they are evaluated on
 training rows that they do not train on (`train.validation`). So nothing is chosen on the rows that are reported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from basisadapt.errors import InputError
+from basisadapt.settings import from_mapping
 from basisadapt.study import statistics
 from basisadapt.study.cells import (
     Cell,
@@ -25,8 +28,8 @@ from basisadapt.study.cells import (
     split_changes,
 )
 from basisadapt.study.record import Outcome
-from basisadapt.study.spec import TUNE, StudySpec, axes_in
-from basisadapt.study.table import NOT_RUN
+from basisadapt.study.spec import RULE, TUNE, StudySpec, Tune, axes_in
+from basisadapt.study.table import NOT_RUN, Table, build_table
 
 ENDED = ("finished", "diverged", "failed")  # how a trial may end; after a kill it is still to come
 
@@ -42,7 +45,7 @@ class Candidate:
     @property
     def name(self) -> str:
         """ "train.lr=0.001"."""
-        return ", ".join(f"{key.removeprefix('adapter.')}={plain(value)}" for key, value in self.point)
+        return _named(self.point)
 
 
 @dataclass(frozen=True)
@@ -97,16 +100,32 @@ class Choice:
 
 @dataclass(frozen=True)
 class Tuning:
-    """A study's rows with their candidates, in the grid's order; one each where there is nothing to choose."""
+    """A study's rows with their candidates, in the grid's order; one each where there is nothing to choose.
+
+    spec: the study's, with the preset's and the command line's changes to its rule of tuning worked in. at: a value
+    that the rule names to the rows with it.
+    """
 
     spec: StudySpec
     candidates: tuple[tuple[Candidate, ...], ...]
+    at: Mapping[float, tuple[Row, ...]] = field(default_factory=dict)
 
     @property
     def trials(self) -> Study:
         """What is run before anything is chosen."""
         every = [candidate for candidates in self.candidates for candidate in candidates if candidate.trials]
         return Study(self.spec, tuple(Row(one.trials[0].row, None, one.trials) for one in every))
+
+    @property
+    def rows_at(self) -> tuple[Row, ...]:
+        """Every row at every value that the rule names."""
+        return tuple(row for rows in self.at.values() for row in rows)
+
+    @property
+    def possible_cells(self) -> list[Cell]:
+        """Every cell that the study may come to have, whatever is chosen; some more than once."""
+        rows = [candidate.row for candidates in self.candidates for candidate in candidates]
+        return [*self.trials.cells, *(cell for row in (*rows, *self.rows_at) for cell in row.cells)]
 
     def choose(self, outcomes: Mapping[str, Outcome]) -> Tuned:
         """The choices that follow from the record."""
@@ -123,23 +142,38 @@ class Tuned:
 
     @property
     def study(self) -> Study:
-        """Every row."""
+        """Every row with its choice."""
         return Study(self.tuning.spec, tuple(choice.row for choice in self.choices))
 
     @property
+    def planned(self) -> Study:
+        """Every row with its choice, and every row at the values that the rule names: what is run besides trials."""
+        return Study(self.tuning.spec, (*self.study.rows, *self.tuning.rows_at))
+
+    @property
     def cells(self) -> list[Cell]:
-        """Every cell: the trials', then the rows'."""
-        return [*self.tuning.trials.cells, *self.study.cells]
+        """Every cell, once: the trials', then the others."""
+        once: dict[str, Cell] = {}
+        for cell in (*self.tuning.trials.cells, *self.planned.cells):
+            once.setdefault(cell.key, cell)
+        return list(once.values())
 
     @property
     def chosen(self) -> Study:
-        """The rows that have a choice: what may be run."""
-        return Study(self.tuning.spec, tuple(choice.row for choice in self.choices if choice.best))
+        """Of `planned` what may be run: the rows that have a choice, and those that need none."""
+        rows = (choice.row for choice in self.choices if choice.best)
+        return Study(self.tuning.spec, (*rows, *self.tuning.rows_at))
 
     @property
     def unsound(self) -> bool:
         """Whether a trial failed or diverged."""
         return any(tried.state in ("failed", "diverged") for choice in self.choices for tried in choice.tried)
+
+    def table(self, outcomes: Mapping[str, Outcome]) -> Table:
+        """The table of the rows with their choices, beside it those of the rows at the values that the rule names."""
+        studies = {value: Study(self.tuning.spec, rows) for value, rows in self.tuning.at.items()}
+        at = {value: build_table(study, outcomes) for value, study in studies.items()}
+        return build_table(self.study, self.seen(outcomes), at)
 
     def seen(self, outcomes: Mapping[str, Outcome]) -> dict[str, Outcome]:
         """The record as the table shows it: a row without a choice was not run, or failed if no candidate finished."""
@@ -168,37 +202,59 @@ def resolve_tuning(
 ) -> Tuning:
     """`resolve`, and the candidates of every row: a candidate is the study with each value of its point `--set`.
 
-    The grid: the spec's < preset's < changes' ("tune.train.lr=1e-3,1e-2"). Its only point needs no trial. Raises
-    InputError, also for a setting that is both tuned and set, and for tuning seeds that are the study's own.
+    The rule, its grid included: the spec's < preset's < changes' ("tune.train.lr=1e-3,1e-2"). The only point of a grid
+    needs no trial. Raises InputError, also for a setting that is both tuned and set, and for tuning seeds that are the
+    study's own.
     """
-    grid = _grid(spec, preset, changes)
+    spec = replace(spec, tune=_rule(spec, preset, changes))
+    grid = spec.tune.grid if spec.tune else {}
+    values = spec.tune.values if spec.tune else []
     points = product(grid.items())
     by_point: list[list[Candidate]] = []
     for point in points:
-        changed = [*changes, *(f"{key}={plain(value)}" for key, value in point)]
+        changed = _changed(changes, point)
         rows = resolve(spec, preset=preset, changes=changed, seeds=seeds).rows
-        check_count(len(points) * sum(len(row.cells) for row in rows))
+        check_count((len(points) + len(values)) * sum(len(row.cells) for row in rows))
         trials: Sequence[Row | None] = [None for _ in rows]
         if spec.tune is not None and len(points) > 1:
             _check_seeds(spec.tune.seeds, rows)
             changed.append(f"train.validation={spec.tune.validation}")
             trials = resolve(spec, preset=preset, changes=changed, seeds=spec.tune.seeds).rows
         by_point.append([_candidate(point, row, trial) for row, trial in zip(rows, trials, strict=True)])
-    candidates = tuple(zip(*by_point, strict=True))
-    for of_row in candidates:
-        _check_values(of_row, grid)
-    return Tuning(spec, candidates)
+    at: dict[float, tuple[Row, ...]] = {}
+    for value in values:
+        only = [(key, value) for key in grid]
+        rows = resolve(spec, preset=preset, changes=_changed(changes, only), seeds=seeds).rows
+        at[value] = tuple(_relabelled(row, f"{row.label}, {_named(only)}") for row in rows)
+    _check_values([[one.row for one in of_row] for of_row in zip(*by_point, strict=True)], grid)
+    _check_values(list(zip(*at.values(), strict=True)), dict.fromkeys(grid, values))
+    return Tuning(spec, tuple(zip(*by_point, strict=True)), at)
 
 
-def _grid(spec: StudySpec, preset: str, changes: Sequence[str]) -> dict[str, list[Any]]:
-    """Full key to values."""
+def _changed(changes: Sequence[str], point: Iterable[tuple[str, Any]]) -> list[str]:
+    return [*changes, *(f"{key}={plain(value)}" for key, value in point)]
+
+
+def _named(point: Iterable[tuple[str, Any]]) -> str:
+    """ "train.lr=0.001"."""
+    return ", ".join(f"{key.removeprefix('adapter.')}={plain(value)}" for key, value in point)
+
+
+def _relabelled(row: Row, label: str) -> Row:
+    """The row with cells of another label, by which a record's reader tells them apart."""
+    return replace(row, cells=tuple(replace(cell, row=label) for cell in row.cells))
+
+
+def _rule(spec: StudySpec, preset: str, changes: Sequence[str]) -> Tune | None:
+    """The rule of tuning, its grid by full keys."""
     split = split_changes(changes)
-    axes = {**axes_in(spec.presets.get(preset, {}), TUNE), **split.tune}
+    changed = {**axes_in(spec.presets.get(preset, {}), TUNE), **split.tune}
     if spec.tune is None:
-        if axes:
-            raise InputError(f"study {spec.name!r} tunes nothing, so that {TUNE}{next(iter(axes))} means nothing")
-        return {}
-    grid = {full_key(name): values for name, values in {**spec.tune.grid, **axes}.items()}
+        if changed:
+            raise InputError(f"study {spec.name!r} tunes nothing, so that {TUNE}{next(iter(changed))} means nothing")
+        return None
+    own = {name: changed.pop(name) for name in RULE if name in changed}
+    grid = {full_key(name): values for name, values in {**spec.tune.grid, **changed}.items()}
     for key in grid:
         if not key.startswith(("adapter.", "train.")):
             raise InputError(f"{TUNE}{key}: only settings of the adapter and of training are tuned")
@@ -206,15 +262,12 @@ def _grid(spec: StudySpec, preset: str, changes: Sequence[str]) -> dict[str, lis
             raise InputError(
                 f"{key} is tuned; --set {TUNE}{key}={plain(split.overrides[key])} leaves it that value alone"
             )
-    return grid
+    return from_mapping(Tune, {**asdict(spec.tune), **own, "grid": grid}, "tune")
 
 
 def _candidate(point: Point, row: Row, trial: Row | None) -> Candidate:
-    candidate = Candidate(point, (), row)
-    if trial is None:
-        return candidate
-    label = f"{row.label}, tuning {candidate.name}"
-    return replace(candidate, trials=tuple(replace(cell, row=label) for cell in trial.cells))
+    trials = () if trial is None else _relabelled(trial, f"{row.label}, tuning {_named(point)}").cells
+    return Candidate(point, trials, row)
 
 
 def _check_seeds(seeds: Sequence[int], rows: Sequence[Row]) -> None:
@@ -224,9 +277,10 @@ def _check_seeds(seeds: Sequence[int], rows: Sequence[Row]) -> None:
         raise InputError(f"tune.seeds must be seeds that no row is reported with: {problem}")
 
 
-def _check_values(candidates: Sequence[Candidate], grid: Mapping[str, Sequence[Any]]) -> None:
-    """Raise InputError for a row that sets itself what is tuned."""
-    settings = [candidate.row.cells[0].settings for candidate in candidates]
-    for key, values in grid.items():
-        if len(values) > 1 and key in settings[0] and len({plain(found[key]) for found in settings}) == 1:
-            raise InputError(f"row {candidates[0].row.label!r} sets {key}, which is tuned")
+def _check_values(rows: Iterable[Sequence[Row]], grid: Mapping[str, Sequence[Any]]) -> None:
+    """Raise InputError for a row that sets itself what is tuned; rows: each with every point of the grid."""
+    for same in rows:
+        settings = [row.cells[0].settings for row in same]
+        for key, values in grid.items():
+            if len(values) > 1 and key in settings[0] and len({plain(found[key]) for found in settings}) == 1:
+                raise InputError(f"row {same[0].label!r} sets {key}, which is tuned")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from basisadapt.study import statistics
-from basisadapt.study.claims import Claim, listed, summed
+from basisadapt.study.claims import PLATEAU, Claim, listed, summed
 
 if TYPE_CHECKING:
-    from basisadapt.study.statistics import Difference
+    from basisadapt.study.statistics import Difference, Equivalence
     from basisadapt.study.table import Table
 
 REPRODUCED, NOT_REPRODUCED, UNTESTABLE = "reproduced", "not reproduced", "not testable here"
@@ -27,78 +27,136 @@ class Verdict:
     because: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _Test:
+    """One pair of a claim's rows.
+
+    p: of the difference, or of the equivalence where one is claimed. published: the difference as printed, in points.
+    scale: what a number is multiplied by to be read.
+    """
+
+    claim: Claim
+    pair: tuple[str, str]
+    difference: Difference | None
+    equivalence: Equivalence | None
+    p: float | None
+    published: float | None
+    scale: float
+
+    def number(self, value: float, sign: str = "+") -> str:
+        """A value as it is read."""
+        return format(value * self.scale, f"{sign}.2f" if self.scale == 100 else f"{sign}.4g")
+
+
 def judge(table: Table) -> tuple[Verdict, ...]:
     """A verdict on each of the study's claims; p-values are adjusted over all of their tests together (Holm)."""
     claims = table.study.spec.claims
-    found = [[_difference(table, claim, pair) for pair in claim.pairs] for claim in claims]
-    adjusted = iter(statistics.holm([d.p if d else None for differences in found for d in differences]))
+    found = [[_test(table, claim, pair) for pair in claim.pairs] for claim in claims]
+    adjusted = iter(statistics.holm([test.p for tests in found for test in tests]))
     verdicts = []
-    for claim, differences in zip(claims, found, strict=True):
-        p_values = [next(adjusted) for _ in differences]
-        verdicts.append(_compared(table, claim, differences, p_values) if differences else _counted(table, claim))
+    for claim, tests in zip(claims, found, strict=True):
+        tests = [replace(test, p=next(adjusted)) for test in tests]
+        verdicts.append(_compared(table, claim, tests) if tests else _counted(table, claim))
     return tuple(verdicts)
 
 
-def _difference(table: Table, claim: Claim, pair: tuple[str, str]) -> Difference | None:
-    more, less = (_values(table, label, claim.metric) for label in pair)
-    return statistics.difference(more, less)
+def _test(table: Table, claim: Claim, pair: tuple[str, str]) -> _Test:
+    one, other = (_values(table, claim, label) for label in pair)
+    difference, scale = statistics.difference(one, other), _scale(table, claim)
+    published = _published_difference(table, pair) if scale == 100 and claim.margin is None else None
+    if claim.margin is None or difference is None:
+        return _Test(claim, pair, difference, None, difference.p if difference else None, published, scale)
+    equivalence = statistics.equivalence(difference, claim.margin / scale)
+    return _Test(claim, pair, difference, equivalence, equivalence.p if equivalence else None, published, scale)
 
 
-def _values(table: Table, label: str, metric: str | None) -> dict[Any, float]:
+def _values(table: Table, claim: Claim, label: str) -> dict[Any, float]:
     """Seed or task to the value of a row, or to the sum of several, where all of them have one."""
-    rows = [{**table.values(part, metric)} for part in summed(label)]
+    rows = [{**table.where(claim.at).values(part, claim.metric)} for part in summed(label)]
     return {key: sum(row[key] for row in rows) for key in rows[0] if all(key in row for row in rows)}
 
 
-def _compared(
-    table: Table, claim: Claim, differences: Sequence[Difference | None], p_values: Sequence[float | None]
-) -> Verdict:
+def _compared(table: Table, claim: Claim, tests: Sequence[_Test]) -> Verdict:
     words, reasons = [], []
-    for pair, difference, p in zip(claim.pairs, differences, p_values, strict=True):
-        published = _published_difference(table, pair) if _scale(table, claim) == 100 else None
-        word, why = _word(claim, difference, p, published, _scale(table, claim))
+    how = "to" if claim.equal else "over"
+    for test in tests:
+        word, why = _word(table, test)
         words.append(word)
-        reasons.append(f"{pair[0]} over {pair[1]}: {_shown(table, claim, pair, difference, p, published)}{why}")
+        where = "" if claim.at is None else f" at {table.place(claim.at)}"
+        reasons.append(f"{test.pair[0]} {how} {test.pair[1]}{where}: {_shown(table, test)}{why}")
     if NOT_REPRODUCED in words:
         return Verdict(claim, NOT_REPRODUCED, tuple(reasons))
     return Verdict(claim, UNTESTABLE if UNTESTABLE in words else REPRODUCED, tuple(reasons))
 
 
-def _word(
-    claim: Claim, difference: Difference | None, p: float | None, published: float | None, scale: float
-) -> tuple[str, str]:
+def _word(table: Table, test: _Test) -> tuple[str, str]:
     """The word for one pair, and why where the numbers do not say it."""
+    difference = test.difference
     if difference is None:
         return UNTESTABLE, ""
-    if (claim.metric or "").startswith(COUNTED):
+    if (test.claim.metric or "").startswith(COUNTED):
         return (REPRODUCED if difference.mean > 0 else NOT_REPRODUCED), " (counted)"
-    if difference.low is None or difference.high is None or p is None:
+    if difference.low is None or difference.high is None or test.p is None:
         return UNTESTABLE, " (one seed)" if difference.n == 1 else " (the same on every seed)"
-    if p < LEVEL:
-        return (REPRODUCED, "") if difference.mean > 0 else (NOT_REPRODUCED, ": significantly the other way")
-    if published is not None and difference.high * scale < published and published > 0:
-        return NOT_REPRODUCED, ": the interval excludes the published difference"
-    return UNTESTABLE, ": no power to tell" + (" it from zero" if published is None else "")
+    if test.equivalence is not None and test.claim.margin is not None:
+        word, why = _equal(test, difference.low, difference.high, test.claim.margin / test.scale)
+    else:
+        word, why = _better(test, difference.mean, difference.low, difference.high)
+    opened = [row for part in _doubtful(test, word) for row in table.open_plateaus(part)]
+    if opened:
+        return UNTESTABLE, f"{why}; of {', '.join(opened)} it is a lower bound: the plateau reaches an end of the grid"
+    return word, why
 
 
-def _shown(
-    table: Table,
-    claim: Claim,
-    pair: tuple[str, str],
-    difference: Difference | None,
-    p: float | None,
-    published: float | None,
-) -> str:
+def _better(test: _Test, mean: float, low: float, high: float) -> tuple[str, str]:
+    assert test.p is not None
+    if test.p < LEVEL:
+        return (REPRODUCED, "") if mean > 0 else (NOT_REPRODUCED, ": significantly the other way")
+    seen = f"a difference of {test.number((high - low) / 2, '')} could have been seen"
+    published = test.published
+    if published is not None and high * test.scale < published and published > 0:
+        return NOT_REPRODUCED, f": the interval excludes the published difference; {seen}"
+    return UNTESTABLE, f": no power to tell{' it from zero' if published is None else ''}; {seen}"
+
+
+def _equal(test: _Test, low: float, high: float, margin: float) -> tuple[str, str]:
+    assert test.p is not None
+    if test.p < LEVEL:
+        return REPRODUCED, ""
+    if low > margin or high < -margin:
+        return NOT_REPRODUCED, ": the interval lies beyond the margin"
+    return UNTESTABLE, ": no power to tell"
+
+
+def _doubtful(test: _Test, word: str) -> list[str]:
+    """The labels whose plateau, were it wider than the grid shows, could change the word."""
+    if test.claim.metric != PLATEAU or word == UNTESTABLE:
+        return []
+    more, less = (summed(label) for label in test.pair)
+    if test.claim.equal:
+        return [*more, *less]
+    return less if word == REPRODUCED else more
+
+
+def _shown(table: Table, test: _Test) -> str:
+    """The difference with its interval, and what it is held against."""
+    difference = test.difference
     if difference is None:
-        missing = [part for label in pair for part in summed(label) if not table.values(part, claim.metric)]
+        parts = (part for label in test.pair for part in summed(label))
+        missing = [part for part in parts if not table.where(test.claim.at).values(part, test.claim.metric)]
         return f"nothing finished of {' and '.join(missing)}" if missing else "no seed in common"
-    scale, form = _scale(table, claim), "+.2f" if _scale(table, claim) == 100 else "+.4g"
-    text = format(difference.mean * scale, form)
+    text = test.number(difference.mean)
     if difference.low is not None and difference.high is not None:
-        text += f" [{format(difference.low * scale, form)}, {format(difference.high * scale, form)}]"
-    if p is not None:
-        text += ", p < 0.001" if p < 0.001 else f", p {p:.3f}"
-    return text if published is None else f"{text}, published {published:+.2f}"
+        text += f" [{test.number(difference.low)}, {test.number(difference.high)}]"
+    if test.claim.margin is not None:
+        text += f", margin {test.claim.margin:g}"
+    if test.p is not None:
+        text += ", p < 0.001" if test.p < 0.001 else f", p {test.p:.3f}"
+    if test.equivalence is not None:
+        half = test.equivalence.half
+        least = test.number(abs(difference.mean) + half, "")
+        text += f", 90 % interval ± {test.number(half, '')}, within any margin above {least}"
+    return text if test.published is None else f"{text}, published {test.published:+.2f}"
 
 
 def _scale(table: Table, claim: Claim) -> float:
@@ -137,7 +195,7 @@ def _counted(table: Table, claim: Claim) -> Verdict:
 
 def _number(table: Table, claim: Claim, label: str) -> float | None:
     def mean_of(row: str, metric: str | None) -> float | None:
-        return statistics.mean(list(table.values(row, metric).values()))
+        return statistics.mean(list(table.where(claim.at).values(row, metric).values()))
 
     value = mean_of(label, claim.metric)
     if claim.per:
