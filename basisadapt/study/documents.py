@@ -23,23 +23,22 @@ Document = dict[str, Any]
 
 
 def report_document(report: Report, tracking_uri: str) -> Document:
-    """A report: the study's rows, the same over all tasks, verdicts; of a search also its trials, best first."""
+    """A report: the study's rows, the same over all tasks, verdicts; with values of the tuned setting also the rows at
+    each; of a search also its trials, best first."""
     table, spec = report.table, report.table.study.spec
     document = {
         **_heading(spec),
         "headline": table.headline,
         "reference": spec.reference,
-        "rows": [_row(line, table) for line in table.lines],
-        "over_tasks": [
-            {"name": line.name, **_numbers(line), "pairs": asdict(line.pairs) if line.pairs else None}
-            for line in table.across
-        ],
+        **_rows(table),
         "claims": [
             {"text": verdict.claim.text, "verdict": verdict.word, "because": list(verdict.because)}
             for verdict in report.verdicts
         ],
         "tracking_uri": masked(tracking_uri),
     }
+    if table.at:
+        document["at"] = [{"value": value, **_rows(same)} for value, same in table.at.items()]
     if report.search is not None:
         document["trials"] = [asdict(trial) for trial in report.search.ranked]
     return document
@@ -78,6 +77,19 @@ def space_document(search: Search) -> Document:
 
 def _heading(spec: StudySpec) -> Document:
     return {"study": spec.name, "title": spec.title}
+
+
+def _rows(table: Table) -> Document:
+    """A table's rows, with their plateaus where there are curves, and the same over all tasks."""
+    plateaus = [{"plateau": asdict(found) if (found := table.plateau(line)) else None} for line in table.lines]
+    rows = zip(table.lines, plateaus if table.at else [{} for _ in plateaus], strict=True)
+    return {
+        "rows": [{**_row(line, table), **plateau} for line, plateau in rows],
+        "over_tasks": [
+            {"name": line.name, **_numbers(line), "pairs": asdict(line.pairs) if line.pairs else None}
+            for line in table.across
+        ],
+    }
 
 
 def _row(line: Line, table: Table) -> Document:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from basisadapt.study import statistics
+from basisadapt.study.cells import plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,6 +52,84 @@ def _compare(axes: Axes, lines: Sequence[Line], names: Sequence[str], scale: flo
             if line.row.is_reference and alone:
                 axes.axvline(centre, color="0.5", linestyle="--", linewidth=1)
     axes.grid(axis="x", alpha=0.3)
+
+
+def curves_figure(table: Table) -> Figure:
+    """The headline metric over the tuned setting, on a logarithmic axis: a panel for the rows that are compared with
+    each other, a line a row through its means over seeds, a band of their 95 % intervals (t).
+
+    A ring is a row's own choice, the dashed line the value that all rows have in common. A value at which no seed
+    finished is left out.
+    """
+    from matplotlib.figure import Figure
+
+    panels: dict[tuple[Any, ...], list[Line]] = {}
+    for line in table.lines:
+        panels.setdefault(line.row.group, []).append(line)
+    names = list(dict.fromkeys(_curve_name(table, line) for line in table.lines))
+    columns = min(len(panels), 4)
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(1.6 + 3.4 * columns, 0.8 + 3.2 * rows), layout="constrained")
+    shared = len({line.task for line in table.lines}) == 1
+    every = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=shared).flat
+    for axes, lines in itertools.zip_longest(every, panels.values()):
+        if lines is None:
+            axes.set_axis_off()
+            continue
+        for line in lines:
+            name = _curve_name(table, line)
+            _curve(axes, table, line, name, f"C{names.index(name)}")
+        common = table.study.spec.tune.common if table.study.spec.tune else None
+        if common is not None:
+            axes.axvline(common, color="0.5", linestyle="--", linewidth=1)
+        axes.set_xscale("log")
+        axes.set_title(_panel_name(table, lines[0]), fontsize="medium")
+        axes.grid(alpha=0.3)
+    drawn = {
+        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(drawn.values(), drawn.keys(), loc="outside right upper", fontsize="small")
+    figure.supxlabel(table.setting, fontsize="medium")
+    figure.supylabel(f"{table.headline}{', %' if table.percent else ''} (mean, 95 % interval)", fontsize="medium")
+    figure.suptitle(table.study.spec.title)
+    return figure
+
+
+def _curve(axes: Axes, table: Table, line: Line, name: str, colour: str) -> None:
+    scale, rule = 100 if table.percent else 1, table.study.spec.tune
+    points = []
+    for value, same in table.curve(line).items():
+        values = [score * scale for score in same.values.values()]
+        centre = statistics.mean(values)
+        if centre is not None:
+            points.append((value, centre, *(statistics.interval(values) or (centre, centre))))
+    if not points:
+        return
+    x, y, low, high = zip(*points, strict=True)
+    axes.plot(x, y, "o-", color=colour, markersize=3, label=name)
+    axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+    chosen = line.row.cells[0].settings.get(rule.setting) if rule else None
+    if line.values and chosen is not None and chosen in x:
+        axes.plot(chosen, y[x.index(chosen)], "o", color=colour, markersize=9, fillstyle="none")
+
+
+def _panel_name(table: Table, line: Line) -> str:
+    """What the rows of a panel share: their values on the axes, but for the one on which they are compared."""
+    compared = _compared_axis(table)
+    shared = [f"{name} = {plain(value)}" for name, value in line.row.point if name not in (compared, "task")]
+    tasks = {other.task for other in table.lines}
+    return ", ".join([*(shared if compared else []), *([line.task] if len(tasks) > 1 else [])])
+
+
+def _curve_name(table: Table, line: Line) -> str:
+    """What tells a row from the others of its panel."""
+    return plain(dict(line.row.point).get(_compared_axis(table), line.name))
+
+
+def _compared_axis(table: Table) -> str:
+    """The axis on which rows are compared with each other; empty where they are with one row."""
+    axis, equals, _ = (table.study.spec.reference or "").partition("=")
+    return axis if equals else ""
 
 
 def against_figure(table: Table) -> Figure:

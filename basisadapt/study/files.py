@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from basisadapt.study import words
-from basisadapt.study.figures import against_figure, comparison_figure, search_figure
+from basisadapt.study.figures import against_figure, comparison_figure, curves_figure, search_figure
 from basisadapt.study.page import to_html
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ def report_files(report: Report, pictures: Callable[[str], dict[str, bytes]]) ->
     pictures: the PNG files of the MLflow run with an id, name to content; the page holds those of each row.
     """
     figures = {"comparison.png": comparison_figure(report.table)}
+    if len(report.table.at) > 1:
+        figures["curves.png"] = curves_figure(report.table)
     if report.table.study.spec.against:
         figures["against.png"] = against_figure(report.table)
     if report.search is not None:

@@ -125,6 +125,8 @@ for (const table of document.querySelectorAll("table.sortable")) {
 
 CAPTIONS = {
     "comparison.png": "Seeds as dots, mean ± standard deviation, the reference's mean as a line; a panel a task",
+    "curves.png": "The headline metric over the tuned setting: means over seeds, bands of their 95 % intervals (t), a "
+    "ring at a row's own choice; dashed, the value that all rows have in common",
     "against.png": "Every row against what it costs, on a logarithmic scale",
     "search.png": "Every trial's value in order with the best so far, and the importance of each setting",
     "phi.png": "What φ has learned to add to an entry of BA, a line per layer",
@@ -170,7 +172,7 @@ def _section(title: str, *parts: str) -> str:
 def _states(table: Table) -> str:
     """ "Cells: 20 finished, 1 failed"."""
     counts: dict[str, int] = {}
-    for line in table.lines:
+    for line in table.every_line:
         for state, seeds in line.seeds_by_state().items():
             counts[state] = counts.get(state, 0) + len(seeds)
     return "Cells: " + ", ".join(f"{count} {state}" for state, count in counts.items()) + "."
@@ -210,7 +212,9 @@ def _verdicts(verdicts: Iterable[Verdict]) -> str:
     note = (
         "Reproduced: every difference has the claimed sign and is significant at 0.05, Holm-corrected over all tests "
         "of this list. Not reproduced: one is significant the other way, or its 95 % interval excludes the published "
-        "one. Not testable here: rows or seeds are missing, or the intervals are too wide to tell."
+        "one. Where rows are claimed to be equal, two one-sided tests must tell that they differ by less than the "
+        "margin; they do not where the 95 % interval lies beyond it. Not testable here: rows or seeds are missing, or "
+        "the intervals are too wide to tell."
     )
     return f'<ul class="verdicts">{"".join(items)}</ul>\n<p class="states">{escape(note)}</p>'
 
@@ -265,7 +269,7 @@ def _settings(row: Row) -> dict[str, str]:
 def _versions(table: Table) -> str:
     """Every name with each value that a cell was run with."""
     found: dict[str, dict[str, None]] = {}
-    for line in table.lines:
+    for line in table.every_line:
         for outcome in line.outcomes.values():
             for name, value in outcome.environment.items():
                 found.setdefault(name, {})[value] = None

@@ -170,9 +170,12 @@ class Table:
 
     def place(self, at: float | str) -> str:
         """What a value of the tuned setting is called: train.lr=0.0001."""
-        rule = self.study.spec.tune
-        setting = rule.setting.removeprefix("adapter.") if rule else ""
-        return f"{setting}={plain(self._value(at))}"
+        return f"{self.setting}={plain(self._value(at))}"
+
+    @property
+    def setting(self) -> str:
+        """The tuned setting, as it is called beside a value."""
+        return self.study.spec.tune.setting.removeprefix("adapter.") if self.study.spec.tune else ""
 
     def _value(self, at: float | str) -> float:
         rule = self.study.spec.tune

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from basisadapt import backbones
 from basisadapt.ranges import Choices, Range
 from basisadapt.study import statistics
-from basisadapt.study.table import NOT_RUN, Line, Table
+from basisadapt.study.table import NOT_RUN, Across, Line, Table
 
 if TYPE_CHECKING:
     from basisadapt.study.report import Found, Report
@@ -54,6 +54,8 @@ def grids(report: Report) -> list[Grid]:
     """Every table of a report, the study's own first."""
     table, found, tuned = report.table, report.search, report.tuned
     made = [_main(table)]
+    if len(table.at) > 1:
+        made.append(_curves(table))
     if tuned is not None and tuned.tuning.trials.rows:
         made.append(_tuning(tuned, table))
     if table.across:
@@ -94,16 +96,19 @@ def to_markdown(report: Report) -> str:
 
 
 def to_csv(table: Table) -> str:
-    """The numbers behind the table, unrounded and unscaled."""
+    """The numbers behind the table, unrounded and unscaled; with values of the tuned setting, each row at these too."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     compared = ["difference", "ci_low", "ci_high", "p", "p_holm"]
     ours = ["row", "metric", "n", "mean", "std", "mean_ci_low", "mean_ci_high"]
-    writer.writerow([*ours, *compared, *table.columns, "states", "published", "published_std"])
-    for line in table.lines:
+    curve = ["at", "plateau_octaves"] if table.at else []
+    writer.writerow([*ours, *compared, *table.columns, "states", "published", "published_std", *curve])
+    at = ((value, line) for value, same in table.at.items() for line in same.lines)
+    for value, line in (*((None, line) for line in table.lines), *at):
         values, difference = list(line.values.values()), line.difference
         numbers = (difference.mean, difference.low, difference.high, difference.p) if difference else (None,) * 4
         states = "; ".join(f"{state}: {' '.join(map(str, seeds))}" for state, seeds in line.seeds_by_state().items())
+        plateau = table.plateau(line) if value is None else None
         writer.writerow(
             [
                 *(line.label, table.headline, len(values), statistics.mean(values), statistics.std(values)),
@@ -111,6 +116,7 @@ def to_csv(table: Table) -> str:
                 *(*numbers, line.p),
                 *(line.mean_of(name) for name in table.columns),
                 *(states, *(line.published or (None, None))),
+                *((value, plateau.octaves if plateau else None) if curve else ()),
             ]
         )
     return text.getvalue()
@@ -138,44 +144,56 @@ def _aligned(grid: Grid) -> str:
 
 
 def _main(table: Table) -> Grid:
-    """A column that the study cannot fill is left out."""
+    """A column that the study cannot fill is left out. What rows have at a value of all stands beside their own."""
     reference, answers = table.study.spec.reference, table.study.spec.answers
     shows_published = answers is not None and not any(line.published for line in table.across)
     number = _number_form(table)
 
-    def row(line: Line) -> list[str]:
+    def compared(line: Line) -> list[str]:
         values = list(line.values.values())
-        cells = [
-            line.label,
-            _with_std(number(statistics.mean(values), ""), number(statistics.std(values), "")),
-        ]
-        if shows_published:
-            cells.append(_with_std(*(line.published or (DASH, None))))
-        cells.append(_seeds(line))
-        if reference is not None:
-            cells += [_difference(line.difference, number), _p(line.p)]
-        return [*cells, *(_metric(name, line.mean_of(name)) for name in table.columns)]
+        cells = [_with_std(number(statistics.mean(values), ""), number(statistics.std(values), "")), _seeds(line)]
+        return [*cells, *([_difference(line.difference, number), _p(line.p)] if reference is not None else [])]
 
-    header = ["row", _headline(table), *(["published"] if shows_published else []), "seeds"]
-    header += [f"difference to {reference} (95 % CI)", "p (Holm)"] if reference is not None else []
+    rows = []
+    for index, line in enumerate(table.lines):
+        score, *others = compared(line)
+        cells = [line.label, score, *([_with_std(*(line.published or (DASH, None)))] if shows_published else [])]
+        cells += [*others, *(cell for same in table.beside.values() for cell in compared(same.lines[index]))]
+        rows.append([*cells, *(_metric(name, line.mean_of(name)) for name in table.columns)])
+
+    score, *heads = [_headline(table), "seeds", *_compared_heads(reference)]
+    header = ["row", score, *(["published"] if shows_published else []), *heads]
+    header += [f"{head} at {table.place(value)}" for value in table.beside for head in (score, *heads)]
     header += [_head(name) for name in table.columns]
-    return Grid(table.study.spec.title, header, [row(line) for line in table.lines], _notes(table))
+    return Grid(table.study.spec.title, header, rows, _notes(table))
+
+
+def _compared_heads(reference: str | None) -> list[str]:
+    return [] if reference is None else [f"difference to {reference} (95 % CI)", "p (Holm)"]
 
 
 def _across(table: Table) -> Grid:
     number, reference = _number_form(table), table.study.spec.reference
     shows_published = any(line.published for line in table.across)
-    rows, tasks = [], len({line.task for line in table.lines})
-    for line in table.across:
+    tasks = len({line.task for line in table.lines})
+
+    def compared(line: Across) -> list[str]:
         whole = len(line.values) == tasks  # the mean of fewer tasks stands beside no other
-        cells = [line.name, number(statistics.mean(list(line.values.values())), "") if whole else DASH]
-        cells += [_with_std(*(line.published or (DASH, None)))] if shows_published else []
+        cells = [number(statistics.mean(list(line.values.values())), "") if whole else DASH]
         cells.append(str(tasks) if whole else f"{len(line.values)} of {tasks}")
-        compared = [_difference(line.difference, number), _p(line.p), _difference(line.pairs, number)]
-        rows.append([*cells, *(compared if reference is not None else [])])
-    header = ["row", _headline(table), *(["published"] if shows_published else []), "tasks"]
-    compared = [f"difference to {reference} (95 % CI)", "p (Holm)", "by task and seed (95 % CI)"]
-    header += compared if reference is not None else []
+        found = [_difference(line.difference, number), _p(line.p), _difference(line.pairs, number)]
+        return [*cells, *(found if reference is not None else [])]
+
+    rows = []
+    for index, line in enumerate(table.across):
+        score, *others = compared(line)
+        cells = [line.name, score, *([_with_std(*(line.published or (DASH, None)))] if shows_published else [])]
+        rows.append([*cells, *others, *(c for same in table.beside.values() for c in compared(same.across[index]))])
+
+    pairs = ["by task and seed (95 % CI)"] if reference is not None else []
+    score, *heads = [_headline(table), "tasks", *_compared_heads(reference), *pairs]
+    header = ["row", score, *(["published"] if shows_published else []), *heads]
+    header += [f"{head} at {table.place(value)}" for value in table.beside for head in (score, *heads)]
     notes = ["Means over tasks."]
     if reference is not None:
         notes[0] += (
@@ -187,6 +205,37 @@ def _across(table: Table) -> Grid:
             "are not corrected for their number."
         )
     return Grid("Over all tasks", header, rows, notes)
+
+
+def _curves(table: Table) -> Grid:
+    """Every row at every value of the tuned setting, and how wide its curve is near its best."""
+    number, setting, rows = _number_form(table), table.setting, []
+    for line in table.lines:
+        cells = [line.label]
+        for same in table.curve(line).values():
+            values = list(same.values.values())
+            cells.append(_with_std(number(statistics.mean(values), ""), number(statistics.std(values), "")))
+        plateau = table.plateau(line)
+        widths = list(plateau.by_seed.values()) if plateau else []
+        cells.append(f"{'≥ ' if plateau.open else ''}{plateau.octaves:.2f}" if plateau else DASH)
+        cells.append(_by_seed(widths))
+        rows.append(cells)
+    header = ["row", *(table.place(value) for value in table.at), "plateau, octaves", "by seed (95 % CI)"]
+    point = "one point" if table.percent else "1"
+    notes = [
+        f"{_headline(table)}, mean ± sample standard deviation over seeds at each {setting}, chosen or not.",
+        f"Plateau: how many octaves of {setting} lie within {point} of the best of the row's mean curve, straight "
+        "between its values on a logarithmic axis; ≥: the plateau reaches an end of the grid. By seed: the mean of the "
+        "same of each seed's curve. Where a run diverged there is no plateau.",
+    ]
+    return Grid(f"Over {setting}", header, rows, notes)
+
+
+def _by_seed(widths: list[float]) -> str:
+    centre, bounds = statistics.mean(widths), statistics.interval(widths)
+    if centre is None:
+        return DASH
+    return f"{centre:.2f}" + (f" [{bounds[0]:.2f}, {bounds[1]:.2f}]" if bounds else "")
 
 
 def _number_form(table: Table) -> Callable[[float | None, str], str]:
@@ -251,6 +300,11 @@ def _notes(table: Table) -> list[str]:
                 f"Differences to {reference_named(spec.reference)} are paired by seed: mean, 95 % confidence interval "
                 f"(t), two-sided paired t-test, Holm-corrected for {tests} test{'' if tests == 1 else 's'}."
             )
+    if table.beside:
+        places = " and ".join(table.place(value) for value in table.beside)
+        notes.append(
+            f"The first columns have each row at its own {table.setting}, the later ones all rows at {places}."
+        )
     notes += _backbones(table)
     notes += trouble(table)
     notes += _splits(table)
@@ -268,35 +322,36 @@ def trouble(table: Table) -> list[str]:
     and for each warning."""
     notes = _changed_data(table)
     warned: dict[str, list[str]] = {}
-    for line in table.lines:
+    for line in table.every_line:
+        label = line.row.cells[0].row
         for state, seeds in line.seeds_by_state().items():
             if state not in ("finished", NOT_RUN):
                 errors = dict.fromkeys(line.outcomes[seed].error for seed in seeds if seed in line.outcomes)
                 reason = "; ".join(filter(None, errors))
-                notes.append(f"{state.capitalize()}: {line.label} {_named(seeds)}{f' ({reason})' if reason else ''}.")
+                notes.append(f"{state.capitalize()}: {label} {_named(seeds)}{f' ({reason})' if reason else ''}.")
         by_warning: dict[str, list[int]] = {}
         for seed, outcome in line.outcomes.items():
             for warning in outcome.warnings:
                 by_warning.setdefault(warning, []).append(seed)
         for warning, seeds in by_warning.items():
-            warned.setdefault(warning, []).append(f"{line.label} {_named(seeds)}")
-    missing = sum(len(line.seeds_by_state().get(NOT_RUN, ())) for line in table.lines)
+            warned.setdefault(warning, []).append(f"{label} {_named(seeds)}")
+    missing = sum(len(line.seeds_by_state().get(NOT_RUN, ())) for line in table.every_line)
     if missing:
-        notes.append(f"Not run: {missing} of {sum(len(line.seeds) for line in table.lines)} cells.")
+        notes.append(f"Not run: {missing} of {sum(len(line.seeds) for line in table.every_line)} cells.")
     return notes + [f"Warning, {'; '.join(places)}: {warning}" for warning, places in warned.items()]
 
 
 def _changed_data(table: Table) -> list[str]:
     """A sentence for each task whose cells did not all see the same rows."""
     seen: dict[Any, dict[str, list[str]]] = {}
-    for line in table.lines:
+    for line in table.every_line:
         seeds_by_data: dict[str, list[int]] = {}
         for seed, outcome in line.outcomes.items():
             if outcome.done and "fingerprint" in outcome.data:
                 seeds_by_data.setdefault(outcome.data["fingerprint"], []).append(seed)
         of_task = seen.setdefault((line.task, line.row.cells[0].config.data), {})
         for fingerprint, seeds in seeds_by_data.items():
-            of_task.setdefault(fingerprint, []).append(f"{line.label} {_named(seeds)}")
+            of_task.setdefault(fingerprint, []).append(f"{line.row.cells[0].row} {_named(seeds)}")
     return [
         f"The rows of {task} changed between cells, which cannot be compared across the change: "
         + "; ".join(f"{', '.join(places)} saw {fingerprint}" for fingerprint, places in of_task.items())
