@@ -83,6 +83,9 @@ def curves_figure(table: Table) -> Figure:
         if common is not None:
             axes.axvline(common, color="0.5", linestyle="--", linewidth=1)
         axes.set_xscale("log")
+        axes.set_xticks(list(table.at), [f"{value:g}" for value in table.at], rotation=45, fontsize="small")
+        axes.minorticks_off()
+        axes.tick_params(labelbottom=True)  # of shared axes, too, where the panel below is empty
         axes.set_title(_panel_name(table, lines[0]), fontsize="medium")
         axes.grid(alpha=0.3)
     drawn = {

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from basisadapt import backbones
 from basisadapt.ranges import Choices, Range
 from basisadapt.study import statistics
+from basisadapt.study.cells import plain
 from basisadapt.study.table import NOT_RUN, Across, Line, Table
 
 if TYPE_CHECKING:
@@ -163,9 +164,27 @@ def _main(table: Table) -> Grid:
 
     score, *heads = [_headline(table), "seeds", *_compared_heads(reference)]
     header = ["row", score, *(["published"] if shows_published else []), *heads]
-    header += [f"{head} at {table.place(value)}" for value in table.beside for head in (score, *heads)]
+    header += _heads_beside(table, score, heads)
     header += [_head(name) for name in table.columns]
     return Grid(table.study.spec.title, header, rows, _notes(table))
+
+
+def _could_have_seen(differences: Iterable[Difference | None], number: Callable[[float | None, str], str]) -> list[str]:
+    """A sentence on the differences that a table's intervals could have told from zero."""
+    halves = sorted((d.high - d.low) / 2 for d in differences if d and d.low is not None and d.high is not None)
+    if not halves:
+        return []
+    least, middle, most = halves[0], halves[len(halves) // 2], halves[-1]
+    between = "" if least == most else f" in the middle row, {number(least, '')} to {number(most, '')} in all"
+    return [f"A difference of {number(middle, '')} could have been seen{between}: half the width of its interval."]
+
+
+def _heads_beside(table: Table, score: str, heads: Sequence[str]) -> list[str]:
+    """The same heads for each of the tables beside."""
+    found = []
+    for value in table.beside:
+        found += [f"{score} at {table.place(value)}", *(f"{head} at {plain(value)}" for head in heads)]
+    return found
 
 
 def _compared_heads(reference: str | None) -> list[str]:
@@ -193,7 +212,7 @@ def _across(table: Table) -> Grid:
     pairs = ["by task and seed (95 % CI)"] if reference is not None else []
     score, *heads = [_headline(table), "tasks", *_compared_heads(reference), *pairs]
     header = ["row", score, *(["published"] if shows_published else []), *heads]
-    header += [f"{head} at {table.place(value)}" for value in table.beside for head in (score, *heads)]
+    header += _heads_beside(table, score, heads)
     notes = ["Means over tasks."]
     if reference is not None:
         notes[0] += (
@@ -204,6 +223,7 @@ def _across(table: Table) -> Grid:
             "The last column pairs by task and seed: more pairs, for a statement on these tasks alone; its intervals "
             "are not corrected for their number."
         )
+    notes += _could_have_seen((line.difference for line in table.across), number)
     return Grid("Over all tasks", header, rows, notes)
 
 
@@ -300,6 +320,7 @@ def _notes(table: Table) -> list[str]:
                 f"Differences to {reference_named(spec.reference)} are paired by seed: mean, 95 % confidence interval "
                 f"(t), two-sided paired t-test, Holm-corrected for {tests} test{'' if tests == 1 else 's'}."
             )
+        notes += _could_have_seen((line.difference for line in table.lines), _number_form(table))
     if table.beside:
         places = " and ".join(table.place(value) for value in table.beside)
         notes.append(
