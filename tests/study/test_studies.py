@@ -206,6 +206,23 @@ def test_methods_are_compared_at_a_rate_of_their_own():
     assert {row.cells[0].config.train.lr for row in tuning["paper"].choose({}).study.rows} == {1e-4}
 
 
+def test_rates_of_a_language_model():
+    """Every row at every rate in octaves, of which 1e-4 is the paper's; one epoch of 15,000 rows."""
+    tuning = resolve_tuning(read_spec("ablate_rate"), preset="llm")
+    rates = [2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4]
+    assert (list(tuning.at), tuning.spec.tune.common) == (rates, 1e-4)
+    assert len(tuning.trials.cells) == 8 * 3 * 6
+    assert len({cell.key for cell in tuning.possible_cells}) == 8 * 3 * 6 * (1 + 3)
+    assert {cell.config.train.validation for cell in tuning.trials.cells} == {0.1}
+    for cell in tuning.possible_cells:
+        train = cell.config.train
+        assert (cell.config.task, cell.config.backbone) == ("commonsense/rebuilt_15k", "qwen2.5-coder-0.5b")
+        assert (train.batch_size, train.epochs, train.max_steps, train.max_length) == (32, 1, None, 512)
+        assert (train.schedule, train.warmup_ratio, train.eval_rows) == ("linear", 0.1, 8000)
+    linear = {cell.config.adapter.num_basis for cell in tuning.possible_cells if cell.row.startswith("linear")}
+    assert linear == {1}
+
+
 @pytest.mark.parametrize("name", VISION)
 def test_presets_of_vision(name):
     spec = read_spec(name)
