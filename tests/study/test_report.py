@@ -55,7 +55,7 @@ LoRA     78.67 ± 4.73           -      3                             -         
 Mean ± sample standard deviation over 3 seeds (1, 2, 3).
 Differences to LoRA are paired by seed: mean, 95 % confidence interval (t), two-sided paired t-test, Holm-corrected \
 for 2 tests.
-A difference of 14.12 could have been seen in the middle row, 5.17 to 14.12 in all: half the width of its interval.
+A difference of 14.13 could have been seen in the middle row, 5.17 to 14.13 in all: half the width of its interval.
 Published: the paper's table 13 (Qwen2). On another backbone and task, only the order of the rows can be compared.
 """
 
