@@ -216,8 +216,8 @@ def test_rates_of_a_language_model():
     assert {cell.config.train.validation for cell in tuning.trials.cells} == {0.1}
     for cell in tuning.possible_cells:
         train = cell.config.train
-        assert (cell.config.task, cell.config.backbone) == ("commonsense/rebuilt_15k", "qwen2.5-coder-0.5b")
-        assert (train.batch_size, train.epochs, train.max_steps, train.max_length) == (32, 1, None, 512)
+        assert (cell.config.task, cell.config.backbone) == ("commonsense/15k", "qwen2.5-coder-0.5b")
+        assert (train.batch_size, train.epochs, train.max_steps, train.max_length) == (32, 1, None, 256)
         assert (train.schedule, train.warmup_ratio, train.eval_rows) == ("linear", 0.1, 8000)
     linear = {cell.config.adapter.num_basis for cell in tuning.possible_cells if cell.row.startswith("linear")}
     assert linear == {1}
