@@ -1,14 +1,19 @@
-"""What the command lines share: exit codes, and errors that are one line."""
+"""What the command lines share: exit codes, errors that are one line, and output without secrets."""
 
 from __future__ import annotations
 
 import argparse
+import functools
+import io
 import os
-import re
 import sys
-from typing import NoReturn
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from typing import Any, NoReturn, TextIO, cast
 
 from basisadapt.errors import InputError
+from basisadapt.redaction import hide_in, redacted
 
 DONE, UNSOUND, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -31,9 +36,50 @@ def say(text: str) -> None:
 
 def complain(error: object) -> None:
     """Tell the user of an error."""
-    print(f"basisadapt: error: {masked(str(error))}", file=sys.stderr)
+    print(f"basisadapt: error: {error}", file=sys.stderr)
 
 
-def masked(text: str) -> str:
-    """The text with the passwords of its URLs out of sight: postgresql://me:***@host/name."""
-    return re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:***@", text)
+def guarded(main: Callable[[list[str]], int]) -> Callable[..., int]:
+    """A command line, a function of its arguments, that prints no secret: no answer, no error and no traceback.
+
+    Called without arguments it has those of the process.
+    """
+
+    @functools.wraps(main)
+    def run(arguments: Sequence[str] | None = None) -> int:
+        arguments = sys.argv[1:] if arguments is None else list(arguments)
+        for argument in arguments:
+            hide_in(argument)
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")  # a terminal without ± or φ still gets its table
+        with redirect_stdout(_Redacted.over(sys.stdout)), redirect_stderr(_Redacted.over(sys.stderr)):
+            try:
+                return main(arguments)
+            except Exception:
+                traceback.print_exc()  # where the interpreter would do so, nobody listens any more
+                return UNSOUND
+
+    return run
+
+
+class _Redacted:
+    """A stream to which texts are written without their secrets. For the rest it is the stream itself."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    @classmethod
+    def over(cls, stream: TextIO) -> TextIO:
+        return cast(TextIO, cls(stream))
+
+    def write(self, text: str) -> int:
+        self._stream.write(redacted(text))
+        return len(text)
+
+    def writelines(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

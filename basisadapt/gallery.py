@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from basisadapt.command import BAD_INPUT, DONE, Parser, complain
+from basisadapt.command import BAD_INPUT, DONE, Parser, complain, guarded
 from basisadapt.diagnostics.figures import Curve, bases_figure
 from basisadapt.errors import InputError, one_line
 from basisadapt.registry import load_plugin
@@ -17,7 +17,8 @@ FURTHEST, POINTS = 4.0, 801
 ARGUMENTS = {"shifted": "u = ω (x − xᵢ)", "phase": "u = ω x + xᵢ", "scaled": "u = ω x"}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@guarded
+def main(arguments: list[str]) -> int:
     """Run the command line; returns the exit code."""
     try:
         options = _parser().parse_args(arguments)

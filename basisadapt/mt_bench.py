@@ -7,11 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from basisadapt.command import BAD_INPUT, DONE, INTERRUPTED, Parser, complain
+from basisadapt.command import BAD_INPUT, DONE, INTERRUPTED, Parser, complain, guarded
 from basisadapt.errors import InputError
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@guarded
+def main(arguments: list[str]) -> int:
     """Run the command line; returns the exit code."""
     try:
         options = _parser().parse_args(arguments)

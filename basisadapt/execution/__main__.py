@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from basisadapt.command import BAD_INPUT, DONE, INTERRUPTED, UNSOUND, Parser, complain
+from basisadapt.command import BAD_INPUT, DONE, INTERRUPTED, UNSOUND, Parser, complain, guarded
 from basisadapt.errors import InputError, one_line
 from basisadapt.execution.executor import JobSettings
 from basisadapt.execution.file import run_file
@@ -15,10 +15,11 @@ from basisadapt.execution.workers import local_executor
 from basisadapt.registry import load_plugin
 
 
-def main() -> int:
+@guarded
+def main(arguments: list[str]) -> int:
     """Run the command line; returns the exit code."""
     try:
-        options = _parser().parse_args()
+        options = _parser().parse_args(arguments)
         settings = JobSettings(
             data_dir=options.data_dir,
             plugins=tuple(options.plugin),

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from basisadapt.errors import InputError
+from basisadapt.redaction import redacted
 
 if TYPE_CHECKING:
     from basisadapt.run_config import RunConfig
@@ -47,12 +48,19 @@ class JobSettings:
 
 @dataclass(frozen=True)
 class Ended:
-    """A job that came to its end: with a result, or with an error and, where there is one, its traceback."""
+    """A job that came to its end: with a result, or with an error and, where there is one, its traceback.
+
+    None of them holds a secret of this process.
+    """
 
     key: str
     result: RunResult | None = None
     error: str = ""
     traceback: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("result", "error", "traceback"):
+            object.__setattr__(self, name, redacted(getattr(self, name)))
 
 
 @dataclass(frozen=True)

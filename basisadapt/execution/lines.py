@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from basisadapt.errors import InputError, one_line, unknown
+from basisadapt.redaction import redacted
 from basisadapt.settings import from_mapping
 
 if TYPE_CHECKING:
@@ -78,11 +79,11 @@ def brief(result: RunResult) -> RunResult:
 
 
 def parse_result(values: dict[str, Any]) -> RunResult:
-    """A RunResult from its fields in JSON types. Raises InputError for what no run gives."""
+    """A RunResult from its fields in JSON types, without secrets. Raises InputError for what no run gives."""
     from basisadapt.training import RunResult
 
     try:
-        result = from_mapping(RunResult, values, "result")
+        result = from_mapping(RunResult, redacted(values), "result")
     except (TypeError, InputError) as error:  # a TypeError for a field that is missing
         raise InputError(f"not a result: {error}") from error
     if result.status not in DONE:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from basisadapt.command import BAD_INPUT, DONE, INTERRUPTED, UNSOUND, Parser, complain, masked, say
+from basisadapt.command import BAD_INPUT, DONE, INTERRUPTED, UNSOUND, Parser, complain, guarded, say
 from basisadapt.errors import InputError, RecordError, shown
 from basisadapt.registry import load_plugin
 from basisadapt.study import spec as specs
@@ -47,13 +45,10 @@ class Answer(NamedTuple):
     code: int = DONE
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@guarded
+def main(arguments: list[str]) -> int:
     """Run the command line; returns the exit code."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without ± or φ still gets its table
-    command = masked(shlex.join(["python", "-m", "basisadapt.study", *arguments]))
+    command = shlex.join(["python", "-m", "basisadapt.study", *arguments])
     try:
         options = _parser().parse_args(arguments)
         _check_together(options)
@@ -78,6 +73,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nInterrupted. What is finished is kept; to go on: {command}", file=sys.stderr)
         return INTERRUPTED
+    except Exception as error:
+        from basisadapt.study.stores import is_stores_fault, record_error
+
+        if isinstance(error, OSError) or not is_stores_fault(error):
+            raise
+        complain(f"{record_error(error)}. What is recorded stays; to go on: {command}")
+        return UNSOUND
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -367,12 +369,12 @@ def _report(report: Report, place: Place) -> Answer:
     from basisadapt.study.words import to_text
 
     table = report.table
-    lines = [to_text(report), f"Recorded in {masked(place.tracking_uri)}; to browse:"]
+    lines = [to_text(report), f"Recorded in {place.tracking_uri}; to browse:"]
     if place.tracking_uri.startswith(("http:", "https:")):
-        server = masked(place.tracking_uri).rstrip("/")
+        server = place.tracking_uri.rstrip("/")
     else:
         server = "http://127.0.0.1:5000"
-        lines.append(f"  mlflow ui --backend-store-uri {masked(shlex.quote(place.tracking_uri))}")
+        lines.append(f"  mlflow ui --backend-store-uri {shlex.quote(place.tracking_uri)}")
     record = Record(place.tracking_uri, table.study.spec.name)
     lines.append(f"  {server}/#/experiments/{record.experiment_id}/runs  all runs, by invocation")
     if compared := record.compare_path(table.run_ids):

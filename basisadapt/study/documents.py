@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from basisadapt.command import masked
 from basisadapt.ranges import Range
 from basisadapt.study import statistics
 
@@ -35,7 +34,7 @@ def report_document(report: Report, tracking_uri: str) -> Document:
             {"text": verdict.claim.text, "verdict": verdict.word, "because": list(verdict.because)}
             for verdict in report.verdicts
         ],
-        "tracking_uri": masked(tracking_uri),
+        "tracking_uri": tracking_uri,
     }
     if table.at:
         document["at"] = [{"value": value, **_rows(same)} for value, same in table.at.items()]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from basisadapt.errors import InputError
 from basisadapt.execution.lines import DONE
+from basisadapt.study.client import RedactingClient
 from basisadapt.study.owner import Owner
 from basisadapt.study.stores import absolute, artifact_folder, check_sound, sqlite_file, store_reason
 
@@ -119,7 +120,7 @@ class Record:
         self.tracking_uri = tracking_uri
         self.study = study
         try:
-            self._client = mlflow.MlflowClient(tracking_uri=absolute(tracking_uri))
+            self._client = RedactingClient(mlflow.MlflowClient(tracking_uri=absolute(tracking_uri)))
             found = self._client.get_experiment_by_name(study)
         except Exception as error:  # SQLAlchemy's, MLflow's, a driver's: each has its own
             raise InputError(f"--tracking-uri {tracking_uri!r} cannot be opened: {store_reason(error)}") from error

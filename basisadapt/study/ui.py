@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -32,16 +33,21 @@ def serve(tracking_uri: str) -> None:
         raise InputError(f"nothing is recorded in {tracking_uri!r}")
     check_sound(tracking_uri, "--tracking-uri")
     address = f"http://{HOST}:{(port := _free_port())}"
-    command = ["mlflow", "server", "--backend-store-uri", tracking_uri, "--host", HOST, "--port", str(port)]
+    command = ["mlflow", "server", "--host", HOST, "--port", str(port)]
     before = signal.signal(signal.SIGTERM, _interrupt)
     # No jobs: they would be processes outside of the group.
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    store = {"MLFLOW_BACKEND_STORE_URI": tracking_uri}  # no argument, which every user of the machine could read
     server = subprocess.Popen(
         [sys.executable, "-m", *command, "--workers", "1"],
-        env={**os.environ, **quiet},
+        env={**os.environ, **quiet, **store},
         stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
         start_new_session=True,
     )
+    threading.Thread(target=_pass_on, args=(server,), daemon=True).start()
     try:
         _wait_for(f"{address}/health", server)
         print(f"{address}  shows {tracking_uri}; Ctrl-C ends it", flush=True)
@@ -52,6 +58,13 @@ def serve(tracking_uri: str) -> None:
     finally:
         _stop(server)
         signal.signal(signal.SIGTERM, before)
+
+
+def _pass_on(server: subprocess.Popen[str]) -> None:
+    """Say what the server says of itself, through this process's stderr, which shows no secret."""
+    assert server.stderr is not None
+    for line in server.stderr:
+        print(line, end="", file=sys.stderr, flush=True)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
@@ -70,7 +83,7 @@ def _free_port() -> int:
     raise InputError(f"no port from {FIRST_PORT} to {FIRST_PORT + PORTS - 1} is free")
 
 
-def _wait_for(address: str, server: subprocess.Popen[bytes]) -> None:
+def _wait_for(address: str, server: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + START_SECONDS
     while server.poll() is None and time.monotonic() < deadline:
         try:
@@ -81,7 +94,7 @@ def _wait_for(address: str, server: subprocess.Popen[bytes]) -> None:
     raise InputError(f"MLflow's server did not come up (exit code {server.poll()})")
 
 
-def _stop(server: subprocess.Popen[bytes]) -> None:
+def _stop(server: subprocess.Popen[str]) -> None:
     """End the whole group, gently first."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import threading
 import time
 import urllib.error
@@ -16,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from basisadapt.errors import InputError
+from basisadapt.redaction import hide, hide_in, redacted
 
 ATTEMPTS = 5
 LONGEST_PAUSE = 60.0  # seconds
+MOST_BYTES = 1 << 20  # of a reply, where 2,048 tokens are some ten thousand
 PASSING = (408, 425, 429)  # HTTP statuses below 500 that another attempt may not meet again
+ADDRESS = re.compile(r"https?://(\[[\da-fA-F:.]+\]|[^/?#@\s:\[\]]+)(:\d+)?(/[^?#@\s]*)?")
 
 Message = Mapping[str, str]  # {"role": "system" or "user", "content": text}
 
@@ -38,9 +42,11 @@ class Judge(ABC):
 class EndpointJudge(Judge):
     """A model behind `url`/chat/completions, asked at temperature 0 for up to 2,048 tokens, as MT-Bench asks its judge.
 
-    key: sent as a bearer token, and nowhere else: not to another address that the endpoint names, not into a message.
+    key: sent as a bearer token, and nowhere else: not to another address that the endpoint names, not into a message,
+    and not into what the judge says, should it repeat the key; space around it is dropped.
     timeout: seconds without a sign of life. pause: seconds before the second of at most ATTEMPTS attempts, doubled each
-    time, unless the endpoint says how long. Raises InputError for an address that is not http or https.
+    time, unless the endpoint says how long. Raises InputError for an address that is not http or https, or holds more
+    than host, port and path, and for a key with other letters than an HTTP header may have.
     """
 
     url: str
@@ -50,22 +56,33 @@ class EndpointJudge(Judge):
     pause: float = 1.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "key", self.key.strip())
+        hide(self.key)
+        hide_in(self.url)
         if not self.url.startswith(("http://", "https://")):
-            raise InputError(f"the judge's address must begin with http:// or https://, got {self.url!r}")
+            raise InputError(f"the judge's address must begin with http:// or https://, got {redacted(self.url)!r}")
+        if not ADDRESS.fullmatch(self.url):
+            raise InputError(
+                "the judge's address may hold a host, a port and a path, and no user, password, query or space: the "
+                f"key goes into BASISADAPT_JUDGE_KEY; got {redacted(self.url)!r}"
+            )
+        if not re.fullmatch("[!-~]*", self.key):
+            raise InputError("BASISADAPT_JUDGE_KEY must be one word of ASCII letters, digits and signs")
 
     def ask(self, messages: Sequence[Message]) -> str:
-        """The first choice's text. Another attempt follows what may pass: 408, 425, 429, 5xx, silence, broken JSON."""
+        """The first choice's text. Another attempt follows what may pass: 408, 425, 429, 5xx, silence, broken JSON, a
+        reply of more than MOST_BYTES."""
         for attempt in range(ATTEMPTS):
             pause = self.pause * 2**attempt
             try:
-                return _text(self._post(messages))
+                return redacted(_text(self._post(messages)))
             except urllib.error.HTTPError as error:
-                reason = self._reason(error)
+                reason = _reason(error)
                 if error.code < 500 and error.code not in PASSING:
                     raise InputError(f"judge {self.name!r} refuses: {reason}") from error
                 pause = _seconds(error.headers.get("Retry-After"), pause)
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                reason = " ".join(str(error).split()) or type(error).__name__
+            except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
+                reason = _short(str(error)) or type(error).__name__
             if attempt + 1 < ATTEMPTS:
                 time.sleep(min(pause, LONGEST_PAUSE))
         raise InputError(f"judge {self.name!r} gave no answer in {ATTEMPTS} attempts, at last: {reason}")
@@ -78,16 +95,24 @@ class EndpointJudge(Judge):
         address = f"{self.url.rstrip('/')}/chat/completions"
         request = urllib.request.Request(address, json.dumps(content).encode(), headers)
         with urllib.request.build_opener(_Stay).open(request, timeout=self.timeout) as reply:
-            return json.loads(reply.read())
+            content = reply.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise ValueError(f"a reply of more than {MOST_BYTES:,} bytes")
+        return json.loads(content)
 
-    def _reason(self, error: urllib.error.HTTPError) -> str:
-        """Status and beginning of the body, in one line, without the key."""
-        try:
-            body = error.read(1000).decode(errors="replace")
-        except (OSError, http.client.HTTPException):
-            body = ""
-        text = f"HTTP {error.code} {error.reason} {body}"
-        return " ".join((text.replace(self.key, "...") if self.key else text).split())[:300]
+
+def _reason(error: urllib.error.HTTPError) -> str:
+    """Status and beginning of the body."""
+    try:
+        body = error.read(10_000).decode(errors="replace")
+    except (OSError, http.client.HTTPException):
+        body = ""
+    return _short(f"HTTP {error.code} {error.reason} {body}")
+
+
+def _short(text: str) -> str:
+    """The beginning of a text in one line. A secret is hidden before it could be cut."""
+    return " ".join(redacted(text).split())[:300]
 
 
 class _Stay(urllib.request.HTTPRedirectHandler):
@@ -103,7 +128,7 @@ def _text(reply: Any) -> str:
     except (KeyError, IndexError, TypeError):
         text = None
     if not isinstance(text, str):
-        raise ValueError(f"a reply without choices[0].message.content: {json.dumps(reply)[:200]}")
+        raise ValueError(f"a reply without choices[0].message.content: {json.dumps(reply)}")
     return text
 
 
