@@ -47,7 +47,8 @@ def serve(tracking_uri: str) -> None:
         errors="replace",
         start_new_session=True,
     )
-    threading.Thread(target=_pass_on, args=(server,), daemon=True).start()
+    words = threading.Thread(target=_pass_on, args=(server,), daemon=True)
+    words.start()
     try:
         _wait_for(f"{address}/health", server)
         print(f"{address}  shows {tracking_uri}; Ctrl-C ends it", flush=True)
@@ -57,6 +58,7 @@ def serve(tracking_uri: str) -> None:
         pass
     finally:
         _stop(server)
+        words.join(STOP_SECONDS)
         signal.signal(signal.SIGTERM, before)
 
 

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from basisadapt import InputError
-from basisadapt.tasks.judge import ATTEMPTS, EndpointJudge, Judge, RecordedJudge, configured_judge
+from basisadapt.tasks.judge import ATTEMPTS, MOST_BYTES, EndpointJudge, Judge, RecordedJudge, configured_judge
 from tests.tasks.endpoint import says
 
 ASKED = [{"role": "system", "content": "Judge."}, {"role": "user", "content": "An answer."}]
@@ -101,6 +101,53 @@ def test_nobody_there(endpoint):
 def test_only_http():
     with pytest.raises(InputError, match="http:// or https://, got 'file:///etc/passwd'"):
         EndpointJudge("file:///etc/passwd", "tester")
+
+
+@pytest.mark.parametrize(
+    "rest", ["me:word12@host/v1", "host/v1?key=word12", "me@corp:word12@host", "me/c:word12@host/v1"]
+)
+def test_an_address_holds_no_secret(rest):
+    with pytest.raises(InputError, match="no user, password, query or space: the key goes into") as raised:
+        EndpointJudge(f"https://{rest}", "tester")
+    assert "word12" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["https://api.openai.com/v1", "http://[::1]:8000", "http://host:80/a/b/", "https://host"]
+)
+def test_addresses(url):
+    assert EndpointJudge(url, "tester").url == url
+
+
+def test_space_around_the_key_is_none_of_it(endpoint):
+    endpoint.replies = [says("ok")]
+    assert judge(endpoint, key=f" {KEY}\r\n").ask(ASKED) == "ok"
+    assert endpoint.requests[0][1]["Authorization"] == f"Bearer {KEY}"
+
+
+@pytest.mark.parametrize("key", ["sk-two words", "sk-two\nlines", "sk-schlüssel"])
+def test_a_key_that_no_header_can_hold_is_refused(key):
+    with pytest.raises(InputError, match="BASISADAPT_JUDGE_KEY must be one word of ASCII") as raised:
+        EndpointJudge("http://127.0.0.1:1", "tester", key)
+    assert "sk-" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [("x" * (MOST_BYTES + 1), "a reply of more than 1,048,576 bytes"), ("[" * 200_000, "recursion depth")],
+)
+def test_a_reply_that_fills_the_memory_is_none(endpoint, body, why):
+    endpoint.replies = [(200, body), says("ok")]
+    assert judge(endpoint).ask(ASKED) == "ok"
+    endpoint.replies = [(200, body)]
+    with pytest.raises(InputError, match=why):
+        judge(endpoint).ask(ASKED)
+
+
+def test_the_key_is_not_in_what_the_judge_says(endpoint, tmp_path):
+    endpoint.replies = [says(f"With {KEY}: [[7]]")]
+    assert RecordedJudge(tmp_path / "said.jsonl", "tester", judge(endpoint)).ask(ASKED) == "With ***: [[7]]"
+    assert KEY not in (tmp_path / "said.jsonl").read_text()
 
 
 class Counting(Judge):
