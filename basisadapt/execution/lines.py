@@ -59,8 +59,9 @@ class ResultLine(CellLine):
             raise InputError(f"began and ended must be seconds since 1970, got {self.began} and {self.ended}")
 
 
-# What a result says beyond its cell.
-ADDED = {field.name for field in dataclasses.fields(ResultLine)} - {f.name for f in dataclasses.fields(CellLine)}
+OF_CELL = {field.name for field in dataclasses.fields(CellLine)}
+ADDED = {field.name for field in dataclasses.fields(ResultLine)} - OF_CELL  # what a result says beyond its cell
+BEGINNING = f'{{"{dataclasses.fields(CellLine)[0].name}": "'.encode()  # of every line of a file
 
 
 def end_to_mapping(ended: Ended) -> dict[str, Any]:
@@ -101,8 +102,8 @@ def to_line(values: Any) -> str:
 def read_lines(path: Path, kind: type[L], option: str) -> list[L]:
     """The lines of a file, packed by gzip if it ends so, each as a `kind`.
 
-    A last line without an end, which a kill leaves behind, is not one. A result read as a CellLine is its cell, which
-    can be run again. `option` is where the user gave the path. Raises InputError that names the line,
+    What a kill leaves of a last line is not one; a last line that lacks its end alone is. A result read as a CellLine is
+    its cell, which can be run again. `option` is where the user gave the path. Raises InputError that names the line,
     and for a file of more than MOST_BYTES.
     """
     try:
@@ -110,7 +111,8 @@ def read_lines(path: Path, kind: type[L], option: str) -> list[L]:
             content = file.read(MOST_BYTES + 1)
         if len(content) > MOST_BYTES:
             raise InputError(f"{option} {str(path)!r} must hold at most {MOST_BYTES:,} bytes")
-        *whole, _ = content.decode().split("\n")
+        *lines, last = content.split(b"\n")
+        whole = [line.decode() for line in (*lines, *([last] if _is_whole(last) else []))]
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise InputError(f"{option} {str(path)!r} cannot be read: {one_line(error)}") from error
     return [_parse(text, kind, f"{path}, line {number}") for number, text in enumerate(whole, start=1)]
@@ -130,15 +132,51 @@ def _parse(text: str, kind: type[L], where: str) -> L:
         raise InputError(f"{where} is not valid JSON: {error}") from error
 
 
+def _is_whole(line: bytes) -> bool:
+    """Whether a line is there to its last letter: the beginning of an object is none."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def check_replaceable(path: Path, option: str) -> None:
+    """Raise InputError unless a file of cells may take this place: it is free, or has such a file."""
+    try:
+        if not path.exists() or not path.stat().st_size:
+            return
+        with path.open(encoding="utf-8") as file:
+            ours = all(json.loads(line).keys() == OF_CELL for line in file)
+    except OSError as error:
+        raise InputError(f"{option} {str(path)!r} cannot be written: {error.strerror}") from error
+    except (ValueError, AttributeError, RecursionError):
+        ours = False
+    if not ours:
+        raise InputError(f"{option} {str(path)!r} would overwrite a file that holds something else than cells to run")
+
+
 class LineFile:
-    """A file that lines are added to, each whole or not at all. What a kill left of a line is cut off first."""
+    """A file that lines are added to, each whole or not at all. What a kill left of a line is cut off first.
+
+    Raises InputError for a file that cannot be written, or ends in anything else.
+    """
 
     def __init__(self, path: Path, option: str) -> None:
         self._path = path
+        if path.suffix == ".gz":
+            raise InputError(f"{option} {str(path)!r}: lines cannot be added to a packed file; unpack it first")
         try:
             with path.open("a+b") as file:
                 file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
+                content = file.read()
+                end = content.rfind(b"\n") + 1
+                last = content[end:]
+                if last and _is_whole(last):
+                    file.write(b"\n")
+                elif last.startswith(BEGINNING) or BEGINNING.startswith(last):
+                    file.truncate(end)
+                else:
+                    raise InputError(f"{option} {str(path)!r} does not end in a line of ours: it holds something else")
         except OSError as error:
             raise InputError(f"{option} {str(path)!r} cannot be written: {error.strerror}") from error
 

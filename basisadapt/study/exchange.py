@@ -8,7 +8,7 @@ from pathlib import Path
 
 from basisadapt.errors import InputError
 from basisadapt.execution.executor import Executor
-from basisadapt.execution.lines import CellLine, ResultLine, parse_result, read_lines, to_line
+from basisadapt.execution.lines import CellLine, ResultLine, check_replaceable, parse_result, read_lines, to_line
 from basisadapt.run_config import RunConfig
 from basisadapt.study.cells import Cell, cell_key
 from basisadapt.study.engine import Invocation, Place, check_place, missing_cells, report_on
@@ -20,11 +20,13 @@ from basisadapt.study.tuning import Tuning
 def export_cells(tuning: Tuning, place: Place, path: Path) -> int:
     """Write the cells that the record lacks to a file, a line each. Returns how many; records nothing.
 
-    Of a row that is still to be tuned these are its trials. Raises InputError if the file cannot be written.
+    Of a row that is still to be tuned these are its trials. Raises InputError if the file cannot be written, or holds
+    something else.
     """
     outcomes = Record.read(place.tracking_uri, tuning.spec.name)
     cells = missing_cells([*tuning.trials.cells, *tuning.choose(outcomes).chosen.cells], outcomes)
     lines = [CellLine(study=cell.study, row=cell.row, key=cell.key, config=cell.config.to_mapping()) for cell in cells]
+    check_replaceable(path, "--export")
     beside = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         beside.write_text("".join(map(to_line, lines)), encoding="utf-8")

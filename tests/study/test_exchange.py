@@ -377,6 +377,18 @@ def test_bad_options(folder, fake, study, arguments, message):
     assert [path.name for path in folder.iterdir()] == ["tiny.yaml"]
 
 
+def test_a_slip_of_export_for_import_costs_nothing(home, fake, study):
+    study(*SEED, "--export", "cells.jsonl")
+    assert study(*SEED, "--export", "cells.jsonl")[0] == 0
+    results = home / "results.jsonl"
+    results.write_text((home / "cells.jsonl").read_text().replace("}\n", ', "host": "h", "began": 1, "ended": 2}\n'))
+    before = results.read_bytes()
+    code, out, err = study(*SEED, "--export", "results.jsonl")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "--export 'results.jsonl' would overwrite a file that holds something else than cells to run" in err
+    assert results.read_bytes() == before
+
+
 def test_of_a_row_that_is_tuned_the_trials_travel_first(home, fake, study):
     path = home / "tiny.yaml"
     path.write_text(path.read_text() + "tune: {grid: {train.lr: [1e-3, 1e-2]}, seeds: [7], validation: 0.2}\n")
