@@ -10,7 +10,8 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from basisadapt.errors import InputError, shown, unknown
 from basisadapt.study.spec import RULE, SWEEP, TUNE, VARIANT, StudySpec, axes_in, parse_yaml
@@ -282,12 +283,43 @@ def split_changes(changes: Sequence[str]) -> Changes:
             parts = [part for part in text.split(",") if part.strip()]
             if not parts:
                 raise InputError(f"--set {key} needs at least one value")
-            _axis_key(name)
             axes = split.sweep if kind == SWEEP else split.tune
-            axes[name] = [parse_yaml(part, f"--set {key}") for part in parts]
+            axes[name] = [_read(key, _axis_key(name), part.strip()) for part in parts]
         else:
-            split.overrides[full_key(key)] = parse_yaml(text, f"--set {key}")
+            split.overrides[full_key(key)] = _read(key, full_key(key), text)
     return split
+
+
+def _read(option: str, key: str, text: str) -> Any:
+    """What the command line gives a setting: a text as it is written, whatever it says in YAML, or a YAML value.
+
+    Of a setting that may be a text or something else, what is nothing else is a text.
+    """
+    types = _types(key)
+    if types <= {str, NoneType}:
+        return None if NoneType in types and text in ("null", "~", "") else text
+    try:
+        value = parse_yaml(text, f"--set {option}")
+    except InputError:
+        if str not in types:
+            raise
+        return text
+    return text if isinstance(value, str) else value
+
+
+def _types(key: str) -> set[Any]:
+    """The types that an axis or a setting may have, by its full key; of an adapter's in all methods."""
+    from basisadapt.methods import METHODS
+    from basisadapt.run_config import RunConfig, TrainSettings
+    from basisadapt.tasks import DataSettings
+
+    if key == VARIANT:
+        return {str}
+    group, _, name = key.rpartition(".")
+    one = {"": RunConfig, "train": TrainSettings, "data": DataSettings}
+    classes: list[type] = [one[group]] if group in one else [METHODS[method].settings for method in METHODS]
+    hints = [found[name] for cls in classes if name in (found := get_type_hints(cls))]
+    return {part for hint in hints for part in (get_args(hint) if isinstance(hint, UnionType) else (hint,))}
 
 
 def _checked_seeds(seeds: Any) -> tuple[int, ...]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from basisadapt.errors import InputError
-from basisadapt.study.cells import resolve
+from basisadapt.study.cells import Changes, resolve, split_changes
 from basisadapt.study.spec import list_studies, published_values, read_spec
 
 
@@ -275,3 +275,31 @@ def test_bad_names(spec, folder):
     path.write_text(path.read_text().replace("reference: LoRA", "reference: lora"))
     with pytest.raises(InputError, match="unknown reference row 'lora'"):
         resolve(read_spec("tiny.yaml"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a #1/x.csv", "a: b.csv", *(f"{sign}a.csv" for sign in "@%&*[{'\"`!|"), "1.csv", "no/a.csv", "- a.csv", " a.csv"],
+)
+def test_texts_of_the_command_line_are_texts(text):
+    assert split_changes([f"task={text}", f"data.test={text}"]).overrides == {"task": text, "data.test": text}
+    assert split_changes([f"sweep.task={text},b.csv"]).sweep == {"task": [text.strip(), "b.csv"]}
+    assert split_changes([f"data.label={text}"]).overrides == {"data.label": text}
+
+
+def test_what_is_no_text_is_read_as_before():
+    given = ["data.label=2", "data.second=null", "data.test=~", "train.lr=1e-3", "r=8", "adapter.target_modules=[a, b]"]
+    assert split_changes([*given, "adapter.gain=learned:30", "sweep.amplitude_init=zero, normal:1"]) == Changes(
+        {
+            "data.label": "2",
+            "data.second": None,
+            "data.test": None,
+            "train.lr": 1e-3,
+            "adapter.r": 8,
+            "adapter.target_modules": ["a", "b"],
+            "adapter.gain": "learned:30",
+        },
+        {"amplitude_init": ["zero", "normal:1"]},
+        {},
+    )
+    assert split_changes(["target_modules=[qk]_proj|.*#x"]).overrides == {"adapter.target_modules": "[qk]_proj|.*#x"}
