@@ -163,6 +163,12 @@ def without(folder, *names):
         (folder / name).unlink()
 
 
+def sharded(folder, name):
+    """An index that has all weights in one file."""
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def damaged(folder, keep):
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[:keep])
@@ -184,6 +190,14 @@ def damaged(folder, keep):
         (lambda f: damaged(f, 0), "damaged safetensors file"),
         (lambda f: without(f, "tokenizer.json", "tokenizer_config.json"), "no tokenizer|could not be loaded"),
         (lambda f: (f / "tokenizer.json").write_text("{"), "could not be loaded"),
+        (lambda f: (f / "adapter_config.json").write_text("{}"), "has an adapter beside its weights"),
+        (
+            lambda f: sharded(f, "pytorch_model-00001.bin"),
+            "index, .*, that names 'pytorch_model-00001.bin', which is no",
+        ),
+        (lambda f: sharded(f, "../model.safetensors"), "names '../model.safetensors', which is no safetensors file"),
+        (lambda f: sharded(f, "/model.safetensors"), "names '/model.safetensors', which is no safetensors file"),
+        (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "has a damaged model.safetensors.index.json"),
     ],
 )
 def test_a_damaged_folder_is_told_from_others_in_one_line(folder, damage, message):
@@ -192,6 +206,15 @@ def test_a_damaged_folder_is_told_from_others_in_one_line(folder, damage, messag
         backbones.load(backbones.find(str(folder)), "completion", 1)
     assert "\n" not in str(raised.value)
     assert str(raised.value).startswith(f"backbone {str(folder)!r} ")
+
+
+def test_what_lies_beside_the_weights_is_seen_before_anything_runs(folder):
+    backbones.check_at_hand(backbones.find(str(folder)))
+    sharded(folder, "model.safetensors")
+    backbones.check_at_hand(backbones.find(str(folder)))
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="has an adapter beside its weights"):
+        backbones.check_at_hand(backbones.find(str(folder)))
 
 
 def test_pickled_weights_and_code_are_not_touched(folder):

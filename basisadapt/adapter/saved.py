@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ class CheckedConfig(PeftConfig, ABC):  # type: ignore[misc]
     target_modules is adapted, and the name of the list of blocks.
 
     Raises InputError for a wrong type, and for layers_to_transform without such a list; from a local folder also for
-    weights that are not safetensors, cannot be read or do not have the shapes that the configuration says.
+    weights that are not safetensors, cannot be read, are the model's own, or do not have the shapes that the
+    configuration says.
     """
 
     exclude_modules: list[str] | str | None = None
@@ -64,7 +65,7 @@ class CheckedConfig(PeftConfig, ABC):  # type: ignore[misc]
             config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         except (InputError, TypeError) as error:
             raise InputError(f"{folder / CONFIG_NAME}: {' '.join(str(error).split())}") from error
-        check_weights(folder, config.saved_shapes())
+        check_weights(folder, config.saved_shapes(), config.modules_to_save or ())
         return config
 
     @classmethod
@@ -86,8 +87,11 @@ def _check_pattern(name: str, value: Any) -> None:
         raise InputError(f"{name} {shown(value)} is not a regular expression: {error}") from error
 
 
-def check_weights(folder: Path, shapes: Mapping[str, Shape]) -> None:
+def check_weights(folder: Path, shapes: Mapping[str, Shape], modules: Sequence[str]) -> None:
     """Hold the weights in a folder, if there are any, against the shapes that their configuration says.
+
+    modules: those that are saved whole, by the ends of their names. Whatever else the file holds would be loaded over
+    the model's own weights.
 
     Reads the file's header alone. Raises InputError that names the file, and the tensor if it is one.
     """
@@ -97,6 +101,12 @@ def check_weights(folder: Path, shapes: Mapping[str, Shape]) -> None:
             raise InputError(f"{folder / WEIGHTS_NAME} is a pickle, which is not read; save it as {file.name}")
         return
     found = _shapes_in(file)
+    for name in found:
+        if not (name.endswith(tuple(f".{end}" for end in shapes)) or any(f".{module}." in name for module in modules)):
+            raise InputError(
+                f"{file}: {shown(name)} is no weight of the adapter and would overwrite one of the model; what comes "
+                f"with an adapter is named in modules_to_save of {CONFIG_NAME}"
+            )
     holders: dict[str, set[str]] = {}
     for end, expected in shapes.items():
         here = {name.removesuffix(end): shape for name, shape in found.items() if name.endswith(f".{end}")}

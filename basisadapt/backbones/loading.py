@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from basisadapt.backbones.beside import check_beside
 from basisadapt.backbones.catalogue import OWN, Backbone
 from basisadapt.backbones.failures import NO_SAFETENSORS, explained
 from basisadapt.backbones.forms import FORMS, check_form, is_head, model_class
@@ -47,6 +48,7 @@ def check_at_hand(backbone: Backbone) -> None:
     folder = Path(backbone.source)
     if backbone.package is None and folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise InputError(f"backbone {backbone.name!r} {NO_SAFETENSORS}")
+    check_beside(backbone, ask=False)
     if backbone.file is not None or backbone.called:
         _check_shapes(backbone)
 
@@ -64,6 +66,7 @@ def load(
 
     config = _config(backbone, num_labels)
     check_form(backbone, form, config.model_type)
+    check_beside(backbone, ask=True)
     processor = _ask(getattr(transformers, FORMS[form].processor), backbone)
     model, report = _ask(
         model_class(form),

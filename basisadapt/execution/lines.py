@@ -102,9 +102,9 @@ def to_line(values: Any) -> str:
 def read_lines(path: Path, kind: type[L], option: str) -> list[L]:
     """The lines of a file, packed by gzip if it ends so, each as a `kind`.
 
-    What a kill leaves of a last line is not one; a last line that lacks its end alone is. A result read as a CellLine is
-    its cell, which can be run again. `option` is where the user gave the path. Raises InputError that names the line,
-    and for a file of more than MOST_BYTES.
+    What a kill leaves of a last line is not one; a last line that lacks its end alone is. A result read as a CellLine
+    is its cell, which can be run again. `option` is where the user gave the path. Raises InputError that names the
+    line, and for a file of more than MOST_BYTES.
     """
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:

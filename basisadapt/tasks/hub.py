@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import os
+import re
 from typing import Any
 
 from basisadapt.errors import InputError, unknown
+from basisadapt.redaction import redacted
 from basisadapt.tasks.own_data import OwnData
 from basisadapt.tasks.settings import DataSettings
 from basisadapt.tasks.tables import Table, check_columns
@@ -24,7 +27,12 @@ class HubTask(OwnData):
         super().__init__(settings)
         parts = name.removeprefix(PREFIX).split("/")
         if len(parts) not in (2, 3) or not all(parts):
-            raise InputError(f"task {name!r} must be hub:owner/name or hub:owner/name/config")
+            raise InputError(
+                f"task {name!r} must be hub:owner/name or hub:owner/name/config, with the owner that the data set's "
+                "page on the hub shows"
+            )
+        if not all(re.fullmatch(r"\w[\w.-]*", part, re.ASCII) for part in parts[:2]):
+            raise InputError(f"task {name!r}: owner and name on the hub are of letters, digits, '-', '_' and '.'")
         self._source, self._config = "/".join(parts[:2]), parts[2] if len(parts) == 3 else None
 
     def tables(self) -> tuple[Table, Table | None]:
@@ -63,8 +71,10 @@ def ask_hub(source: str, config: str | None, revision: str | None = None) -> Any
     """A data set's splits, name to rows. Raises InputError, in one line, where it cannot be had."""
     from datasets import load_dataset
 
+    if os.path.exists(source):  # which would be read instead
+        raise InputError(f"hub data set {source!r} is the name of a folder here too; start elsewhere, or rename that")
     try:
         return load_dataset(source, config, revision=revision)
     except Exception as error:  # the hub's client raises many kinds
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(redacted(str(error)).split())[:200]
         raise InputError(f"hub data set {source!r} could not be loaded: {reason}") from error

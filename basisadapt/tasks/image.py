@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from basisadapt.errors import InputError
@@ -22,6 +24,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of a random crop: its share of the area, its width to its height
 ATTEMPTS = 10
 DRAWS = 4 * ATTEMPTS + 1  # uniform numbers for one image: four for each attempt at a crop, one for the flip
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # none of which Pillow opens by starting a program
 READERS = min(16, os.cpu_count() or 1)  # threads that decode a batch; Pillow lets them run side by side
 
 Box = tuple[float, float, float, float]  # left, upper, right, lower, in pixels
@@ -29,8 +32,8 @@ Box = tuple[float, float, float, float]  # left, upper, right, lower, in pixels
 
 class ImageTask(Task):
     """Inputs are images, labels class indices. An image is the path of a file, or a function without arguments that
-    gives a PIL image, opened only when a batch has its turn; or an array of bytes, (height, width) or (height, width,
-    3); or a PIL image.
+    gives a PIL image, opened only when a batch has its turn; or a file's bytes; or an array of bytes, (height, width)
+    or (height, width, 3); or a PIL image.
 
     templates: sentences with {} for a class's name, for backbones with a text tower (`data.head` zero_shot).
     """
@@ -110,18 +113,29 @@ def resolution(processor: Any) -> int:
 
 
 def decode(image: Any) -> Image.Image:
-    """The image in RGB. Raises InputError naming a file that is none, or is cut short."""
+    """The image in RGB, upright. Raises InputError naming a file that is none of FORMATS, or is cut short."""
     if callable(image):
         image = image()
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return _rgb(image)
     if isinstance(image, np.ndarray):
-        return Image.fromarray(image).convert("RGB")
+        return _rgb(Image.fromarray(image))
+    name = "of a data set" if isinstance(image, bytes) else repr(image)
     try:
-        with Image.open(image) as file:
-            return file.convert("RGB")
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS) as file:
+            return _rgb(file)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"image {image!r} cannot be read: {' '.join(str(error).split())}") from error
+        raise InputError(f"image {name} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """The image upright, as its EXIF says, and in RGB; of 16 bits the upper 8 count."""
+    long = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+    with suppress(Exception):  # a damaged EXIF says nothing; damaged pixels are found below
+        image = ImageOps.exif_transpose(image)
+    if long:  # Pillow would cut off what is above 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def centre_box(width: int, height: int) -> Box:

@@ -17,7 +17,7 @@ import numpy as np
 
 from basisadapt.errors import InputError, unknown
 from basisadapt.tasks.hub import ask_hub
-from basisadapt.tasks.image import ImageTask
+from basisadapt.tasks.image import ImageTask, decode
 from basisadapt.tasks.tables import check_columns
 from basisadapt.tasks.task import Rows, TaskData, readable_folder
 
@@ -84,10 +84,14 @@ class Photographs(ImageTask):
         return TaskData(self._hub_rows(train), self._hub_rows(held_out), mark=mark, prompts=self.prompts(names))
 
     def _hub_rows(self, part: Any) -> Rows:
+        import datasets
+
         labels = np.asarray(part[self.label])
         if labels.min() < 0 or labels.max() >= self.num_labels:
             raise InputError(f"hub data set {self.hub!r} has labels outside 0 to {self.num_labels - 1}")
         column = part.select_columns([self.image])
+        if isinstance(column.features[self.image], datasets.Image):  # files, decoded as those of a folder are
+            column = column.cast_column(self.image, datasets.Image(decode=False))
         images = [functools.partial(_decoded, column, row) for row in range(len(labels))]
         return Rows(images, labels.tolist()).mixed()
 
@@ -96,9 +100,11 @@ def _decoded(images: Any, row: int) -> Any:
     """The image of a hub data set of one column, decoded now and not kept."""
     try:
         (image,) = images[row].values()
+        if isinstance(image, dict):
+            image = image["bytes"] or image["path"]
         if image is None:
             raise ValueError("there is none")
-        return image
+        return decode(image)
     except (OSError, SyntaxError, ValueError) as error:
         raise InputError(f"the image in row {row} cannot be read: {' '.join(str(error).split())}") from error
 

@@ -350,6 +350,17 @@ def change(tensors, name, tensor):
         ),
         (lambda t: {k: v for k, v in t.items() if not k.endswith("0.output.dense.phi_B")}, "phi_B is missing or alone"),
         (lambda t: {k: v for k, v in t.items() if "phi_bank" not in k}, "it has no phi_bank.alpha"),
+        (
+            lambda t: {
+                **t,
+                "base_model.model.bert.encoder.layer.0.output.dense.base_layer.weight": torch.zeros(32, 48),
+            },
+            "base_layer.weight' is no weight of the adapter and would overwrite one of the model",
+        ),
+        (
+            lambda t: {**t, "base_model.model.bert.embeddings.word_embeddings.weight": torch.zeros(60, 32)},
+            "word_embeddings.weight' is no weight of the adapter",
+        ),
     ],
 )
 def test_saved_weights_of_wrong_shapes_are_refused(damage, message, bert, tmp_path):

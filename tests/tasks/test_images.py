@@ -17,6 +17,7 @@ from basisadapt.tasks import DataSettings, Rows, image
 from basisadapt.tasks.digits import Digits
 from basisadapt.tasks.image import ATTEMPTS, DRAWS, MEAN, STD, centre_box, decode, pixels, random_box, resolution
 from basisadapt.tasks.vision import CIFAR100, ImageNet
+from tests.tasks.tiny_vision import EPS
 
 PROCESSOR = SimpleNamespace(size={"height": 12, "width": 12})
 sides = st.integers(1, 3000)
@@ -113,6 +114,32 @@ def test_arrays_and_files_are_images(tmp_path):
         assert decode(same).tobytes() == source.tobytes()
     grey = np.arange(12, dtype=np.uint8).reshape(3, 4)
     assert np.array_equal(np.asarray(decode(grey)), np.repeat(grey[..., None], 3, axis=2))
+
+
+def test_what_starts_a_program_is_no_image(tmp_path, monkeypatch):
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
+    (tmp_path / "drawn.png").write_bytes(EPS)
+    for source in (str(tmp_path / "drawn.png"), EPS):
+        with pytest.raises(InputError, match="cannot be read: cannot identify image file"):
+            decode(source)
+
+
+def test_sixteen_bits_are_the_eight_upper_ones(tmp_path):
+    deep = (np.arange(12, dtype=np.uint16) * 5000).reshape(3, 4)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    for source in (str(tmp_path / "deep.png"), (tmp_path / "deep.png").read_bytes(), Image.fromarray(deep), deep):
+        assert np.array_equal(np.asarray(decode(source))[..., 0], deep >> 8)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+def test_an_image_is_upright_wherever_it_comes_from(tmp_path, suffix):
+    """As `datasets` decodes those of the hub."""
+    path, exif = tmp_path / f"turned{suffix}", Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    picture(8, 16).save(path, exif=exif, quality=100)
+    upright = np.rot90(np.asarray(Image.open(path)), -1)
+    for source in (str(path), path.read_bytes(), Image.open(path)):
+        assert np.array_equal(np.asarray(decode(source)), upright)
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])

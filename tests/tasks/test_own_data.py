@@ -434,5 +434,20 @@ def test_hub_refusals(hub):
         "hub:me/gated"
     )
     for name in ("hub:", "hub:name", "hub:/name", "hub:owner/", "hub:a/b/c/d"):
-        with pytest.raises(InputError, match="must be hub:owner/name"):
+        with pytest.raises(InputError, match=r"must be hub:owner/name.*with the owner that the data set's page"):
             find(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["hub:../secret", "hub:./data", "hub:data/..", "hub:~/data", "hub:a b/c", "hub:a\\b/c"]
+)
+def test_no_folder_passes_for_a_hub_data_set(name):
+    with pytest.raises(InputError, match="owner and name on the hub are of letters"):
+        find(name)
+
+
+def test_a_folder_here_is_not_read_in_the_place_of_a_hub_data_set(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "me" / "secret").mkdir(parents=True)
+    (tmp_path / "me" / "secret" / "train.csv").write_text("text,label\na,b\n")
+    assert "'me/secret' is the name of a folder here too" in refused_hub("hub:me/secret")

@@ -22,7 +22,7 @@ from basisadapt.tasks.hub import ask_hub
 from basisadapt.tasks.image import decode
 from basisadapt.tasks.vision import Photographs
 from basisadapt.training import plan, run
-from tests.tasks.tiny_vision import save_tiny
+from tests.tasks.tiny_vision import EPS, save_tiny
 
 # --- image folders ---
 
@@ -148,11 +148,8 @@ def hub(monkeypatch):
 
 
 def test_a_hub_set_is_decoded_when_it_is_asked_for(hub, monkeypatch):
-    import datasets
-
     decoded = []
-    original = datasets.Image.decode_example
-    monkeypatch.setattr(datasets.Image, "decode_example", lambda *a, **k: decoded.append(1) or original(*a, **k))
+    monkeypatch.setattr("basisadapt.tasks.vision.decode", lambda image: decoded.append(1) or decode(image))
     task = tasks.find("vision/cifar100", DataSettings())
     task.check(None)
     assert hub.asked is None, "nothing is downloaded for a plan"
@@ -193,6 +190,14 @@ def test_a_broken_image_of_the_hub_and_classes_without_names(hub):
     hub.label = datasets.Value("int64")
     data = tasks.find("vision/cifar100", DataSettings()).load(None)
     assert data.prompts == ()
+    with pytest.raises(InputError, match=r"the image in row \d+ cannot be read"):
+        decode(data.train.inputs[0])
+
+
+def test_what_starts_a_program_is_no_image_of_the_hub_either(hub, monkeypatch):
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
+    hub.rows = {**hub.rows, "img": [{"bytes": EPS, "path": None}] * 12}
+    data = tasks.find("vision/cifar100", DataSettings()).load(None)
     with pytest.raises(InputError, match=r"the image in row \d+ cannot be read"):
         decode(data.train.inputs[0])
 

@@ -11,6 +11,8 @@ SMALL = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "i
 VISION = {**SMALL, "image_size": 16, "patch_size": 4}
 PROCESSORS = {"vit": "ViTImageProcessor", "dinov2": "BitImageProcessor", "clip": "CLIPImageProcessor"}
 
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+
 
 def save_tiny(kind, folder):
     """A model of a family without a head, its image processor and, for CLIP, a tokenizer of single letters."""
