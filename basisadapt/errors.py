@@ -7,6 +7,7 @@ import reprlib
 from collections.abc import Iterable
 
 LONGEST = 100  # characters of a value in a message
+MOST_NAMES, MOST_COMPARED = 40, 10_000  # names that are listed, and among which the nearest is looked for
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = LONGEST
@@ -28,9 +29,12 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
     """
     names = sorted(known)
     name = str(name) if isinstance(name, str | int | float) else shown(name)
-    nearest = difflib.get_close_matches(name[:LONGEST], names, n=1, cutoff=0.5)
+    compared = [known for known in names[:MOST_COMPARED] if len(known) <= LONGEST]
+    nearest = difflib.get_close_matches(name[:LONGEST], compared, n=1, cutoff=0.5)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    listed = f" (known: {', '.join(names) or 'none'})" if not nearest or len(names) <= 12 else ""
+    few = [known if len(known) <= LONGEST else shown(known) for known in names[:MOST_NAMES]]
+    more = f" and {len(names) - MOST_NAMES:,} more" if len(names) > MOST_NAMES else ""
+    listed = f" (known: {', '.join(few) or 'none'}{more})" if not nearest or len(names) <= 12 else ""
     return InputError(f"unknown {kind} {shown(name)}{hint}{listed}")
 
 

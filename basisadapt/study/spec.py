@@ -214,7 +214,12 @@ def studies_dir() -> Path:
     """The folder of the shipped studies: in an installed package, or beside the package in a repository."""
     package = Path(__file__).parents[1]
     installed = package / "studies"
-    return installed if installed.is_dir() else package.parent / "studies"
+    found = installed if installed.is_dir() else package.parent / "studies"
+    if not found.is_dir():
+        raise InputError(
+            f"the studies that come with the package are not beside {str(package)!r}: it must be installed"
+        )
+    return found
 
 
 def list_studies() -> list[str]:

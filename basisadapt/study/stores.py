@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 import tempfile
 from collections.abc import Iterator
@@ -83,10 +84,11 @@ def record_error(error: Exception) -> RecordError:
 
 
 def store_reason(error: Exception) -> str:
-    """The error in one line, without the statement that SQLAlchemy adds."""
+    """The error in one line, without the statement and the address that SQLAlchemy adds."""
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror + (f": {str(error.filename)!r}" if error.filename else "")
-    return one_line(error).partition("[SQL:")[0].strip()
+        file = error.filename2 or error.filename  # of a copy, the second is the one that is written
+        return error.strerror + (f": {str(file)!r}" if file else "")
+    return re.split(r"\[SQL:|\(Background on this error", one_line(error))[0].strip()
 
 
 def absolute(url: str) -> str:

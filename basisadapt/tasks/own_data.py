@@ -20,6 +20,7 @@ from basisadapt.tasks.tables import Table, UnknownColumn
 from basisadapt.tasks.task import Rows, TaskData
 from basisadapt.tasks.text import TextTask
 
+MISSING = ("NaN", "nan", "None", "<NA>")
 MOST_NUMBERS = 20  # whole numbers with at most so many different values are classes
 
 
@@ -96,7 +97,10 @@ class OwnData(TextTask):
 
     def _written(self, table: Table) -> Rows:
         """The rows with their labels as texts."""
+        _check_truths(table, self.settings.label)
         *texts, labels = (_values(table, column) for column in self.columns)
+        if self.settings.kind is None:
+            _check_present(table, labels)
         inputs: list[Any] = texts[0] if len(texts) == 1 else list(zip(*texts, strict=True))
         return Rows(inputs, [label.strip() for label in labels])
 
@@ -121,6 +125,28 @@ def _value(table: Table, row: int, column: str, value: Any) -> str:
     except UnicodeEncodeError as error:
         raise table.error(row, f"column {column!r} holds half a character (a lone surrogate)") from error
     return text
+
+
+def _check_truths(table: Table, column: str) -> None:
+    """Raise InputError for true or false beside numbers, which are 1 and 0 in one format and not in another."""
+    truths = [row for row, value in enumerate(table.columns[column]) if isinstance(value, bool)]
+    if truths and any(isinstance(value, int | float) for value in table.columns[column] if not isinstance(value, bool)):
+        raise table.error(truths[0], f"column {column!r} has true or false here, and numbers in other rows")
+
+
+def _check_present(table: Table, labels: Sequence[str]) -> None:
+    """Raise InputError for what Python and pandas write in the place of a missing value, beside labels that are texts.
+
+    Beside numbers it is no finite number.
+    """
+    missing = [row for row, label in enumerate(labels) if label.strip() in MISSING]
+    if missing and any(_number(label) is None for label in labels if label.strip() not in MISSING):
+        label = labels[missing[0]].strip()
+        raise table.error(
+            missing[0],
+            f"the label {label!r} is what a missing one is written as; leave the row out, or make it a class with "
+            "data.kind=classes",
+        )
 
 
 def _number(label: str) -> float | None:
@@ -158,7 +184,8 @@ def _classes(table: Table, labels: Sequence[str], kind: str | None) -> tuple[str
         raise InputError(f"{table.source}: all rows have the label {_short(names[0])!r}, which leaves nothing to learn")
     if 2 * len(names) > len(labels):
         raise InputError(
-            f"{table.source}: {len(names)} different labels in {len(labels)} rows are too many for classes"
+            f"{table.source}: {len(names)} different labels in {len(labels)} rows are too many for classes, or "
+            "the rows too few"
         )
     return tuple(names)
 

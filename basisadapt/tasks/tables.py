@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import csv
 import json
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from basisadapt.errors import InputError, unknown
+from basisadapt.errors import LONGEST, MOST_COMPARED, InputError, unknown
+
+CARRIAGE_RETURN = "a carriage return ends a line, where a line feed must, alone or after it"
+csv.field_size_limit(2**31 - 1)  # letters; a text may be as long as in the other formats
 
 
 class UnknownColumn(InputError):
@@ -62,9 +66,26 @@ def check_columns(source: str, names: Iterable[str], columns: Sequence[str]) -> 
     names = list(names)
     for column in columns:
         if column not in names:
-            raise UnknownColumn(f"{source}: {unknown('column', column, {' '.join(name.split()) for name in names})}")
+            raise UnknownColumn(f"{source}: {_unknown(column, names)}")
         if names.count(column) > 1:
             raise InputError(f"{source} has {names.count(column)} columns called {column!r}")
+
+
+def _unknown(column: str, names: Sequence[str]) -> str:
+    """What is wrong, where two names look the same too: they are then shown letter by letter."""
+    for name in names[:MOST_COMPARED]:
+        if _looks(name) == _looks(column):
+            return f"there is a column {_letters(name)}, with other space, capitals or accents than {_letters(column)}"
+    return str(unknown("column", column, {" ".join(name.split()) for name in names}))
+
+
+def _looks(name: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+
+
+def _letters(name: str) -> str:
+    """A name with what is not ASCII, or cannot be seen, escaped."""
+    return ascii(name[:LONGEST])
 
 
 # --- formats ---
@@ -76,6 +97,9 @@ def _read_separated(path: Path, source: str, columns: Sequence[str], header: Seq
         _, header = next(records, (0, None))
         if header is None:
             raise InputError(f"{source} is empty")
+    for separator, called in (";", "semicolons"), ("\t", "tabs"), ("|", "bars"), (",", "commas"):
+        if len(header) == 1 and set(columns) <= set(header[0].split(separator)):
+            raise InputError(f"{source} has fields between {called}; those of .csv stand between commas, of .tsv, tabs")
     check_columns(source, header, columns)
     places = [header.index(column) for column in columns]
     numbers: list[int] = []
@@ -104,19 +128,38 @@ def _records(path: Path, source: str) -> Iterator[tuple[int, list[str]]]:
                 yield begin, record
             begin = reader.line_num + 1
     except csv.Error as error:
-        raise InputError(f"{source}, line {begin}: {error}") from error
+        reason = CARRIAGE_RETURN if "new-line character" in str(error) else error
+        raise InputError(f"{source}, line {begin}: {reason}") from error
 
 
 def _read_jsonl(path: Path, source: str, columns: Sequence[str]) -> Table:
-    lines = ((number, line) for number, line in enumerate(_lines(path, source), 1) if line.strip())
-    return _objects(source, "line", ((n, _json(line, f"{source}, line {n}")) for n, line in lines), columns)
+    def objects() -> Iterator[tuple[int, Any]]:
+        begun = False
+        for number, line in enumerate(_lines(path, source), 1):
+            if not begun and line.lstrip().startswith("["):
+                raise InputError(f"{source}, line {number} is a list; a file with one list of objects is called .json")
+            if line.strip():
+                begun = True
+                yield number, _json(line, f"{source}, line {number}")
+
+    return _objects(source, "line", objects(), columns)
 
 
 def _read_json(path: Path, source: str, columns: Sequence[str]) -> Table:
-    values = _json("".join(_lines(path, source)), source)
+    lines = list(_lines(path, source))
+    if lines and _is_object(lines[0]):
+        raise InputError(f"{source} must hold a list of objects; a file with an object in each line is called .jsonl")
+    values = _json("".join(lines), source)
     if not isinstance(values, list):
         raise InputError(f"{source} must hold a list of objects")
     return _objects(source, "row", enumerate(values, 1), columns)
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _objects(source: str, unit: str, objects: Iterable[tuple[int, Any]], columns: Sequence[str]) -> Table:
@@ -179,6 +222,8 @@ def _json(text: str, place: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
+        if "\r" in text.replace("\r\n", ""):
+            raise InputError(f"{place}: {CARRIAGE_RETURN}") from error
         raise InputError(f"{place} is not valid JSON: {_one_line(error)}") from error
 
 
