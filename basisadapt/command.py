@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TextIO, cast
 from basisadapt.errors import InputError
 from basisadapt.redaction import hide_in, redacted
 
+STEERING = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 DONE, UNSOUND, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -29,14 +30,19 @@ class Parser(argparse.ArgumentParser):
 def say(text: str) -> None:
     """Tell the user the answer. Who has read enough of it and closed the pipe, as `head` does, is not bothered."""
     try:
-        print(text, flush=True)
+        print(_inert(text), flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still writes as it ends
 
 
 def complain(error: object) -> None:
     """Tell the user of an error."""
-    print(f"basisadapt: error: {error}", file=sys.stderr)
+    print(f"basisadapt: error: {_inert(str(error))}", file=sys.stderr)
+
+
+def _inert(text: str) -> str:
+    """The text with the letters that steer a terminal, but for tabs and line ends, escaped."""
+    return text.translate(STEERING)
 
 
 def guarded(main: Callable[[list[str]], int]) -> Callable[..., int]:

@@ -108,3 +108,19 @@ def test_settings_from_a_mapping():
     ]:
         with pytest.raises(InputError, match=message):
             from_mapping(_Settings, values, "here")
+
+
+def test_of_two_plugins_with_one_name_both_travel(tmp_path):
+    from basisadapt.execution.on_ray import _load_plugins, _packed
+
+    packed = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        path = tmp_path / folder / "my_bases.py"
+        path.write_text(f"import basisadapt\n\nbasisadapt.{folder}_of_test = True\n")
+        packed.append(_packed(str(path)))
+    import basisadapt
+
+    _load_plugins(tuple(packed))
+    assert vars(basisadapt).pop("a_of_test")
+    assert vars(basisadapt).pop("b_of_test")

@@ -147,10 +147,12 @@ def run_job(key: str, config: dict[str, Any], settings: JobSettings, plugins: li
 def _load_plugins(plugins: tuple[tuple[str, str | None], ...]) -> None:
     """Load plug-ins that came as `_packed`, once in a process: it is kept for further jobs of its driver."""
     with tempfile.TemporaryDirectory() as folder:
-        for name, source in plugins:
+        for number, (name, source) in enumerate(plugins):
+            path = Path(folder, str(number), name)  # two files may have one name
             if source is not None:
-                Path(folder, name).write_text(source, encoding="utf-8")
-            load_plugin(name if source is None else str(Path(folder, name)))
+                path.parent.mkdir()
+                path.write_text(source, encoding="utf-8")
+            load_plugin(name if source is None else str(path))
 
 
 def _packed(plugin: str) -> tuple[str, str | None]:

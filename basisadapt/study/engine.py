@@ -15,11 +15,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from basisadapt.diagnostics.figures import pictures
-from basisadapt.errors import InputError, one_line
+from basisadapt.errors import InputError, RecordError, one_line
 from basisadapt.execution.executor import Ended, Executor, Job
+from basisadapt.redaction import redacted
 from basisadapt.study.cells import Cell, Study
 from basisadapt.study.estimate import estimate_time
-from basisadapt.study.files import report_files
+from basisadapt.study.files import KEPT, MARK, report_files
 from basisadapt.study.heartbeat import Heartbeat
 from basisadapt.study.interrupt import Interrupt
 from basisadapt.study.progress import Progress
@@ -346,11 +347,14 @@ def _title(cell: Cell) -> str:
 
 
 def _write(files: Mapping[str, str | Figure], output: Path) -> None:
-    for name, content in files.items():
-        if isinstance(content, str):
-            (output / name).write_text(content, encoding="utf-8")
-        else:
-            content.savefig(output / name, dpi=150)
+    try:
+        for name, content in files.items():
+            if isinstance(content, str):
+                (output / name).write_text(redacted(content), encoding="utf-8")
+            else:
+                content.savefig(output / name, dpi=150)
+    except OSError as error:
+        raise RecordError(f"--output {str(output)!r} cannot be written: {error.strerror}") from error
 
 
 def _make_folder(output: Path) -> None:
@@ -358,3 +362,8 @@ def _make_folder(output: Path) -> None:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output {str(output)!r} cannot be made: {error.strerror}") from error
+    if not os.access(output, os.W_OK | os.X_OK):
+        raise InputError(f"--output {str(output)!r} cannot be written")
+    others = [name for name in KEPT if (output / name).exists()]
+    if others and not (output / MARK).exists():
+        raise InputError(f"--output {str(output)!r} has a {others[0]} that no report has written; give another folder")

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
     from basisadapt.study.report import Report
 
+MARK = "table.md"  # which every folder with a report has, shipped ones too
+KEPT = ("table.txt", "table.csv", "report.html", "comparison.png", "against.png", "search.png")
+
 
 def report_files(report: Report, pictures: Callable[[str], dict[str, bytes]]) -> dict[str, str | Figure]:
     """Everything that is kept of a report: file name to content.

@@ -112,7 +112,7 @@ def to_csv(table: Table) -> str:
         plateau = table.plateau(line) if value is None else None
         writer.writerow(
             [
-                *(line.label, table.headline, len(values), statistics.mean(values), statistics.std(values)),
+                *(_inert(line.label), table.headline, len(values), statistics.mean(values), statistics.std(values)),
                 *(statistics.interval(values) or (None, None)),
                 *(*numbers, line.p),
                 *(line.mean_of(name) for name in table.columns),
@@ -126,8 +126,14 @@ def to_csv(table: Table) -> str:
 def grid_to_csv(grid: Grid) -> str:
     """A table as it is shown."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([grid.header, *grid.rows])
+    rows = ([_inert(label), *cells] for label, *cells in grid.rows)
+    csv.writer(text, lineterminator="\n").writerows([grid.header, *rows])
     return text.getvalue()
+
+
+def _inert(label: str) -> str:
+    """A label that no spreadsheet takes for a formula."""
+    return f"'{label}" if label.startswith(("=", "+", "-", "@", "\t", "\r")) else label
 
 
 def _aligned(grid: Grid) -> str:

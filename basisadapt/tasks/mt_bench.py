@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -255,7 +256,7 @@ def save_answers(rows: Rows, answers: Sequence[Turns], folder: Path) -> Path:
     ]
     name = f"answers-{hashlib.sha256(json.dumps(chosen).encode()).hexdigest()[:12]}"
     path = folder / f"{name}.jsonl"
-    half = path.with_suffix(".half")
+    half = path.with_name(f"{name}.{uuid.uuid4().hex}.half")  # equal answers may be saved at once
     try:
         folder.mkdir(parents=True, exist_ok=True)
         half.write_text("".join(f"{json.dumps({**entry, 'model_id': name})}\n" for entry in chosen), encoding="utf-8")

@@ -2,7 +2,11 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import errno
 import io
+import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -292,3 +296,69 @@ def test_data_that_changed_between_cells_and_splits_are_said(two_bases):
     assert words.trouble(made.table) == [changed]
     same = {key: dataclasses.replace(outcome, data={"fingerprint": "old"}) for key, outcome in found.items()}
     assert words.to_text(report.make_report(build_table(two_bases, same))) == TEXT
+
+
+# --- folders and files of others ---
+
+
+def test_a_file_that_no_report_has_written_is_not_overwritten(home, fake, study):
+    (home / "mine").mkdir()
+    (home / "mine" / "table.csv").write_text("precious")
+    code, out, err = study("tiny.yaml", "--seeds", "1", "--output", "mine")
+    assert (code, out, err.count("\n"), fake.ran) == (2, "", 1, [])
+    assert "--output 'mine' has a table.csv that no report has written; give another folder" in err
+    assert [(path.name, path.read_text()) for path in (home / "mine").iterdir()] == [("table.csv", "precious")]
+    for _ in range(2):  # its own folder, and one with other files
+        (home / "mine" / "table.csv").unlink(missing_ok=True)
+        assert study("tiny.yaml", "--seeds", "1", "--output", "mine")[0] == 0
+
+
+def test_a_folder_that_cannot_be_written_is_not_blamed_on_the_record(home, fake, study, monkeypatch):
+    from basisadapt.study import engine
+
+    (home / "out").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.os, "access", lambda path, mode: path != Path("out"))
+        code, _, err = study("tiny.yaml", "--seeds", "1", "--output", "out")
+    assert (code, fake.ran) == (2, [])
+    assert "--output 'out' cannot be written" in err
+
+    def full(path, *_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        code, _, err = study("tiny.yaml", "--seeds", "1", "--output", "out")
+    assert code == 1
+    assert "error: --output 'out' cannot be written: No space left on device. What is recorded stays; to go on:" in err
+
+
+def test_a_copy_that_fails_names_what_was_not_written():
+    from basisadapt.study.stores import store_reason
+
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/tmp/from/result.json", None, "/there/result.json")
+    assert store_reason(error) == "No space left on device: '/there/result.json'"
+    error = RuntimeError(
+        "database is locked\n[SQL: SELECT 1]\n(Background on this error at: https://sqlalche.me/e/20/e3q8)"
+    )
+    assert store_reason(error) == "RuntimeError: database is locked"
+    error = RuntimeError("database is locked (Background on this error at: https://sqlalche.me/e/20/e3q8)")
+    assert store_reason(error) == "RuntimeError: database is locked"
+
+
+@pytest.mark.parametrize("label", ["=1+1", "+1", "-2+cmd", "@sum"])
+def test_a_label_is_no_formula(home, fake, study, label):
+    text = (home / "tiny.yaml").read_text().replace("label: LoRA", f"label: {json.dumps(label)}")
+    (home / "tiny.yaml").write_text(text.replace("reference: LoRA\n", ""))
+    assert study("tiny.yaml", "--seeds", "1", "--output", "out")[0] == 0
+    assert f"\n'{label}," in (home / "out" / "table.csv").read_text()
+
+
+def test_nothing_that_is_said_steers_the_terminal(capsys):
+    from basisadapt.command import complain, say
+
+    say("a\x1b[2Jb\x9b\r\tc\nd")
+    complain("e\x1b]0;f\x07")
+    out, err = capsys.readouterr()
+    assert out == "a\\x1b[2Jb\\x9b\\x0d\tc\nd\n"
+    assert err == "basisadapt: error: e\\x1b]0;f\\x07\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -138,6 +139,21 @@ def test_answers_are_saved_in_fastchats_format(tmp_path):
         read_answers(tmp_path / "file", rows)
     with pytest.raises(InputError, match="cannot be saved"):
         save_answers(rows, answers, tmp_path / "file")
+
+
+def test_equal_answers_may_be_saved_at_once(tmp_path, monkeypatch):
+    rows = read_bench(write_bench(tmp_path))
+    answers, replace = [("a", "b")] * len(rows), Path.replace
+
+    def meanwhile(half, path):
+        monkeypatch.setattr(Path, "replace", replace)
+        assert save_answers(rows, answers, tmp_path / "kept") == path
+        return replace(half, path)
+
+    monkeypatch.setattr(Path, "replace", meanwhile)
+    path = save_answers(rows, answers, tmp_path / "kept")
+    assert list((tmp_path / "kept").iterdir()) == [path]
+    assert read_answers(path, rows) == (rows, answers)
 
 
 def test_missing_files_are_named(tmp_path):
