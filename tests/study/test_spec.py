@@ -1,7 +1,14 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
 import pytest
 
+import basisadapt
 from basisadapt.errors import InputError
 from basisadapt.study.cells import Changes, resolve, split_changes
 from basisadapt.study.spec import list_studies, published_values, read_spec
@@ -303,3 +310,16 @@ def test_what_is_no_text_is_read_as_before():
         {},
     )
     assert split_changes(["target_modules=[qk]_proj|.*#x"]).overrides == {"adapter.target_modules": "[qk]_proj|.*#x"}
+
+
+def test_without_the_shipped_studies_it_is_said_why(tmp_path):
+    """As from a zip file, where no study would be known."""
+    package = Path(basisadapt.__file__).parent
+    with zipfile.ZipFile(tmp_path / "package.zip", "w") as packed:
+        for path in package.rglob("*.py"):
+            packed.write(path, path.relative_to(package.parent))
+    command = [sys.executable, "-m", "basisadapt.study", "ablate_basis"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "package.zip")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "the studies that come with the package are not beside" in done.stderr
