@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -84,16 +85,22 @@ def to_markdown(report: Report) -> str:
     """The report for a page."""
     parts = []
     for grid in grids(report):
-        rows = [[cell.replace("|", r"\|") for cell in row] for row in [grid.header, *grid.rows]]
+        rows = [[_marked(cell).replace("|", r"\|") for cell in row] for row in [grid.header, *grid.rows]]
         rows.insert(1, ["---", *["---:"] * (len(grid.header) - 1)])
         body = [*(f"| {' | '.join(row)} |" for row in rows), ""] if grid.rows else []
-        parts.append("\n".join([f"**{grid.title}**", "", *body, *(f"- {note}" for note in grid.notes)]))
+        notes = (f"- {_marked(note)}" for note in grid.notes)
+        parts.append("\n".join([f"**{_marked(grid.title)}**", "", *body, *notes]))
     if report.verdicts:
         lines = ["**Claims of the paper**", ""]
         for verdict in report.verdicts:
-            lines.append(f"- **{verdict.word}**: {verdict.claim.text}. {'; '.join(verdict.because)}.")
+            lines.append(f"- **{verdict.word}**: {_marked(verdict.claim.text)}. {_marked('; '.join(verdict.because))}.")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
+
+
+def _marked(text: str) -> str:
+    """A text in Markdown: one line, and no HTML."""
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", " ".join(text.split()))
 
 
 def to_csv(table: Table) -> str:

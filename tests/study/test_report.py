@@ -354,6 +354,16 @@ def test_a_label_is_no_formula(home, fake, study, label):
     assert f"\n'{label}," in (home / "out" / "table.csv").read_text()
 
 
+def test_a_label_is_no_line_and_no_html(home, fake, study):
+    label = "a\nb | <img src=x onerror=alert(1)> < c"
+    text = (home / "tiny.yaml").read_text().replace("label: LoRA", f"label: {json.dumps(label)}")
+    (home / "tiny.yaml").write_text(text.replace("reference: LoRA\n", ""))
+    assert study("tiny.yaml", "--seeds", "1", "--output", "out")[0] == 0
+    table = (home / "out" / "table.md").read_text()
+    assert "\n| a b \\| &lt;img src=x onerror=alert(1)> < c |" in table
+    assert "<img" not in table
+
+
 def test_nothing_that_is_said_steers_the_terminal(capsys):
     from basisadapt.command import complain, say
 
