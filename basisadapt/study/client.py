@@ -1,8 +1,10 @@
-"""MLflow's client, which is told no secret."""
+"""MLflow's client, which is told no secret, and does not wait long for a server that was never there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from basisadapt.redaction import redacted
@@ -31,3 +33,19 @@ def _cleared(value: Any) -> Any:
     if isinstance(value, Param | RunTag):
         return type(value)(redacted(value.key), redacted(value.value))
     return redacted(value)
+
+
+@contextmanager
+def impatient() -> Iterator[None]:
+    """Inside, a server that does not answer is asked three times and not for minutes, unless the user says how often.
+
+    Outside MLflow's patience holds: who has begun to record can wait for a server that is started again.
+    """
+    name = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+    before = os.environ.get(name)
+    os.environ.setdefault(name, "2")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from basisadapt.errors import InputError
 from basisadapt.execution.lines import DONE
-from basisadapt.study.client import RedactingClient
+from basisadapt.study.client import RedactingClient, impatient
 from basisadapt.study.owner import Owner
 from basisadapt.study.stores import absolute, artifact_folder, check_sound, sqlite_file, store_reason
 
@@ -111,7 +111,6 @@ class Record:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # a quarter of a minute for a server that is gone
         import mlflow
 
         for name in ("mlflow", "alembic"):  # after the import, which sets them to INFO
@@ -122,7 +121,8 @@ class Record:
         self.study = study
         try:
             self._client = RedactingClient(mlflow.MlflowClient(tracking_uri=absolute(tracking_uri)))
-            found = self._client.get_experiment_by_name(study)
+            with impatient():
+                found = self._client.get_experiment_by_name(study)
         except Exception as error:  # SQLAlchemy's, MLflow's, a driver's: each has its own
             raise InputError(f"--tracking-uri {tracking_uri!r} cannot be opened: {store_reason(error)}") from error
         if found is not None and found.lifecycle_stage == "deleted":

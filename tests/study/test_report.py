@@ -372,3 +372,14 @@ def test_nothing_that_is_said_steers_the_terminal(capsys):
     out, err = capsys.readouterr()
     assert out == "a\\x1b[2Jb\\x9b\\x0d\tc\nd\n"
     assert err == "basisadapt: error: e\\x1b]0;f\\x07\n"
+
+
+def test_a_server_that_is_not_there_is_not_waited_for(folder, monkeypatch, study):
+    slept = []
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
+    monkeypatch.setattr("time.sleep", slept.append)
+    code, _, err = study("--report", "tiny.yaml", "--tracking-uri", "http://127.0.0.1:9")
+    assert code == 2
+    assert "--tracking-uri 'http://127.0.0.1:9' cannot be opened" in err
+    assert sum(slept) < 30
+    assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
