@@ -32,7 +32,9 @@ from basisadapt.study.stores import (
     check_database,
     is_stores_fault,
     record_error,
+    same_database,
     sqlite_file,
+    sqlite_url,
     store_errors,
 )
 from basisadapt.study.trials import Trials
@@ -63,8 +65,10 @@ class Place:
     @property
     def optuna_url(self) -> str:
         """Optuna's storage."""
+        if self.storage is not None:
+            return self.storage
         beside = sqlite_file(self.tracking_uri)
-        return self.storage or f"sqlite:///{beside.with_name('optuna.db') if beside else 'optuna.db'}"
+        return sqlite_url("sqlite://", Path("optuna.db") if beside is None else beside.with_name("optuna.db"))
 
 
 def run_study(tuning: Tuning, place: Place, tags: Mapping[str, str], executor: Executor) -> Report:
@@ -95,7 +99,7 @@ def run_study(tuning: Tuning, place: Place, tags: Mapping[str, str], executor: E
 
 def check_place(place: Place) -> None:
     """Raise InputError unless results can be kept there."""
-    if place.optuna_url == place.tracking_uri:
+    if same_database(place.optuna_url, place.tracking_uri):
         raise InputError(f"--storage and --tracking-uri cannot share one database, {place.tracking_uri!r}")
     check_database(place.tracking_uri, "--tracking-uri")
     check_database(place.optuna_url, "--storage")

@@ -7,10 +7,12 @@ import logging
 import math
 import os
 import re
+import sqlite3
 import tempfile
 import time
 import urllib.parse
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -20,7 +22,18 @@ from basisadapt.errors import InputError
 from basisadapt.execution.lines import DONE
 from basisadapt.study.client import RedactingClient, impatient
 from basisadapt.study.owner import Owner
-from basisadapt.study.stores import absolute, artifact_folder, check_sound, sqlite_file, store_reason
+from basisadapt.study.stores import (
+    FILES,
+    absolute,
+    artifact_folder,
+    check_sound,
+    file_of,
+    make_database,
+    move_files,
+    patiently,
+    sqlite_file,
+    store_reason,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -105,7 +118,10 @@ class Imported:
 
 
 class Record:
-    """One study's part of an MLflow store. Opening it writes nothing, but makes a missing sqlite file."""
+    """One study's part of an MLflow store.
+
+    Opening it writes nothing, but makes a missing sqlite file, and finds the files of runs in a folder that was moved.
+    """
 
     def __init__(self, tracking_uri: str, study: str) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -120,9 +136,13 @@ class Record:
         self.tracking_uri = tracking_uri
         self.study = study
         try:
-            self._client = RedactingClient(mlflow.MlflowClient(tracking_uri=absolute(tracking_uri)))
+            url = absolute(tracking_uri)
+            make_database(url, _make_tables)
+            self._client = RedactingClient(patiently(url, lambda: mlflow.MlflowClient(tracking_uri=url)))
             with impatient():
                 found = self._client.get_experiment_by_name(study)
+        except InputError:
+            raise
         except Exception as error:  # SQLAlchemy's, MLflow's, a driver's: each has its own
             raise InputError(f"--tracking-uri {tracking_uri!r} cannot be opened: {store_reason(error)}") from error
         if found is not None and found.lifecycle_stage == "deleted":
@@ -131,7 +151,23 @@ class Record:
                 f"`mlflow experiments restore -x {found.experiment_id}` brings it back"
             )
         self.experiment_id: str | None = found.experiment_id if found else None
+        if found is not None:
+            self._find_files(found.artifact_location)
         self._primary = ""  # the metric that the experiment's page shows first, as far as it was set here
+
+    def _find_files(self, location: str) -> None:
+        """Have MLflow look beside the database for files that it knows at `location`, where both were moved there.
+
+        Left as they are: files that have another place by someone's wish, and those that stayed where they were.
+        """
+        path, folder = sqlite_file(self.tracking_uri), artifact_folder(self.tracking_uri)
+        mine = f"/{FILES}/{urllib.parse.quote(self.study)}"
+        if path is None or folder is None or not location.startswith("file:") or not location.endswith(mine):
+            return
+        old = location.removesuffix(mine) + f"/{FILES}/"
+        if old != (new := f"{folder.as_uri()}/") and (folder.exists() or not file_of(old).exists()):
+            with suppress(sqlite3.Error):  # who may only read finds no pictures
+                move_files(path, old, new)
 
     @property
     def is_local(self) -> bool:
@@ -354,6 +390,14 @@ class Record:
             environment=_part(tags, ENVIRONMENT),
             data=_part(tags, DATA),
         )
+
+
+def _make_tables(url: str) -> None:
+    """MLflow's tables, in a sqlite file that it then lets go."""
+    from mlflow.store.tracking import DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    SqlAlchemyStore(url, DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH).engine.dispose()
 
 
 def _part(tags: Mapping[str, str], prefix: str) -> dict[str, str]:

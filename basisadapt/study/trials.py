@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from basisadapt.errors import InputError, one_line
 from basisadapt.study.owner import Owner
 from basisadapt.study.record import Outcome
+from basisadapt.study.stores import make_database, patiently, sqlite_file
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -72,14 +73,22 @@ class Trials:
 def open_study(storage: str, name: str) -> Study:
     """The Optuna study called `name`, which maximises, made if it is new. Raises InputError."""
     import optuna
+    from optuna.storages import RDBStorage
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     # Two drivers may write to one file: wait for the other rather than fail.
-    patience = {"connect_args": {"timeout": 60}} if storage.startswith("sqlite") else {}
+    patience = {"connect_args": {"timeout": 60}} if sqlite_file(storage) else {}
+
+    def tables(url: str) -> RDBStorage:
+        return RDBStorage(url, engine_kwargs=dict(patience))
+
     try:
-        database = optuna.storages.RDBStorage(storage, engine_kwargs=patience)
+        make_database(storage, lambda url: tables(url).engine.dispose())
+        database = patiently(storage, lambda: tables(storage))
         return optuna.create_study(storage=database, study_name=name, direction="maximize", load_if_exists=True)
+    except InputError:
+        raise
     except Exception as error:  # SQLAlchemy's or a database driver's
         raise InputError(f"--storage {storage!r} cannot be opened: {one_line(error)}") from error
 
