@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from typing import Any, NoReturn, TextIO, cast
 
 from basisadapt.errors import InputError
@@ -35,9 +35,20 @@ def say(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still writes as it ends
 
 
+def tell(text: str, end: str = "\n") -> None:
+    """Tell the user, on stderr, what goes on. Nothing is interrupted by that nobody listens."""
+    try:
+        print(text, end=end, file=sys.stderr, flush=True)
+    except RuntimeError:
+        return  # a signal's text, in the middle of another
+    except OSError:
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
 def complain(error: object) -> None:
     """Tell the user of an error."""
-    print(f"basisadapt: error: {_inert(str(error))}", file=sys.stderr)
+    tell(f"basisadapt: error: {_inert(str(error))}")
 
 
 def _inert(text: str) -> str:

@@ -27,6 +27,7 @@ L = TypeVar("L")
 
 LATEST = 1e11  # seconds since 1970: no clock shows more
 MOST_BYTES = 4 << 30  # of a file, unpacked
+LARGEST = 1e100  # size of a number that can be compared: the squares of larger ones, for deviations, may have none
 DONE = ("finished", "diverged")  # the states of a result: a cell that has come to one is not run again
 
 
@@ -79,6 +80,28 @@ def brief(result: RunResult) -> RunResult:
     return dataclasses.replace(result, modules=modules, phi={}, snapshots=[], landscape={})
 
 
+def end_from_mapping(key: str, values: dict[str, Any]) -> Ended:
+    """What `end_to_mapping` gave; a result that no run gives is an error."""
+    from basisadapt.execution.executor import Ended
+
+    try:
+        result = None if values["result"] is None else parse_result(values["result"])
+    except InputError as error:
+        return Ended(key, error=one_line(error))
+    return Ended(key, result, values["error"], values["traceback"])
+
+
+def is_number(value: float) -> bool:
+    """Whether it can be recorded, compared and drawn."""
+    return abs(value) < LARGEST  # NaN is not
+
+
+def check_score(result: RunResult) -> None:
+    """Raise InputError for a finished result without its score."""
+    if result.status == "finished" and not is_number(result.metrics.get(result.headline, math.nan)):
+        raise InputError(f"the run gave no finite {result.headline!r}, though it has finished")
+
+
 def parse_result(values: dict[str, Any]) -> RunResult:
     """A RunResult from its fields in JSON types, without secrets. Raises InputError for what no run gives."""
     from basisadapt.training import RunResult
@@ -89,8 +112,7 @@ def parse_result(values: dict[str, Any]) -> RunResult:
         raise InputError(f"not a result: {error}") from error
     if result.status not in DONE:
         raise unknown("status of a result", result.status, DONE)
-    if result.status == "finished" and not math.isfinite(result.metrics.get(result.headline, math.nan)):
-        raise InputError(f"the result has no finite {result.headline!r}, though it has finished")
+    check_score(result)
     return result
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from basisadapt.errors import InputError, one_line
 from basisadapt.execution.compute import compute
 from basisadapt.execution.executor import Died, Ended, Executor, Job, JobSettings, OnStep
-from basisadapt.execution.lines import end_to_mapping, parse_result
+from basisadapt.execution.lines import end_from_mapping, end_to_mapping
 from basisadapt.registry import load_plugin
 from basisadapt.run_config import RunConfig
 
@@ -124,8 +124,7 @@ class OnRay(Executor):
             return Ended(key, error=one_line(error.cause), traceback=str(error))
         except self._ray.exceptions.RayError as error:
             return Died(key, f"Ray lost it {RETRIES + 1} times ({type(error).__name__})")
-        result = None if told["result"] is None else parse_result(told["result"])
-        return Ended(key, result, told["error"], told["traceback"])
+        return end_from_mapping(key, told)
 
 
 def run_job(key: str, config: dict[str, Any], settings: JobSettings, plugins: list[tuple[str, str | None]]) -> bytes:

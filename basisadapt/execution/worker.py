@@ -27,6 +27,7 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl: which signal a process gets when its p
 def serve(settings: JobSettings) -> NoReturn:
     """Run jobs until stdin ends, with which this process ends, whatever it is at."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    out.write("\n")  # ends what was printed until now
     os.dup2(2, 1)  # whoever prints, in Python or below, does not print into the answers
 
     def say(event: str, key: str, **values: Any) -> None:

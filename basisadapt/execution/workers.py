@@ -8,17 +8,24 @@ import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from basisadapt.command import tell
 from basisadapt.errors import InputError
 from basisadapt.execution.compute import Inline
 from basisadapt.execution.executor import Died, Ended, Executor, Job, JobSettings, OnStep
-from basisadapt.execution.lines import parse_result, to_line
+from basisadapt.execution.lines import end_from_mapping, to_line
+
+START_SECONDS = 120.0  # in which a process imports what it needs; longer where --timeout is
+END_SECONDS = 10.0  # in which one ends that has closed its stdout
 
 
 class Workers(Executor):
@@ -41,7 +48,9 @@ class Workers(Executor):
     def submit(self, job: Job) -> None:
         """Give the job to a process that has none, started if need be."""
         worker = next((worker for worker in self._workers if worker.job is None), None) or self._start()
-        worker.job = job.key
+        worker.job, worker.at_work = job.key, False
+        if self._settings.timeout is not None:
+            worker.deadline = time.monotonic() + self._starting()
         assert worker.process.stdin is not None
         with suppress(BrokenPipeError):  # it died while it had no job: wait() will hear of it
             worker.process.stdin.write(to_line({"key": job.key, "config": job.config.to_mapping()}))
@@ -52,7 +61,8 @@ class Workers(Executor):
         while True:
             if (late := self._late()) is not None:
                 self._remove(late)
-                return Ended(late.job or "", error=f"took longer than the {self._settings.timeout:g} s of --timeout")
+                limit = f"the {self._settings.timeout:g} s of --timeout" if late.at_work else f"{self._starting():g} s"
+                return Ended(late.job or "", error=f"took longer than {limit}{'' if late.at_work else ' to start'}")
             try:
                 worker, line = self._said.get(timeout=self._patience())
             except queue.Empty:
@@ -60,28 +70,35 @@ class Workers(Executor):
             if worker not in self._workers:
                 continue  # the last words of one that was killed
             if line is None:
+                worker.await_end()
                 self._remove(worker)
                 if worker.job is not None:
                     return Died(worker.job, f"its process {worker.end()}")
                 continue
-            said = json.loads(line)
-            if said["event"] == "began" and self._settings.timeout is not None:
-                worker.deadline = time.monotonic() + self._settings.timeout
+            said = _event(line)
+            if said is None:
+                tell(line, end="")
+            elif said["event"] == "began":
+                worker.begin(self._settings.timeout)
             elif said["event"] == "step":
                 on_step(said["key"], said["step"], said["total"])
             elif said["event"] == "ended":
                 worker.job = worker.deadline = None
-                result = None if said["result"] is None else parse_result(said["result"])
-                return Ended(said["key"], result, said["error"], said["traceback"])
+                return end_from_mapping(said["key"], said)
 
     def stop(self) -> None:
         """Kill every process."""
         for worker in list(self._workers):
             self._remove(worker)
 
+    def _starting(self) -> float:
+        """Seconds that a process may take to start, and to load plug-ins, where there is a --timeout."""
+        return max(START_SECONDS, self._settings.timeout or 0.0)
+
     def _start(self) -> _Worker:
         place = min(set(range(self._count)) - {worker.place for worker in self._workers})
-        worker = _Worker(place, _start_process(self._count, place, self._settings))
+        folder = tempfile.TemporaryDirectory(prefix="basisadapt-", ignore_cleanup_errors=True)
+        worker = _Worker(place, folder, _start_process(self._count, place, Path(folder.name), self._settings))
         self._workers.append(worker)
         threading.Thread(target=self._listen, args=(worker,), daemon=True).start()
         return worker
@@ -89,7 +106,8 @@ class Workers(Executor):
     def _listen(self, worker: _Worker) -> None:
         assert worker.process.stdout is not None
         for line in worker.process.stdout:
-            self._said.put((worker, line))
+            if line.strip():
+                self._said.put((worker, line))
         self._said.put((worker, None))
 
     def _late(self) -> _Worker | None:
@@ -107,12 +125,25 @@ class Workers(Executor):
 
 @dataclass(eq=False)
 class _Worker:
-    """A process at a place among the others; the job that it is at, and when that must have ended."""
+    """A process at a place among the others, with a folder for what it leaves; the job that it has, whether it is at
+    it already, and when that must have changed."""
 
     place: int
+    folder: tempfile.TemporaryDirectory[str]
     process: subprocess.Popen[str]
     job: str | None = None
+    at_work: bool = False
     deadline: float | None = None
+
+    def begin(self, timeout: float | None) -> None:
+        """It is at its job now, which may take `timeout` seconds."""
+        self.at_work = True
+        self.deadline = None if timeout is None else time.monotonic() + timeout
+
+    def await_end(self) -> None:
+        """Wait for the process to end by itself, as one does that has closed its stdout."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(END_SECONDS)
 
     def kill(self) -> None:
         """Kill the process with all of its children."""
@@ -125,6 +156,7 @@ class _Worker:
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):
             self.process.stdin.close()
+        self.folder.cleanup()
 
     def end(self) -> str:
         """How the process ended, in words."""
@@ -136,11 +168,20 @@ class _Worker:
         return f"was killed ({name}{hint})"
 
 
-def _start_process(count: int, place: int, settings: JobSettings) -> subprocess.Popen[str]:
+def _event(line: str) -> dict[str, Any] | None:
+    """What a worker says; None of what else gets onto its stdout before it has that for itself, as by a site hook."""
+    try:
+        said = json.loads(line)
+    except ValueError:
+        return None
+    return said if isinstance(said, dict) and "event" in said else None
+
+
+def _start_process(count: int, place: int, folder: Path, settings: JobSettings) -> subprocess.Popen[str]:
     arguments = ["-m", "basisadapt.training", "-", *(f"--plugin={plugin}" for plugin in settings.plugins)]
     arguments += [] if settings.data_dir is None else [f"--data-dir={settings.data_dir}"]
     arguments += ["--halve-batch"] if settings.halve_batch else []
-    environment = {"OMP_NUM_THREADS": str(max(1, _cores() // count)), **os.environ}
+    environment = {"OMP_NUM_THREADS": str(max(1, _cores() // count)), **os.environ, "TMPDIR": str(folder)}
     devices = _devices()
     if devices:
         environment["CUDA_VISIBLE_DEVICES"] = devices[place % len(devices)]
@@ -150,6 +191,7 @@ def _start_process(count: int, place: int, settings: JobSettings) -> subprocess.
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         encoding="utf-8",
+        errors="replace",
         start_new_session=True,
     )
 

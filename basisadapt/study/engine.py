@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import os
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -14,6 +13,7 @@ from traceback import format_exception
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from basisadapt.command import tell
 from basisadapt.diagnostics.figures import pictures
 from basisadapt.errors import InputError, RecordError, one_line
 from basisadapt.execution.executor import Ended, Executor, Job
@@ -24,7 +24,7 @@ from basisadapt.study.files import KEPT, MARK, report_files
 from basisadapt.study.heartbeat import Heartbeat
 from basisadapt.study.interrupt import Interrupt
 from basisadapt.study.progress import Progress
-from basisadapt.study.record import Imported, Outcome, Record
+from basisadapt.study.record import Imported, LostRunError, Outcome, Record
 from basisadapt.study.report import Report, make_report
 from basisadapt.study.spec import StudySpec
 from basisadapt.study.stores import (
@@ -35,6 +35,7 @@ from basisadapt.study.stores import (
     same_database,
     sqlite_file,
     sqlite_url,
+    storable,
     store_errors,
 )
 from basisadapt.study.trials import Trials
@@ -42,9 +43,8 @@ from basisadapt.study.tuning import Tuned, Tuning
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from optuna.trial import Trial
 
-    from basisadapt.training import Plan
+    from basisadapt.training import Plan, RunResult
 
 POLL_SECONDS = 2.0  # between looks at a cell that another process runs
 
@@ -89,7 +89,7 @@ def run_study(tuning: Tuning, place: Place, tags: Mapping[str, str], executor: E
         if missing:
             executor.prepare()
     if estimate := estimate_time(tuned.cells, tuned.seen(recorded), executor):
-        print(estimate, file=sys.stderr, flush=True)
+        tell(str(estimate))
     with Invocation(tuning.spec, place, tags, executor) as invocation:
         tuned = tuning.choose(invocation.run(tuning.trials))
         report = report_on(tuned, invocation.run(tuned.chosen))
@@ -120,11 +120,12 @@ class Invocation:
         self._place, self._executor = place, executor
         self._interrupt = Interrupt()
         self._running: dict[str, _Running] = {}
+        self._ended = False
         self._trials = Trials(place.optuna_url, spec.name)
         self._record = Record(place.tracking_uri, spec.name)
         try:
-            self._parent = self._record.begin(spec, tags)
-            self._trials.close_orphans(self._record.outcomes)
+            self.run_id = self._record.begin(spec, tags)
+            self._close_orphans()
         except store_errors() as error:
             raise InputError(f"--tracking-uri {place.tracking_uri!r}: {record_error(error)}") from error
         self._heartbeat = Heartbeat(self._record, self._at_work)
@@ -135,12 +136,15 @@ class Invocation:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._interrupt.__exit__(kind, error, at)
-        self._heartbeat.stop()
-        self._executor.stop()
-        if error is not None:
-            with suppress(*store_errors()):
-                self._record.close(self._parent, "killed" if isinstance(error, KeyboardInterrupt) else "failed")
+        try:
+            with self._interrupt.held():
+                self._heartbeat.stop()
+                self._executor.stop()
+                if error is not None and not self._ended:
+                    with suppress(*store_errors()):
+                        self._record.close(self.run_id, "killed" if isinstance(error, KeyboardInterrupt) else "failed")
+        finally:
+            self._interrupt.__exit__(kind, error, at)
         if isinstance(error, store_errors()):
             raise record_error(error) from error
 
@@ -148,6 +152,10 @@ class Invocation:
     def outcomes(self) -> dict[str, Outcome]:
         """What the record holds: cell key to outcome."""
         return self._record.outcomes()
+
+    def running(self) -> set[str]:
+        """The ids of the runs that are at work, here and elsewhere."""
+        return self._record.close_orphans()
 
     def run(self, study: Study) -> dict[str, Outcome]:
         """Run what the record lacks of the study's cells. Returns what it then holds of them, at least."""
@@ -157,26 +165,29 @@ class Invocation:
         total = len({cell.key for cell in study.cells})
         with Progress(total, total - len(missing)) as progress:
             self._run_cells(missing, progress)
+        self._close_orphans()
         return self._record.outcomes(study.cells)
 
-    def enter(self, results: Sequence[Imported]) -> None:
-        """Record what was run elsewhere as if it had been here; what is done already, or at work, stays as it is.
+    def enter(self, results: Iterable[tuple[Imported, Mapping[str, bytes]]]) -> None:
+        """Record what was run elsewhere, with its pictures, as if it had been here; what is at work stays as it is.
 
-        Raises InputError for a result that cannot be drawn, of which nothing is then recorded.
+        Ctrl-C ends it after a result, whole.
         """
-        outcomes = self._record.outcomes([one.cell for one in results])
-        done = {key for key, outcome in outcomes.items() if outcome.done}
-        for one in results:
-            if one.cell.key in done:
-                continue
-            try:
-                drawn = pictures(_title(one.cell), asdict(one.result))
-            except Exception as error:  # whatever stands in the place of curves and spectra
-                raise InputError(f"the result of cell {one.cell.key} cannot be drawn: {one_line(error)}") from error
-            run_id = self._record.start(self._parent, one.cell, one)
+        cells = []
+        for one, drawn in results:
+            run_id = self._record.start(self.run_id, one.cell, one)
             if run_id is not None:
-                self._record.finish(run_id, one.cell, one.result, drawn, one)
-        self._trials.follow([one.cell for one in results], self.outcomes)
+                try:
+                    with self._interrupt.held():
+                        self._record.finish(run_id, one.cell, one.result, drawn, one)
+                except Exception:
+                    with suppress(*store_errors()):
+                        self._record.close(run_id, "killed")
+                    raise
+            cells.append(one.cell)
+            if self._interrupt.asked:
+                raise KeyboardInterrupt
+        self._trials.follow(cells, self.outcomes)
 
     def end(self, report: Report) -> None:
         """Keep the report, in the parent run and in the output folder."""
@@ -184,7 +195,9 @@ class Invocation:
         # A long table may be cut off at MLflow's limit: the link comes first.
         compared = self._record.compare_path(report.table.run_ids)
         link = f"Compare its runs: `{compared}`\n\n" if compared else ""
-        self._record.end(self._parent, f"{link}{files['table.md']}", files)
+        with self._interrupt.held():
+            self._record.end(self.run_id, f"{link}{files['table.md']}", files)
+            self._ended = True
         if self._place.output is not None:
             _write(files, self._place.output)
 
@@ -208,8 +221,13 @@ class Invocation:
                 if over:
                     ended = over.pop()
                     at = running[ended.key]
-                    progress.end(at.cell, self._finish(at, ended))
-                    del running[ended.key]
+                    with self._interrupt.held():
+                        said = self._finish(at, ended)
+                    if said is None:
+                        elsewhere.append(at.cell)
+                        progress.lost(at.cell)
+                    else:
+                        progress.end(at.cell, said)
                 elif running:
                     end = self._executor.wait(progress.step)
                     if isinstance(end, Ended):
@@ -228,10 +246,12 @@ class Invocation:
                     elsewhere, free = self._look_elsewhere(elsewhere, progress)
                     waiting.extend(free)
         except BaseException:
-            self._executor.stop()
-            with suppress(*store_errors()):  # where they are the reason, what is left open is closed by the next call
-                for at in running.values():
-                    self._cut_off(at, "")
+            with self._interrupt.held():
+                self._executor.stop()
+                # Where the stores are the reason, what is left open is closed by the next call.
+                with suppress(*store_errors()):
+                    for at in running.values():
+                        self._cut_off(at, "")
             raise
         finally:
             running.clear()
@@ -239,32 +259,42 @@ class Invocation:
             raise KeyboardInterrupt
 
     def _at_work(self) -> list[str]:
-        return [self._parent, *(at.run_id for at in list(self._running.values()))]
+        return [self.run_id, *(at.run_id for at in list(self._running.values()))]
+
+    def _close_orphans(self) -> None:
+        self._trials.close_orphans(self._record.close_orphans, self._record.outcomes)
 
     def _start(self, cell: Cell) -> _Running | None:
-        run_id = self._record.start(self._parent, cell)
-        return None if run_id is None else _Running(cell, run_id, self._trials.ask(cell))
+        run_id = self._record.start(self.run_id, cell)
+        return None if run_id is None else _Running(cell, run_id, self._trials.ask(cell, run_id))
 
-    def _finish(self, at: _Running, ended: Ended) -> str:
-        """Record how a cell ended. Returns that in words."""
+    def _finish(self, at: _Running, ended: Ended) -> str | None:
+        """Record how a cell ended, which is then not at work any more. Returns that in words; None if it was lost."""
+        status, value, said = self._record_end(at, ended)
+        del self._running[at.cell.key]
+        self._trials.tell(at.trial, status, value)
+        return said
+
+    def _record_end(self, at: _Running, ended: Ended) -> tuple[str, float | None, str | None]:
+        """Write to MLflow how a cell ended. Returns its status, its value, and what `_finish` does."""
         result, error, traceback = ended.result, ended.error, ended.traceback
         if result is not None:
             try:
-                self._record.finish(at.run_id, at.cell, result, pictures(_title(at.cell), asdict(result)))
+                self._record.finish(at.run_id, at.cell, result, draw(at.cell, result))
+            except LostRunError:
+                return "killed", None, None
             except Exception as reason:  # whatever a result is like, the other cells go on
                 if is_stores_fault(reason):
                     raise
                 error, traceback = one_line(reason), "".join(format_exception(reason))
             else:
                 value = result.metrics[result.headline] if result.status == "finished" else None
-                self._trials.tell(at.trial, result.status, value)
-                return result.status if value is None else f"{result.headline} {value:.4f}"
+                return result.status, value, result.status if value is None else f"{result.headline} {value:.4f}"
         self._record.fail(at.run_id, error, traceback)
-        self._trials.tell(at.trial, "failed")
-        return f"failed: {error}"
+        return "failed", None, f"failed: {error}"
 
     def _cut_off(self, at: _Running, reason: str) -> None:
-        self._record.close(at.run_id, "killed", reason)
+        self._record.cut_off(at.run_id, reason)
         self._trials.tell(at.trial, "killed")
 
     def _look_elsewhere(self, cells: list[Cell], progress: Progress) -> tuple[list[Cell], list[Cell]]:
@@ -288,7 +318,7 @@ class _Running:
 
     cell: Cell
     run_id: str
-    trial: Trial
+    trial: int
 
 
 def plan_cells(cells: Sequence[Cell], data_dir: Path | None, dry: bool = False) -> dict[str, Plan]:
@@ -346,15 +376,16 @@ def missing_cells(cells: Iterable[Cell], outcomes: Mapping[str, Outcome]) -> lis
     return [cell for key, cell in once.items() if key not in outcomes or not outcomes[key].done]
 
 
-def _title(cell: Cell) -> str:
-    return f"{cell.row}, seed {cell.seed}"
+def draw(cell: Cell, result: RunResult) -> dict[str, bytes]:
+    """The pictures of a result, name to PNG file."""
+    return pictures(f"{cell.row}, seed {cell.seed}", asdict(result))
 
 
 def _write(files: Mapping[str, str | Figure], output: Path) -> None:
     try:
         for name, content in files.items():
             if isinstance(content, str):
-                (output / name).write_text(redacted(content), encoding="utf-8")
+                (output / name).write_text(redacted(storable(content)), encoding="utf-8")
             else:
                 content.savefig(output / name, dpi=150)
     except OSError as error:

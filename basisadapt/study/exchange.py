@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from basisadapt.errors import InputError
+from basisadapt.errors import InputError, one_line
 from basisadapt.execution.executor import Executor
 from basisadapt.execution.lines import CellLine, ResultLine, check_replaceable, parse_result, read_lines, to_line
 from basisadapt.run_config import RunConfig
 from basisadapt.study.cells import Cell, cell_key
-from basisadapt.study.engine import Invocation, Place, check_place, missing_cells, report_on
+from basisadapt.study.engine import Invocation, Place, check_place, draw, missing_cells, report_on
 from basisadapt.study.record import Imported, Record
 from basisadapt.study.report import Report
 from basisadapt.study.tuning import Tuning
@@ -44,8 +45,8 @@ def import_results(
     Cells that are done in the record stay as they are. The files may hold other studies too: a result of another one is
     this one's where its configuration is that of a cell here, and is passed over otherwise. Returns the report, and the
     lines of cells that failed there, which are not entered: they are still to be run. Raises InputError, before
-    anything is entered, if a line of this study is of none of its cells, or a line's configuration is not the one that
-    its key was made from.
+    anything is entered, if a line of this study is of none of its cells, a line's configuration is not the one that
+    its key was made from, or a result cannot be drawn.
     """
     check_place(place)
     cells = {cell.key: cell for cell in tuning.possible_cells}
@@ -62,13 +63,34 @@ def import_results(
                 results[cell.key] = Imported(cell, parse_result(line.result), line.host, line.began, line.ended)
         except InputError as error:
             raise InputError(f"{path}, line {number}: {error}") from error
-    with Invocation(tuning.spec, place, tags, executor) as invocation:
-        invocation.enter(list(results.values()))
-        outcomes = invocation.outcomes
-        report = report_on(tuning.choose(outcomes), outcomes)
-        invocation.end(report)
+    recorded = Record.read(place.tracking_uri, tuning.spec.name)
+    new = [one for key, one in results.items() if key not in recorded or not recorded[key].done]
+    with TemporaryDirectory() as folder:
+        drawn = [(one, _draw(one, Path(folder))) for one in new]
+        with Invocation(tuning.spec, place, tags, executor) as invocation:
+            invocation.enter((one, _pictures(at)) for one, at in drawn)
+            outcomes = invocation.outcomes
+            report = report_on(tuning.choose(outcomes), outcomes)
+            invocation.end(report)
     done = {key for key, outcome in outcomes.items() if outcome.done}
     return report, [line for key, line in failed.items() if key not in done]
+
+
+def _draw(one: Imported, folder: Path) -> Path:
+    """Draw the pictures of a result into a folder of its own. Raises InputError where that cannot be done."""
+    at = folder / one.cell.key
+    at.mkdir()
+    try:
+        drawn = draw(one.cell, one.result)
+    except Exception as error:  # whatever stands in the place of curves and spectra
+        raise InputError(f"the result of cell {one.cell.key} cannot be drawn: {one_line(error)}") from error
+    for name, content in drawn.items():
+        (at / name).write_bytes(content)
+    return at
+
+
+def _pictures(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def _numbered(paths: Sequence[Path]) -> Iterator[tuple[Path, int, ResultLine]]:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from basisadapt.diagnostics.figures import plain
 from basisadapt.study import statistics
 from basisadapt.study.cells import plain
 
@@ -32,11 +33,13 @@ def comparison_figure(table: Table) -> Figure:
     for task, axes in zip(tasks, panels, strict=True):
         _compare(axes, [line for line in table.lines if line.task == task], names, 100 if table.percent else 1)
         if len(tasks) > 1:
-            axes.set_title(task, fontsize="medium")
-    panels[0].set_yticks(range(len(names)), names)
+            axes.set_title(plain(task), fontsize="medium")
+    panels[0].set_yticks(range(len(names)), [plain(name) for name in names])
     panels[0].set_ylim(len(names) - 0.5, -0.5)
-    figure.supxlabel(f"{table.headline}{', %' if table.percent else ''} (mean ± std over seeds)", fontsize="medium")
-    figure.suptitle(table.study.spec.title)
+    figure.supxlabel(
+        f"{plain(table.headline)}{', %' if table.percent else ''} (mean ± std over seeds)", fontsize="medium"
+    )
+    figure.suptitle(plain(table.study.spec.title))
     return figure
 
 
@@ -160,11 +163,11 @@ def against_figure(table: Table) -> Figure:
         axes.set_xscale("log")
         axes.margins(x=0.2)
         _label(axes, points)
-        axes.set_xlabel(metric)
+        axes.set_xlabel(plain(metric))
         axes.grid(alpha=0.3)
     over = "mean ± std over seeds" if tasks == 1 else f"mean over {tasks} tasks"
-    figure.axes[0].set_ylabel(f"{table.headline}{', %' if table.percent else ''} ({over})")
-    figure.suptitle(table.study.spec.title)
+    figure.axes[0].set_ylabel(f"{plain(table.headline)}{', %' if table.percent else ''} ({over})")
+    figure.suptitle(plain(table.study.spec.title))
     return figure
 
 
@@ -192,7 +195,7 @@ def _label(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
         places[n] = min([places[n], high - line, *above])
     way = {"arrowstyle": "-", "color": "0.7", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
     for (y, x, name), place in zip(points, places, strict=True):
-        axes.annotate(name, (x, y), (x * 10 ** (0.02 * width), place), fontsize=7, va="center", arrowprops=way)
+        axes.annotate(plain(name), (x, y), (x * 10 ** (0.02 * width), place), fontsize=7, va="center", arrowprops=way)
 
 
 def search_figure(found: Found, headline: str) -> Figure:
@@ -206,12 +209,12 @@ def search_figure(found: Found, headline: str) -> Figure:
     history.plot([number for number, _ in finished], [value for _, value in finished], "o", color="0.6", label="trial")
     history.step([number for number, _ in finished], best, where="post", color="C0", label="best so far")
     history.set_xlabel("trial")
-    history.set_ylabel(headline)
+    history.set_ylabel(plain(headline))
     history.grid(alpha=0.3)
     history.locator_params(axis="x", integer=True)
     if finished:
         history.legend()
-    names = [key.removeprefix("adapter.") for key in found.importance]
+    names = [plain(key.removeprefix("adapter.")) for key in found.importance]
     importance.barh(names[::-1], list(found.importance.values())[::-1], color="C0")
     importance.set_xlabel("importance (fANOVA)")
     if not names:

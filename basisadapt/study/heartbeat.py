@@ -1,4 +1,4 @@
-"""Signs of life of a driver, for drivers on other hosts, who cannot see whether its process is there."""
+"""Signs of life of a driver, for drivers on other hosts or in other containers, who cannot see its process."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ class Heartbeat:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin, where the record can be on more than one host."""
-        if not self._record.is_local:
-            self._thread = threading.Thread(target=self._beat, daemon=True)
-            self._thread.start()
+        """Begin."""
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._thread.start()
 
     def stop(self) -> None:
         """End; the last sign is given when this returns."""

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
+
+from basisadapt.command import tell
 
 
 class Interrupt:
     """A context manager, in which the first Ctrl-C asks for an end after the cells that run, and the next one, as any
-    SIGTERM, raises KeyboardInterrupt. Outside of the main thread, where Python lets no one listen, it changes nothing.
+    SIGTERM, raises KeyboardInterrupt: at once, or at the end of what is `held`, unless another one comes until then.
+    Outside of the main thread, where Python lets no one listen, it changes nothing.
 
     asked: whether the first has come.
     """
 
     def __init__(self) -> None:
         self.asked = False
+        self._held = self._late = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -32,11 +37,26 @@ class Interrupt:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """What is to be one step: it is interrupted by no first signal. Raises KeyboardInterrupt at its end then."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+        if self._late:
+            self._late = False
+            raise KeyboardInterrupt
+
     def _ctrl_c(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        print("\nfinishing the cells that run; Ctrl-C again stops now", file=sys.stderr, flush=True)
+            self._now(number, frame)
+        else:
+            self.asked = True
+            tell("\nfinishing the cells that run; Ctrl-C again stops now")
 
     def _now(self, number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        if self._late or not self._held:
+            raise KeyboardInterrupt
+        self._late = True

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
+from basisadapt.command import tell
 from basisadapt.study.cells import Cell
 
 
@@ -22,7 +23,8 @@ class Progress:
     """Counts cells, from `done` to `total`, and shows those that run."""
 
     def __init__(self, total: int, done: int) -> None:
-        self._bar = tqdm(total=total, initial=done, unit="cell", file=sys.stderr, disable=not sys.stderr.isatty())
+        self._file = _Stderr()
+        self._bar = tqdm(total=total, initial=done, unit="cell", file=self._file, disable=not sys.stderr.isatty())
         self._count, self._total = done, total
         self._running: dict[str, _Running] = {}
         self._waiting = ""
@@ -53,6 +55,11 @@ class Progress:
         seconds = time.monotonic() - self._running.pop(cell.key).began
         self._ended(f"{_name(cell)}: {shown} ({seconds:.0f} s)")
 
+    def lost(self, cell: Cell) -> None:
+        """A cell's run was closed by another process, which had seen no sign of life for too long."""
+        del self._running[cell.key]
+        self._say(f"{_name(cell)}: another process took this one for dead, and the cell over")
+
     def wait(self, cell: Cell) -> None:
         """Nothing is left but what other processes run."""
         text = f"waiting for another process to finish {_name(cell)}"
@@ -75,8 +82,18 @@ class Progress:
         self._bar.set_description_str("; ".join(running.name + running.step for running in self._running.values()))
 
     def _say(self, text: str) -> None:
-        self._bar.write(text, file=sys.stderr)
-        sys.stderr.flush()
+        self._bar.write(text, file=self._file)
+
+
+class _Stderr:
+    """stderr as `tell` treats it."""
+
+    def write(self, text: str) -> None:
+        """Tell the text."""
+        tell(text, end="")
+
+    def flush(self) -> None:
+        """It is told already."""
 
 
 def _name(cell: Cell) -> str:

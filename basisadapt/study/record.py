@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-import math
 import os
 import re
 import sqlite3
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from basisadapt.errors import InputError
-from basisadapt.execution.lines import DONE
+from basisadapt.execution.lines import DONE, check_score, is_number
 from basisadapt.study.client import RedactingClient, impatient
 from basisadapt.study.owner import Owner
 from basisadapt.study.stores import (
@@ -32,6 +32,8 @@ from basisadapt.study.stores import (
     move_files,
     patiently,
     sqlite_file,
+    storable,
+    store_errors,
     store_reason,
 )
 
@@ -59,7 +61,9 @@ HOST = "basisadapt.imported_from"  # the machine that computed what is imported
 ACCUMULATE = "basisadapt.accumulate"  # how many smaller batches made up a batch, where memory asked for it
 
 BEAT, SILENCE = 20.0, 180.0  # seconds between two signs of life, and without one until a driver elsewhere is dead
+UNDECIDED = 10.0  # seconds that a claim waits for another one to be made
 TEXT_LIMIT = 5000  # below every limit that MLflow sets for tags, parameters and notes
+NAME_LIMIT = 250  # of metrics, parameters and tags
 FEW = 20  # cells whose runs are sooner read one by one than in the whole record
 COMPARED = 100  # runs that fit into an address, and onto the page that it leads to
 METRICS, PARAMETERS = 900, 90  # in one call, likewise
@@ -79,7 +83,7 @@ class Outcome:
     owner: Owner | None
     ended: int
     claimed: bool = False
-    alive: float = 0.0
+    orphan: bool = False  # RUNNING though its process is gone: seen to be so, or silent for too long elsewhere
     environment: Mapping[str, str] = field(default_factory=dict)
     data: Mapping[str, str] = field(default_factory=dict)
 
@@ -92,13 +96,6 @@ class Outcome:
     def busy(self) -> bool:
         """Whether another process is at it now."""
         return self.status == "running" and self.owner not in (None, Owner.me()) and not self.orphan
-
-    @property
-    def orphan(self) -> bool:
-        """Whether it is RUNNING though its process is gone: seen to be so, or silent for too long on another host."""
-        if self.status != "running" or self.owner is None:
-            return False
-        return self.owner.is_dead if self.owner.is_here else time.time() - self.alive > SILENCE
 
     @property
     def value(self) -> float | None:
@@ -115,6 +112,10 @@ class Imported:
     host: str
     began: float
     ended: float
+
+
+class LostRunError(Exception):
+    """A run was closed by another process, which took the one that had it for dead."""
 
 
 class Record:
@@ -153,6 +154,7 @@ class Record:
         self.experiment_id: str | None = found.experiment_id if found else None
         if found is not None:
             self._find_files(found.artifact_location)
+        self._seen: dict[str, tuple[str, float]] = {}  # a run's last sign of life, and when it was first seen
         self._primary = ""  # the metric that the experiment's page shows first, as far as it was set here
 
     def _find_files(self, location: str) -> None:
@@ -168,11 +170,6 @@ class Record:
         if old != (new := f"{folder.as_uri()}/") and (folder.exists() or not file_of(old).exists()):
             with suppress(sqlite3.Error):  # who may only read finds no pictures
                 move_files(path, old, new)
-
-    @property
-    def is_local(self) -> bool:
-        """Whether it is a file, which drivers on other hosts do not share."""
-        return sqlite_file(self.tracking_uri) is not None
 
     @staticmethod
     def read(tracking_uri: str, study: str) -> dict[str, Outcome]:
@@ -193,16 +190,20 @@ class Record:
         found = sorted((self._outcome(run) for run in runs if CELL in run.data.tags), key=_precedence)
         return {outcome.key: outcome for outcome in reversed(found)}
 
-    def close_orphans(self) -> None:
-        """Close as killed what is RUNNING though its process is gone."""
+    def close_orphans(self) -> set[str]:
+        """Close as killed what is RUNNING though its process is gone. Returns the ids of the runs that still are."""
+        running = set()
         for run in self._runs("attributes.status = 'RUNNING'"):
             if self._outcome(run).orphan:
                 self.close(run.info.run_id, "killed")
+            else:
+                running.add(run.info.run_id)
+        return running
 
     def beat(self, run_ids: Iterable[str]) -> None:
         """Say that the driver of these runs lives."""
         for run_id in run_ids:
-            self._client.set_tag(run_id, ALIVE, f"{time.time():.0f}")
+            self._client.set_tag(run_id, ALIVE, _sign())
 
     def begin(self, spec: StudySpec, tags: Mapping[str, str]) -> str:
         """Make the experiment if it is new, close orphans, and start the invocation's parent run."""
@@ -218,7 +219,8 @@ class Record:
             self._client.set_experiment_tag(self.experiment_id, key, value)
         self.close_orphans()
         name = f"{clean(spec.name)} {time.strftime('%Y-%m-%d %H:%M:%S')}"
-        run = self._client.create_run(self.experiment_id, tags={**_signature(), **tags}, run_name=name)
+        texts = {name: _text(value) for name, value in tags.items()}
+        run = self._client.create_run(self.experiment_id, tags={**_signature(), **texts}, run_name=name)
         return str(run.info.run_id)
 
     def _make_experiment(self, name: str, place: str | None) -> str:
@@ -235,33 +237,44 @@ class Record:
 
     def start(self, parent: str, cell: Cell, imported: Imported | None = None) -> str | None:
         """Start a cell's child run, with its parameters. None if it is done, or another process is at it."""
-        from mlflow.entities import Param
-
-        tags = {"mlflow.parentRunId": parent, CELL: cell.key, ROW: cell.row, **_signature()}
+        tags = {"mlflow.parentRunId": parent, CELL: cell.key, ROW: _text(cell.row), **_signature()}
         began = None
         if imported is not None:
-            tags[HOST], began = imported.host[:TEXT_LIMIT], int(imported.began * 1000)
+            tags[HOST], began = _text(imported.host), int(imported.began * 1000)
         name = clean(f"{cell.row} seed {cell.seed}")
         run = self._client.create_run(self.experiment_id, start_time=began, tags=tags, run_name=name)
         run_id = str(run.info.run_id)
-        if not self._claim(run, cell):
-            self.close(run_id, "killed")
-            self._client.delete_run(run_id)
-            return None
-        parameters = [Param(name, value[:TEXT_LIMIT]) for name, value in _parameters(cell).items()]
+        try:
+            if not self._claim(run, cell):
+                self.close(run_id, "killed")
+                self._client.delete_run(run_id)
+                return None
+            self._describe(run_id, cell)
+        except BaseException:
+            with suppress(*store_errors()):  # else the next call closes it
+                self.close(run_id, "killed")
+            raise
+        return run_id
+
+    def _describe(self, run_id: str, cell: Cell) -> None:
+        """Write a cell's parameters and configuration."""
+        from mlflow.entities import Param
+
+        parameters = [Param(name, _text(value)) for name, value in _parameters(cell).items()]
         for batch in _batches(parameters, PARAMETERS):
             self._client.log_batch(run_id, params=batch)
         self._client.log_dict(run_id, cell.config.to_mapping(), "config.json")
-        return run_id
 
     def _claim(self, run: Any, cell: Cell) -> bool:
         """Whether the new run has its cell for itself.
 
         Several processes may have found the cell free, and have a run each now. One that sees a claim, or an earlier
         run, gives way; one that sees later runs only waits until they have seen it, or are claimed: they may have
-        looked before it was there. So one stays, and none waits for one that waits.
+        looked before it was there. So one stays, and none waits for one that waits; nor for long, as the other may
+        have been suspended: then it gives way too.
         """
         me = (run.info.start_time, run.info.run_id)
+        deadline = time.monotonic() + UNDECIDED
         while True:
             others = [(other, self._outcome(other)) for other in self._runs_of(cell) if other.info.run_id != me[1]]
             rivals = [(other, outcome) for other, outcome in others if outcome.done or outcome.busy]
@@ -271,6 +284,8 @@ class Record:
             if not rivals:
                 self._client.set_tag(me[1], CLAIMED, "true")
                 return True
+            if time.monotonic() > deadline:
+                return False
             time.sleep(0.05)
 
     def finish(
@@ -283,33 +298,35 @@ class Record:
     ) -> None:
         """Write a result whole, then mark the run as done: a kill on the way leaves a cell to run.
 
-        pictures: name to PNG file. Raises ValueError for a finished result without its headline metric.
+        pictures: name to PNG file. Raises InputError for a finished result without its headline metric, and
+        LostRunError.
         """
         from mlflow.entities import Metric, RunTag
 
-        if result.status == "finished" and not math.isfinite(result.metrics.get(result.headline, math.nan)):
-            raise ValueError(f"the run gave no finite {result.headline!r}")
+        check_score(result)
+        if self._client.get_run(run_id).info.status != "RUNNING":
+            raise LostRunError(run_id)
         now = int(time.time() * 1000)
         points = [(name, value, now, step) for name, value, step in _points(result)]
-        for batch in _batches([Metric(*point) for point in points if math.isfinite(point[1])], METRICS):
+        for batch in _batches([Metric(*point) for point in points if is_number(point[1])], METRICS):
             self._client.log_batch(run_id, metrics=batch)
         tags = {
             HEADLINE: clean(result.headline),
-            WARNINGS: json.dumps([text[:500] for text in result.warnings[:8]], ensure_ascii=False),
+            WARNINGS: _warnings_text(result.warnings),
             "mlflow.note.content": _cell_note(cell, result),
             "mlflow.source.git.commit": result.environment.get("git_commit", "unknown"),
             **{f"{ENVIRONMENT}{name}": value for name, value in result.environment.items()},
             **{f"{DATA}{name}": str(value) for name, value in result.data.items()},
             **({ACCUMULATE: str(result.accumulate)} if result.accumulate > 1 else {}),
         }
-        self._client.log_batch(run_id, tags=[RunTag(clean(name), value[:TEXT_LIMIT]) for name, value in tags.items()])
+        self._client.log_batch(run_id, tags=[RunTag(clean(name), _text(value)) for name, value in tags.items()])
         with tempfile.TemporaryDirectory() as folder:
             whole = json.dumps({"config": cell.config.to_mapping(), **asdict(result)})
             for name, content in {"result.json": whole.encode(), **pictures}.items():
                 (Path(folder) / name).write_bytes(content)
             self._client.log_artifacts(run_id, folder)
         if result.headline != self._primary:  # charts and parallel coordinates of the experiment start from it
-            primary = {"name": result.headline, "greaterIsBetter": "True"}
+            primary = {"name": clean(result.headline), "greaterIsBetter": "True"}
             for name, value in primary.items():
                 self._client.set_experiment_tag(self.experiment_id, f"mlflow.experiment.primaryMetric.{name}", value)
             self._primary = result.headline
@@ -317,25 +334,32 @@ class Record:
 
     def fail(self, run_id: str, error: str, traceback: str = "") -> None:
         """Record a cell that failed."""
-        self._client.set_tag(run_id, "mlflow.note.content", f"Failed: {error}"[:TEXT_LIMIT])
+        self._client.set_tag(run_id, "mlflow.note.content", _text(f"Failed: {error}"))
         if traceback:
-            self._client.log_text(run_id, traceback, "traceback.txt")
+            self._client.log_text(run_id, storable(traceback), "traceback.txt")
         self.close(run_id, "failed", error)
 
     def end(self, parent: str, note: str, files: Mapping[str, str | Figure]) -> None:
         """Write an invocation's table and figure, and end its parent run."""
         for name, content in files.items():
-            log = self._client.log_text if isinstance(content, str) else self._client.log_figure
-            log(parent, content, name)
-        self._client.set_tag(parent, "mlflow.note.content", note[:TEXT_LIMIT])
+            if isinstance(content, str):
+                self._client.log_text(parent, storable(content), name)
+            else:
+                self._client.log_figure(parent, content, name)
+        self._client.set_tag(parent, "mlflow.note.content", _text(note))
         self.close(parent, "finished")
 
     def close(self, run_id: str, status: str, error: str = "", ended: float | None = None) -> None:
         """Give a run its last status, with the reason of a bad one. ended: in seconds since 1970, None is now."""
         if error:
-            self._client.set_tag(run_id, ERROR, error[:TEXT_LIMIT])
+            self._client.set_tag(run_id, ERROR, _text(error))
         self._client.set_tag(run_id, STATUS, status)
         self._client.set_terminated(run_id, TERMINAL[status], end_time=None if ended is None else int(ended * 1000))
+
+    def cut_off(self, run_id: str, reason: str) -> None:
+        """Close a run as killed, unless it has ended already."""
+        if self._client.get_run(run_id).info.status == "RUNNING":
+            self.close(run_id, "killed", reason)
 
     def pictures(self, run_id: str) -> dict[str, bytes]:
         """The PNG files of a run, name to content; empty where its files cannot be read any more."""
@@ -369,27 +393,46 @@ class Record:
             if not token:
                 return
 
-    @staticmethod
-    def _outcome(run: Any) -> Outcome:
+    def _outcome(self, run: Any) -> Outcome:
+        """What a run says, whoever wrote it: what cannot be read fails its own cell alone."""
         tags, ended = run.data.tags, run.info.status in TERMINAL.values()
+        metrics = {name: value for name, value in run.data.metrics.items() if is_number(value)}
+        headline, error = tags.get(HEADLINE, ""), tags.get(ERROR, "")
         status = tags.get(STATUS, "killed") if ended else "running"
-        if TERMINAL.get(status, run.info.status) != run.info.status and ended:
+        if ended and TERMINAL.get(status) != run.info.status:
             status = "killed"  # what the tag says was not confirmed by the run's end
+        if status == "finished" and headline not in metrics:
+            status, error = "failed", f"its record has no finite {headline!r}"
+        owner = _owner(tags.get(OWNER, ""))
         return Outcome(
             run_id=run.info.run_id,
             key=tags.get(CELL, ""),
             status=status,
-            headline=tags.get(HEADLINE, ""),
-            metrics=run.data.metrics,
-            warnings=tuple(json.loads(tags.get(WARNINGS, "[]"))),
-            error=tags.get(ERROR, ""),
-            owner=Owner.parse(tags[OWNER]) if OWNER in tags else None,
+            headline=headline,
+            metrics=metrics,
+            warnings=_warnings(tags.get(WARNINGS, "[]")),
+            error=error,
+            owner=owner,
             ended=run.info.end_time or 0,
             claimed=CLAIMED in tags,
-            alive=float(tags.get(ALIVE, 0)),
+            orphan=status == "running" and owner is not None and self._is_gone(run, owner),
             environment=_part(tags, ENVIRONMENT),
             data=_part(tags, DATA),
         )
+
+    def _is_gone(self, run: Any, owner: Owner) -> bool:
+        """Whether a run's driver is dead: seen to be gone, or elsewhere and silent for SILENCE as seen from here.
+
+        No two clocks are compared: a sign of life is one because it differs from that before.
+        """
+        if owner.is_here or owner.is_dead:
+            return owner.is_dead
+        sign, now = run.data.tags.get(ALIVE, ""), time.monotonic()
+        seen, since = self._seen.setdefault(run.info.run_id, (sign, now))
+        if sign != seen:
+            self._seen[run.info.run_id] = sign, now
+            return False
+        return now - since > SILENCE
 
 
 def _make_tables(url: str) -> None:
@@ -406,7 +449,41 @@ def _part(tags: Mapping[str, str], prefix: str) -> dict[str, str]:
 
 def _signature() -> dict[str, str]:
     """The tags that say whose a run is."""
-    return {OWNER: str(Owner.me()), ALIVE: f"{time.time():.0f}"}
+    return {OWNER: str(Owner.me()), ALIVE: _sign()}
+
+
+def _sign() -> str:
+    """A sign of life, unlike the one before."""
+    return f"{time.time():.3f}"
+
+
+def _owner(text: str) -> Owner | None:
+    try:
+        return Owner.parse(text)
+    except ValueError:
+        return None
+
+
+def _text(text: str) -> str:
+    """What stores take of a text."""
+    return storable(text)[:TEXT_LIMIT]
+
+
+def _warnings_text(warnings: Sequence[str]) -> str:
+    """The first warnings, in a form that is whole and fits."""
+    kept = [storable(text)[:500] for text in warnings[:8]]
+    while len(text := json.dumps(kept, ensure_ascii=False)) > TEXT_LIMIT:
+        kept.pop()
+    return text
+
+
+def _warnings(text: str) -> tuple[str, ...]:
+    """What `_warnings_text` was given; of what was cut off once, the text as it is."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return (text,)
+    return tuple(map(str, found)) if isinstance(found, list) else (text,)
 
 
 def _precedence(outcome: Outcome) -> tuple[int, int]:
@@ -473,8 +550,13 @@ def _cell_note(cell: Cell, result: RunResult) -> str:
 
 
 def clean(name: str) -> str:
-    """`name` in the characters that MLflow allows in names."""
-    return " ".join(re.sub(r"[^A-Za-z0-9_\-. :/]+", " ", name).split())
+    """`name` as MLflow allows it: letters, digits and _-. :/, a path without detours; another is cut and numbered."""
+    words = " ".join(re.sub(r"[^\w\-. :/]+", " ", name).split())
+    kept = "/".join(part for part in words.split("/") if part.strip() not in ("", ".", "..")).lstrip(".")
+    if 0 < len(kept) <= NAME_LIMIT:
+        return kept
+    number = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{kept[: NAME_LIMIT - 9]} {number}".lstrip()
 
 
 def _batches(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:

@@ -6,23 +6,22 @@ import dataclasses
 import hashlib
 import json
 import random
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from basisadapt.command import tell
 from basisadapt.errors import InputError
 from basisadapt.execution.executor import Executor
 from basisadapt.study import statistics
 from basisadapt.study.cells import Row, Study, resolve, split_changes
 from basisadapt.study.engine import Invocation, Place, check_place, plan_cells, write_report
-from basisadapt.study.owner import Owner
 from basisadapt.study.record import Outcome, Record
 from basisadapt.study.report import Found, Report, Tried, make_report
 from basisadapt.study.space import Space, distribution, edges, search_space
 from basisadapt.study.spec import SWEEP, VARIANT, Beside, StudySpec
 from basisadapt.study.table import build_table
-from basisadapt.study.trials import is_orphan, open_study
+from basisadapt.study.trials import RUN, is_orphan, open_study
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
@@ -103,7 +102,7 @@ def run_search(search: Search, place: Place, tags: Mapping[str, str], executor: 
     executor.prepare()
     with Invocation(search.spec, place, tags, executor) as invocation:
         hunt = Hunt(place.optuna_url, search)
-        hunt.close_orphans()
+        hunt.close_orphans(invocation.running())
         invocation.run(search.study(search.reference()))
         while len(hunt.ended) < search.trials:
             hunt.step(invocation)
@@ -153,13 +152,13 @@ class Hunt:
         trials = [trial for trial in self._study.get_trials(deepcopy=False) if trial.state.is_finished()]
         return [_tried(trial) for trial in trials if trial.user_attrs.get("status", "killed") != "killed"]
 
-    def close_orphans(self) -> None:
-        """Close the trials of dead processes."""
+    def close_orphans(self, running: Collection[str]) -> None:
+        """Close the trials of invocations whose runs are not among those `running`."""
         from optuna.trial import TrialState
 
         for trial in self._study.get_trials(states=(TrialState.RUNNING,)):
-            if is_orphan(trial):
-                self._study.tell(trial.number, state=TrialState.FAIL)
+            if is_orphan(trial, running):
+                self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
     def step(self, invocation: Invocation) -> None:
         """The next trials: ask, run their cells, tell."""
@@ -168,7 +167,7 @@ class Hunt:
         asked: dict[int, Trial] = {}
         try:
             for number in range(first, last + 1):
-                asked[number] = self._ask(number)
+                asked[number] = self._ask(number, invocation.run_id)
             rows = {n: self._search.rows(f"trial {n}", trial.params) for n, trial in asked.items()}
             for number, trial in asked.items():
                 trial.set_user_attr("cells", [cell.key for row in rows[number] for cell in row.cells])
@@ -185,12 +184,12 @@ class Hunt:
             value = statistics.mean(values) if status == "finished" else None
             self._tell(trial, status, value)
             shown = status if value is None else f"{value:.4f}"
-            print(f"trial {number} of {self._search.trials}: {shown}", file=sys.stderr, flush=True)
+            tell(f"trial {number} of {self._search.trials}: {shown}")
 
-    def _ask(self, number: int) -> Trial:
+    def _ask(self, number: int, run_id: str) -> Trial:
         self._study.sampler = self._sampler(number)
         trial = self._study.ask({key: distribution(key, where) for key, where in self._space.items()})
-        for name, value in {"owner": str(Owner.me()), "number": number, "status": "killed"}.items():
+        for name, value in {RUN: run_id, "number": number, "status": "killed"}.items():
             trial.set_user_attr(name, value)  # "killed" until it is known better
         return trial
 

@@ -217,6 +217,11 @@ def move_files(path: Path, old: str, new: str) -> None:
             )
 
 
+def storable(text: str) -> str:
+    """The text as every store and file takes it: without lone surrogates and NUL characters."""
+    return text.encode("utf-8", "replace").decode().replace("\0", "?")
+
+
 def file_of(uri: str) -> Path:
     """The path of a file URI."""
     return Path(urllib.request.url2pathname(urllib.parse.urlsplit(uri).path))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,13 @@ from basisadapt.study.record import Outcome
 from basisadapt.study.stores import make_database, patiently, sqlite_file
 
 if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
     from optuna.study import Study
-    from optuna.trial import FrozenTrial, Trial, TrialState
+    from optuna.trial import FrozenTrial, TrialState
 
     from basisadapt.study.cells import Cell
+
+RUN = "run"  # of a trial: the run in MLflow that lives as long
 
 
 class Trials:
@@ -28,30 +32,45 @@ class Trials:
 
     def __init__(self, storage: str, name: str) -> None:
         self._study = open_study(storage, name)
+        self._storage: BaseStorage = self._study._storage
+        self._study_id: int = self._study._study_id
 
-    def ask(self, cell: Cell) -> Trial:
-        """Start a trial for `cell`."""
-        trial = self._study.ask()
-        for name, value in {"owner": str(Owner.me()), **_attributes(cell)}.items():
-            trial.set_user_attr(name, value)
-        return trial
+    def ask(self, cell: Cell, run_id: str) -> int:
+        """Start the trial of a cell's run, in one step. Returns its number."""
+        from optuna.trial import TrialState, create_trial
 
-    def tell(self, trial: Trial, status: str, value: float | None = None) -> None:
-        """End a trial: complete with a value, or failed without one."""
-        trial.set_user_attr("status", status)
-        self._study.tell(trial, value, state=_state(value))
+        attributes = {**_attributes(cell), RUN: run_id}
+        # As optuna.Study.add_trial does, which does not say what number the trial gets.
+        started = create_trial(state=TrialState.RUNNING, user_attrs=attributes)
+        trial_id = self._storage.create_new_trial(self._study_id, template_trial=started)
+        return self._storage.get_trial_number_from_id(trial_id)
 
-    def close_orphans(self, record: Callable[[], Mapping[str, Outcome]]) -> None:
-        """Close the trials of dead processes as the whole record, read where there are any, has their cells."""
+    def tell(self, number: int, status: str, value: float | None = None) -> None:
+        """End a trial: complete with a value, or failed without one. One that another process has ended stays so."""
+        from optuna.exceptions import UpdateFinishedTrialError
+
+        trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
+        with suppress(UpdateFinishedTrialError):
+            self._storage.set_trial_user_attr(trial_id, "status", status)
+            self._study.tell(number, value, state=_state(value), skip_if_finished=True)
+
+    def close_orphans(
+        self, running: Callable[[], Collection[str]], record: Callable[[], Mapping[str, Outcome]]
+    ) -> None:
+        """Close the trials whose runs are not among those `running`, as the whole record has their cells.
+
+        Both are asked for where there are trials to close.
+        """
         from optuna.trial import TrialState
 
-        running = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        orphans = [trial for trial in running if is_orphan(trial)]
+        open_trials = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        alive = running() if open_trials else ()
+        orphans = [trial for trial in open_trials if is_orphan(trial, alive)]
         outcomes = record() if orphans else {}
         for orphan in orphans:
             outcome = outcomes.get(orphan.user_attrs.get("cell", ""))
             value = outcome.value if outcome else None
-            self._study.tell(orphan.number, value, state=_state(value))
+            self._study.tell(orphan.number, value, state=_state(value), skip_if_finished=True)
 
     def follow(self, cells: Iterable[Cell], outcomes: Mapping[str, Outcome]) -> None:
         """Add the trials of done cells that Optuna does not know."""
@@ -93,11 +112,13 @@ def open_study(storage: str, name: str) -> Study:
         raise InputError(f"--storage {storage!r} cannot be opened: {one_line(error)}") from error
 
 
-def is_orphan(trial: FrozenTrial) -> bool:
-    """Whether the process that asked for a running trial is gone."""
-    if "owner" in trial.user_attrs:
+def is_orphan(trial: FrozenTrial, running: Collection[str]) -> bool:
+    """Whether nobody is at a RUNNING trial: its run in MLflow is not among those `running`."""
+    if RUN in trial.user_attrs:
+        return trial.user_attrs[RUN] not in running
+    if "owner" in trial.user_attrs:  # as it was written once
         return Owner.parse(trial.user_attrs["owner"]).is_dead
-    # Killed between two statements of ask(); one that is just being asked for is younger than this.
+    # Killed while it was asked for; one that is just being asked for is younger than this.
     return trial.datetime_start is None or datetime.now() - trial.datetime_start > timedelta(minutes=1)
 
 

@@ -19,10 +19,23 @@ from basisadapt.study.stores import check_sound, sqlite_file
 
 HOST, FIRST_PORT, PORTS = "127.0.0.1", 5000, 100
 START_SECONDS, STOP_SECONDS = 120, 10
+ENDS = (signal.SIGTERM, signal.SIGHUP)
+# A process that ends the server once its stdin ends, which it does with the one who holds the other side.
+WATCH = """
+import os, sys, time
+sys.stdin.read()
+try:
+    os.killpg(int(sys.argv[1]), 15)
+    time.sleep(1)
+    os.killpg(int(sys.argv[1]), 9)
+except ProcessLookupError:
+    pass
+"""
 
 
 def serve(tracking_uri: str) -> None:
-    """Serve the store's pages to this machine until Ctrl-C or SIGTERM; then none of the server's processes is left.
+    """Serve the store's pages to this machine until Ctrl-C, SIGTERM or the end of the terminal or of this process,
+    however it comes; then none of the server's processes is left.
 
     Raises InputError if there is no such store, no free port, or no server comes up.
     """
@@ -34,7 +47,7 @@ def serve(tracking_uri: str) -> None:
     check_sound(tracking_uri, "--tracking-uri")
     address = f"http://{HOST}:{(port := _free_port())}"
     command = ["mlflow", "server", "--host", HOST, "--port", str(port)]
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    before = {number: signal.signal(number, _interrupt) for number in ENDS}
     # No jobs: they would be processes outside of the group.
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     store = {"MLFLOW_BACKEND_STORE_URI": tracking_uri}  # no argument, which every user of the machine could read
@@ -49,6 +62,9 @@ def serve(tracking_uri: str) -> None:
     )
     words = threading.Thread(target=_pass_on, args=(server,), daemon=True)
     words.start()
+    watch = subprocess.Popen(
+        [sys.executable, "-c", WATCH, str(server.pid)], stdin=subprocess.PIPE, start_new_session=True
+    )
     try:
         _wait_for(f"{address}/health", server)
         print(f"{address}  shows {tracking_uri}; Ctrl-C ends it", flush=True)
@@ -59,7 +75,9 @@ def serve(tracking_uri: str) -> None:
     finally:
         _stop(server)
         words.join(STOP_SECONDS)
-        signal.signal(signal.SIGTERM, before)
+        watch.communicate()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _pass_on(server: subprocess.Popen[str]) -> None:

@@ -54,6 +54,8 @@ class Fakes:
             os.kill(os.getpid(), signal.SIGKILL)
         if way == "big" and accumulate < 4:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        if way == "no score":
+            self.score = lambda config: float("nan")
         if way == "hang":
             Path("hanging").touch()
             time.sleep(600)

@@ -260,17 +260,121 @@ def test_a_driver_on_another_host_is_dead_when_it_is_silent(home, monkeypatch):
         run_id = record.start(record.begin(spec, {}), cell)
     assert record.outcomes()[cell.key].busy
     assert record.start(record.begin(spec, {}), cell) is None
-    later = time.time() + SILENCE / 2
+    later = time.monotonic() + SILENCE - 1
     with monkeypatch.context() as then:
-        then.setattr(time, "time", lambda: later)
+        then.setattr(time, "monotonic", lambda: later)
         record.beat([run_id])
-    later += SILENCE - 1
-    monkeypatch.setattr(time, "time", lambda: later)
-    record.close_orphans()
-    assert record.outcomes()[cell.key].busy
-    later += 2
-    record.close_orphans()
+        assert run_id in record.close_orphans()
+        later += SILENCE - 1
+        assert run_id in record.close_orphans()
+        assert record.outcomes()[cell.key].busy
+        later += 2
+        assert run_id not in record.close_orphans()
     assert record.outcomes()[cell.key].status == "killed"
+
+
+@pytest.mark.parametrize("skew", [-600, 600])
+def test_the_clock_of_another_host_may_be_wrong(home, fake, monkeypatch, skew):
+    from basisadapt.study.cells import resolve
+
+    spec = read_spec("tiny.yaml")
+    cell = resolve(spec, seeds=[1]).cells[0]
+    record = Record("sqlite:///mlflow.db", "tiny")
+    now = time.time
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(Owner, "me", lambda: Owner("another-host", 1, "1"))
+        elsewhere.setattr(time, "time", lambda: now() + skew)
+        run_id = record.start(record.begin(spec, {}), cell)
+        record.beat([run_id])
+    assert run_id in record.close_orphans()
+    assert record.outcomes()[cell.key].busy
+    assert record.start(record.begin(spec, {}), cell) is None
+
+
+def test_both_stores_take_a_driver_elsewhere_for_dead_at_once(home, fake, study, runs, trials, monkeypatch):
+    from basisadapt.study import record as module
+    from basisadapt.study.cells import resolve
+    from basisadapt.study.trials import Trials
+
+    spec = read_spec("tiny.yaml")
+    record = Record("sqlite:///mlflow.db", "tiny")
+    cells = resolve(spec, seeds=[1, 2]).cells
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(Owner, "me", lambda: Owner("another-host", 1, "1"))
+        parent = record.begin(spec, {})
+        for cell in cells[:2]:
+            Trials("sqlite:///optuna.db", "tiny").ask(cell, record.start(parent, cell))
+    monkeypatch.setattr(module, "SILENCE", 0.0)
+    assert study("tiny.yaml", "--seeds", "1,2")[0] == 0
+    assert [trial.state.name for trial in trials()] == ["FAIL"] * 2 + ["COMPLETE"] * 6
+    assert sorted(run.info.status for run in runs()) == ["FINISHED"] * 6 + ["KILLED"] * 2
+    assert sorted(run.info.status for run in runs(parents=True)) == ["FINISHED", "KILLED"]
+
+
+def test_a_driver_that_was_taken_for_dead_gives_its_cell_up(home, fake, study, runs, trials):
+    """It was suspended; the other one has finished the cell in the meantime, or was killed too."""
+    other = Record("sqlite:///mlflow.db", "tiny")
+
+    def score(config):
+        if fake.ran in ([("sinc", 1)], [("sinc", 1), ("fourier", 1)]):
+            record = Record("sqlite:///mlflow.db", "tiny")
+            (key,) = [key for key, outcome in record.outcomes().items() if outcome.status == "running"]
+            record.cut_off(record.outcomes()[key].run_id, "")
+        return 0.5
+
+    fake.score = score
+    code, _, err = study("tiny.yaml", "--seeds", "1")
+    assert code == 0
+    assert "sinc, seed 1: another process took this one for dead, and the cell over" in err
+    assert collections.Counter(name for name, _ in fake.ran) == {"sinc": 2, "fourier": 2, "lora": 1}
+    assert sorted(run.info.status for run in runs()) == ["FINISHED"] * 3 + ["KILLED"] * 2
+    assert sorted(trial.state.name for trial in trials()) == ["COMPLETE"] * 3 + ["FAIL"] * 2
+    assert other.experiment_id is None
+
+
+def test_a_rival_that_was_suspended_before_its_claim_is_not_waited_for(home, monkeypatch):
+    from basisadapt.study import record as module
+    from basisadapt.study.cells import resolve
+
+    monkeypatch.setattr(module, "UNDECIDED", 0.2)
+    spec = read_spec("tiny.yaml")
+    cell = resolve(spec, seeds=[1]).cells[0]
+    record = Record("sqlite:///mlflow.db", "tiny")
+    parent = record.begin(spec, {})
+    tags = {"basisadapt.cell": cell.key, "basisadapt.owner": str(Owner("another-host", 1, "1"))}
+    rival = record._client.create_run(record.experiment_id, start_time=int(time.time() * 1000) + 60_000, tags=tags)
+    assert record.start(parent, cell) is None
+    record.close(rival.info.run_id, "killed")
+    assert record.start(parent, cell) is not None
+
+
+def test_a_process_number_means_something_in_its_own_namespace_and_boot_alone(monkeypatch):
+    from basisadapt.study import owner
+
+    name, machine, namespace, boot = "host", "machine", "pid:[1]", "boot"
+    monkeypatch.setattr(owner, "here", lambda: "/".join([name, machine, namespace, boot]))
+    me = Owner.me()
+    assert (me.is_here, me.is_dead) == (True, False)
+    elsewhere = {
+        "another container": ("host", machine, "pid:[2]", boot),
+        "another machine of this name": ("host", "other", namespace, "other"),
+        "a machine without a number": ("host", "", namespace, "other"),
+    }
+    for place in elsewhere.values():
+        other = Owner("/".join(place), me.pid, me.started + "1")
+        assert (other.is_here, other.is_dead) == (False, False), place
+    before = Owner("/".join([name, machine, namespace, "earlier"]), me.pid, me.started)
+    assert (before.is_here, before.is_dead) == (False, True)
+
+
+def test_where_this_process_is():
+    from basisadapt.study.owner import here
+
+    if not Path("/proc/self/ns/pid").exists():
+        pytest.skip("needs Linux")
+    assert here().split("/")[0] == socket.gethostname()
+    assert here().split("/")[2].startswith("pid:[")
+    assert Owner.parse(str(Owner.me())) == Owner.me()
 
 
 @pytest.mark.slow

@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 
-def test_the_pages_are_served_until_ctrl_c(home, fake, study):
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+def test_the_pages_are_served_until_ctrl_c_or_whatever_ends_the_program(home, fake, study, end):
     study("tiny.yaml", "--seeds", "1")
     command = [sys.executable, "-m", "basisadapt.study", "--ui"]
     program = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -26,8 +27,8 @@ def test_the_pages_are_served_until_ctrl_c(home, fake, study):
         listening = [c.laddr.ip for p in family for c in p.net_connections() if c.status == psutil.CONN_LISTEN]
         assert set(listening) == {"127.0.0.1"}
     finally:
-        program.send_signal(signal.SIGINT)
-    assert program.wait(60) == 0
+        program.send_signal(end)
+    assert program.wait(60) == (-end if end == signal.SIGKILL else 0)
     deadline = time.monotonic() + 30
     while any(process.is_running() for process in family):
         assert time.monotonic() < deadline

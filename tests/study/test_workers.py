@@ -84,6 +84,59 @@ def test_a_cell_that_takes_too_long_fails_and_the_others_go_on(home, faking, stu
     assert states(runs()) == ["finished", "failed", "finished"]
 
 
+def test_what_a_process_prints_as_it_starts_is_passed_on(home, faking, study, runs, capfd):
+    """As a site hook would, before the worker has its stdout for itself."""
+    options = faking()
+    (home / "sitecustomize.py").write_text("import sys\n\nprint('{}')\nsys.stdout.write('hello')\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(home), os.environ.get("PYTHONPATH", "")]))
+        code = study(*SEED, "--workers", "1", *options)[0]
+    assert code == 0
+    assert states(runs()) == ["finished"] * 3
+
+
+def test_a_process_that_hangs_as_it_starts_fails_its_cell(home, faking, study, runs, monkeypatch):
+    monkeypatch.setattr(workers, "START_SECONDS", 2.0)
+    options = faking()
+    (home / "faking.py").write_text(
+        "import sys, time\n\nif 'basisadapt.training' in sys.orig_argv:\n    time.sleep(600)\n"
+    )
+    code, out, _ = study(*SEED, "--timeout", "1", *options)
+    assert code == 1
+    assert "Failed: fourier seed 1 (took longer than 2 s to start)." in out
+    assert states(runs()) == ["failed"] * 3
+
+
+def test_of_a_process_that_ends_the_exit_code_is_told(home, faking, study, monkeypatch):
+    options = faking()
+    (home / "faking.py").write_text("import os, sys\n\nif 'basisadapt.training' in sys.orig_argv:\n    os._exit(7)\n")
+    code, out, _ = study(*SEED, "--workers", "1", "--set", "sweep.basis=sinc", *options)
+    assert code == 1
+    assert "Failed: LoRA seed 1 (its process ended with exit code 7, twice)." in out
+
+
+def test_a_result_without_its_score_fails_its_cell_alone(home, faking, study, runs):
+    code, out, _ = study(*SEED, "--workers", "1", *faking({("fourier", 1): "no score"}))
+    assert code == 1
+    assert "Failed: fourier seed 1 (InputError: the run gave no finite 'accuracy'" in out
+
+
+def test_a_worker_that_is_killed_leaves_no_folder(tmp_path, monkeypatch):
+    import tempfile
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    program = "import tempfile, time; tempfile.mkdtemp(); print('made', flush=True); time.sleep(600)"
+    popen = subprocess.Popen
+    monkeypatch.setattr(workers.subprocess, "Popen", lambda _, **how: popen([sys.executable, "-c", program], **how))
+    executor = workers.Workers(1, JobSettings())
+    worker = executor._start()
+    assert executor._said.get(timeout=60)[1] == "made\n"
+    assert len(list(tmp_path.glob("*/*"))) == 1
+    executor.stop()
+    assert worker.process.returncode == -signal.SIGKILL
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_out_of_memory_fails_the_cell_and_the_others_go_on(home, fake, study, runs):
     fake.ways = {("sinc", 1): "big"}
     code, out, _ = study(*SEED)
@@ -191,7 +244,7 @@ def test_cores_and_gpus_are_shared_out(monkeypatch):
     def environments(count, name):
         started.clear()
         for place in range(count):
-            workers._start_process(count, place, JobSettings())
+            workers._start_process(count, place, Path("folder"), JobSettings())
         return [env.get(name) for env in started]
 
     assert environments(3, "OMP_NUM_THREADS") == ["2"] * 3

@@ -1,0 +1,130 @@
+"""Drivers killed at random moments of everything that they do: nothing is lost, doubled, left open or beyond repair.
+
+BASISADAPT_KILLS says how many; workers and servers are killed in `test_cluster.py`.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import random
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing, suppress
+from pathlib import Path
+
+import conftest
+import pytest
+from test_bad_content import results_of
+
+KILLS = int(os.environ.get("BASISADAPT_KILLS", "100"))
+TUNE = "tune: {grid: {train.lr: [1e-3, 1e-2]}, seeds: [7], validation: 0.2}\n"
+SEEDS = ("--seeds", "1,2")
+COMMANDS = {
+    "run": ("tiny.yaml", *SEEDS),
+    "import": ("tiny.yaml", *SEEDS, "--import", "results.jsonl"),
+    "report": ("--report", "tiny.yaml", *SEEDS, "--output", "report"),
+    "search": ("tiny.yaml", "--seeds", "1", "--search", "random", "--trials", "3"),
+    "tuning": ("tuned.yaml", "--seeds", "1"),
+}
+SIGNALS = {"KILL": [9], "TERM": [15], "INT": [2], "INT twice": [2, 2]}
+
+
+class Zygote:
+    """See `zygote.py`."""
+
+    def __init__(self):
+        program = [sys.executable, str(Path(__file__).with_name("zygote.py"))]
+        self.process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout.readline() == "ready\n"
+
+    def _ask(self, **values):
+        self.process.stdin.write(json.dumps(values) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def start(self, folder, command):
+        return self._ask(folder=str(folder), arguments=COMMANDS[command])
+
+    def wait(self, child):
+        return self._ask(wait=child)
+
+    def call(self, folder, command):
+        """A whole call: exit code, the table, and how long it took."""
+        began = time.monotonic()
+        code = self.wait(self.start(folder, command))
+        return code, (folder / "out").read_text().split("\nRecorded in")[0], time.monotonic() - began
+
+
+@pytest.fixture
+def zygote():
+    zygote = Zygote()
+    yield zygote
+    zygote.process.communicate()
+
+
+def open_and_doubled(folder):
+    """What is RUNNING in both stores, and the cells that are finished more than once."""
+    with closing(sqlite3.connect(folder / "mlflow.db")) as mlflow, closing(sqlite3.connect(folder / "optuna.db")) as o:
+        (runs,) = mlflow.execute("SELECT count(*) FROM runs WHERE status = 'RUNNING'").fetchone()
+        (trials,) = o.execute("SELECT count(*) FROM trials WHERE state = 'RUNNING'").fetchone()
+        finished = mlflow.execute(
+            "SELECT value FROM tags JOIN runs USING (run_uuid) WHERE key = 'basisadapt.cell' AND status = 'FINISHED' "
+            "AND lifecycle_stage = 'active'"
+        )
+        cells = collections.Counter(key for (key,) in finished)
+    return runs, trials, sum(count > 1 for count in cells.values())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60 * KILLS + 600)
+def test_whatever_a_driver_is_at_when_it_is_killed(folder, fake, study, zygote, tmp_path_factory):
+    (folder / "tuned.yaml").write_text(conftest.STUDY.replace("[sinc, fourier]", "[sinc]") + TUNE)
+    (folder / "tiny.yaml").write_text(conftest.STUDY + "search: {adapter.r: [2, 64]}\n")
+    results_of(fake, study, COMMANDS["run"])
+    fresh, existing, trial = (tmp_path_factory.mktemp(name) for name in ("fresh", "existing", "trial"))
+    shutil.copytree(folder, fresh, dirs_exist_ok=True)
+    shutil.copytree(fresh, existing, dirs_exist_ok=True)
+    COMMANDS["before"] = ("tiny.yaml", "--seeds", "1")
+    assert zygote.call(existing, "before")[0] == 0
+    # What each call says undisturbed, and how long it takes.
+    states = {"fresh": fresh, "existing": existing}
+    kinds = [(state, command) for command in COMMANDS for state in states if command != "before"]
+    kinds.remove(("fresh", "report"))
+    expected = {}
+
+    def begin(state):
+        shutil.rmtree(trial)
+        shutil.copytree(states[state], trial)
+
+    for state, command in kinds:
+        begin(state)
+        expected[state, command] = zygote.call(trial, command)
+        assert expected[state, command][0] in (0, 1), (trial / "err").read_text()
+
+    draw, tally = random.Random(0), collections.Counter()
+    for n in range(KILLS):
+        state, command = kinds[n % len(kinds)]
+        name = draw.choice(list(SIGNALS))
+        code, table, seconds = expected[state, command]
+        begin(state)
+        driver = zygote.start(trial, command)
+        time.sleep(draw.uniform(0.0, seconds))
+        for number in SIGNALS[name]:
+            with suppress(ProcessLookupError):
+                os.kill(driver, number)
+            time.sleep(0.02)
+        tally[f"ended with {zygote.wait(driver)}"] += 1
+        again, found, _ = zygote.call(trial, command)
+        said = f"kill {n}: {name} in {state} {command}: {(trial / 'err').read_text()}"
+        assert again == code, said
+        assert found == table, said
+        if command != "report":
+            assert open_and_doubled(trial) == (0, 0, 0), said
+        assert not list(trial.glob("*.new*")), said
+        tally.update([name, state, command])
+    print(f"{KILLS} kills, after each the table as without it, nothing open, doubled or left: {dict(tally)}")
