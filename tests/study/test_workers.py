@@ -84,7 +84,7 @@ def test_a_cell_that_takes_too_long_fails_and_the_others_go_on(home, faking, stu
     assert states(runs()) == ["finished", "failed", "finished"]
 
 
-def test_what_a_process_prints_as_it_starts_is_passed_on(home, faking, study, runs, capfd):
+def test_what_a_process_prints_as_it_starts_is_passed_on(home, faking, study, runs):
     """As a site hook would, before the worker has its stdout for itself."""
     options = faking()
     (home / "sitecustomize.py").write_text("import sys\n\nprint('{}')\nsys.stdout.write('hello')\n")
