@@ -34,7 +34,7 @@ Curve = Mapping[str, Sequence[float]]
 
 def figures(title: str, result: Mapping[str, Any]) -> dict[str, Figure]:
     """File name to figure, of everything that the result has numbers for."""
-    title = plain(title)
+    title = verbatim(title)
     modules, snapshots = result["modules"], result["snapshots"]
     drawn = {
         "phi.png": phi_figure(title, result["phi"]),
@@ -203,7 +203,7 @@ def modules_figure(title: str, modules: Mapping[str, Mapping[str, Any]]) -> Figu
         for name, members in _by_name(modules).items():
             points = sorted((depth, numbers[key]) for depth, numbers in members if key in numbers)
             if points:  # a projection without φ has none of φ's numbers
-                axes.plot(*zip(*points, strict=True), ".-", linewidth=1.2, label=plain(name))
+                axes.plot(*zip(*points, strict=True), ".-", linewidth=1.2, label=verbatim(name))
         _name(axes, label)
         axes.locator_params(axis="x", integer=True, nbins=FEW_TICKS)
         axes.locator_params(axis="y", nbins=FEW_TICKS)
@@ -306,13 +306,13 @@ def _set_margins(figure: Figure, right: float) -> None:
     figure.subplots_adjust(0.75 / width, 0.6 / height, 1 - right / width, top, wspace=0.3, hspace=0.4)
 
 
-def plain(text: str) -> str:
+def verbatim(text: str) -> str:
     """A text that matplotlib draws as it is, where it would take what is between two $ for a formula."""
     return text.encode("utf-8", "replace").decode().replace("$", r"\$")
 
 
 def _name(axes: Axes, name: str, fontsize: int = 9, pad: float = 6) -> None:
-    axes.set_title(plain(name), fontsize=fontsize, pad=pad, y=1.0)  # a place is not searched for where one is given
+    axes.set_title(verbatim(name), fontsize=fontsize, pad=pad, y=1.0)  # a place is not searched for where one is given
 
 
 def _dress(axes: Axes) -> None:

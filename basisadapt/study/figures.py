@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from basisadapt.diagnostics.figures import plain
+from basisadapt.diagnostics.figures import verbatim
 from basisadapt.study import statistics
 from basisadapt.study.cells import plain
 
@@ -33,13 +33,13 @@ def comparison_figure(table: Table) -> Figure:
     for task, axes in zip(tasks, panels, strict=True):
         _compare(axes, [line for line in table.lines if line.task == task], names, 100 if table.percent else 1)
         if len(tasks) > 1:
-            axes.set_title(plain(task), fontsize="medium")
-    panels[0].set_yticks(range(len(names)), [plain(name) for name in names])
+            axes.set_title(verbatim(task), fontsize="medium")
+    panels[0].set_yticks(range(len(names)), [verbatim(name) for name in names])
     panels[0].set_ylim(len(names) - 0.5, -0.5)
     figure.supxlabel(
-        f"{plain(table.headline)}{', %' if table.percent else ''} (mean ± std over seeds)", fontsize="medium"
+        f"{verbatim(table.headline)}{', %' if table.percent else ''} (mean ± std over seeds)", fontsize="medium"
     )
-    figure.suptitle(plain(table.study.spec.title))
+    figure.suptitle(verbatim(table.study.spec.title))
     return figure
 
 
@@ -85,19 +85,22 @@ def curves_figure(table: Table) -> Figure:
         common = table.study.spec.tune.common if table.study.spec.tune else None
         if common is not None:
             axes.axvline(common, color="0.5", linestyle="--", linewidth=1)
+        axes.set_xlim(min(table.at) / 1.4, max(table.at) * 1.4)
         axes.set_xscale("log")
         axes.set_xticks(list(table.at), [f"{value:g}" for value in table.at], rotation=45, fontsize="small")
         axes.minorticks_off()
         axes.tick_params(labelbottom=True)  # of shared axes, too, where the panel below is empty
-        axes.set_title(_panel_name(table, lines[0]), fontsize="medium")
+        axes.set_title(verbatim(_panel_name(table, lines[0])), fontsize="medium")
         axes.grid(alpha=0.3)
     drawn = {
         label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.legend(drawn.values(), drawn.keys(), loc="outside right upper", fontsize="small")
-    figure.supxlabel(table.setting, fontsize="medium")
-    figure.supylabel(f"{table.headline}{', %' if table.percent else ''} (mean, 95 % interval)", fontsize="medium")
-    figure.suptitle(table.study.spec.title)
+    figure.supxlabel(verbatim(table.setting), fontsize="medium")
+    figure.supylabel(
+        f"{verbatim(table.headline)}{', %' if table.percent else ''} (mean, 95 % interval)", fontsize="medium"
+    )
+    figure.suptitle(verbatim(table.study.spec.title))
     return figure
 
 
@@ -112,7 +115,7 @@ def _curve(axes: Axes, table: Table, line: Line, name: str, colour: str) -> None
     if not points:
         return
     x, y, low, high = zip(*points, strict=True)
-    axes.plot(x, y, "o-", color=colour, markersize=3, label=name)
+    axes.plot(x, y, "o-", color=colour, markersize=3, label=verbatim(name))
     axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
     chosen = line.row.cells[0].settings.get(rule.setting) if rule else None
     if line.values and chosen is not None and chosen in x:
@@ -163,11 +166,11 @@ def against_figure(table: Table) -> Figure:
         axes.set_xscale("log")
         axes.margins(x=0.2)
         _label(axes, points)
-        axes.set_xlabel(plain(metric))
+        axes.set_xlabel(verbatim(metric))
         axes.grid(alpha=0.3)
     over = "mean ± std over seeds" if tasks == 1 else f"mean over {tasks} tasks"
-    figure.axes[0].set_ylabel(f"{plain(table.headline)}{', %' if table.percent else ''} ({over})")
-    figure.suptitle(plain(table.study.spec.title))
+    figure.axes[0].set_ylabel(f"{verbatim(table.headline)}{', %' if table.percent else ''} ({over})")
+    figure.suptitle(verbatim(table.study.spec.title))
     return figure
 
 
@@ -195,7 +198,9 @@ def _label(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
         places[n] = min([places[n], high - line, *above])
     way = {"arrowstyle": "-", "color": "0.7", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
     for (y, x, name), place in zip(points, places, strict=True):
-        axes.annotate(plain(name), (x, y), (x * 10 ** (0.02 * width), place), fontsize=7, va="center", arrowprops=way)
+        axes.annotate(
+            verbatim(name), (x, y), (x * 10 ** (0.02 * width), place), fontsize=7, va="center", arrowprops=way
+        )
 
 
 def search_figure(found: Found, headline: str) -> Figure:
@@ -209,12 +214,12 @@ def search_figure(found: Found, headline: str) -> Figure:
     history.plot([number for number, _ in finished], [value for _, value in finished], "o", color="0.6", label="trial")
     history.step([number for number, _ in finished], best, where="post", color="C0", label="best so far")
     history.set_xlabel("trial")
-    history.set_ylabel(plain(headline))
+    history.set_ylabel(verbatim(headline))
     history.grid(alpha=0.3)
     history.locator_params(axis="x", integer=True)
     if finished:
         history.legend()
-    names = [plain(key.removeprefix("adapter.")) for key in found.importance]
+    names = [verbatim(key.removeprefix("adapter.")) for key in found.importance]
     importance.barh(names[::-1], list(found.importance.values())[::-1], color="C0")
     importance.set_xlabel("importance (fANOVA)")
     if not names:

@@ -117,14 +117,14 @@ def test_a_score_that_cannot_be_compared_fails_its_cell_alone(home, of_sinc, stu
 
 
 def test_texts_that_matplotlib_takes_for_formulas_are_drawn_as_they_are(home, fake, study):
-    from basisadapt.diagnostics.figures import plain
+    from basisadapt.diagnostics.figures import verbatim
 
     path = home / "tiny.yaml"
     path.write_text(path.read_text().replace("LoRA", "a$b%_$.csv").replace("Two bases", "$_$ and \\$"))
     code, out, err = study(*SEED, "--output", "report")
     assert code == 0, err
     assert "a$b%_$.csv" in out
-    assert plain("a$b%_$") == r"a\$b%_\$"
+    assert verbatim("a$b%_$") == r"a\$b%_\$"
 
 
 def test_names_are_allowed_and_differ():
