@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,6 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of torch: a process per core is
 
 import pytest
 import torch
+from torch import nn
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # children too are to hear it, whoever started the tests
 
@@ -90,6 +93,19 @@ def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tokens() -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randint(1, 60, (4, 7), generator=generator)
+
+
+def model_of(names: Iterable[str], leaf: Callable[[], nn.Module] = lambda: nn.Linear(2, 2)) -> nn.Module:
+    """A model with linear layers of these full names; what holds numbered ones is a list."""
+    root = nn.Module()
+    for name in names:
+        at, path = root, name.split(".")
+        for part, after in itertools.pairwise(path):
+            if part not in at._modules:
+                at.add_module(part, nn.ModuleList() if after.isdecimal() else nn.Module())
+            at = at._modules[part]
+        at.add_module(path[-1], leaf())
+    return root
 
 
 def randomise(model: torch.nn.Module, seed: int = 0, scale: float = 0.3) -> None:

@@ -102,9 +102,8 @@ def test_a_backbone_takes_a_form_with_projections_to_adapt_or_names_those_that_c
         assert able == {other for other, forms in FORMS_OF.items() if form in forms}
         return
     model = backbones.shape_only(backbone, form, 3)
-    names = [module for module, _ in model.named_modules()]
-    found = find_projections(names)
-    assert target_pattern("all", names)
+    found = find_projections(module for module, _ in model.named_modules())
+    assert target_pattern("all", model)
     assert {p.layer for p in found} == set(
         range(getattr(model.config, "vision_config", model.config).num_hidden_layers)
     )

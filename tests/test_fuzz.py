@@ -30,6 +30,7 @@ from basisadapt.run_config import RunConfig
 from basisadapt.study.cells import known_keys, resolve
 from basisadapt.study.spec import PRESETS, list_studies, parse_yaml, published_values, read_spec, studies_dir
 from basisadapt.study.tuning import resolve_tuning
+from tests.conftest import model_of
 from tests.tasks import test_fuzz as of_data
 
 SECONDS = 30  # that one input may take
@@ -157,7 +158,7 @@ def read_study(folder, case):
 
 # --- settings ---
 
-NAMES = [f"model.layers.{i}.self_attn.{name}_proj" for i in range(20) for name in "qkvo"]
+MODEL = model_of(f"model.layers.{i}.self_attn.{name}_proj" for i in range(20) for name in "qkvo")
 
 
 def texts_of(value):
@@ -191,7 +192,7 @@ def take_settings(folder, case):
         given = {str(key): value for key, value in given.items()}
     config = RunConfig.from_mapping(given)
     assert RunConfig.from_mapping(json.loads(json.dumps(config.to_mapping()))) == config
-    target_pattern(config.adapter.placement, NAMES)
+    target_pattern(config.adapter.placement, MODEL)
 
 
 # --- adapters ---

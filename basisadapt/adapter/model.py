@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -14,7 +15,7 @@ from torch import nn
 from basisadapt.adapter.config import PhiConfig
 from basisadapt.adapter.layer import PhiLinear
 from basisadapt.adapter.linear import AdaptedModel
-from basisadapt.adapter.placement import PROJECTION, describe, target_pattern
+from basisadapt.adapter.placement import describe, target_pattern
 from basisadapt.errors import InputError
 from basisadapt.phi.bank import TransferBank
 from basisadapt.phi.choice import default_tolerance
@@ -40,7 +41,9 @@ class PhiModel(AdaptedModel):
         """
         config = self.peft_config[adapter_name]
         if config.target_modules is None:
-            config.target_modules = target_pattern(config.placement, (name for name, _ in model.named_modules()))
+            config.target_modules = target_pattern(config.placement, model)
+        if config.rest == "lora":
+            self._projections = re.compile(_all_projections(model))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if "phi_bank" not in self._modules:  # a model that was adapted before brings its banks with its layers
             known = {name: source.bank for layer in self._layers() for name, source in layer.phi_source.items()}
@@ -92,12 +95,11 @@ class PhiModel(AdaptedModel):
     def _layers(self) -> Iterator[PhiLinear]:
         return (module for module in self.model.modules() if isinstance(module, PhiLinear))
 
-    @staticmethod
-    def _check_target_module_exists(peft_config: PhiConfig, key: str) -> Any:
+    def _check_target_module_exists(self, peft_config: PhiConfig, key: str) -> Any:
         """Whether a module is adapted: with φ, or as the rest, with BA alone. What is excluded stays so."""
         found = check_target_module_exists(peft_config, key)
         unmatched = found is None or found is False
-        return PROJECTION.fullmatch(key) if unmatched and peft_config.rest == "lora" else found
+        return self._projections.fullmatch(key) if unmatched and peft_config.rest == "lora" else found
 
     def _create_and_replace(
         self,
@@ -127,3 +129,10 @@ class PhiModel(AdaptedModel):
         self.active_adapter = next((layer.active_adapters for layer in self._layers() if layer.active_adapters), [])
         if adapter_name in self.phi_bank:
             del self.phi_bank[adapter_name]
+
+
+def _all_projections(model: nn.Module) -> str:
+    try:
+        return target_pattern("all", model)
+    except InputError as error:
+        raise InputError(f'rest "lora" is put into all projections: {error}') from error

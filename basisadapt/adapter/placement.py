@@ -1,12 +1,17 @@
-"""Which linear modules of a transformer are adapted: placements, resolved from the names of a model's modules."""
+"""Which linear modules of a transformer are adapted: placements, resolved from a model's modules and their names."""
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from transformers.pytorch_utils import Conv1D
 
 from basisadapt.errors import InputError, shown, unknown
 from basisadapt.phi.sharing import AdaptedModule
@@ -14,91 +19,120 @@ from basisadapt.registry import Registry
 
 PLACEMENTS: Registry[Placement] = Registry("placement")
 
-# The projections of a transformer block: what each does (q, k, v, o of attention; gate, up, down of the MLP; a fused
-# one does several) and its name inside the block. Heads and poolers lie outside the blocks (paper, section E.2).
-FAMILIES = {
-    "BERT, RoBERTa": {
-        "q": "attention.self.query",
-        "k": "attention.self.key",
-        "v": "attention.self.value",
-        "o": "attention.output.dense",
-        "up": "intermediate.dense",
-        "down": "output.dense",
-    },
-    "Llama, Qwen2": {
-        "q": "self_attn.q_proj",
-        "k": "self_attn.k_proj",
-        "v": "self_attn.v_proj",
-        "o": "self_attn.o_proj",
-        "gate": "mlp.gate_proj",
-        "up": "mlp.up_proj",
-        "down": "mlp.down_proj",
-    },
-    "Phi-3": {
-        "q k v": "self_attn.qkv_proj",
-        "o": "self_attn.o_proj",
-        "gate up": "mlp.gate_up_proj",
-        "down": "mlp.down_proj",
-    },
-    "GPT-2": {"q k v": "attn.c_attn", "o": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"},
-    "GPT-NeoX": {
-        "q k v": "attention.query_key_value",
-        "o": "attention.dense",
-        "up": "mlp.dense_h_to_4h",
-        "down": "mlp.dense_4h_to_h",
-    },
-    "CLIP": {
-        "q": "self_attn.q_proj",
-        "k": "self_attn.k_proj",
-        "v": "self_attn.v_proj",
-        "o": "self_attn.out_proj",
-        "up": "mlp.fc1",
-        "down": "mlp.fc2",
-    },
-    "ViT, DINOv2": {
-        "q": "attention.q_proj",
-        "k": "attention.k_proj",
-        "v": "attention.v_proj",
-        "o": "attention.o_proj",
-        "up": "mlp.fc1",
-        "down": "mlp.fc2",
-    },
-    "ViT, DINOv2 in earlier releases of transformers": {
-        "q": "attention.attention.query",
-        "k": "attention.attention.key",
-        "v": "attention.attention.value",
-        "o": "attention.output.dense",
-        "gate up": "mlp.weights_in",
-        "down": "mlp.weights_out",
-    },
-}
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 ATTENTION = frozenset(ROLES[:4])
-ROLES_OF = {path: frozenset(roles.split()) for family in FAMILIES.values() for roles, path in family.items()}
-PROJECTION = re.compile(
-    rf"(?P<stack>(?:.*\.)?(?:layers?|h))\.(?P<layer>\d+)\.(?P<path>{'|'.join(map(re.escape, ROLES_OF))})"
-)
+
+# What the linear layers of a transformer's block do (q, k, v, o of attention; gate, up, down of the MLP; a fused one
+# does several): the modules in the block, and the names in them; "" is the block itself. Attention and MLP stand apart,
+# since families combine them. Heads and poolers lie outside the blocks (paper, section E.2). A block with a linear
+# layer that is not here is one that we do not know: no part of it is adapted.
+FAMILIES: dict[str, tuple[list[str], dict[str, str]]] = {
+    "BERT, RoBERTa": (
+        ["attention.self", "crossattention.self", "attention.attention", "crossattention.attention"],
+        {"q": "query", "k": "key", "v": "value"},
+    ),
+    "BERT's output": (["attention.output", "crossattention.output"], {"o": "dense"}),
+    "DeBERTa-v2": (["attention.self"], {"q": "query_proj", "k": "key_proj", "v": "value_proj", "q k v": "in_proj"}),
+    "Longformer": (["attention.self"], {"q": "query_global", "k": "key_global", "v": "value_global"}),
+    "LUKE": (["attention.self"], {"q": "w2e_query e2w_query e2e_query"}),
+    "LED": (
+        ["self_attn.longformer_self_attn"],
+        {"q": "query query_global", "k": "key key_global", "v": "value value_global"},
+    ),
+    "BigBird-Pegasus": (["self_attn.self"], {"q": "query", "k": "key", "v": "value"}),
+    "MPNet": (["attention.attn"], {"q": "q", "k": "k", "v": "v", "o": "o"}),
+    "DistilBERT, XLM": (["attention", ""], {"q": "q_lin", "k": "k_lin", "v": "v_lin", "o": "out_lin"}),
+    "ALBERT, V-JEPA 2": (["attention"], {"q": "query", "k": "key", "v": "value", "o": "proj dense"}),
+    "Llama, Qwen2, CLIP, OPT, BART, Whisper": (
+        ["self_attn", "encoder_attn", "cross_attn", "self_attention", "cross_attention"],
+        {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj out_proj"},
+    ),
+    "Phi, Janus, LED": (["self_attn"], {"o": "dense projection_layer output"}),
+    "ViT, DINOv2, Wav2Vec2": (["attention"], {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj out_proj"}),
+    "GPT-J, ModernBERT's decoder": (["attn"], {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj proj Wo"}),
+    "GPT-Neo": (["attn.attention"], {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}),
+    "DeepSeek-V2": (["self_attn"], {"q": "q_a_proj q_b_proj", "k v": "kv_a_proj_with_mqa kv_b_proj"}),
+    "T5": (
+        ["layer.0.SelfAttention", "layer.1.EncDecAttention", "layer.0.LocalSelfAttention"],
+        {"q": "q", "k": "k", "v": "v", "o": "o"},
+    ),
+    "GPT-2": (["attn", "crossattention"], {"q k v": "c_attn", "o": "c_proj"}),
+    "Phi-3": (["self_attn"], {"q k v": "qkv_proj", "o": "o_proj"}),
+    "CodeGen": (["attn"], {"q k v": "qkv_proj", "o": "out_proj"}),
+    "GPT-NeoX, BLOOM, Falcon, Persimmon": (
+        ["attention", "self_attention", "self_attn"],
+        {"q k v": "query_key_value", "o": "dense"},
+    ),
+    "ModernBERT, MPT": (["attn"], {"q k v": "Wqkv", "o": "Wo out_proj"}),
+    "Qwen2-VL's tower, SAM, ViTDet": (["attn", "attention"], {"q k v": "qkv", "o": "proj"}),
+    "BLIP's tower": (["self_attn"], {"q k v": "qkv", "o": "projection"}),
+    "Bark": (["attn"], {"q k v": "att_proj", "o": "out_proj"}),
+    "MLP of BERT, RoBERTa": (["intermediate"], {"up": "dense"}),
+    "MLP's output of BERT, RoBERTa": (["output"], {"down": "dense"}),
+    "MLP of Llama, Qwen2, GLM": (
+        ["mlp", "ffn", "feed_forward"],
+        {"gate": "gate_proj", "up": "up_proj", "down": "down_proj", "gate up": "gate_up_proj"},
+    ),
+    "MLP of CLIP, ViT, OPT, BART, Whisper": (["mlp", "", "ffn"], {"up": "fc1", "down": "fc2"}),
+    "MLP of ViT, DINOv2 in earlier releases": (["mlp"], {"gate up": "weights_in", "down": "weights_out"}),
+    "MLP of GPT-2, StarCoder2": (["mlp"], {"up": "c_fc", "down": "c_proj"}),
+    "MLP of GPT-NeoX, BLOOM, Falcon": (["mlp"], {"up": "dense_h_to_4h", "down": "dense_4h_to_h"}),
+    "MLP of GPT-J, CodeGen": (["mlp"], {"up": "fc_in", "down": "fc_out"}),
+    "MLP of ModernBERT": (["mlp"], {"gate up": "Wi", "down": "Wo"}),
+    "MLP of Bark": (["mlp"], {"up": "in_proj", "down": "out_proj"}),
+    "MLP of ALBERT": ([""], {"up": "ffn", "down": "ffn_output"}),
+    "MLP of SAM, DistilBERT, XLM": (["mlp", "ffn", ""], {"up": "lin1", "down": "lin2"}),
+    "MLP of Qwen3-VL's tower": (["mlp"], {"up": "linear_fc1", "down": "linear_fc2"}),
+    "MLP of LFM2": (["feed_forward"], {"gate": "w1", "up": "w3", "down": "w2"}),
+    "MLP of Wav2Vec2": (["feed_forward"], {"up": "intermediate_dense", "down": "output_dense"}),
+    "MLP of T5": (
+        ["layer.1.DenseReluDense", "layer.2.DenseReluDense"],
+        {"up": "wi wi_1", "gate": "wi_0", "down": "wo"},
+    ),
+}
+ROLES_OF = {
+    f"{module}.{name}".removeprefix("."): frozenset(roles.split())
+    for modules, linear in FAMILIES.values()
+    for module in modules
+    for roles, names in linear.items()
+    for name in names.split()
+}
+MIXTURE = frozenset(ROLES[4:])
+EXPERTS = re.compile(r".*\.experts?")
+_IN_BLOCK = r"(?P<stack>(?:.*\.)?[^.]+)\.(?P<layer>\d+)\.(?P<path>"
+PROJECTION = re.compile(_IN_BLOCK + "|".join(map(re.escape, ROLES_OF)) + ")")
+BLOCK = re.compile(_IN_BLOCK + ".+)")
+MOST_LISTED = 8
+WAY_OUT = 'target_modules="all-linear" adapts all linear layers but the head'
 
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear module of a block, at `path` inside it: in block `layer` of the `layers` blocks of a `stack`."""
+    """A linear module of a block, at `path` inside it: in block `layer` of the `layers` blocks of a `stack`.
+
+    roles: what it computes, one of ROLES or several. A mixture of experts is listed as one, for placements to cover.
+    """
 
     name: str
     stack: str
     layer: int
     layers: int
     path: str
-
-    @property
-    def roles(self) -> frozenset[str]:
-        """What it computes: one of ROLES, or several."""
-        return ROLES_OF[self.path]
+    roles: frozenset[str]
 
     @property
     def kind(self) -> str:
         """ "attention" or "mlp"."""
         return "attention" if self.roles <= ATTENTION else "mlp"
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What is in a model's blocks: projections, mixtures of experts, and the names of other modules that multiply."""
+
+    projections: list[Projection]
+    mixtures: list[Projection]
+    others: list[str]
 
 
 class Placement(ABC):
@@ -119,6 +153,10 @@ class Placement(ABC):
     @abstractmethod
     def covers(self, projection: Projection) -> bool:
         """Whether `projection` is adapted."""
+
+    def misses(self, name: str) -> bool:
+        """Whether it is incomplete without the module `name` of a block, whose role nobody knows."""
+        return True
 
 
 class All(Placement, name="all"):
@@ -204,40 +242,126 @@ class Named(Placement):
 
     def covers(self, projection: Projection) -> bool:
         """By name."""
-        return self.pattern.fullmatch(projection.name) is not None
+        return self.misses(projection.name)
+
+    def misses(self, name: str) -> bool:
+        """By name too: it names its modules itself."""
+        return self.pattern.fullmatch(name) is not None
 
 
 def find_projections(names: Iterable[str]) -> list[Projection]:
     """The projections among the full names of a model's modules, in that order."""
-    found = [match for name in names if (match := PROJECTION.fullmatch(name))]
+    return _projections({name: ROLES_OF[match["path"]] for name in names if (match := PROJECTION.fullmatch(name))})
+
+
+def find_blocks(model: nn.Module) -> Blocks:
+    """What multiplies in the blocks of a model, that is below the elements of its stacks, adapted or not."""
+    inside = dict(_inside_blocks(model))
+    mixtures = dict.fromkeys(map(_mixture, filter(EXPERTS.fullmatch, inside)), MIXTURE)
+    projections: list[str] = []
+    others: list[str] = []
+    for name, module in inside.items():
+        if any(f"{name}.".startswith(f"{mixture}.") for mixture in mixtures):
+            continue
+        linear, known = isinstance(module, (nn.Linear, Conv1D)), PROJECTION.fullmatch(name)
+        if known and (linear or not (any(module.children()) or isinstance(module, _ConvNd))):
+            projections.append(name)
+        elif linear or _multiplies(module, known is not None):
+            others.append(name)
+    found = find_projections(projections)
+    others += [projection.name for projection in found if not _fits(projection, found, inside)]
+    return Blocks(find_projections(name for name in projections if name not in others), _projections(mixtures), others)
+
+
+def _inside_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of all that is below an element of a stack; of what is adapted, the base layer."""
+    stacks, blocks = set(), set()
+    for name, module in model.named_modules():
+        parent = name.rpartition(".")[0]
+        if parent in blocks:
+            yield name, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if (parent in blocks or (name and parent in stacks)) and not isinstance(module, BaseTunerLayer):
+            blocks.add(name)
+        if isinstance(module, nn.ModuleList) or (isinstance(module, nn.Sequential) and _alike(module)):
+            stacks.add(name)
+
+
+def _fits(projection: Projection, known: Sequence[Projection], modules: Mapping[str, nn.Module]) -> bool:
+    """Whether what goes into the MLP is as wide as what comes out: in some families "fc1" is gate and up in one."""
+    into = len(projection.roles & {"gate", "up"})
+    block = [other for other in known if (other.stack, other.layer) == (projection.stack, projection.layer)]
+    widths = {_sides(modules[other.name])[0] for other in block if "down" in other.roles} - {None}
+    wide = _sides(modules[projection.name])[1]
+    return not (into and wide and widths) or wide in {into * width for width in widths if width}
+
+
+def _sides(module: Any) -> tuple[int | None, int | None]:
+    """in_features and out_features, as far as the module tells."""
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    return getattr(module, "in_features", None), getattr(module, "out_features", None)
+
+
+def _alike(modules: nn.Sequential) -> bool:
+    return len(modules) > 1 and len({type(module) for module in modules}) == 1
+
+
+def _multiplies(module: nn.Module, known: bool) -> bool:
+    """Whether it does what linear layers do: by tensors of its own, as experts, or as a convolution of such a name."""
+    if isinstance(module, _ConvNd):
+        return known
+    shapes = [parameter.shape for parameter in module.parameters(recurse=False)]
+    return isinstance(module, nn.MultiheadAttention) or any(len(shape) > 2 and min(shape) > 1 for shape in shapes)
+
+
+def _mixture(experts: str) -> str:
+    """The MLP that experts are in, with router and shared experts; they alone where they stand in the block itself."""
+    parent = experts.rpartition(".")[0]
+    return experts if parent.rpartition(".")[2].isdecimal() else parent
+
+
+def _projections(roles: Mapping[str, frozenset[str]]) -> list[Projection]:
+    """Those of these names and roles."""
+    found = {name: cast(re.Match[str], PROJECTION.fullmatch(name) or BLOCK.fullmatch(name)) for name in roles}
     layers: dict[str, int] = {}
-    for match in found:
+    for match in found.values():
         layers[match["stack"]] = max(layers.get(match["stack"], 0), int(match["layer"]) + 1)
-    return [Projection(m[0], m["stack"], int(m["layer"]), layers[m["stack"]], m["path"]) for m in found]
+    return [
+        Projection(name, m["stack"], int(m["layer"]), layers[m["stack"]], m["path"], roles[name])
+        for name, m in found.items()
+    ]
 
 
-def target_pattern(placement: str, names: Iterable[str]) -> str:
-    """The regular expression that a placement's modules match, and no others, among the `names` of a model's modules.
+def target_pattern(placement: str, model: nn.Module) -> str:
+    """The regular expression that a placement's modules match, and no others of the model.
 
     placement: a registered name, with its argument after a colon, or a regular expression over full names. Raises
-    InputError for an unknown placement, one whose roles the model lacks, and a model without known projections.
+    InputError for an unknown placement, one whose roles the model lacks, and one that would cover a part only of what
+    it names: where it goes by roles, the role of every linear layer in the blocks has to be known.
     """
-    projections = find_projections(names)
-    if not projections:
+    chooser, blocks = _parse(placement), find_blocks(model)
+    if not blocks.projections:
+        raise InputError(f"placement {shown(placement)} knows no block of a {type(model).__name__}; {WAY_OUT}")
+    if missed := list(filter(chooser.misses, blocks.others)):
         raise InputError(
-            f"placement {placement!r} needs a model of a known family ({'; '.join(FAMILIES)}); "
-            "for another, give target_modules"
+            f"placement {shown(placement)} does not know the roles of {_kinds(missed)} in the blocks; {WAY_OUT}"
         )
-    chooser = _parse(placement)
-    roles = frozenset().union(*(projection.roles for projection in projections))
+    if missed := [mixture.name for mixture in blocks.mixtures if chooser.covers(mixture)]:
+        raise InputError(
+            f"placement {shown(placement)} covers mixtures of experts, which are no linear layers of the block: "
+            f'{_kinds(missed)}; placement="attention" leaves them out'
+        )
+    roles = frozenset[str]().union(*(projection.roles for projection in blocks.projections))
     if missing := chooser.needs - roles:
         raise InputError(
             f"placement {placement!r} needs {_listed(missing)}, which this model has not; it has {_listed(roles)}"
         )
-    chosen = [projection for projection in projections if chooser.covers(projection)]
+    chosen = [projection for projection in blocks.projections if chooser.covers(projection)]
+    if not chosen and not isinstance(chooser, Named):
+        raise InputError(f"placement {placement!r} covers no linear layer of this model, which has {_listed(roles)}")
     if not chosen:
         error = unknown("placement", placement, PLACEMENTS)
-        raise InputError(f"{error}; as a regular expression it matches none of {len(projections)} projections")
+        raise InputError(f"{error}; as a regular expression it matches none of {len(blocks.projections)} projections")
     return _pattern(chosen)
 
 
@@ -270,6 +394,13 @@ def _pattern(chosen: Sequence[Projection]) -> str:
     for (stack, path), blocks in layers.items():
         paths.setdefault((stack, "|".join(blocks)), []).append(re.escape(path))
     return "|".join(rf"{re.escape(stack)}\.(?:{blocks})\.(?:{'|'.join(p)})" for (stack, blocks), p in paths.items())
+
+
+def _kinds(names: Iterable[str]) -> str:
+    """Names with a star for the blocks' numbers, the first few."""
+    kinds = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names))
+    more = f" and {len(kinds) - MOST_LISTED} more" if len(kinds) > MOST_LISTED else ""
+    return ", ".join(kinds[:MOST_LISTED]) + more
 
 
 def _listed(roles: frozenset[str]) -> str:

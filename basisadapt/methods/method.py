@@ -104,7 +104,7 @@ def put_into(
     import peft
 
     names = [name for name, _ in model.named_modules()]
-    targets = settings.target_modules or target_pattern(settings.placement, names)
+    targets = settings.target_modules or target_pattern(settings.placement, model)
     common = {"task_type": task_type, "target_modules": targets}
     if task_type is None:  # peft finds a head by the task's type
         common["modules_to_save"] = [name for name in HEADS if name in names]
@@ -112,5 +112,5 @@ def put_into(
         return peft.get_peft_model(model, peft_config(settings, common))
     except InputError:
         raise
-    except ValueError as error:  # peft's answer to target modules that match nothing
+    except (TypeError, ValueError) as error:  # peft's answer to target modules that match nothing, or the head
         raise InputError(f"adapter.target_modules {targets}: {' '.join(str(error).split())}") from error
