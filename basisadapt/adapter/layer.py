@@ -22,6 +22,8 @@ from basisadapt.phi.weight import Execution, Weight, adapted_linear, delta_weigh
 class PhiLinear(AdaptedLinear):
     """y = x (W + ΔW)ᵀ + b over an nn.Linear, or a transformers Conv1D, whose weight is stored transposed.
 
+    Over one that does more than that, by a forward of its own or by hooks, y = base(x) + x ΔWᵀ: see `AdaptedLinear`.
+
     An adapter without φ here, one of the rest with rest="lora", has ΔW = s BA and the path of LoRA, s (x Aᵀ) Bᵀ.
     """
 
@@ -109,13 +111,15 @@ class PhiLinear(AdaptedLinear):
         if self.disable_adapters or self.merged or not active:
             return cast(Tensor, self.base_layer(x, *args, **kwargs))
         # From the meta device, accelerate brings the weight back for the base layer's own forward pass alone.
-        offloaded = self.base_layer.weight.is_meta
+        stored = self.base_layer._parameters.get("weight")
+        offloaded = stored is not None and stored.is_meta
         if offloaded:
             self._onload()
-        fused = None if offloaded else next((name for name in active if self._fuses(name)), None)
+        reads = self._is_plain() and not offloaded
+        fused = next((name for name in active if self._fuses(name)), None) if reads else None
         y: Tensor
         if fused is None:
-            y = self.base_layer(x, *args, **kwargs)
+            y = self._call_base(x, *args, **kwargs)
         else:
             y = self._adapted(fused, x, self._weight(x.dtype), self.base_layer.bias)
         for name in active:

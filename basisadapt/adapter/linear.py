@@ -8,19 +8,52 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, cast
 
 import torch
+from accelerate.hooks import AlignDevicesHook
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import is_lazy
 from transformers.pytorch_utils import Conv1D
 
 from basisadapt.errors import InputError
 from basisadapt.phi.compiler import onload
 
 DEQUANTISED = ("Params4bit", "Int8Params")  # classes of weights that peft can dequantise
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that products are made in
+PLAIN = (nn.Linear.forward, Conv1D.forward)
+PRODUCTS = {
+    *(F.linear, F.bilinear, F.conv1d, F.conv2d, F.multi_head_attention_forward),
+    *(torch.matmul, torch.mm, torch.bmm, torch.mv, torch.addmm, torch.baddbmm, torch.einsum, torch.tensordot),
+    *(Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.mv, Tensor.addmm, Tensor.__matmul__, Tensor.__rmatmul__),
+}
+
+
+class BaseWeight(Tensor):
+    """W as an adapted layer shows it to modules that read a weight instead of calling its layer.
+
+    It is W to look at, and raises InputError in a matrix product, which would lack ΔW. Torch's fast paths, as that of
+    nn.TransformerEncoderLayer, give way to any such class and call the layer.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """What torch calls for every function of such a tensor."""
+        if func in PRODUCTS:
+            raise InputError(
+                "the weight of an adapted layer was multiplied by, where the layer should have been called: the "
+                "adapter would do nothing there; leave that layer out by exclude_modules"
+            )
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
 
 
 class AdaptedLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     """Over an nn.Linear, or a transformers Conv1D, whose weight is stored transposed.
+
+    A forward of a subclass' own, hooks, and a parametrised or pruned weight stay at work: such a layer is called, and
+    x ΔWᵀ added, which is exact. It cannot be merged into.
 
     title: the method's name in messages. Raises InputError for another module, or a weight that it cannot work on.
     """
@@ -46,16 +79,22 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 f"{self.title} would do nothing there; leave it out by exclude_modules"
             )
         self.base_layer = cast(nn.Linear, base_layer)
-        self._quantised = not self.base_layer.weight.is_floating_point()
-        if self._quantised and type(self.base_layer.weight).__name__ not in DEQUANTISED:
+        weight = self.base_layer.weight
+        if is_lazy(weight):
+            raise InputError(f"module {name!r} has no weight yet: call the model once before {self.title}")
+        self._quantised = weight.dtype not in DTYPES
+        if self._quantised and type(weight).__name__ not in DEQUANTISED:
             raise InputError(
-                f"module {name!r} has a weight of dtype {self.base_layer.weight.dtype}; of the quantised ones "
+                f"module {name!r} has a weight of dtype {weight.dtype}; of the quantised ones "
                 f"{self.title} adapts those of bitsandbytes"
             )
-        if self._quantised:
-            self.out_features, self.in_features = self.base_layer.out_features, self.base_layer.in_features
-        else:
-            self.out_features, self.in_features = self._matrix(self.base_layer.weight).shape
+        sides = (base_layer.nf, base_layer.nx) if isinstance(base_layer, Conv1D) else _sides(self.base_layer)
+        if not self._quantised and self._matrix(weight).shape != sides:
+            raise InputError(
+                f"module {name!r} is a {type(base_layer).__name__} with a weight of shape {tuple(weight.shape)}; "
+                f"{self.title} adapts matrices, {sides[0]} × {sides[1]} there"
+            )
+        self.out_features, self.in_features = sides
         self.name = name
         self.merged_adapters: list[str] = []
         self._unmerged_weight: Tensor | None = None
@@ -67,6 +106,36 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def _matrix(self, weight: Tensor) -> Tensor:
         """The weight as (out_features, in_features); its own inverse."""
         return weight.T if self._transposed else weight
+
+    @property
+    def weight(self) -> Tensor:
+        """The base weight, for modules that read it: see `BaseWeight`."""
+        weight: Tensor = self.base_layer.weight
+        idle = self.merged or self.disable_adapters or not any(map(self._holds, self.active_adapters))
+        return weight if idle or type(weight) not in (Tensor, nn.Parameter) else weight.as_subclass(BaseWeight)
+
+    def _is_plain(self) -> bool:
+        """Whether the base layer does nothing but x Wᵀ + b, so that reading its weight does the same as calling it."""
+        layer = self.base_layer
+        return (type(layer).forward in PLAIN or self._quantised) and not (
+            "forward" in layer.__dict__
+            or "parametrizations" in layer._modules
+            or layer._forward_pre_hooks
+            or layer._forward_hooks
+            or layer._backward_pre_hooks
+            or layer._backward_hooks
+        )
+
+    def _call_base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the base layer makes of x. Raises InputError where no x ΔWᵀ can be added to it."""
+        y = self.base_layer(x, *args, **kwargs)
+        if not isinstance(y, Tensor) or y.shape != (*x.shape[:-1], self.out_features):
+            found = tuple(y.shape) if isinstance(y, Tensor) else f"a {type(y).__name__}"
+            raise InputError(
+                f"{self.name!r}, a {type(self.base_layer).__name__}, gives {found} for an input of shape "
+                f"{tuple(x.shape)}: {self.title} cannot be added to that; leave it out by exclude_modules"
+            )
+        return y
 
     def _check_rank(self, r: int) -> None:
         if r > min(self.in_features, self.out_features):
@@ -109,8 +178,9 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def merged_weight(self, adapters: Iterable[str], safe_merge: bool = False) -> Tensor:
         """The base weight with ΔW of those of these adapters that are in this layer and not merged yet.
 
-        Raises InputError for a quantised weight, and ValueError if the sum is beyond the range of the weight's dtype
-        (65,504 in float16), or with `safe_merge` if it is not finite for any other reason.
+        Raises InputError for a quantised weight, and for a base layer that does more than x Wᵀ + b or makes its weight
+        anew; ValueError if the sum is beyond the range of the weight's dtype (65,504 in float16), or with `safe_merge`
+        if it is not finite for any other reason.
         """
         if self._quantised:
             raise InputError(f"{self.name!r} has a quantised weight; load the base model unquantised to merge into it")
@@ -118,12 +188,25 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         for adapter in adapters:
             if not self._holds(adapter) or adapter in self.merged_adapters:
                 continue
+            self._check_mergeable()
             delta = self.get_delta_weight(adapter)
             merged = (weight + delta).to(weight.dtype)
             if not merged.isfinite().all():
                 self._refuse(adapter, weight, delta, safe_merge)
             weight = merged
         return weight
+
+    def _check_mergeable(self) -> None:
+        layer = self.base_layer
+        if "parametrizations" in layer._modules or not isinstance(layer._parameters.get("weight"), nn.Parameter):
+            what = "a weight that is made anew for every call"
+        elif layer._forward_pre_hooks or layer._forward_hooks:
+            what = "forward hooks, which would see ΔW too; remove them first"
+        elif type(layer).forward not in PLAIN or ("forward" in layer.__dict__ and not _only_moves(layer)):
+            what = "a forward of its own, which may do more than x Wᵀ + b"
+        else:
+            return
+        raise InputError(f"{self.name!r}, a {type(layer).__name__}, cannot be merged into: it has {what}")
 
     def _refuse(self, adapter: str, weight: Tensor, delta: Tensor, safe_merge: bool) -> None:
         into = f"merging adapter {adapter!r} into {self.name!r} gives"
@@ -140,6 +223,16 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             self.base_layer.weight.data.copy_(self._unmerged_weight)
         self._unmerged_weight = None
         self.merged_adapters.clear()
+
+
+def _only_moves(layer: nn.Module) -> bool:
+    """Whether accelerate alone has replaced its forward, to bring weights and inputs together."""
+    hook = getattr(layer, "_hf_hook", None)
+    return all(isinstance(part, AlignDevicesHook) for part in getattr(hook, "hooks", [hook]))
+
+
+def _sides(layer: nn.Linear) -> tuple[int, int]:
+    return layer.out_features, layer.in_features
 
 
 class AdaptedModel(BaseTuner):  # type: ignore[misc]

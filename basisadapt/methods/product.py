@@ -75,10 +75,11 @@ class ProductLinear(AdaptedLinear):
         self.refuse_mixed_batches(kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        y = cast(Tensor, self.base_layer(x, *args, **kwargs))
         if self.disable_adapters or self.merged:
-            return y
-        if self.base_layer.weight.is_meta:
+            return cast(Tensor, self.base_layer(x, *args, **kwargs))
+        y = self._call_base(x, *args, **kwargs)
+        stored = self.base_layer._parameters.get("weight")
+        if stored is not None and stored.is_meta:
             self._onload()
         for adapter in filter(self._holds, self.active_adapters):
             A, B = self.factors(adapter)
