@@ -146,7 +146,10 @@ def plan(config: RunConfig, data_dir: Path | None = None, dry: bool = False) -> 
     if not dry:
         backbones.check_weights(config.train.weights)
         backbones.check_at_hand(backbone)
-    return count_parameters(attach(backbones.shape_only(backbone, task.form, task.num_labels), config, task.form))
+    model = backbones.shape_only(backbone, task.form, task.num_labels)
+    if not dry:
+        backbones.check_inputs(backbone, task.form, model, config.train.max_length)
+    return count_parameters(attach(model, config, task.form))
 
 
 def attach(model: PreTrainedModel, config: RunConfig, form: str) -> PreTrainedModel | PeftModel:

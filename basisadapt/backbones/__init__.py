@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from basisadapt.backbones.catalogue import BACKBONES, Backbone, Package, find, register
 from basisadapt.backbones.forms import FORMS, HEADS, Form, is_head
+from basisadapt.backbones.inputs import check_inputs
 from basisadapt.backbones.loading import check_at_hand, load, shape_only
 from basisadapt.backbones.precision import QUANTISED, WEIGHTS, check_weights
 
@@ -17,6 +18,7 @@ __all__ = [
     "Form",
     "Package",
     "check_at_hand",
+    "check_inputs",
     "check_weights",
     "find",
     "is_head",

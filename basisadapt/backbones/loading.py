@@ -15,6 +15,7 @@ from basisadapt.backbones.beside import check_beside
 from basisadapt.backbones.catalogue import OWN, Backbone
 from basisadapt.backbones.failures import NO_SAFETENSORS, explained
 from basisadapt.backbones.forms import FORMS, check_form, is_head, model_class
+from basisadapt.backbones.inputs import check_tokenizer, most_tokens
 from basisadapt.backbones.packages import check_installed, place_of
 from basisadapt.backbones.precision import keep_head_exact, loading_options
 from basisadapt.errors import InputError
@@ -83,8 +84,8 @@ def load(
     if weights != "fp32":
         keep_head_exact(model)
     if isinstance(processor, transformers.PreTrainedTokenizerBase):
-        if len(processor) <= len(processor.all_special_tokens):  # what transformers makes of a missing vocabulary
-            raise InputError(f"backbone {backbone.name!r} has no tokenizer")
+        check_tokenizer(backbone, form, processor, model)
+        processor.model_max_length = min(processor.model_max_length, most_tokens(model) or processor.model_max_length)
         if processor.pad_token is None:
             processor.pad_token = processor.eos_token
         model.config.pad_token_id = processor.pad_token_id

@@ -221,7 +221,7 @@ def _run(options: argparse.Namespace, command: str) -> Answer:
         if options.dry_run:
             return _plans(tuning, place, executor)
         if options.export is not None:
-            return _export(tuning, place, options.export)
+            return _export(tuning, place, options, command)
         if options.results is not None:
             return _import(tuning, place, tags, executor, options.results)
         if options.report:
@@ -259,16 +259,29 @@ def _check_together(options: argparse.Namespace) -> None:
         raise InputError(f"{given[-1]} does not go with {given[0]}")
 
 
-def _export(tuning: Tuning, place: Place, path: Path) -> Answer:
+def _export(tuning: Tuning, place: Place, options: argparse.Namespace, command: str) -> Answer:
     from basisadapt.study.exchange import export_cells
 
+    path: Path = options.export
     count = export_cells(tuning, place, path)
+    plugins = [word for plugin in options.plugin for word in ("--plugin", plugin)]
+    elsewhere = ["python", "-m", "basisadapt.training", path.name, *plugins, "--output", "results.jsonl"]
+    here = [*_without(shlex.split(command), "--export"), "--import", "results.jsonl"]
     lines = [
-        f"{count} cells to run are in {path}. Elsewhere, and then here with the same options as now:",
-        f"  python -m basisadapt.training {shlex.quote(path.name)} --output results.jsonl",
-        f"  python -m basisadapt.study {shlex.quote(tuning.spec.name)} ... --import results.jsonl",
+        f"{count} cells to run are in {path}. Elsewhere, and then here:",
+        f"  {shlex.join(elsewhere)}",
+        f"  {shlex.join(here)}",
     ]
     return Answer("\n".join(lines), {"study": tuning.spec.name, "file": str(path), "cells": count})
+
+
+def _without(words: Sequence[str], option: str) -> list[str]:
+    """A command without an option that takes a value; its name may be cut short."""
+    for at, word in enumerate(words):
+        name, separate, _ = word.partition("=")
+        if len(name) > 2 and option.startswith(name):
+            return [*words[:at], *words[at + (1 if separate else 2) :]]
+    return [*words]
 
 
 def _import(tuning: Tuning, place: Place, tags: dict[str, str], executor: Executor, paths: list[Path]) -> Answer:

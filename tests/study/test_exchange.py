@@ -6,6 +6,7 @@ import errno
 import gzip
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -397,3 +398,26 @@ def test_of_a_row_that_is_tuned_the_trials_travel_first(home, fake, study):
     study("tiny.yaml", "--seeds", "1")
     code, out, _ = study(*SEED, "--export", "cells.jsonl")
     assert "0 cells to run" in out
+
+
+def test_the_commands_that_an_export_prints_work(home, fake, alone, study, tmp_path):
+    """For a study file of one's own in a folder, with the options that it was given."""
+    Path("mine").mkdir()
+    own = Path("mine/own study.yaml")
+    own.write_text(Path("tiny.yaml").read_text())
+    code, out, _ = study(str(own), "--seeds=1", "--set", "sweep.basis=sinc", "--export", "cells.jsonl")
+    assert code == 0
+    elsewhere, here = (shlex.split(line)[3:] for line in out.splitlines()[-2:])
+    assert train(*elsewhere, *alone())[0] == 0
+    code, out, err = study(*here)
+    assert (code, err) == (0, "")
+    assert "sinc" in out
+
+
+def test_an_export_names_the_plug_ins_that_its_cells_need(home, fake, study):
+    Path("plug in.py").write_text("")
+    _, out, _ = study(*SEED, "--plugin", "plug in.py", "--export=cells.jsonl")
+    elsewhere, here = out.splitlines()[-2:]
+    assert elsewhere == "  python -m basisadapt.training cells.jsonl --plugin 'plug in.py' --output results.jsonl"
+    assert here.endswith("--plugin 'plug in.py' --import results.jsonl")
+    assert "--export" not in here

@@ -1,0 +1,70 @@
+"""What a backbone can read: as many tokens as it has positions, and the tokens that it has embeddings for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from basisadapt.backbones.catalogue import Backbone
+from basisadapt.backbones.failures import explained
+from basisadapt.backbones.forms import FORMS
+from basisadapt.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+POSITIONS = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
+
+
+def most_tokens(model: nn.Module) -> int | None:
+    """The positions that a model of texts has learned one by one; None where there are none, as with rotary ones.
+
+    RoBERTa and its kind count from behind the padding token's index on, OPT and BART from an offset.
+    """
+    tables = [module for name, module in model.named_modules() if name.rpartition(".")[2] in POSITIONS]
+    counts = [
+        table.num_embeddings - (getattr(table, "offset", 0) if table.padding_idx is None else table.padding_idx + 1)
+        for table in tables
+        if isinstance(table, nn.Embedding)
+    ]
+    return min(counts, default=None)
+
+
+def check_inputs(backbone: Backbone, form: str, model: PreTrainedModel, max_length: int | None) -> None:
+    """Raise InputError where a task of that form would give the model more tokens, or others, than it knows.
+
+    model: of shapes alone will do. Only the tokenizer of a local folder is looked at; `load` looks at all.
+    """
+    if FORMS[form].processor != "AutoTokenizer":
+        return
+    most = most_tokens(model)
+    if max_length is not None and most is not None and max_length > most:
+        raise InputError(
+            f"train.max_length must be at most {most}, the positions of backbone {backbone.name!r}, got {max_length}"
+        )
+    if backbone.package is None and Path(backbone.source).is_dir():
+        import transformers
+
+        with explained(backbone):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(backbone.source, trust_remote_code=False)
+        check_tokenizer(backbone, form, tokenizer, model)
+
+
+def check_tokenizer(backbone: Backbone, form: str, tokenizer: Any, model: PreTrainedModel) -> None:
+    """Raise InputError where tokens have no embedding, or where none pads or ends a text."""
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a missing vocabulary
+        raise InputError(f"backbone {backbone.name!r} has no tokenizer")
+    embeddings: Any = model.get_input_embeddings()
+    if (last := max(tokenizer.get_vocab().values())) >= embeddings.num_embeddings:
+        raise InputError(
+            f"backbone {backbone.name!r} has embeddings for {embeddings.num_embeddings} tokens, and its tokenizer "
+            f"numbers up to {last}: they do not belong together"
+        )
+    if tokenizer.eos_token is None and (form == "completion" or tokenizer.pad_token is None):
+        needed = "ends an answer" if form == "completion" else "pads a batch"
+        raise InputError(
+            f"the tokenizer of backbone {backbone.name!r} has no eos_token, so that nothing {needed}; "
+            "set it in its tokenizer_config.json"
+        )
