@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from basisadapt import InputError, RunConfig, backbones
 from basisadapt.backbones.inputs import most_tokens
@@ -94,6 +94,20 @@ def test_a_tokenizer_larger_than_the_embedding(language_model, tmp_path, count):
         planned(folder, "docstrings")
     with pytest.raises(InputError, match=message):
         backbones.load(backbones.find(str(folder)), "text", 3)
+
+
+@pytest.mark.parametrize(("name", "refused"), [("additional_special_tokens", False), ("pad_token", True)])
+def test_special_tokens_count_where_something_puts_them_there(language_model, tmp_path, name, refused):
+    folder = folder_with(language_model, tmp_path, "bert", AutoModelForSequenceClassification, **SHAPES)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({name: ["<beyond>"] if name.startswith("add") else "<beyond>"})
+    assert tokenizer.convert_tokens_to_ids("<beyond>") == 258
+    tokenizer.save_pretrained(folder)
+    if refused:
+        with pytest.raises(InputError, match=r"embeddings for 258 tokens, and its tokenizer numbers up to 258"):
+            planned(folder, "docstrings")
+    else:
+        assert planned(folder, "docstrings").modules == 6
 
 
 @pytest.mark.parametrize(

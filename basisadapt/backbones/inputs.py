@@ -57,7 +57,7 @@ def check_tokenizer(backbone: Backbone, form: str, tokenizer: Any, model: PreTra
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a missing vocabulary
         raise InputError(f"backbone {backbone.name!r} has no tokenizer")
     embeddings: Any = model.get_input_embeddings()
-    if (last := max(tokenizer.get_vocab().values())) >= embeddings.num_embeddings:
+    if (last := _last_token(tokenizer)) >= embeddings.num_embeddings:
         raise InputError(
             f"backbone {backbone.name!r} has embeddings for {embeddings.num_embeddings} tokens, and its tokenizer "
             f"numbers up to {last}: they do not belong together"
@@ -68,3 +68,12 @@ def check_tokenizer(backbone: Backbone, form: str, tokenizer: Any, model: PreTra
             f"the tokenizer of backbone {backbone.name!r} has no eos_token, so that nothing {needed}; "
             "set it in its tokenizer_config.json"
         )
+
+
+def _last_token(tokenizer: Any) -> int:
+    """The largest number that a text may be given; special tokens that nothing puts there may lie beyond it."""
+    numbers: set[int] = set(tokenizer.get_vocab().values())
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    put = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id}
+    put |= {tokenizer.cls_token_id, tokenizer.sep_token_id}
+    return max((numbers - special) | (put - {None}))

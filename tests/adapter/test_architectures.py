@@ -18,6 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from basisadapt import InputError
 from basisadapt.adapter.placement import find_projections, target_pattern
+from basisadapt.methods import METHODS
+from basisadapt.observation import adapted_layers, adapter_parameters
 
 AUTO = {
     "AutoModel": "MODEL_MAPPING_NAMES",
@@ -122,6 +124,37 @@ def misnamed(model):
 )
 def test_common_architectures(model_type, expected):
     assert verdict(build(model_type))[0] == expected
+
+
+SWIN = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 2], "num_heads": [2, 2], "window_size": 2}
+MIXTRAL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+MIXTRAL |= {"num_key_value_heads": 1, "num_local_experts": 2, "vocab_size": 30, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize("method", ["phi", "lora", "nola"])
+def test_the_ways_out_work(method):
+    """All linear layers but the head, where roles are not known; attention alone, beside experts."""
+    torch.manual_seed(0)
+    settings, x = METHODS[method].settings, torch.randn(2, 3, 16, 16)
+    swin = transformers.AutoModelForImageClassification.from_config(transformers.SwinConfig(**SWIN, num_labels=3))
+    with pytest.raises(InputError, match=r"roles of swin.encoder.layers.\*.downsample.reduction in the blocks"):
+        METHODS[method]().attach(swin, settings(r=2), None)
+    linear = {name for name, module in swin.named_modules() if isinstance(module, nn.Linear)}
+    model = METHODS[method]().attach(swin, settings(r=2, target_modules="all-linear"), None)
+    assert {name for name, _ in adapted_layers(model)} == linear - {"classifier"}
+    mixtral = transformers.AutoModelForCausalLM.from_config(transformers.MixtralConfig(**MIXTRAL))
+    experts = METHODS[method]().attach(mixtral, settings(r=2, placement="attention"), "CAUSAL_LM")
+    assert len(list(adapted_layers(experts))) == 2 * 4
+    for adapted, given in ((model, {"pixel_values": x}), (experts, {"input_ids": torch.tensor([[3, 4, 5]])})):
+        start = adapted.eval()(**given).logits
+        start.square().sum().backward()
+        with torch.no_grad():
+            for parameter in adapter_parameters(adapted).values():
+                assert parameter.grad is not None
+                parameter.add_(0.05)
+        moved = adapted(**given).logits
+        assert not torch.allclose(moved, start, atol=1e-3)
+        torch.testing.assert_close(adapted.merge_and_unload()(**given).logits, moved, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
