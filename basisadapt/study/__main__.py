@@ -7,6 +7,7 @@ import json
 import shlex
 import sys
 import traceback
+from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
