@@ -6,7 +6,6 @@ gives the same numbers, bit for bit, with and without.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import statistics
@@ -215,21 +214,13 @@ def _spectrum(delta: Tensor) -> Numbers:
 
 def _updates(model: nn.Module, weight_change: WeightChange) -> Iterator[tuple[str, Any, Tensor, Transfer | None]]:
     """Name, layer, ΔW and, where there is one, F of every adapted module; ΔW of a Conv1D may come transposed."""
-    from basisadapt.phi.weight import delta_weight
-
-    compilers: dict[int, Any] = {}
     for name, layer in adapted_layers(model):
         if not _has_phi(layer):
             change = weight_change(layer)
             if change is not None:
                 yield name, layer, change, None
             continue
-        source = layer.phi_source[ADAPTER]
-        # A copy is as new: the original counts its compilations, and one more would change a later step's series.
-        fresh = compilers.setdefault(id(source), copy.copy(source))
-        A, B = layer.phi_A[ADAPTER], layer.phi_B[ADAPTER]
-        update = delta_weight(A, B, fresh.evaluator(layer.name, A, B), fresh.backend(A.device))
-        yield name, layer, update, fresh.transfer(layer.name, A, B)
+        yield name, layer, layer.get_delta_weight(ADAPTER), layer.phi_source[ADAPTER].transfer(layer.name)
 
 
 def _has_phi(layer: Any) -> bool:

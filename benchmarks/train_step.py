@@ -227,7 +227,7 @@ def check(case: Case, base: PreTrainedModel) -> float:
         for layer in layers:
             found, source = layer.get_delta_weight("default"), layer.phi_source["default"]
             A, B = layer.phi_A["default"], layer.phi_B["default"]
-            truth = delta_weight(A, B, Direct(source.transfer(layer.name, A, B), A.dtype), "torch")
+            truth = delta_weight(A, B, Direct(source.transfer(layer.name)), "torch")
             worst = max(worst, ((found - truth).abs().max() / truth.abs().max()).item())
     return worst
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from basisadapt.adapter.config import PhiConfig
 from basisadapt.adapter.linear import AdaptedLinear
+from basisadapt.errors import InputError
 from basisadapt.phi.choice import compute_dtype
 from basisadapt.phi.compiler import Compiler
 from basisadapt.phi.weight import Execution, Weight, adapted_linear, delta_weight
@@ -87,12 +88,13 @@ class PhiLinear(AdaptedLinear):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW of one adapter in the layout of the base weight, in float32 (float64 for a float64 adapter)."""
+        source = self.phi_source.get(adapter)
+        evaluator = source and source.fresh(self.name)
         A, B = self.phi_A[adapter], self.phi_B[adapter]
-        if adapter not in self.phi_source:
+        if source is None or evaluator is None:
             dtype = compute_dtype(A)
             return self._matrix(self.phi_settings[adapter].scaling * (B.to(dtype) @ A.to(dtype)))
-        source = self.phi_source[adapter]
-        return self._matrix(delta_weight(A, B, source.evaluator(self.name, A, B), source.backend(A.device)))
+        return self._matrix(delta_weight(A, B, evaluator, source.backend(A.device)))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The adapted layer. Several active adapters add their ΔW. Raises InputError for a batch of mixed adapters."""
@@ -145,6 +147,11 @@ class PhiLinear(AdaptedLinear):
         return self.phi_settings[adapter].scaling * F.linear(F.linear(x.to(A.dtype), A), B)
 
     def _adapted(self, adapter: str, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+        if "_is_replica" in self.__dict__:
+            raise InputError(
+                "φ(BA) does not work under nn.DataParallel, whose copies of the layers lie apart from φ's tables; use "
+                "DistributedDataParallel (torchrun or accelerate launch), or one GPU (CUDA_VISIBLE_DEVICES=0)"
+            )
         source = self.phi_source[adapter]
         A, B = self.phi_A[adapter], self.phi_B[adapter]
         execution = Execution(source.backend(A.device), self.phi_settings[adapter].dense_gradient)

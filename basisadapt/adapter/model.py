@@ -18,7 +18,6 @@ from basisadapt.adapter.linear import AdaptedModel
 from basisadapt.adapter.placement import describe, target_pattern
 from basisadapt.errors import InputError
 from basisadapt.phi.bank import TransferBank
-from basisadapt.phi.choice import default_tolerance
 from basisadapt.phi.compiler import Compiler
 
 
@@ -60,12 +59,11 @@ class PhiModel(AdaptedModel):
                 "unload() it first, or give the new one another name"
             )
         bank = TransferBank(config, [replace(describe(layer.name), in_features=layer.in_features) for layer in layers])
-        if layers[0].base_layer.weight.dtype == torch.float64:
+        if any(layer.base_layer.weight.dtype == torch.float64 for layer in layers):
             bank.double()
         self.phi_bank[adapter_name] = bank
-        factors = {layer.name: (layer.phi_A, layer.phi_B) for layer in layers}
-        tolerance = config.tolerance or default_tolerance(layers[0].base_layer.weight.dtype)
-        compiler = Compiler(bank, adapter_name, factors, config.backend, tolerance)
+        modules = {layer.name: (layer.phi_A, layer.phi_B, layer.base_layer) for layer in layers}
+        compiler = Compiler(bank, adapter_name, modules, config.backend, config.tolerance)
         for layer in layers:
             layer.phi_source[adapter_name] = compiler
         layers[0]._move_adapter_to_device_of_base_layer(adapter_name)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from basisadapt.errors import InputError
@@ -89,12 +91,14 @@ class TransferBank(nn.Module):
 
     ω = softplus(raw_omega) > 0, started at ω₀ (paper, section 3.3). What does not train is a buffer, saved all the
     same, so that an adapter file alone defines φ. Where the gain is learned there is log_gain too, shape (M,).
+    loaded: how often a state was loaded.
     """
 
     alpha: Tensor
     raw_omega: Tensor
     grid: Tensor
     log_gain: Tensor
+    loaded: int = 0
 
     def __init__(self, settings: PhiSettings, modules: Sequence[AdaptedModule]) -> None:
         super().__init__()
@@ -164,6 +168,28 @@ class TransferBank(nn.Module):
         alpha, omega, x = self.rows[module]
         return self._transfer(self.alpha[alpha], self.raw_omega[omega], self.grid[x], gain)
 
+    def functions(self, gains: Tensor) -> Callable[..., Transfer]:
+        """What makes the transfer functions of all M modules of `tables`, or of copies; gains: g where it is given."""
+
+        def make(alpha: Tensor, raw_omega: Tensor, grid: Tensor, log_gain: Tensor | None = None) -> Transfer:
+            return self.transfers(alpha, raw_omega, grid, gains if log_gain is None else log_gain.double().exp())
+
+        return make
+
+    def kept_transfer(self, module: str, gain: Tensor, copies: tuple[Tensor, ...]) -> Transfer:
+        """`transfer` at copies of the tables; its gradients flow to the tables themselves, in several backward passes.
+
+        gain: g where it is not learned.
+        """
+        rows, index = self.rows[module], list(self.rows).index(module)
+
+        def choose(alpha: Tensor, raw_omega: Tensor, grid: Tensor, *log_gain: Tensor) -> tuple[Tensor, ...]:
+            learned = [log[index].double().exp() for log in log_gain]
+            return alpha[rows[0]].clone(), F.softplus(raw_omega[rows[1]]), grid[rows[2]].clone(), *learned
+
+        parameters = _Kept.apply(choose, copies, *self.tables)  # type: ignore[no-untyped-call]
+        return Transfer(self.basis, *(*parameters, gain)[:4], *self._formula)
+
     def transfers(self, alpha: Tensor, raw_omega: Tensor, grid: Tensor, gains: Tensor) -> Transfer:
         """The transfer functions of all M modules, in their order, at these tables: those of the bank, or copies."""
         columns = zip(*self.rows.values(), strict=True)
@@ -173,6 +199,10 @@ class TransferBank(nn.Module):
 
     def _transfer(self, alpha: Tensor, raw_omega: Tensor, grid: Tensor, gain: Tensor) -> Transfer:
         return Transfer(self.basis, alpha, F.softplus(raw_omega), grid, gain, *self._formula)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.loaded += 1
+        super()._load_from_state_dict(*args, **kwargs)
 
     def roughness(self) -> Tensor:
         """The mean of φ''² over the grid's interval and the modules, by differences of φ at ROUGH points a function."""
@@ -186,6 +216,25 @@ class TransferBank(nn.Module):
     def trainable_count(self) -> int:
         """Trainable numbers in φ's tables."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+class _Kept(torch.autograd.Function):
+    """choose(*tables) of copies, which it keeps: no saved tensors, which the first backward pass would free."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, choose: Callable[..., tuple[Tensor, ...]], copies: tuple[Tensor, ...], *tables: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.choose, ctx.copies = choose, copies
+        return choose(*copies)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            leaves = [copy.detach().requires_grad_() for copy in ctx.copies]
+            grads = torch.autograd.grad(ctx.choose(*leaves), leaves, upstream)
+        return None, None, *grads
 
 
 def _pick(table: Tensor, rows: tuple[int, ...]) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from basisadapt.errors import unknown
@@ -13,6 +15,8 @@ from basisadapt.ranges import Range
 from basisadapt.registry import Registry
 
 BASES: Registry[TransferBasis] = Registry("basis")
+
+SEEN, FINE = 8, 512  # of a basis, to see how narrow it is: the range of u, and samples per unit
 
 ARGUMENTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "shifted": lambda x, omega, grid: omega * (x - grid),
@@ -56,3 +60,16 @@ class TransferBasis(ABC):
     def __call__(self, x: Tensor, omega: Tensor, grid: Tensor) -> Tensor:
         """b(u(x, ω, grid)), shapes broadcast against each other."""
         return self.forward(ARGUMENTS[self.argument](x, omega, grid))
+
+
+@functools.cache
+def width(basis: type[TransferBasis]) -> float:
+    """How narrow b is, in units of u: max |b| over its steepest rise, by differences on [−8, 8]; 0 for a pole.
+
+    Whoever samples φ at places much further apart than width / ω may pass over one of its functions.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        u = torch.linspace(-SEEN, SEEN, 2 * SEEN * FINE + 1, dtype=torch.float64, device="cpu")
+        b = basis().forward(u)
+        ratio = b.abs().amax() / (b.diff().abs().amax() * FINE).clamp_min(1e-300)
+    return float(ratio.nan_to_num(0.0))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -12,45 +14,72 @@ from torch import Tensor, nn
 
 from basisadapt.errors import InputError
 from basisadapt.phi.bank import Transfer, TransferBank
-from basisadapt.phi.choice import Choice, compute_dtype, radii
-from basisadapt.phi.evaluators import Direct, Evaluator
+from basisadapt.phi.choice import Choice, Work, default_tolerance, evaluator
+from basisadapt.phi.evaluators import Direct, Evaluator, Split
 from basisadapt.phi.kernels import resolve_backend
 
 HALF_ROUNDING = 1 + 2**-7  # A and B may each be rounded to bfloat16 for their layer
+Adapted = tuple[nn.ParameterDict, nn.ParameterDict, nn.Module]  # what holds A, what holds B, and the frozen layer
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The evaluators of all modules, and what they were made of.
+
+    differentiable: whether gradients were asked for; one that is serves passes of both kinds. tables: copies of the
+    bank's, and whether each trained. factors: copies of A and B of every module; None where FSDP shards them.
+    """
+
+    evaluators: Mapping[str, Evaluator | Split]
+    differentiable: bool
+    tables: tuple[Tensor, ...]
+    trained: tuple[bool, ...]
+    factors: Mapping[str, tuple[Tensor, Tensor]] | None
+
+    def made_of(self, module: str, A: Tensor, B: Tensor, tables: tuple[Tensor, ...]) -> bool:
+        """Whether they are still what these give.
+
+        By value: neither an assignment through `.data` nor a fused step of an optimiser changes a tensor's version.
+        """
+        if self.factors is None:
+            return True
+        now, then = (A, B, *tables), (*self.factors[module], *self.tables)
+        if self.trained != tuple(t.requires_grad for t in tables):
+            return False
+        if any(a.dtype != b.dtype or a.device != b.device for a, b in zip(now, then, strict=True)):
+            return False
+        if A.is_cuda and torch.cuda.is_current_stream_capturing():
+            return True
+        return all(map(torch.equal, now, then))
 
 
 class Compiler:
     """Keeps every module's evaluator in step with A, B and the bank's tables.
 
-    factors: of every module of the bank, by name, the dictionaries that hold A and B under the adapter's name.
+    modules: of every module of the bank, by name, the dictionaries that hold A and B under the adapter's name, and the
+    frozen layer. tolerance: None takes what each weight's dtype hides, see `default_tolerance`.
 
     Where FSDP shards A and B, a layer computes with copies, which are there only while the layer is at work and tell
     nothing of updates. So all modules are compiled from the shards before the first layer, by `PhiModel`.
     """
 
     def __init__(
-        self,
-        bank: TransferBank,
-        adapter: str,
-        factors: Mapping[str, tuple[nn.ParameterDict, nn.ParameterDict]],
-        backend: str,
-        tolerance: float,
+        self, bank: TransferBank, adapter: str, modules: Mapping[str, Adapted], backend: str, tolerance: float | None
     ) -> None:
         self.bank = bank
-        self._adapter, self._factors, self._setting, self._tolerance = adapter, factors, backend, tolerance
+        self._adapter, self._modules, self._setting, self._tolerance = adapter, modules, backend, tolerance
         self._forget()
 
     def _forget(self) -> None:
-        self._choice, self._sharded = Choice(), False
-        self._chosen_for: tuple[torch.device, torch.dtype] | None = None  # what the choice was made for
-        self._settled: bool | None = None  # in `compiled`: whether gradients were asked for when it began
-        self._evaluators: dict[str, Evaluator] = {}
-        self._gains: Tensor | None = None
-        self._made_of: dict[str, tuple[Any, ...]] = {}
+        self._choice = Choice()
+        self._chosen_for: tuple[Any, ...] = ()  # the device, the dtypes and the loaded state that it was made for
+        self._kept: list[Compiled] = []  # the newest first: at most one of each kind
+        self._in_call = threading.local()  # of the model, in this thread: what was compiled when it began
+        self._one_at_a_time = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle keeps: not the compiled functions, which are of this moment."""
-        kept = ("bank", "_adapter", "_factors", "_setting", "_tolerance")
+        kept = ("bank", "_adapter", "_modules", "_setting", "_tolerance")
         return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -63,76 +92,118 @@ class Compiler:
         return resolve_backend(self._setting, device)
 
     def _pair(self, module: str) -> tuple[Tensor, Tensor]:
-        in_a, in_b = self._factors[module]
+        in_a, in_b, _ = self._modules[module]
         return in_a[self._adapter], in_b[self._adapter]
 
-    def evaluator(self, module: str, A: Tensor, B: Tensor) -> Evaluator:
+    def _tolerance_of(self, module: str) -> float:
+        weight: Tensor = self._modules[module][2].weight
+        return self._tolerance or default_tolerance(weight.dtype)
+
+    def evaluator(self, module: str, A: Tensor, B: Tensor) -> Evaluator | Split:
         """The evaluator of one module with these factors; compiles all where something has changed since."""
-        settled = self._settled is torch.is_grad_enabled()
-        if not settled and self._made_of.get(module) != self._state(A, B, _versions(self.bank.tables)):
-            self.refresh()
-        return self._evaluators[module]
+        wanted = torch.is_grad_enabled()
+        held: Compiled | None = getattr(self._in_call, "compiled", None)
+        if held is not None and (held.differentiable or not wanted):
+            return held.evaluators[module]
+        for place, compiled in enumerate(self._kept):
+            if compiled.differentiable or not wanted:
+                # A checkpointed layer's second forward pass belongs to the first; on a GPU a look would make it wait.
+                again = place == 0 and A.is_cuda and _in_backward()
+                if again or compiled.made_of(module, A, B, self.bank.tables):
+                    return compiled.evaluators[module]
+        return self.refresh().evaluators[module]
 
     @contextmanager
     def compiled(self) -> Iterator[None]:
         """Compile, and hold that for true meanwhile: to look again costs every layer microseconds."""
-        self.refresh()
-        self._settled = torch.is_grad_enabled()
+        before = getattr(self._in_call, "compiled", None)
+        self._in_call.compiled = self.refresh()
         try:
             yield
         finally:
-            self._settled = None
+            self._in_call.compiled = before
 
-    def transfer(self, module: str, A: Tensor, B: Tensor) -> Transfer:
-        """The function of one module with these factors, as it is before it is compiled."""
-        self.evaluator(module, A, B)
-        assert self._gains is not None
-        return self.bank.transfer(module, self._gains[list(self._factors).index(module)])
+    @torch.no_grad()
+    def transfer(self, module: str) -> Transfer:
+        """The function of one module, as it is before it is compiled."""
+        gains = self.bank.gains([self._pair(name) for name in self._modules])
+        return self.bank.transfer(module, gains[list(self._modules).index(module)])
 
-    def _state(self, A: Tensor, B: Tensor, of_tables: tuple[int, ...]) -> tuple[Any, ...]:
-        """What an evaluator was made of: changes with every update in place."""
-        if self._sharded:
-            return (torch.is_grad_enabled(),)
-        return (*_versions((A, B)), *of_tables, A.device, A.dtype, torch.is_grad_enabled())
+    @torch.no_grad()
+    def fresh(self, module: str) -> Evaluator | Split:
+        """The evaluator of one module, made from what its factors and the tables are now: for what leaves the model.
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def refresh(self) -> None:
-        """Compile every module's function for the factors of this moment. Raises InputError for those on meta."""
-        names = list(self._factors)
-        for module in chain([self.bank], *self._factors.values()):
+        The host waits for it, and nothing is left behind. Raises InputError for factors on meta.
+        """
+        with self._one_at_a_time, torch.inference_mode(False):
+            pairs, sharded = self._gathered()
+            A, B = pairs[list(self._modules).index(module)]
+            with torch.autocast(A.device.type, enabled=False):
+                gains = self.bank.gains(pairs)
+                transfer = self.bank.transfer(module, gains[list(self._modules).index(module)])
+                slack = HALF_ROUNDING if sharded else 1.0
+                return evaluator(transfer, A, B, self._setting, self._tolerance_of(module), slack)
+
+    def _gathered(self) -> tuple[list[tuple[Tensor, Tensor]], bool]:
+        """A and B of every module, whole, and whether they had to be gathered. Raises InputError for those on meta."""
+        for module in chain([self.bank], *(holders[:2] for holders in self._modules.values())):
             onload(module)
-        held = [self._pair(name) for name in names]
-        self._sharded = any(hasattr(A, "full_tensor") for A, _ in held)
-        pairs = [(_whole(A), _whole(B)) for A, B in held] if self._sharded else held
-        dtype, device = compute_dtype(pairs[0][0]), pairs[0][0].device
-        if device.type == "meta":
+        pairs = [self._pair(name) for name in self._modules]
+        sharded = any(hasattr(A, "full_tensor") for A, _ in pairs)
+        if pairs[0][0].is_meta:
             raise InputError(
                 f"adapter {self._adapter!r} is on the meta device, where it has no values: offload a model after its "
                 "adapter is in it, and without preload_module_classes"
             )
-        if (device, dtype) != self._chosen_for:
-            self._choice, self._chosen_for = Choice(), (device, dtype)
+        return [(_whole(A), _whole(B)) for A, B in pairs] if sharded else pairs, sharded
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def refresh(self) -> Compiled:
+        """Compile every module's function for the factors of this moment. Raises InputError for those on meta."""
+        wanted = torch.is_grad_enabled()
+        # Under inference_mode what is made could not serve training.
+        with self._one_at_a_time, torch.inference_mode(False), torch.set_grad_enabled(wanted):
+            made = self._compile(wanted)
+            # What has gradients also serves those who want none, so that it replaces all.
+            self._kept = [made] if wanted else [made, *(old for old in self._kept if old.differentiable)]
+        return made
+
+    def _compile(self, wanted: bool) -> Compiled:
+        pairs, sharded = self._gathered()
+        tables, names = self.bank.tables, list(self._modules)
+        copies = tuple(table.detach().clone() for table in tables)
+        device = pairs[0][0].device
+        of_now = device, self.bank.loaded, *(A.dtype for A, _ in pairs)
+        if of_now != self._chosen_for:
+            self._choice, self._chosen_for = Choice(), of_now
         with torch.autocast(device.type, enabled=False):
-            self._gains = gains = self.bank.gains(pairs)
+            gains = self.bank.gains(pairs).detach()
 
             def single(index: int) -> Transfer:
-                return self.bank.transfer(names[index], gains[index])
+                return self.bank.kept_transfer(names[index], gains[index], copies)
 
             if self._setting == "direct":
-                evaluators: list[Evaluator] = [Direct(single(index), dtype) for index in range(len(names))]
+                evaluators: list[Evaluator | Split] = [Direct(single(index)) for index in range(len(names))]
             else:
-                tables = (self.bank.alpha, self.bank.raw_omega, self.bank.grid, gains)
-                radius = radii(pairs, gains.detach()) * (HALF_ROUNDING if self._sharded else 1)
-                evaluators = self._choice.evaluators(
-                    self.bank.transfers, tables, single, radius, self._tolerance, dtype
+                work = Work(
+                    self.bank.functions(gains),
+                    tables,
+                    single,
+                    [(A.detach(), B.detach()) for A, B in pairs],
+                    gains,
+                    tuple(map(self._tolerance_of, names)),
+                    HALF_ROUNDING if sharded else 1.0,
                 )
-        self._evaluators = dict(zip(names, evaluators, strict=True))
-        of_tables = _versions(self.bank.tables)
-        self._made_of = {name: self._state(*pair, of_tables) for name, pair in zip(names, held, strict=True)}
+                evaluators = self._choice.evaluators(work)
+        factors = [(A.detach().clone(), B.detach().clone()) for A, B in pairs]
+        kept = None if sharded else dict(zip(names, factors, strict=True))
+        trained = tuple(table.requires_grad for table in tables)
+        return Compiled(dict(zip(names, evaluators, strict=True)), wanted, copies, trained, kept)
 
 
-def _versions(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
-    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+def _in_backward() -> bool:
+    """Whether autograd is at work in this thread."""
+    return torch._C._current_graph_task_id() >= 0
 
 
 @torch.no_grad()

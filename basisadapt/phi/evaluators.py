@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,15 +11,22 @@ from torch.nn import functional
 
 from basisadapt.phi import series
 from basisadapt.phi.bank import Transfer
+from basisadapt.phi.basis import width
 
 CELLS = (2048, 8192, 32768)  # sizes of a table that are tried
-SLOPE = 5  # a table's tolerance for F', as a multiple: its error sits in the few cells where F'' has a kink
+SLOPE = 8  # a table's tolerance for F', as a multiple: its error sits in the few cells where F'' has a kink
+PLACES = ((0.5, False), (0.8, True))  # in a cell, where a table is checked, and whether of F' too, off towards the ends
+HOPELESS = 2.0  # times as wide a cell as a smooth function of the basis' width needs
+BEYOND = 1 + 1e-4  # R: what rounding may add to |z|, and not more
 FIXED_POINT = 1 << 36  # one unit of the largest gradient: room for 2^26 summands in 62 bits
 NODES_AT_ONCE = 1 << 21
 
 
 class Evaluator(ABC):
-    """F on a matrix, and its pullback. `parameters` are the tensors that gradients flow to."""
+    """F on a matrix, and its pullback. `parameters` are the tensors that gradients flow to.
+
+    What is made for ±R gives NaN beyond it, and is not continued: a function that is older than the factors is seen.
+    """
 
     parameters: tuple[Tensor, ...]
     width: int  # numbers held per element
@@ -97,10 +105,18 @@ def _polynomials(z: Tensor, scale: Tensor, room: Tensor) -> Tensor:
     polynomials = room[:, : z.numel()]
     row = polynomials.unbind()
     torch.mul(z.flatten(), scale, out=row[1])
+    _spoil_beyond(row[1])
     twice = 2 * row[1]
     for d in range(2, len(row)):
         torch.addcmul(row[d - 2], twice, row[d - 1], value=-1 if d % 2 == 0 else 1, out=row[d])
     return polynomials
+
+
+def _spoil_beyond(t: Tensor) -> None:
+    """Make NaN of every t that is not on [−1, 1], in place."""
+    # On a CPU one reading pass tells that there is none, as a rule; elsewhere the host does not ask.
+    if t.device.type != "cpu" or not torch.linalg.vector_norm(t, float("inf")) <= BEYOND:
+        t.masked_fill_(t.abs() > BEYOND, float("nan"))
 
 
 def _signs(degree: int, like: Tensor) -> Tensor:
@@ -125,8 +141,14 @@ class Table(Evaluator):
 
     @staticmethod
     def fit(transfer: Transfer, radius: Tensor, tolerance: float, dtype: torch.dtype) -> Table | None:
-        """The smallest table that is accurate to `tolerance`, relative to the largest |F|; None if there is none."""
+        """The smallest table that is accurate to `tolerance`; None if there is none, see `accurate`."""
+        reached = float(series.reach(transfer, radius)) / max(width(type(transfer.basis)), 1e-300)
         for cells in CELLS:
+            # The cubic's slope is off by h³/12 on a cell of h widths. A check might see nothing of functions that are
+            # narrower than a cell, and of others it would take long to say the same.
+            h = 2 * reached / cells
+            if not h <= HOPELESS * (12 * SLOPE * tolerance) ** (1 / 3):
+                continue
             table = Table(transfer, radius, cells, dtype)
             if table.accurate(tolerance):
                 return table
@@ -138,29 +160,41 @@ class Table(Evaluator):
         return self._cells
 
     def accurate(self, tolerance: float) -> bool:
-        """Whether F and F' are within the tolerance at a point in every cell that is neither a node nor a midpoint."""
-        error = F_max = slope_error = slope_max = torch.zeros((), dtype=torch.float64, device=self._radius.device)
-        for first, cubics in zip(range(0, self._cells, self._chunk), self._build(self._transfer), strict=True):
-            s = 0.3
-            place = torch.arange(len(cubics), dtype=torch.float64, device=self._radius.device) + (first + s)
-            z = (self._radius * (2 * place / self._cells - 1)).detach().requires_grad_()
-            with torch.enable_grad():
-                truth = self._transfer(z)
-                (slope,) = torch.autograd.grad(truth.sum(), z)
-            powers = cubics.new_tensor([1, s, s**2, s**3])
-            rates = cubics.new_tensor([0, 1, 2 * s, 3 * s**2]) * (self._cells / (2 * self._radius))
-            cubics, truth = cubics.detach(), truth.detach()
-            error = torch.maximum(error, (cubics @ powers - truth).abs().max())
-            slope_error = torch.maximum(slope_error, (cubics @ rates - slope).abs().max())
-            F_max, slope_max = torch.maximum(F_max, truth.abs().max()), torch.maximum(slope_max, slope.abs().max())
-        return bool((error <= tolerance * F_max) & (slope_error <= SLOPE * tolerance * slope_max))
+        """Whether F without its path and a probe, and their slopes, are within the tolerance at PLACES of every cell.
+
+        As of a series, see `series.compile_series`: next to BA the part that trains may be small, or zero, and its
+        gradients have to be right all the same. Relative to the largest value of each.
+        """
+        both = series.with_probe(self._transfer)
+        found = torch.zeros(2, 4, dtype=torch.float64, device=self._radius.device)
+        error, size = found  # of F, the probe and their slopes
+        for first, cubics in zip(range(0, self._cells, self._chunk), self._build(both), strict=True):
+            cubics = cubics.detach()
+            place = torch.arange(len(cubics), dtype=torch.float64, device=self._radius.device) + first
+            for s, of_slope in PLACES:
+                z = (self._radius * (2 * (place + s) / self._cells - 1)).detach().requires_grad_(of_slope)
+                made = cubics @ cubics.new_tensor([1, s, s**2, s**3])
+                with torch.set_grad_enabled(of_slope):
+                    truth = both(z)
+                    slopes = [
+                        torch.autograd.grad(f.sum(), z, retain_graph=True)[0] for f in truth.unbind(-1) if of_slope
+                    ]
+                truth = truth.detach()
+                if of_slope:
+                    rates = cubics.new_tensor([0, 1, 2 * s, 3 * s**2]) * (self._cells / (2 * self._radius))
+                    made, truth = torch.cat([made, cubics @ rates], -1), torch.cat([truth, torch.stack(slopes, -1)], -1)
+                held = slice(made.shape[-1])
+                error[held] = torch.maximum(error[held], (made - truth).abs().amax(0))
+                size[held] = torch.maximum(size[held], truth.abs().amax(0))
+        allowed = size.new_tensor([1, 1, SLOPE, SLOPE]) * tolerance
+        return bool((error <= allowed * size).all())
 
     @property
     def _chunk(self) -> int:
         return max(1, NODES_AT_ONCE // self._transfer.grid.shape[-1])
 
     def _build(self, transfer: Transfer) -> list[Tensor]:
-        """The cubics (n, 4) of successive chunks of cells."""
+        """The cubics (n, 4), or (n, k, 4) of k functions side by side, of successive chunks of cells."""
         return [self._some(transfer, first) for first in range(0, self._cells, self._chunk)]
 
     def _some(self, transfer: Transfer, first: int) -> Tensor:
@@ -177,7 +211,9 @@ class Table(Evaluator):
         """The cell of each element and the place in it."""
         place = z.double() * self._scale + self._cells / 2  # float32 would round by a part of a cell
         cell = place.nan_to_num(0.0).long().clamp_(0, self._cells - 1)
-        return cell, (place - cell).to(z.dtype)
+        s = (place - cell).to(z.dtype)
+        slack = (BEYOND - 1) * self._cells
+        return cell, s.masked_fill_((s < -slack) | (s > 1 + slack), float("nan"))
 
     def value(self, z: Tensor, room: Tensor) -> Tensor:
         """F(z)."""
@@ -215,25 +251,37 @@ class Table(Evaluator):
 
 
 class Direct(Evaluator):
-    """F from its N basis functions: the reference that every faster evaluator is tested against."""
+    """F from its N basis functions, in float64: the reference that every faster evaluator is tested against."""
 
-    def __init__(self, transfer: Transfer, dtype: torch.dtype) -> None:
+    def __init__(self, transfer: Transfer) -> None:
         self.parameters = transfer.parameters
-        self.width = 4 * len(transfer.alpha)
-        self._transfer = transfer.with_parameters(*(p.detach().to(dtype) for p in transfer.parameters))
+        self.width = 8 * len(transfer.alpha)  # float64 is twice as wide
+        self._transfer = transfer.with_parameters(*(p.detach().double() for p in transfer.parameters))
 
     def value(self, z: Tensor, room: Tensor) -> Tensor:
         """F(z)."""
-        return self._transfer(z)
+        return self._transfer(z.double()).to(z.dtype)
 
     def pullback(self, z: Tensor, gradient: Tensor, room: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """F(z), gradient · F'(z), and the gradients to α, ω and the grid, by autograd over this piece alone."""
         with torch.enable_grad():
-            inputs = [t.detach().requires_grad_() for t in (z, *self._transfer.parameters)]
+            inputs = [t.detach().double().requires_grad_() for t in (z, *self._transfer.parameters)]
             value = self._transfer.with_parameters(*inputs[1:])(inputs[0])
-            slope, *rest = torch.autograd.grad(value, inputs, gradient, allow_unused=True)
-        grads = tuple(
-            torch.zeros_like(p, dtype=torch.float64) if g is None else g.double()
-            for g, p in zip(rest, inputs[1:], strict=True)
-        )
-        return value.detach(), torch.zeros_like(z) if slope is None else slope, grads
+            slope, *rest = torch.autograd.grad(value, inputs, gradient.double(), allow_unused=True)
+        grads = tuple(torch.zeros_like(p) if g is None else g for g, p in zip(rest, inputs[1:], strict=True))
+        slope = torch.zeros_like(z) if slope is None else slope.to(z.dtype)
+        return value.detach().to(z.dtype), slope, grads
+
+
+@dataclass(frozen=True)
+class Split:
+    """Two evaluators of one function: `apart` for these rows of BA, which tower over the others, `main` for those."""
+
+    rows: Tensor
+    main: Evaluator
+    apart: Evaluator
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """Those of both."""
+        return self.main.parameters + self.apart.parameters

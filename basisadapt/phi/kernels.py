@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from basisadapt.errors import InputError
-from basisadapt.phi.evaluators import Evaluator, Series
+from basisadapt.phi.evaluators import Evaluator, Series, Split
 
 PIECE = {"cpu": 1 << 20}  # numbers held per piece: about what a core's cache holds
 PIECE_ELSEWHERE = 1 << 26  # large enough that a GPU is busy
@@ -35,14 +35,20 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     return backend
 
 
-def _fused(evaluator: Evaluator, A: Tensor, backend: str) -> bool:
+def _fused(evaluator: Evaluator | Split, A: Tensor, backend: str) -> bool:
     return backend == "triton" and isinstance(evaluator, Series) and A.dtype == torch.float32
 
 
 def effective_weight(
-    weight: Tensor | None, A: Tensor, B: Tensor, evaluator: Evaluator, dtype: torch.dtype, backend: str
+    weight: Tensor | None, A: Tensor, B: Tensor, evaluator: Evaluator | Split, dtype: torch.dtype, backend: str
 ) -> Tensor:
     """W + F(BA), or F(BA) where `weight` is None, formed in the dtype of A and B and rounded once to `dtype`."""
+    if isinstance(evaluator, Split):
+        rows = evaluator.rows
+        effective = effective_weight(weight, A, B.index_fill(0, rows, 0.0), evaluator.main, dtype, backend)
+        of_rows = None if weight is None else weight[rows]
+        effective[rows] = effective_weight(of_rows, A, B[rows], evaluator.apart, dtype, backend)
+        return effective
     if _fused(evaluator, A, backend):
         from basisadapt.phi import kernels_triton
 
@@ -55,12 +61,15 @@ def effective_weight(
 
 
 def pull_back(
-    dense: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, evaluator: Evaluator, backend: str, form: bool = True
-) -> tuple[Tensor | None, Tensor, Tensor, tuple[Tensor, ...]]:
+    dense: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, evaluator: Evaluator | Split, backend: str,
+    form: bool = True,
+) -> tuple[Tensor | None, Tensor, Tensor, tuple[Tensor, ...]]:  # fmt: skip
     """W + F(BA) in the dtype of `dense`, if `form`, and the gradients to A, B and F's parameters.
 
     dense: G = dL/d(W + F(BA)), (out_features, in_features); overwritten where that saves memory.
     """
+    if isinstance(evaluator, Split):
+        return _pull_back_apart(dense, weight, A, B, evaluator, backend, form)
     if _fused(evaluator, A, backend):
         from basisadapt.phi import kernels_triton
 
@@ -79,6 +88,21 @@ def pull_back(
         grad_b[rows] = piece @ A.T
         totals = [total + new for total, new in zip(totals, sums, strict=True)] if totals else list(sums)
     return effective, grad_a, grad_b, evaluator.gradients(tuple(totals))
+
+
+def _pull_back_apart(
+    dense: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, evaluator: Split, backend: str, form: bool
+) -> tuple[Tensor | None, Tensor, Tensor, tuple[Tensor, ...]]:
+    """`pull_back` where some rows have an evaluator of their own: those first, and then the others without them."""
+    rows = evaluator.rows
+    of_rows = None if weight is None else weight[rows]
+    apart, apart_a, apart_b, of_apart = pull_back(dense[rows], of_rows, A, B[rows], evaluator.apart, backend, form)
+    others, least = dense.index_fill(0, rows, 0.0), B.index_fill(0, rows, 0.0)
+    effective, grad_a, grad_b, of_main = pull_back(others, weight, A, least, evaluator.main, backend, form)
+    grad_b[rows] = apart_b
+    if effective is not None and apart is not None:
+        effective[rows] = apart
+    return effective, grad_a + apart_a, grad_b, of_main + of_apart
 
 
 def _pieces(A: Tensor, B: Tensor, evaluator: Evaluator) -> Iterator[tuple[slice, Tensor, Tensor]]:

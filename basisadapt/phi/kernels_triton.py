@@ -26,6 +26,7 @@ TERMS = tl.constexpr(layout.POINTS[-1])
 POWER_COUNT = tl.constexpr(layout.POWER_COUNT)
 VALUES, SLOPES = tl.constexpr(layout.VALUES), tl.constexpr(layout.SLOPES)
 POWERS, SLOPE_POWERS = tl.constexpr(layout.POWERS), tl.constexpr(layout.SLOPE_POWERS)
+BEYOND = tl.constexpr(1.001)  # of R, and what rounding may add
 STEP = tl.constexpr(4)  # powers of t that are kept at once
 LANES = tl.constexpr(4)  # threads among which a product's result deals out the columns of a row, in pairs
 FEWEST = 6  # powers for which a kernel is compiled; from there in twos
@@ -78,14 +79,15 @@ def _product(b, a, t, PRECISION: tl.constexpr):
 def _factor_product(
     A, B, a, b, rows, cols, m, n, r, scale, BR: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """t = BA / R on one tile; a, b: the first BR rows of A and columns of B / R there, of `_halves`."""
+    """t = BA / R on one tile, NaN beyond [−1, 1] (see `evaluators.Evaluator`); a, b: the first BR rows of A and columns
+    of B / R there, of `_halves`."""
     t = _product(b, a, tl.zeros((rows.shape[0], cols.shape[0]), tl.float32), PRECISION)
     if not ONE_BLOCK:
         for start in range(BR, r, BR):
             more_b = _halves(_rows_of(B, rows, m, r, start, BR) * scale, PRECISION)
             more_a = _halves(_columns_of(A, cols, n, r, start, BR), PRECISION)
             t = _product(more_b, more_a, t, PRECISION)
-    return t
+    return tl.where(tl.abs(t) <= BEYOND, t, float("nan"))
 
 
 @triton.jit

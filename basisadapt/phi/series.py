@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from basisadapt.phi.bank import Transfer
+from basisadapt.phi.basis import width
+from basisadapt.phi.extent import Extent
 
 POINTS = (16, 32, 64, 128)  # numbers of nodes that are tried
 # The layout of a packed series: degree, 1 / R, and from these places on the coefficients of F and of dF/dz as series in
@@ -31,6 +33,7 @@ SLOPES = VALUES + POINTS[-1]
 PACKED = SLOPES + POINTS[-1]
 LEAST_VARIATION = 1e-3  # of a slope, relative to its size: below, rounding would decide
 PEAKS = 64  # at most so many grid points are check points
+COARSE = 2.0  # nodes further apart than so many widths of a basis function might pass over one
 
 Tables = Callable[..., Transfer]  # the functions of M modules, from three tables and their gains
 
@@ -41,7 +44,8 @@ class SeriesBatch:
 
     coefficients: (M, P + POWER_COUNT), float64, with gradients; the first `degree` (M,), int32, of each are what the
     tolerance asks; behind P of them the same polynomial's powers, see `with_powers`.
-    radius: R, (M,). resolved: (M,), False where not even P coefficients are enough.
+    radius: R, (M,). resolved: (M,), False where not even P coefficients are enough, or where the nodes lie so far apart
+    that they might pass over a basis function, by the largest ω and `width`.
     """
 
     coefficients: Tensor
@@ -51,24 +55,37 @@ class SeriesBatch:
 
 
 def compile_series(
-    tables: Tables, parameters: tuple[Tensor, ...], radius: Tensor, points: int, tolerance: float
+    tables: Tables, parameters: tuple[Tensor, ...], extent: Extent, points: int, tolerance: float | Tensor
 ) -> SeriesBatch:
-    """Interpolate every function at `points` nodes on [−R, R] and find the degrees; R: (M,), float64.
+    """Interpolate every function at `points` nodes on [−R, R] and find the degrees.
 
-    `tolerance` is relative to the largest value on the range. The degree keeps the sum of the coefficients that are
-    left out below it; so also for F' and for a probe, the function with other amplitudes, and its derivative: the
-    gradients need every basis function resolved, also where α cancels them or is zero.
+    `tolerance`, one or (M,), is relative to the largest value of F without its path on the part of the range that BA
+    reaches. The degree keeps the sum of the coefficients that are left out below it; so also for F' on the whole range,
+    and for a probe, the function with other amplitudes, and its derivative: the gradients need every basis function
+    resolved, also where α cancels them or is zero. Where BA is zero a centred F is zero whatever its parameters are,
+    and they get no gradient.
     """
-    coefficients, both = _Interpolate.apply(tables, radius, points, *parameters)  # type: ignore[no-untyped-call]
+    coefficients, both, spacing = _Interpolate.apply(  # type: ignore[no-untyped-call]
+        tables, extent, points, *parameters
+    )
     with torch.no_grad():
-        degree, resolved = _degree(both, radius, tolerance)
-    return SeriesBatch(coefficients, degree, radius, resolved)
+        degree, resolved = _degree(both, extent, tolerance)
+        resolved &= (spacing <= COARSE) | ~extent.radius.isfinite()
+    return SeriesBatch(coefficients, degree, extent.radius, resolved)
+
+
+def _of_every_module(tolerance: float | Tensor, like: Tensor) -> Tensor:
+    """The tolerance of every module, in a shape that multiplies `like`, (M, ...)."""
+    every = tolerance if isinstance(tolerance, Tensor) else like.new_tensor(tolerance)
+    return every.reshape(-1, *[1] * (like.dim() - 1))
 
 
 @torch.no_grad()
-def verify(tables: Tables, parameters: tuple[Tensor, ...], radius: Tensor, points: int, tolerance: float) -> Tensor:
+def verify(
+    tables: Tables, parameters: tuple[Tensor, ...], radius: Tensor, points: int, tolerance: float | Tensor
+) -> Tensor:
     """Whether the interpolant is F between the nodes too, and at grid points, where narrow functions peak; (M,)."""
-    both = _with_probe(tables(*(p.double() for p in parameters)))
+    both = with_probe(tables(*(p.double() for p in parameters)))
     angle = torch.linspace(0, math.pi, 2 * points + 1, dtype=torch.float64, device=radius.device)
     # A sample of the peaks is enough, for the probe has an amplitude everywhere; so the cost grows with N and not N².
     count = both.grid.shape[-1]
@@ -78,10 +95,20 @@ def verify(tables: Tables, parameters: tuple[Tensor, ...], radius: Tensor, point
     degrees = torch.arange(points, dtype=torch.float64, device=radius.device)
     values = torch.cos(degrees * torch.arccos(places).unsqueeze(-1)) @ _interpolate(both, radius, points)
     error = (values - truth).abs().amax(1)
-    return ((error <= tolerance * truth.abs().amax(1)) | ~radius.isfinite().unsqueeze(1)).all(1)
+    size = truth.abs().amax(1)
+    return ((error <= _of_every_module(tolerance, size) * size) | ~radius.isfinite().unsqueeze(1)).all(1)
 
 
-def _with_probe(transfer: Transfer) -> Transfer:
+@torch.no_grad()
+def growth(tables: Tables, parameters: tuple[Tensor, ...], radius: Tensor, reached: Tensor) -> Tensor:
+    """How many times as large F gets on ±R as on ±reached, (M,): so much of a float's precision is lost where BA is."""
+    transfer = tables(*(p.double() for p in parameters))
+    nodes = _nodes(POINTS[1], radius.device)
+    wide, narrow = (transfer(r.unsqueeze(1) * nodes).abs().amax(1) for r in (radius, reached))
+    return wide / narrow.clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def with_probe(transfer: Transfer) -> Transfer:
     """Two functions side by side: F without its identity path, which is linear in α, and the probe.
 
     Without the path, since next to BA the part that trains may be small.
@@ -92,18 +119,23 @@ def _with_probe(transfer: Transfer) -> Transfer:
     return dataclasses.replace(both, path=False)
 
 
+def reach(transfer: Transfer, radius: Tensor) -> Tensor:
+    """ω g R with the largest ω: how far the argument u of the narrowest basis function goes, on either side."""
+    return transfer.omega.detach().amax(-1) * transfer.gain.detach() * radius
+
+
 def _interpolate(transfer: Transfer, radius: Tensor, points: int) -> Tensor:
     """The coefficients (M, P), or (M, P, k) of k functions side by side."""
     values = transfer(radius.unsqueeze(1) * _nodes(points, radius.device))
     return torch.einsum("dp,mp...->md...", _cosine_transform(points, radius.device), values)
 
 
-def _degree(coefficients: Tensor, radius: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+def _degree(coefficients: Tensor, extent: Extent, tolerance: float | Tensor) -> tuple[Tensor, Tensor]:
     """The smallest D whose remainder is small for all of F, F', probe and probe'; and whether there is one.
 
     Of coefficients that are not there, beyond P, the last quarter of those that are there bears witness.
     """
-    points = coefficients.shape[1]
+    points, radius = coefficients.shape[1], extent.radius
     slopes = torch.einsum("ed,mdk->mek", _differentiation(points, radius.device), coefficients)
     series = torch.cat([coefficients, slopes], dim=2)
     on_nodes = torch.einsum("dp,mdk->mpk", _polynomials(points, radius.device), series)
@@ -112,9 +144,11 @@ def _degree(coefficients: Tensor, radius: Tensor, tolerance: float) -> tuple[Ten
     count = coefficients.shape[2]
     variation = (on_nodes.amax(1, keepdim=True) - on_nodes.amin(1, keepdim=True))[..., count:]
     size[..., count:] = torch.maximum(variation, LEAST_VARIATION * size[..., count:])
+    beyond = _nodes(points, radius.device).abs() > extent.share.to(radius).reshape(-1, 1)
+    size[..., :count] = on_nodes[..., :count].abs().masked_fill(beyond.unsqueeze(2), 0.0).amax(1, keepdim=True)
     left_out = series.abs().flip(1).cumsum(1).flip(1)  # [D]: the sum of |c_d| for d ≥ D
     remainder = left_out + left_out[:, points * 3 // 4].unsqueeze(1)
-    small = (remainder <= tolerance * size).all(2)
+    small = (remainder <= _of_every_module(tolerance, size) * size).all(2)
     degree = (~small).sum(1)
     # Where A or B is not finite no degree helps: the weights are NaN, and that is to be seen.
     resolved = small.any(1) | ~radius.isfinite()
@@ -123,32 +157,38 @@ def _degree(coefficients: Tensor, radius: Tensor, tolerance: float) -> tuple[Ten
 
 
 class _Interpolate(torch.autograd.Function):
-    """The coefficients of F, with powers; and of F without its path beside the probe, from the same evaluation.
+    """The coefficients of F, with powers; of F without its path beside the probe, from the same evaluation; and how far
+    apart neighbouring nodes lie at most, in widths of the narrowest basis function, (M,).
 
     The backward evaluates F again: it can run many times, and N values per node are not held.
     """
 
     @staticmethod
-    def forward(ctx: Any, tables: Tables, radius: Tensor, points: int, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, tables: Tables, extent: Extent, points: int, *parameters: Tensor) -> tuple[Tensor, ...]:
         # Copies, not saved tensors: with gradient accumulation one series serves several backward passes.
-        ctx.inputs = tables, radius, points, [p.detach().double().clone() for p in parameters]
+        ctx.inputs = tables, extent, points, [p.detach().double().clone() for p in parameters]
         ctx.dtypes = [p.dtype for p in parameters]
-        transfer = tables(*ctx.inputs[3])
-        both = _interpolate(_with_probe(transfer), radius, points)
+        transfer, radius = tables(*ctx.inputs[3]), extent.radius
+        both = _interpolate(with_probe(transfer), radius, points)
         coefficients = both[..., 0].clone()
         if transfer.path:
             coefficients[:, 1] += transfer.scaling * radius  # s p z, and z = R T_1(z / R)
-        ctx.mark_non_differentiable(both)
-        return coefficients @ with_powers(points, radius.device), both
+        spacing = reach(transfer, radius) * (math.pi / points) / width(type(transfer.basis))
+        ctx.mark_non_differentiable(both, spacing)
+        return coefficients @ with_powers(points, radius.device), both, spacing
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        tables, radius, points, values = ctx.inputs
+        tables, extent, points, values = ctx.inputs
+        radius = extent.radius
         with torch.enable_grad():
             leaves = [v.detach().requires_grad_(need) for v, need in zip(values, ctx.needs_input_grad[3:], strict=True)]
-            coefficients = _interpolate(tables(*leaves), radius, points)
+            transfer = tables(*leaves)
+            coefficients = _interpolate(transfer, radius, points)
             moments = upstream[0] @ with_powers(points, radius.device).T
+            if transfer.centre:  # else rounding would be all that there is, and Adam would make a whole step of it
+                moments = moments.masked_fill(extent.zero.to(radius.device).reshape(-1, 1), 0.0)
             trained = [leaf for leaf in leaves if leaf.requires_grad]
             found = iter(torch.autograd.grad(coefficients, trained, moments, allow_unused=True))
         grads = [next(found) if leaf.requires_grad else None for leaf in leaves]

@@ -18,13 +18,13 @@ from torch.nn import functional as F
 from basisadapt.phi import kernels
 from basisadapt.phi.choice import compute_dtype
 from basisadapt.phi.dense_gradient import dense_gradient
-from basisadapt.phi.evaluators import Evaluator
+from basisadapt.phi.evaluators import Evaluator, Split
 
 Weight = Tensor | Callable[[], Tensor] | None  # W; or how to make it, for a quantised one; or none, for F(BA) alone
 
 
 @torch.no_grad()
-def delta_weight(A: Tensor, B: Tensor, evaluator: Evaluator, backend: str) -> Tensor:
+def delta_weight(A: Tensor, B: Tensor, evaluator: Evaluator | Split, backend: str) -> Tensor:
     """F(BA), shape (out_features, in_features), in `compute_dtype`."""
     dtype = compute_dtype(A)
     with _no_autocast(A):
@@ -40,8 +40,9 @@ class Execution:
 
 
 def adapted_linear(
-    x: Tensor, weight: Weight, bias: Tensor | None, A: Tensor, B: Tensor, evaluator: Evaluator, execution: Execution
-) -> Tensor:
+    x: Tensor, weight: Weight, bias: Tensor | None, A: Tensor, B: Tensor, evaluator: Evaluator | Split,
+    execution: Execution,
+) -> Tensor:  # fmt: skip
     """x (W + F(BA))ᵀ + b, or x F(BA)ᵀ + b where `weight` is None, differentiable in everything but a made weight.
 
     x: (..., in_features); weight: (out_features, in_features), any floating dtype and strides; A: (r, in_features);
@@ -66,6 +67,11 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
+def _tokens(x: Tensor) -> Tensor:
+    """x as a matrix: a row for each token."""
+    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
+
+
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -76,7 +82,7 @@ class _AdaptedLinear(torch.autograd.Function):
         A: Tensor,
         B: Tensor,
         made: Callable[[], Tensor] | None,
-        evaluator: Evaluator,
+        evaluator: Evaluator | Split,
         execution: Execution,
         *parameters: Tensor,
     ) -> Tensor:
@@ -104,8 +110,8 @@ class _AdaptedLinear(torch.autograd.Function):
     def _gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, weight = ctx.saved_tensors
         dtype = compute_dtype(A)
-        gradient = _as(upstream, ctx.dtype).flatten(0, -2)
-        dense = dense_gradient(gradient, _as(x, ctx.dtype).flatten(0, -2), ctx.execution.dense_gradient)
+        gradient = _tokens(_as(upstream, ctx.dtype))
+        dense = dense_gradient(gradient, _tokens(_as(x, ctx.dtype)), ctx.execution.dense_gradient)
         grad_weight = dense.to(weight.dtype, copy=True) if ctx.needs_input_grad[1] else None
         form = ctx.needs_input_grad[0]
         base = ctx.made() if ctx.made and form else weight if ctx.frozen is None else ctx.frozen

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from basisadapt.phi import series
 from basisadapt.phi.bank import Transfer
 from basisadapt.phi.basis import BASES, TransferBasis
-from basisadapt.phi.choice import Choice, evaluator, radii
+from basisadapt.phi.choice import Choice, Work, evaluator
 from basisadapt.phi.evaluators import Direct, Series, Table
+from basisadapt.phi.extent import Extent, radii
 from basisadapt.phi.grids import GRIDS
 from basisadapt.phi.weight import Execution, adapted_linear
 
@@ -247,10 +248,9 @@ def test_a_choice_made_once_stays_right_while_range_and_function_move():
     for step in range(40):
         transfer = make("bspline", 6, omega=0.2 * 1.1**step)
         A, B = (t.double() for t in factors(9, 8, 2, 0.05 * 1.12**step))
-        tables, radius = tuple(p.unsqueeze(0) for p in transfer.parameters), radii([(A, B)], torch.ones(1))
-        (chosen,) = choice.evaluators(
-            transfer.with_parameters, tables, lambda _, t=transfer: t, radius, 1e-6, torch.float32
-        )
+        tables, pairs = tuple(p.unsqueeze(0) for p in transfer.parameters), [(A.float(), B.float())]
+        work = Work(transfer.with_parameters, tables, lambda _, t=transfer: t, pairs, torch.ones(1), (1e-6,))
+        (chosen,) = choice.evaluators(work)
         z = (B @ A).float()
         truth = transfer(z.double())
         error = (chosen.value(z, chosen.scratch(z.numel(), z)).double() - truth).abs().max()
@@ -262,10 +262,10 @@ def test_functions_of_many_modules_are_compiled_as_each_alone():
     parameters = tuple(torch.stack(column) for column in zip(*(s.parameters for s in singles), strict=True))
     tables = dataclasses.replace(singles[0]).with_parameters
     radius = torch.tensor([0.1, 1.0, 2.0], dtype=torch.float64)
-    batch = series.compile_series(tables, parameters, radius, 64, 1e-8)
+    batch = series.compile_series(tables, parameters, Extent(radius), 64, 1e-8)
     for index, single in enumerate(singles):
         one = tuple(p.unsqueeze(0) for p in single.parameters)
-        alone = series.compile_series(tables, one, radius[index : index + 1], 64, 1e-8)
+        alone = series.compile_series(tables, one, Extent(radius[index : index + 1]), 64, 1e-8)
         torch.testing.assert_close(alone.coefficients[0, :64], batch.coefficients[index, :64], rtol=1e-12, atol=1e-14)
         assert alone.degree[0] == batch.degree[index]
 

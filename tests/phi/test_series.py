@@ -8,6 +8,7 @@ import torch
 from numpy.polynomial import chebyshev
 
 from basisadapt.phi import series
+from basisadapt.phi.extent import Extent
 from tests.phi.test_evaluators import make
 
 CPU = torch.device("cpu")
@@ -16,6 +17,10 @@ CPU = torch.device("cpu")
 def tables(transfer):
     """What the compilation takes of one function: the functions of a bank of one module, and its tables."""
     return transfer.with_parameters, tuple(p.unsqueeze(0) for p in transfer.parameters)
+
+
+def extent(*radius, **more):
+    return Extent(torch.tensor(radius, dtype=torch.float64), **more)
 
 
 def padded(values, length):
@@ -42,7 +47,7 @@ def cut(*columns, radius=1.0, tolerance=1e-6):
     """The degree of functions by their coefficients of T_0, T_1, ..., of 32; and whether it is enough."""
     rows = np.stack([padded(np.array(column, dtype=float), 32) for column in columns])
     coefficients = torch.from_numpy(rows).T.unsqueeze(0)
-    degree, resolved = series._degree(coefficients, torch.tensor([radius], dtype=torch.float64), tolerance)
+    degree, resolved = series._degree(coefficients, extent(radius), tolerance)
     assert degree.dtype == torch.int32
     return degree.item(), resolved.item()
 
@@ -116,7 +121,7 @@ def test_the_path_is_added_to_the_second_coefficient():
     found = []
     for path in (True, False):
         of_bank, parameters = tables(make("sinc", 5, path=path))
-        batch = series.compile_series(of_bank, parameters, radius, 32, 1e-6)
+        batch = series.compile_series(of_bank, parameters, Extent(radius), 32, 1e-6)
         assert batch.radius is radius
         found.append(batch.coefficients[0, :32])
     expected = torch.zeros(32, dtype=torch.float64)
@@ -128,7 +133,7 @@ def test_gradients_may_be_asked_for_again_but_not_for_themselves():
     transfer = make("sinc", 5)
     of_bank, parameters = tables(transfer)
     parameters = tuple(p.float().requires_grad_() for p in parameters)
-    batch = series.compile_series(of_bank, parameters, torch.ones(1, dtype=torch.float64), 32, 1e-6)
+    batch = series.compile_series(of_bank, parameters, extent(1.0), 32, 1e-6)
     first, again = (torch.autograd.grad(batch.coefficients.sum(), parameters, retain_graph=True) for _ in range(2))
     assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(first, again, strict=True))
     twice = torch.autograd.grad(batch.coefficients.square().sum(), parameters, create_graph=True)

@@ -24,7 +24,7 @@ def test_a_table_of_a_cubic_is_exact():
     transfer = make("polynomial", 4, omega=0.5, gain=1.7)
     for cells in (1, 2, 7, 2048):
         table = Table(transfer, RADIUS, cells, torch.float64)
-        torch.testing.assert_close(pulled(table), pulled(Direct(transfer, torch.float64)), rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(pulled(table), pulled(Direct(transfer)), rtol=1e-8, atol=1e-8)
         assert table.cells == cells
         assert table.accurate(1e-9)
 
