@@ -159,7 +159,9 @@ class Choice:
         transfer = work.single(index)
         known = self._cells.get(index)
         if known is None or not (_capturing(radius) or float(series.reach(transfer, radius)) <= REFIT * known[1]):
-            table = Table.fit(transfer, radius, _tolerance(work.tolerances[index], dtype), dtype)
+            A, B = work.pairs[index]
+            tolerance = _tolerance(work.tolerances[index], dtype)
+            table = Table.fit(transfer, radius, tolerance, dtype, len(B) * A.shape[1])
             self._cells[index] = table.cells if table else 0, float(series.reach(transfer, radius))
             return table or Direct(transfer)
         return Table(transfer, radius, known[0], dtype) if known[0] else Direct(transfer)
@@ -178,7 +180,7 @@ def _extent(work: Work, apart: Sequence[Tensor | None], measured: Sequence[bool]
 
 
 def _measured(work: Work, apart: Sequence[Tensor | None]) -> tuple[Extent, list[bool]]:
-    """The ranges, what part of them BA reaches, and where the bound by norms is so far off that BA has to be measured."""
+    """The ranges, what part of them BA reaches, and where BA has to be measured."""
     everywhere, nowhere = [True] * len(apart), [False] * len(apart)
     whole = torch.ones(len(apart), dtype=torch.float64, device=work.gains.device)
     bound, exact = _extent(work, apart, nowhere, whole), _extent(work, apart, everywhere, whole)

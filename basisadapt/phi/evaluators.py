@@ -140,14 +140,15 @@ class Table(Evaluator):
         self._scale = cells / (2 * self._radius)
 
     @staticmethod
-    def fit(transfer: Transfer, radius: Tensor, tolerance: float, dtype: torch.dtype) -> Table | None:
-        """The smallest table that is accurate to `tolerance`; None if there is none, see `accurate`."""
+    def fit(transfer: Transfer, radius: Tensor, tolerance: float, dtype: torch.dtype, entries: int) -> Table | None:
+        """The smallest table that is accurate to `tolerance`, see `accurate`; None if there is none, or none with fewer
+        cells than the matrix has entries, for which direct evaluation takes less."""
         reached = float(series.reach(transfer, radius)) / max(width(type(transfer.basis)), 1e-300)
         for cells in CELLS:
             # The cubic's slope is off by h³/12 on a cell of h widths. A check might see nothing of functions that are
             # narrower than a cell, and of others it would take long to say the same.
             h = 2 * reached / cells
-            if not h <= HOPELESS * (12 * SLOPE * tolerance) ** (1 / 3):
+            if cells > entries or not h <= HOPELESS * (12 * SLOPE * tolerance) ** (1 / 3):
                 continue
             table = Table(transfer, radius, cells, dtype)
             if table.accurate(tolerance):

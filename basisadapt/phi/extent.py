@@ -22,13 +22,18 @@ MEASURED_AT_ONCE = 1 << 22  # entries of BA
 class Extent:
     """Where the functions of M modules are compiled: on [−R, R].
 
-    radius: R ≥ max |BA|, (M,), float64. share: what part of R BA is known to reach, in (0, 1]. zero: whether BA is zero.
-    The latter two have shape (M,), or () for all.
+    radius: R ≥ max |BA|, (M,), float64. share: what part of R BA is known to reach, (M,), in (0, 1]. zero:
+    whether BA is zero, (M,).
     """
 
     radius: Tensor
-    share: Tensor = torch.ones(())
-    zero: Tensor = torch.zeros((), dtype=torch.bool)
+    share: Tensor
+    zero: Tensor
+
+    @classmethod
+    def of(cls, radius: Tensor) -> Extent:
+        """All of ±R."""
+        return cls(radius, torch.ones_like(radius), torch.zeros_like(radius, dtype=torch.bool))
 
 
 @torch.no_grad()

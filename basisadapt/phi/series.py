@@ -44,13 +44,14 @@ class SeriesBatch:
 
     coefficients: (M, P + POWER_COUNT), float64, with gradients; the first `degree` (M,), int32, of each are what the
     tolerance asks; behind P of them the same polynomial's powers, see `with_powers`.
-    radius: R, (M,). resolved: (M,), False where not even P coefficients are enough, or where the nodes lie so far apart
-    that they might pass over a basis function, by the largest ω and `width`.
+    radius: R, (M,). zero: (M,), where F(BA) is zero for certain. resolved: (M,), False where not even P coefficients
+    are enough, or where the nodes lie so far apart that they might pass over a basis function, by the largest ω.
     """
 
     coefficients: Tensor
     degree: Tensor
     radius: Tensor
+    zero: Tensor
     resolved: Tensor
 
 
@@ -65,13 +66,13 @@ def compile_series(
     resolved, also where α cancels them or is zero. Where BA is zero a centred F is zero whatever its parameters are,
     and they get no gradient.
     """
-    coefficients, both, spacing = _Interpolate.apply(  # type: ignore[no-untyped-call]
+    coefficients, both, spacing, zero = _Interpolate.apply(  # type: ignore[no-untyped-call]
         tables, extent, points, *parameters
     )
     with torch.no_grad():
         degree, resolved = _degree(both, extent, tolerance)
         resolved &= (spacing <= COARSE) | ~extent.radius.isfinite()
-    return SeriesBatch(coefficients, degree, extent.radius, resolved)
+    return SeriesBatch(coefficients, degree, extent.radius, zero, resolved)
 
 
 def _of_every_module(tolerance: float | Tensor, like: Tensor) -> Tensor:
@@ -144,7 +145,7 @@ def _degree(coefficients: Tensor, extent: Extent, tolerance: float | Tensor) -> 
     count = coefficients.shape[2]
     variation = (on_nodes.amax(1, keepdim=True) - on_nodes.amin(1, keepdim=True))[..., count:]
     size[..., count:] = torch.maximum(variation, LEAST_VARIATION * size[..., count:])
-    beyond = _nodes(points, radius.device).abs() > extent.share.to(radius).reshape(-1, 1)
+    beyond = _nodes(points, radius.device).abs() > extent.share.unsqueeze(1)
     size[..., :count] = on_nodes[..., :count].abs().masked_fill(beyond.unsqueeze(2), 0.0).amax(1, keepdim=True)
     left_out = series.abs().flip(1).cumsum(1).flip(1)  # [D]: the sum of |c_d| for d ≥ D
     remainder = left_out + left_out[:, points * 3 // 4].unsqueeze(1)
@@ -158,7 +159,8 @@ def _degree(coefficients: Tensor, extent: Extent, tolerance: float | Tensor) -> 
 
 class _Interpolate(torch.autograd.Function):
     """The coefficients of F, with powers; of F without its path beside the probe, from the same evaluation; and how far
-    apart neighbouring nodes lie at most, in widths of the narrowest basis function, (M,).
+    apart neighbouring nodes lie at most, in widths of the narrowest basis function, (M,); and where F(BA) is zero for
+    certain, (M,).
 
     The backward evaluates F again: it can run many times, and N values per node are not held.
     """
@@ -174,8 +176,9 @@ class _Interpolate(torch.autograd.Function):
         if transfer.path:
             coefficients[:, 1] += transfer.scaling * radius  # s p z, and z = R T_1(z / R)
         spacing = reach(transfer, radius) * (math.pi / points) / width(type(transfer.basis))
-        ctx.mark_non_differentiable(both, spacing)
-        return coefficients @ with_powers(points, radius.device), both, spacing
+        ctx.zero = extent.zero & transfer.centre
+        ctx.mark_non_differentiable(both, spacing, ctx.zero)
+        return coefficients @ with_powers(points, radius.device), both, spacing, ctx.zero
 
     @staticmethod
     @once_differentiable
@@ -184,11 +187,9 @@ class _Interpolate(torch.autograd.Function):
         radius = extent.radius
         with torch.enable_grad():
             leaves = [v.detach().requires_grad_(need) for v, need in zip(values, ctx.needs_input_grad[3:], strict=True)]
-            transfer = tables(*leaves)
-            coefficients = _interpolate(transfer, radius, points)
-            moments = upstream[0] @ with_powers(points, radius.device).T
-            if transfer.centre:  # else rounding would be all that there is, and Adam would make a whole step of it
-                moments = moments.masked_fill(extent.zero.to(radius.device).reshape(-1, 1), 0.0)
+            coefficients = _interpolate(tables(*leaves), radius, points)
+            # Of a zero rounding would be all that there is, and Adam would make a whole step of it.
+            moments = (upstream[0] @ with_powers(points, radius.device).T).masked_fill(ctx.zero.unsqueeze(1), 0.0)
             trained = [leaf for leaf in leaves if leaf.requires_grad]
             found = iter(torch.autograd.grad(coefficients, trained, moments, allow_unused=True))
         grads = [next(found) if leaf.requires_grad else None for leaf in leaves]
@@ -253,7 +254,7 @@ def pack(batch: SeriesBatch) -> Tensor:
     points = batch.coefficients.shape[1] - POWER_COUNT
     beyond = torch.arange(points, device=batch.radius.device) >= batch.degree.unsqueeze(1)
     coefficients = batch.coefficients[:, :points]
-    values = coefficients.masked_fill(beyond, 0.0)
+    values = coefficients.masked_fill(beyond | batch.zero.unsqueeze(1), 0.0)
     # Of all coefficients: the terms left out of F are steep at the ends of the range.
     slopes = coefficients @ _differentiation(points, batch.radius.device).T / batch.radius.unsqueeze(1)
     slopes = slopes.masked_fill(beyond, 0.0)

@@ -11,7 +11,7 @@ from peft import get_peft_model
 
 from basisadapt import InputError, PhiConfig
 from basisadapt.adapter import PhiLinear
-from basisadapt.phi.compiler import Compiler
+from basisadapt.phi.compiler import Compiled, Compiler
 from tests.conftest import randomise
 
 LABELS = torch.tensor([0, 1, 2, 0])
@@ -89,14 +89,15 @@ def test_a_part_of_the_model_called_alone_follows_every_update(bert, tokens):
         assert torch.equal(after, encoder(input_ids=tokens).last_hidden_state), parameter
 
 
-def test_a_call_of_the_model_looks_at_every_module_once(bert, tokens, monkeypatch):
-    """Where it compiles; its layers take that, until it ends, one way or the other."""
-    model, looked = adapted(bert), []
-    state = Compiler._state
-    monkeypatch.setattr(Compiler, "_state", lambda self, A, *rest: looked.append(A) or state(self, A, *rest))
+def test_a_call_of_the_model_compiles_once_and_looks_at_no_module(bert, tokens, monkeypatch):
+    """Its layers take what was compiled, until it ends, one way or the other."""
+    model, looked, compiled = adapted(bert), [], []
+    look, refresh = Compiled.made_of, Compiler.refresh
+    monkeypatch.setattr(Compiled, "made_of", lambda self, *rest: looked.append(rest) or look(self, *rest))
+    monkeypatch.setattr(Compiler, "refresh", lambda self: compiled.append(self) or refresh(self))
     layers = [module for module in model.modules() if isinstance(module, PhiLinear)]
     model(input_ids=tokens)
-    assert len(looked) == len(layers)
+    assert (len(compiled), len(looked)) == (1, 0)
     with pytest.raises(IndexError):
         model(input_ids=tokens + 1000)  # which the vocabulary does not have
     looked.clear()

@@ -193,7 +193,7 @@ def test_repeats_bit_for_bit(device, backend):
 
 
 def test_a_series_where_it_converges_a_table_where_not_direct_where_neither():
-    A, B = factors(30, 30, 2, 0.2)
+    A, B = factors(60, 150, 2, 0.2)
     parameters = {"A": A, "B": B, "backend": "torch"}
     assert isinstance(evaluator(make("sinc"), **parameters), Series)
     assert isinstance(evaluator(make("sinc"), A, B, "direct"), Direct)
@@ -262,10 +262,10 @@ def test_functions_of_many_modules_are_compiled_as_each_alone():
     parameters = tuple(torch.stack(column) for column in zip(*(s.parameters for s in singles), strict=True))
     tables = dataclasses.replace(singles[0]).with_parameters
     radius = torch.tensor([0.1, 1.0, 2.0], dtype=torch.float64)
-    batch = series.compile_series(tables, parameters, Extent(radius), 64, 1e-8)
+    batch = series.compile_series(tables, parameters, Extent.of(radius), 64, 1e-8)
     for index, single in enumerate(singles):
         one = tuple(p.unsqueeze(0) for p in single.parameters)
-        alone = series.compile_series(tables, one, Extent(radius[index : index + 1]), 64, 1e-8)
+        alone = series.compile_series(tables, one, Extent.of(radius[index : index + 1]), 64, 1e-8)
         torch.testing.assert_close(alone.coefficients[0, :64], batch.coefficients[index, :64], rtol=1e-12, atol=1e-14)
         assert alone.degree[0] == batch.degree[index]
 

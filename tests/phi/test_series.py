@@ -19,8 +19,8 @@ def tables(transfer):
     return transfer.with_parameters, tuple(p.unsqueeze(0) for p in transfer.parameters)
 
 
-def extent(*radius, **more):
-    return Extent(torch.tensor(radius, dtype=torch.float64), **more)
+def extent(*radius):
+    return Extent.of(torch.tensor(radius, dtype=torch.float64))
 
 
 def padded(values, length):
@@ -32,7 +32,7 @@ def test_a_packed_series_is_numpys(points):
     drawn = torch.randn(2, points, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     degree, radius = torch.tensor([5, 20], dtype=torch.int32), torch.tensor([0.5, 3.0], dtype=torch.float64)
     together = (drawn @ series.with_powers(points, CPU)).requires_grad_()
-    packed = series.pack(series.SeriesBatch(together, degree, radius, torch.ones(2, dtype=torch.bool)))
+    packed = series.pack(series.SeriesBatch(together, degree, radius, torch.zeros(2) > 0, torch.ones(2) > 0))
     assert not packed.requires_grad
     for row, c, D, R in zip(packed.numpy(), drawn.numpy(), (5, 20), (0.5, 3.0), strict=True):
         inside = np.arange(points) < D
@@ -121,7 +121,7 @@ def test_the_path_is_added_to_the_second_coefficient():
     found = []
     for path in (True, False):
         of_bank, parameters = tables(make("sinc", 5, path=path))
-        batch = series.compile_series(of_bank, parameters, Extent(radius), 32, 1e-6)
+        batch = series.compile_series(of_bank, parameters, Extent.of(radius), 32, 1e-6)
         assert batch.radius is radius
         found.append(batch.coefficients[0, :32])
     expected = torch.zeros(32, dtype=torch.float64)

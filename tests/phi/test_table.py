@@ -42,8 +42,11 @@ def test_a_table_in_chunks_is_that_made_at_once(monkeypatch, nodes):
 
 def test_the_smallest_table_that_is_accurate():
     """The spline's third derivative jumps, so that the error of F' falls with the square of a cell's size."""
-    found = [Table.fit(make("bspline", 8, omega), RADIUS, 1e-6, torch.float32) for omega in (1.0, 3.0, 30.0, 1000.0)]
+    found = [
+        Table.fit(make("bspline", 8, omega), RADIUS, 1e-6, torch.float32, 10**6) for omega in (1.0, 3.0, 30.0, 1000.0)
+    ]
     assert [table and table.cells for table in found] == [2048, 8192, 32768, None]
+    assert Table.fit(make("bspline", 8, 3.0), RADIUS, 1e-6, torch.float32, 8191) is None  # it would have more cells
 
 
 def test_accuracy_is_measured_in_every_chunk_and_of_value_and_slope(monkeypatch):
