@@ -214,13 +214,18 @@ def _spectrum(delta: Tensor) -> Numbers:
 
 def _updates(model: nn.Module, weight_change: WeightChange) -> Iterator[tuple[str, Any, Tensor, Transfer | None]]:
     """Name, layer, ΔW and, where there is one, F of every adapted module; ΔW of a Conv1D may come transposed."""
+    from basisadapt.phi.weight import delta_weight
+
     for name, layer in adapted_layers(model):
         if not _has_phi(layer):
             change = weight_change(layer)
             if change is not None:
                 yield name, layer, change, None
             continue
-        yield name, layer, layer.get_delta_weight(ADAPTER), layer.phi_source[ADAPTER].transfer(layer.name)
+        source = layer.phi_source[ADAPTER]
+        fresh = source.fresh(layer.name)
+        A, B = layer.phi_A[ADAPTER], layer.phi_B[ADAPTER]
+        yield name, layer, delta_weight(A, B, fresh, source.backend(A.device)), source.transfer(layer.name)
 
 
 def _has_phi(layer: Any) -> bool:

@@ -88,12 +88,13 @@ class PhiLinear(AdaptedLinear):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW of one adapter in the layout of the base weight, in float32 (float64 for a float64 adapter)."""
-        source = self.phi_source.get(adapter)
-        evaluator = source and source.fresh(self.name)
-        A, B = self.phi_A[adapter], self.phi_B[adapter]
-        if source is None or evaluator is None:
+        if adapter not in self.phi_source:
+            A, B = self.phi_A[adapter], self.phi_B[adapter]
             dtype = compute_dtype(A)
             return self._matrix(self.phi_settings[adapter].scaling * (B.to(dtype) @ A.to(dtype)))
+        source = self.phi_source[adapter]
+        evaluator = source.fresh(self.name)  # may bring back A and B
+        A, B = self.phi_A[adapter], self.phi_B[adapter]
         return self._matrix(delta_weight(A, B, evaluator, source.backend(A.device)))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

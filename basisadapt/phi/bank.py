@@ -177,18 +177,18 @@ class TransferBank(nn.Module):
         return make
 
     def kept_transfer(self, module: str, gain: Tensor, copies: tuple[Tensor, ...]) -> Transfer:
-        """`transfer` at copies of the tables; its gradients flow to the tables themselves, in several backward passes.
+        """`transfer` at copies of the tables, in float64: where amplitudes are large, rounding ω before would show.
 
-        gain: g where it is not learned.
+        Its gradients flow to the tables themselves, in several backward passes. gain: g where it is not learned.
         """
         rows, index = self.rows[module], list(self.rows).index(module)
 
         def choose(alpha: Tensor, raw_omega: Tensor, grid: Tensor, *log_gain: Tensor) -> tuple[Tensor, ...]:
             learned = [log[index].double().exp() for log in log_gain]
-            return alpha[rows[0]].clone(), F.softplus(raw_omega[rows[1]]), grid[rows[2]].clone(), *learned
+            return alpha[rows[0]].double(), F.softplus(raw_omega[rows[1]].double()), grid[rows[2]].double(), *learned
 
-        parameters = _Kept.apply(choose, copies, *self.tables)  # type: ignore[no-untyped-call]
-        return Transfer(self.basis, *(*parameters, gain)[:4], *self._formula)
+        alpha, omega, grid, *learned = _Kept.apply(choose, copies, *self.tables)  # type: ignore[no-untyped-call]
+        return Transfer(self.basis, alpha, omega, grid, learned[0] if learned else gain, *self._formula)
 
     def transfers(self, alpha: Tensor, raw_omega: Tensor, grid: Tensor, gains: Tensor) -> Transfer:
         """The transfer functions of all M modules, in their order, at these tables: those of the bank, or copies."""

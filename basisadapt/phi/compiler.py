@@ -96,8 +96,8 @@ class Compiler:
         return in_a[self._adapter], in_b[self._adapter]
 
     def _tolerance_of(self, module: str) -> float:
-        weight: Tensor = self._modules[module][2].weight
-        return self._tolerance or default_tolerance(weight.dtype)
+        layer: Any = self._modules[module][2]
+        return self._tolerance or default_tolerance(layer.weight.dtype)
 
     def evaluator(self, module: str, A: Tensor, B: Tensor) -> Evaluator | Split:
         """The evaluator of one module with these factors; compiles all where something has changed since."""
@@ -111,7 +111,8 @@ class Compiler:
                 again = place == 0 and A.is_cuda and _in_backward()
                 if again or compiled.made_of(module, A, B, self.bank.tables):
                     return compiled.evaluators[module]
-        return self.refresh().evaluators[module]
+        made: Compiled = self.refresh()
+        return made.evaluators[module]
 
     @contextmanager
     def compiled(self) -> Iterator[None]:
@@ -140,7 +141,7 @@ class Compiler:
             A, B = pairs[list(self._modules).index(module)]
             with torch.autocast(A.device.type, enabled=False):
                 gains = self.bank.gains(pairs)
-                transfer = self.bank.transfer(module, gains[list(self._modules).index(module)])
+                transfer = self.bank.kept_transfer(module, gains[list(self._modules).index(module)], self.bank.tables)
                 slack = HALF_ROUNDING if sharded else 1.0
                 return evaluator(transfer, A, B, self._setting, self._tolerance_of(module), slack)
 

@@ -75,7 +75,7 @@ def largest(A: Tensor, B: Tensor) -> Tensor:
     wide = torch.float64 if A.dtype == torch.float64 else torch.float32
     A, B = A.to(wide), B.to(wide)
     rows = max(1, MEASURED_AT_ONCE // A.shape[1])
-    return torch.stack([(some @ A).abs().amax() for some in B.split(rows)]).amax().double()
+    return torch.stack([(some @ A).abs().amax() for some in torch.split(B, rows)]).amax().double()
 
 
 @torch.no_grad()

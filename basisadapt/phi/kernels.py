@@ -44,10 +44,10 @@ def effective_weight(
 ) -> Tensor:
     """W + F(BA), or F(BA) where `weight` is None, formed in the dtype of A and B and rounded once to `dtype`."""
     if isinstance(evaluator, Split):
-        rows = evaluator.rows
-        effective = effective_weight(weight, A, B.index_fill(0, rows, 0.0), evaluator.main, dtype, backend)
-        of_rows = None if weight is None else weight[rows]
-        effective[rows] = effective_weight(of_rows, A, B[rows], evaluator.apart, dtype, backend)
+        few = evaluator.rows
+        effective = effective_weight(weight, A, B.index_fill(0, few, 0.0), evaluator.main, dtype, backend)
+        of_few = None if weight is None else weight[few]
+        effective[few] = effective_weight(of_few, A, B[few], evaluator.apart, dtype, backend)
         return effective
     if _fused(evaluator, A, backend):
         from basisadapt.phi import kernels_triton
