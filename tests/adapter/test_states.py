@@ -261,6 +261,7 @@ def test_threads_may_train_one_model(settings):
                 call(X).square().sum().backward()
         except Exception as failure:
             failures.append(failure)
+            barrier.abort()
 
     threads = [threading.Thread(target=work) for _ in range(3)]
     for thread in threads:
