@@ -117,7 +117,7 @@ def _spoil_beyond(t: Tensor) -> None:
     # On a CPU one reading pass tells that there is none, as a rule; elsewhere the host does not ask.
     if t.device.type == "cpu":
         least, most = torch.aminmax(t)
-        if -BEYOND <= least.item() and most.item() <= BEYOND:
+        if least.item() >= -BEYOND and most.item() <= BEYOND:
             return
     t.masked_fill_(~(t.abs() <= BEYOND), float("nan"))
 
