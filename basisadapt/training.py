@@ -46,7 +46,7 @@ from basisadapt.observation import (
 )
 from basisadapt.phi.settings import field_names
 from basisadapt.run_config import RunConfig
-from basisadapt.tasks import DataSettings, Example, Rows, TaskData
+from basisadapt.tasks import DataSettings, DrawnTask, Example, Rows, TaskData
 from basisadapt.trainer import (
     EVAL_BATCH,
     arithmetic,
@@ -340,6 +340,9 @@ def _in_group(
 
 def load_data(config: RunConfig, data_dir: Path | None = None) -> TaskData:
     """All rows of the task, read once for as long as its files do not change. Raises InputError."""
+    task = tasks.find(config.task, config.data)
+    if isinstance(task, DrawnTask):
+        return task.of_seed(config.seed)
     return _load(config.task, config.data, data_dir, tasks.stamp(config.task, config.data))
 
 

@@ -46,6 +46,13 @@ FORMS = {
         processor="AutoImageProcessor",
         peft=None,
     ),
+    "feed_forward": Form(
+        does="store facts in a feed-forward block (task facts)",
+        model="LastFeedForward",  # ours, as is what is below it
+        models="MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+        processor="Below",
+        peft=None,
+    ),
     "completion": Form(
         does="complete texts",
         model="AutoModelForCausalLM",
@@ -55,16 +62,27 @@ FORMS = {
     ),
 }
 
+OURS = {"zero_shot": "clip", "feed_forward": "bert"}  # the forms that we wrote, and the one model type of each
 HEADS = ("classifier", "score")  # what transformers calls the head of a classifier; peft trains the same
 
 
 def model_class(form: str) -> Any:
     """What builds a model of that form from a configuration, or loads one."""
+    return _class(FORMS[form].model)
+
+
+def processor_class(form: str) -> Any:
+    """What loads what makes a model's inputs: its tokenizer, its image processor or the model below it."""
+    return _class(FORMS[form].processor)
+
+
+def _class(name: str) -> Any:
     import transformers
 
-    from basisadapt.backbones import clip
+    from basisadapt.backbones import clip, feed_forward
 
-    return clip.ZeroShotCLIP if form == "zero_shot" else getattr(transformers, FORMS[form].model)
+    ours = (clip.ZeroShotCLIP, feed_forward.LastFeedForward, feed_forward.Below)
+    return next((one for one in ours if one.__name__ == name), None) or getattr(transformers, name)
 
 
 def is_head(parameter: str) -> bool:
@@ -85,6 +103,6 @@ def _can(form: str, model_type: str) -> bool:
 
     # transformers also offers encoders as causal language models, which they were not trained to be.
     encoder = model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if (form == "completion" and encoder) or (form == "zero_shot" and model_type != "clip"):
+    if (form == "completion" and encoder) or model_type != OURS.get(form, model_type):
         return False
     return model_type in getattr(modeling_auto, FORMS[form].models)

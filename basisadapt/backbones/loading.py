@@ -14,7 +14,7 @@ from torch import Tensor
 from basisadapt.backbones.beside import check_beside
 from basisadapt.backbones.catalogue import OWN, Backbone
 from basisadapt.backbones.failures import NO_SAFETENSORS, explained
-from basisadapt.backbones.forms import FORMS, check_form, is_head, model_class
+from basisadapt.backbones.forms import check_form, is_head, model_class, processor_class
 from basisadapt.backbones.inputs import check_tokenizer, most_tokens
 from basisadapt.backbones.packages import check_installed, place_of
 from basisadapt.backbones.precision import keep_head_exact, loading_options
@@ -68,7 +68,7 @@ def load(
     config = _config(backbone, num_labels)
     check_form(backbone, form, config.model_type)
     check_beside(backbone, ask=True)
-    processor = _ask(getattr(transformers, FORMS[form].processor), backbone)
+    processor = _ask(processor_class(form), backbone)
     model, report = _ask(
         model_class(form),
         backbone,
@@ -81,6 +81,8 @@ def load(
     _check_fit(backbone, form, report)
     if form == "zero_shot":
         model.classes.copy_(_class_embeddings(backbone, num_labels, prompts))
+    if form == "feed_forward":
+        model.draw_classes()
     if weights != "fp32":
         keep_head_exact(model)
     if isinstance(processor, transformers.PreTrainedTokenizerBase):

@@ -66,7 +66,8 @@ class Tune:
     """What is chosen for every row by itself, and how, before the row is run (see `tuning`).
 
     grid: a setting to the values that are tried, all combinations of several. seeds: those that they are tried with,
-    none of the study's. validation: the share of the training rows that they are judged on.
+    none of the study's. validation: the share of the training rows that they are judged on; null where other seeds draw
+    other rows (`tasks.DrawnTask`), so that what is chosen on them is not chosen on the rows that are reported.
     at: of a grid of one setting, the values at which every row is run with the study's seeds as well, whatever is
     chosen for it, so that there is a curve: a list, or "all" for the grid's. common: one more such value, at which the
     rows are compared with each other beside the comparison of each at its own; both are numbers above 0.
@@ -75,7 +76,7 @@ class Tune:
 
     grid: dict[str, Any]
     seeds: tuple[int, ...]
-    validation: float
+    validation: float | None
     at: list[float] | str | None = None
     common: float | None = None
 

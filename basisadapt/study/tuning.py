@@ -3,7 +3,8 @@
 A study may ask for every row at given values as well (`tune.at`, `tune.common`), with its own seeds and on its held-out
 rows: cells that are the same as those of a choice are run once.
 The trials are cells like any other, but for two things: their seeds are none of the study's, and they are evaluated on
-training rows that they do not train on (`train.validation`). So nothing is chosen on the rows that are reported.
+training rows that they do not train on (`train.validation`), or, of a task that draws its rows, on those of their seeds.
+So nothing is chosen on the rows that are reported.
 """
 
 from __future__ import annotations
@@ -218,7 +219,10 @@ def resolve_tuning(
         trials: Sequence[Row | None] = [None for _ in rows]
         if spec.tune is not None and len(points) > 1:
             _check_seeds(spec.tune.seeds, rows)
-            changed.append(f"train.validation={spec.tune.validation}")
+            if spec.tune.validation is None:
+                _check_drawn(rows)
+            else:
+                changed.append(f"train.validation={spec.tune.validation}")
             trials = resolve(spec, preset=preset, changes=changed, seeds=spec.tune.seeds).rows
         by_point.append([_candidate(point, row, trial) for row, trial in zip(rows, trials, strict=True)])
     at: dict[float, tuple[Row, ...]] = {}
@@ -275,6 +279,18 @@ def _check_seeds(seeds: Sequence[int], rows: Sequence[Row]) -> None:
     if shared or not seeds:
         problem = f"{shared[0]} is one of the study's" if shared else "there are none"
         raise InputError(f"tune.seeds must be seeds that no row is reported with: {problem}")
+
+
+def _check_drawn(rows: Sequence[Row]) -> None:
+    """Raise InputError for a row whose other seeds are evaluated on the rows that it is reported on."""
+    from basisadapt import tasks
+
+    for config in (row.cells[0].config for row in rows):
+        if not isinstance(tasks.find(config.task, config.data), tasks.DrawnTask):
+            raise InputError(
+                f"tune.validation must be a share of the training rows for task {config.task!r}, whose evaluated rows "
+                "are the same for every seed"
+            )
 
 
 def _check_values(rows: Iterable[Sequence[Row]], grid: Mapping[str, Sequence[Any]]) -> None:

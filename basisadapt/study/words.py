@@ -436,11 +436,13 @@ def _tuning(tuned: Tuned, table: Table) -> Grid:
         values = [number(tried.value, "") if tried.value is not None else tried.state for tried in choice.tried]
         rows.append([choice.row.label, *(setting(choice, key) for key in keys), *values])
     names = [key.removeprefix("adapter.") for key in keys]
-    seeds, share = _named(rule.seeds), f"{100 * rule.validation:g} %"
+    seeds, where = _named(rule.seeds), "which draw other rows than those reported"
+    if rule.validation is not None:
+        share = f"the last {100 * rule.validation:g} %"
+        where = f"trained on all but {share} of the training rows and evaluated on these"
     notes = [
-        f"The rule: each row is first run with every {' and '.join(names)} above and {seeds}, trained on all but the "
-        f"last {share} of the training rows and evaluated on these; what gives the highest mean {table.headline} is "
-        "taken, the first of equals; what failed or diverged counts as worst."
+        f"The rule: each row is first run with every {' and '.join(names)} above and {seeds}, {where}; what gives the "
+        f"highest mean {table.headline} is taken, the first of equals; what failed or diverged counts as worst."
     ]
     edges = [choice.row.label for choice in tuned.choices if choice.edges]
     if edges:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from basisadapt.tasks import commonsense as commonsense
 from basisadapt.tasks import digits as digits
 from basisadapt.tasks import docstrings as docstrings
+from basisadapt.tasks import facts as facts
 from basisadapt.tasks import fashion_mnist as fashion_mnist
 from basisadapt.tasks import glue as glue
 from basisadapt.tasks import instruct as instruct
 from basisadapt.tasks import vision as vision
 from basisadapt.tasks.completion import CompletionTask
+from basisadapt.tasks.drawn import DrawnTask
 from basisadapt.tasks.image import ImageTask
 from basisadapt.tasks.lookup import find, stamp
 from basisadapt.tasks.settings import DataSettings
@@ -20,6 +22,7 @@ __all__ = [
     "TASKS",
     "CompletionTask",
     "DataSettings",
+    "DrawnTask",
     "Example",
     "ImageTask",
     "Rows",

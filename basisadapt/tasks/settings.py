@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from basisadapt.errors import InputError, unknown
+from basisadapt.settings import late
 
 KINDS = ("classes", "numbers")
 SCORINGS = ("likelihood", "generation", "cloze")
+MOST_FACTS = 1_000_000
 HEADS = ("linear", "zero_shot")
 
 
@@ -26,6 +28,8 @@ class DataSettings:
 
     Of images: head, "linear", a layer that is trained; or "zero_shot", the embeddings of sentences about the classes,
     which stay as they are, for a backbone with a text tower (CLIP).
+
+    Of the task facts: facts, how many there are, from 1 to 1,000,000.
     """
 
     text: str = "text"
@@ -37,10 +41,13 @@ class DataSettings:
     scoring: str = "likelihood"
     max_new_tokens: int = 1024
     head: str = "linear"
+    facts: int = late(1024)
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise InputError(f"data.max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not 1 <= self.facts <= MOST_FACTS:
+            raise InputError(f"data.facts must be at least 1 and at most {MOST_FACTS:,}, got {self.facts}")
         if self.kind is not None and self.kind not in KINDS:
             raise unknown("data.kind", self.kind, KINDS)
         if self.scoring not in SCORINGS:
