@@ -63,6 +63,7 @@ LANGUAGE_MODELS = (
 )
 FORMS_OF = {
     **dict.fromkeys(ENCODERS, ("text",)),
+    "minilm": ("text", "feed_forward"),
     **dict.fromkeys(LANGUAGE_MODELS, ("text", "completion")),
     "clip-vit-b32": ("image", "zero_shot"),
     "dinov2-base": ("image",),
@@ -104,10 +105,10 @@ def test_a_backbone_takes_a_form_with_projections_to_adapt_or_names_those_that_c
     model = backbones.shape_only(backbone, form, 3)
     found = find_projections(module for module, _ in model.named_modules())
     assert target_pattern("all", model)
-    assert {p.layer for p in found} == set(
-        range(getattr(model.config, "vision_config", model.config).num_hidden_layers)
-    )
-    assert {p.kind for p in found} == {"attention", "mlp"}
+    layers = getattr(model.config, "vision_config", model.config).num_hidden_layers
+    part = {"feed_forward": {"mlp"}, "weight": {"attention"}}.get(form)  # of the last block alone
+    assert {p.layer for p in found} == ({layers - 1} if part else set(range(layers)))
+    assert {p.kind for p in found} == (part or {"attention", "mlp"})
     assert (form in ("text", "image")) == any(map(backbones.is_head, (name for name, _ in model.named_parameters())))
 
 

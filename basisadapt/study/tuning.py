@@ -3,8 +3,8 @@
 A study may ask for every row at given values as well (`tune.at`, `tune.common`), with its own seeds and on its held-out
 rows: cells that are the same as those of a choice are run once.
 The trials are cells like any other, but for two things: their seeds are none of the study's, and they are evaluated on
-training rows that they do not train on (`train.validation`), or, of a task that draws its rows, on those of their seeds.
-So nothing is chosen on the rows that are reported.
+training rows that they do not train on (`train.validation`); a task that draws its rows has others for other seeds
+anyway. So nothing is chosen on the rows that are reported.
 """
 
 from __future__ import annotations

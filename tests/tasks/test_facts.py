@@ -1,0 +1,162 @@
+"""Random facts, and the feed-forward block that stores them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from basisadapt import InputError, backbones
+from basisadapt.backbones.feed_forward import Below, LastFeedForward
+from basisadapt.run_config import RunConfig
+from basisadapt.tasks import DataSettings
+from basisadapt.tasks.facts import Facts
+from basisadapt.training import load_data, plan, run
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "##s", "17", *"abcdefghijklmnopqrst"]
+FIRST, LAST = 2, 3
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    """The folder of a two-layer BERT with random weights and twenty words."""
+    folder = tmp_path_factory.mktemp("bert")
+    transformers.BertTokenizer(vocab={word: i for i, word in enumerate(WORDS)}).save_pretrained(folder)
+    small = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 24, "intermediate_size": 48}
+    torch.manual_seed(0)
+    model = transformers.AutoModel.from_config(
+        transformers.AutoConfig.for_model("bert", vocab_size=len(WORDS), initializer_range=0.3, **small)
+    )
+    model.save_pretrained(folder)
+    return folder
+
+
+def config(backbone, method="lora", seed=1, facts=12, adapter=None, **train):
+    return RunConfig.from_mapping(
+        {
+            "task": "facts",
+            "backbone": str(backbone),
+            "method": method,
+            "adapter": {"r": 4, **(adapter or {})},
+            "data": {"facts": facts},
+            "train": {"batch_size": facts, "max_steps": 3, **train},
+            "seed": seed,
+        }
+    )
+
+
+def test_facts_follow_from_the_seed(bert):
+    first, again, other = (load_data(config(bert, seed=seed)) for seed in (1, 1, 2))
+    assert first.train == first.eval == again.train
+    assert first.train.inputs != other.train.inputs
+    assert first.train.labels != other.train.labels
+    assert first.fingerprint() == other.fingerprint(), "the seed tells them apart already"
+    assert first.fingerprint() != load_data(config(bert, facts=13)).fingerprint()
+    assert len(first.train) == 12
+    assert {len(key) for key in first.train.inputs} == {4}
+    assert set(load_data(config(bert, facts=5000)).train.labels) == set(range(256))
+
+
+def test_bits_and_recall():
+    """n (8 − H), H the mean cross-entropy in bits."""
+    task, rows = Facts(DataSettings(facts=50)), Facts(DataSettings(facts=50)).of_seed(3).train
+    nothing = task.measure(np.zeros((50, 256), dtype=np.float32), rows, None)
+    assert nothing["bits"] == pytest.approx(0, abs=1e-9)
+    logits = np.random.default_rng(0).normal(size=(50, 256))
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    of_labels = [p[i, label] for i, label in enumerate(rows.labels)]
+    expected = sum(8 + math.log2(one) for one in of_labels)
+    known = sum(one == p[i].max() for i, one in enumerate(of_labels))
+    assert task.measure(logits, rows, None) == {"bits": pytest.approx(expected), "recall": pytest.approx(known / 50)}
+    everything = 100 * np.eye(256)[rows.labels]
+    assert task.measure(everything, rows, None) == {"bits": pytest.approx(400), "recall": 1.0}
+
+
+def test_a_key_is_computed_once():
+    task, asked = Facts(DataSettings(facts=6)), []
+
+    def below(keys):
+        asked.extend(keys)
+        return torch.tensor(keys, dtype=torch.float64)
+
+    rows = task.of_seed(0).train
+    first, second = (task.examples(rows, below, None, training) for training in (True, False))
+    part = task.examples(rows.take([4, 1]), below, None, False)
+    assert asked == [tuple(key) for key in rows.inputs]
+    assert [example["labels"] for example in first] == list(rows.labels)
+    for example, other, key in zip(first, second, rows.inputs, strict=True):
+        assert example["hidden"].tolist() == other["hidden"].tolist() == [float(number) for number in key]
+    assert [example["hidden"].tolist() for example in part] == [[float(n) for n in rows.inputs[i]] for i in (4, 1)]
+
+
+@torch.no_grad()
+def test_the_block_is_the_end_of_the_whole_model(bert):
+    """C times the whole model's hidden state of [CLS], for keys of words and of nothing else."""
+    torch.manual_seed(5)
+    model, below = backbones.load(backbones.find(str(bert)), "feed_forward", 256)
+    assert isinstance(model, LastFeedForward)
+    assert isinstance(below, Below)
+    whole = transformers.AutoModel.from_pretrained(bert).eval()
+    assert {name for name, _ in model.named_parameters()} < {name for name, _ in whole.named_parameters()}
+    keys = np.random.default_rng(1).integers(2**31, size=(130, 4))
+    words = len(WORDS) - 7
+    ids = torch.cat([torch.full((130, 1), FIRST), torch.tensor(keys % words) + 7, torch.full((130, 1), LAST)], dim=1)
+    expected = whole(ids).last_hidden_state[:, 0] @ model.classes.T
+    hidden = below(keys.tolist())
+    labels = torch.arange(130) % 256
+    for mode in (model.eval(), model.train()):  # dropout has no say
+        output = mode(hidden=hidden, labels=labels)
+        torch.testing.assert_close(output.logits, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(output.loss, torch.nn.functional.cross_entropy(expected, labels))
+    assert model.classes.norm(dim=1).mean().item() == pytest.approx(1, abs=0.1)
+    assert not any(name == "classes" for name, _ in model.named_parameters())
+
+
+def test_the_classes_follow_from_the_seed(bert):
+    drawn = []
+    for seed in (1, 2, 1):
+        transformers.set_seed(seed)
+        model, _ = backbones.load(backbones.find(str(bert)), "feed_forward", 256)
+        drawn.append(model.classes)
+    assert torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+@pytest.mark.parametrize(("method", "rate"), [("lora", 0.1), ("phi", 0.03), ("sinelora", 0.03), ("full", 0.01)])
+def test_facts_are_stored(bert, method, rate, tmp_path):
+    result = run(config(bert, method, lr=rate, max_steps=30, max_grad_norm=10), save_to=tmp_path)
+    assert result.status == "finished"
+    assert result.headline == "bits"
+    assert result.metrics["bits"] > 15, "nothing is stored at the start"
+    assert result.metrics["bits"] == pytest.approx(12 * (8 - result.metrics["eval_loss"] / math.log(2)), rel=1e-4)
+    assert result.metrics["recall"] > 0.1, "against 1 / 256 at the start"
+    assert result.metrics["parameters.head"] == 0
+    assert "generalisation_gap" not in result.metrics, "nothing is held out"
+    if method != "full":
+        modules = {"encoder.layer.1.intermediate.dense", "encoder.layer.1.output.dense"}
+        assert set(result.modules) == modules
+        assert {numbers["kind"] for numbers in result.modules.values()} == {"mlp"}
+
+
+def test_a_run_may_keep_its_best_checkpoint(bert):
+    """Which the Trainer writes together with what makes the inputs."""
+    assert run(config(bert, lr=0.1, max_steps=4, eval_steps=2)).status == "finished"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"data": {"facts": 0}}, "data.facts must be at least 1 and at most 1,000,000, got 0"),
+        ({"data": {"facts": 10**7}}, "at most 1,000,000"),
+        ({"train": {"validation": 0.2}}, "train.validation measures a run on training rows, which task 'facts' cannot"),
+        ({"backbone": "qwen2-0.5b"}, r"cannot store facts .*, minilm can"),
+        ({"backbone": "roberta-base"}, r"cannot store facts .*, minilm can"),
+        ({"method": "head"}, "this model has none"),
+    ],
+)
+def test_what_has_no_meaning_is_refused(values, message):
+    with pytest.raises(InputError, match=message):
+        plan(RunConfig.from_mapping({"task": "facts", **values}), dry=True)
