@@ -53,6 +53,13 @@ FORMS = {
         processor="Below",
         peft=None,
     ),
+    "weight": Form(
+        does="be fitted to a given matrix (tasks matrix/...)",
+        model="LastQuery",  # ours, as is its weight
+        models="MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+        processor="QueryWeight",
+        peft=None,
+    ),
     "completion": Form(
         does="complete texts",
         model="AutoModelForCausalLM",
@@ -62,7 +69,11 @@ FORMS = {
     ),
 }
 
-OURS = {"zero_shot": "clip", "feed_forward": "bert"}  # the forms that we wrote, and the one model type of each
+OURS = {
+    "zero_shot": "clip",
+    "feed_forward": "bert",
+    "weight": "bert",
+}  # our forms, of one model type each
 HEADS = ("classifier", "score")  # what transformers calls the head of a classifier; peft trains the same
 
 
@@ -72,16 +83,16 @@ def model_class(form: str) -> Any:
 
 
 def processor_class(form: str) -> Any:
-    """What loads what makes a model's inputs: its tokenizer, its image processor or the model below it."""
+    """What loads what a task makes a model's inputs with: mostly its tokenizer or image processor."""
     return _class(FORMS[form].processor)
 
 
 def _class(name: str) -> Any:
     import transformers
 
-    from basisadapt.backbones import clip, feed_forward
+    from basisadapt.backbones import clip, parts
 
-    ours = (clip.ZeroShotCLIP, feed_forward.LastFeedForward, feed_forward.Below)
+    ours = (clip.ZeroShotCLIP, parts.LastFeedForward, parts.Below, parts.LastQuery, parts.QueryWeight)
     return next((one for one in ours if one.__name__ == name), None) or getattr(transformers, name)
 
 

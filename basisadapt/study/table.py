@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from basisadapt.study.record import Outcome
 
 NOT_RUN = "not run"  # the state of a cell that the record lacks
-PERCENT = ("accuracy", "f1", "matthews", "pearson", "spearman")  # metrics that are read as percentages
+PERCENT = ("accuracy", "f1", "matthews", "pearson", "spearman", "energy")  # metrics that are read as percentages
 COLUMNS = ("stable_rank.mean", "dc_share.mean", "parameters.trainable")  # of every table, before a study's own
 
 

@@ -9,6 +9,7 @@ from basisadapt.tasks import facts as facts
 from basisadapt.tasks import fashion_mnist as fashion_mnist
 from basisadapt.tasks import glue as glue
 from basisadapt.tasks import instruct as instruct
+from basisadapt.tasks import matrix as matrix
 from basisadapt.tasks import vision as vision
 from basisadapt.tasks.completion import CompletionTask
 from basisadapt.tasks.drawn import DrawnTask

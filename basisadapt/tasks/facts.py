@@ -16,7 +16,7 @@ from basisadapt.tasks.task import Example, Rows
 
 KEY = 4  # tokens of a key
 CLASSES = 256
-WORDS = 2**31  # a token is given by a number below, see `backbones.feed_forward.Below`
+WORDS = 2**31  # a token is given by a number below, see `backbones.parts.Below`
 
 
 class Facts(DrawnTask, name="facts"):

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from basisadapt import InputError, backbones
-from basisadapt.backbones.feed_forward import Below, LastFeedForward
+from basisadapt.backbones.parts import Below, LastFeedForward
 from basisadapt.run_config import RunConfig
 from basisadapt.tasks import DataSettings
 from basisadapt.tasks.facts import Facts

@@ -1,4 +1,4 @@
-"""A BERT's last feed-forward block as a model of its own, and what lies below it, which turns keys into its inputs."""
+"""Parts of a BERT's last block as models of their own, and what makes their inputs."""
 
 from __future__ import annotations
 
@@ -30,9 +30,7 @@ class LastFeedForward(BertPreTrainedModel):  # type: ignore[misc]
     def __init__(self, config: Any) -> None:
         config.hidden_dropout_prob = 0.0
         super().__init__(config)
-        block = nn.ModuleDict({"intermediate": BertIntermediate(config), "output": BertOutput(config)})
-        layer = nn.ModuleDict({str(config.num_hidden_layers - 1): block})
-        self.encoder = nn.ModuleDict({"layer": layer})
+        self.encoder = _last_block(config, intermediate=BertIntermediate(config), output=BertOutput(config))
         self.register_buffer("classes", torch.zeros(config.num_labels, config.hidden_size))
         self.post_init()
 
@@ -47,10 +45,8 @@ class LastFeedForward(BertPreTrainedModel):  # type: ignore[misc]
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
         """Logits of hidden states of shape (rows, hidden), and their cross-entropy where there are labels."""
-        layer: Any = self.encoder["layer"]
-        (block,) = layer.values()
-        h = hidden.to(self.dtype)
-        y = block.output(block.intermediate(h), h)
+        block, h = _block(self.encoder), hidden.to(self.dtype)
+        y = block["output"](block["intermediate"](h), h)
         logits = y @ self.classes.T
         return SequenceClassifierOutput(loss=None if labels is None else cross_entropy(logits, labels), logits=logits)
 
@@ -85,6 +81,62 @@ class Below:
         ids = pad(words, (1, 0), value=self._tokenizer.cls_token_id)
         ids = pad(ids, (0, 1), value=self._tokenizer.sep_token_id)
         return torch.cat([self._encoder(part).last_hidden_state[:, 0] for part in torch.split(ids, KEYS_AT_ONCE)])
+
+
+class LastQuery(BertPreTrainedModel):  # type: ignore[misc]
+    """ΔW, shape (rows, m, n), of the query projection of the last block, whose own weight W is (m, n).
+
+    ΔW = Yᵀ − W, with Y what the adapted projection, without its bias, makes of the rows of the identity.
+    """
+
+    main_input_name = "weight"
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        query = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.encoder = _last_block(config, attention=nn.ModuleDict({"self": nn.ModuleDict({"query": query})}))
+        self.post_init()
+
+    @classmethod
+    def from_config(cls, config: Any) -> LastQuery:
+        """The model with no weights loaded."""
+        return cls(config)
+
+    def forward(self, weight: Tensor, target: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
+        """ΔW as the logits, and ‖ΔW − T‖² / ‖T‖² as the loss, for W and T of shape (rows, m, n)."""
+        query = _block(self.encoder)["attention"]["self"]["query"]
+        unit = torch.eye(weight.shape[-1], dtype=self.dtype, device=weight.device)
+        change = query(unit).T - weight
+        loss = (change - target).square().sum() / target.square().sum()
+        return SequenceClassifierOutput(loss=loss, logits=change)
+
+
+class QueryWeight:
+    """The weight W of `LastQuery` before anything trains, shape (m, n), in float32."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    @classmethod
+    def from_pretrained(cls, source: str, **options: Any) -> QueryWeight:
+        """That of a hub id or a folder."""
+        model = LastQuery.from_pretrained(source, dtype=torch.float32, **options)
+        return cls(_block(model.encoder)["attention"]["self"]["query"].weight.detach())
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Nothing: the weight is the backbone's own."""
+
+
+def _last_block(config: Any, **parts: nn.Module) -> nn.ModuleDict:
+    """An encoder that has nothing but these parts of its last block, by the names that they have in the whole one."""
+    layer = nn.ModuleDict({str(config.num_hidden_layers - 1): nn.ModuleDict(parts)})
+    return nn.ModuleDict({"layer": layer})
+
+
+def _block(encoder: Any) -> Any:
+    """The one block of an encoder of parts."""
+    (block,) = encoder["layer"].values()
+    return block
 
 
 class _Residual(nn.Module):

@@ -1,0 +1,168 @@
+"""Given matrices: how much of an update can a method be?"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from basisadapt.tasks.drawn import DrawnTask
+from basisadapt.tasks.task import Example, Rows
+
+NUMBERS = 2**32  # a target follows from a number below
+RANKS = tuple(2**i for i in range(8))
+DENSITY = 0.02  # of the entries of a sparse target
+BLOCKS = 8
+LOW_RANK = 4  # of the matrix that a function is taken of
+GROUP, LEVELS = 64, 7  # weights that share a scale, and the largest number of a signed 4-bit one
+
+
+class MatrixTask(DrawnTask):
+    """Fit ΔW of one weight to a target T of its shape (m, n), scaled to ‖T‖ = 1; nothing generalises, nothing is noisy.
+
+    There is one row, the matrix; its loss is ‖ΔW − T‖² / ‖T‖². Metrics: "energy", 1 − loss, the share of the target's
+    energy that is captured; "optimum.K" for K = 1, 2, 4, ..., 128, what the best matrix of rank K captures, by T's
+    singular values (Eckart & Young, 1936), the bound of BA. Both in float64.
+    """
+
+    form, headline, num_labels = "weight", "energy", 1
+
+    @abstractmethod
+    def target(self, generator: np.random.Generator, weight: np.ndarray) -> np.ndarray:
+        """T for a weight of shape (m, n), both in float64; its scale does not matter."""
+
+    @property
+    def drawn_as(self) -> str:
+        """The class."""
+        return f"one matrix: {type(self).__name__}"
+
+    def draw(self, generator: np.random.Generator) -> Rows:
+        """The number that the target follows from."""
+        return Rows([int(generator.integers(NUMBERS))], [0])
+
+    def examples(self, rows: Rows, processor: Any, max_length: int | None, training: bool) -> Sequence[Example]:
+        """W and T, in float32."""
+        targets = (torch.from_numpy(self._target(number, processor)).float() for number in rows.inputs)
+        return [{"weight": processor.weight, "target": target, "labels": 0} for target in targets]
+
+    def collator(self, processor: Any) -> Callable[[list[Example]], dict[str, Tensor]]:
+        """Stacks."""
+        return _stacked
+
+    def score(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The loss and ΔW."""
+        output = model(**batch)
+        return output.loss, output.logits
+
+    def measure(self, scores: np.ndarray, rows: Rows, processor: Any) -> dict[str, float]:
+        """The energy that ΔW, of shape (1, m, n), captures, and what every rank could."""
+        target = self._target(rows.inputs[0], processor)
+        captured = np.cumsum(np.linalg.svd(target, compute_uv=False) ** 2)
+        optimum = {f"optimum.{rank}": float(captured[min(rank, len(captured)) - 1]) for rank in RANKS}
+        return {"energy": 1 - float(np.sum((scores[0].astype(np.float64) - target) ** 2)), **optimum}
+
+    def _target(self, number: int, processor: Any) -> np.ndarray:
+        target = self.target(np.random.default_rng(number), processor.weight.double().numpy())
+        scaled: np.ndarray = target / np.linalg.norm(target)
+        return scaled
+
+
+class Gaussian(MatrixTask, name="matrix/gaussian"):
+    """Independent normal entries: a flat spectrum."""
+
+    def target(self, generator: np.random.Generator, weight: np.ndarray) -> np.ndarray:
+        """T."""
+        return generator.normal(size=weight.shape)
+
+
+class Sparse(MatrixTask, name="matrix/sparse"):
+    """Normal entries in 2 % of the places, zero in the others."""
+
+    def target(self, generator: np.random.Generator, weight: np.ndarray) -> np.ndarray:
+        """T."""
+        return generator.normal(size=weight.shape) * (generator.random(weight.shape) < DENSITY)
+
+
+class Block(MatrixTask, name="matrix/block"):
+    """Eight blocks of normal entries on the diagonal, zero elsewhere."""
+
+    def target(self, generator: np.random.Generator, weight: np.ndarray) -> np.ndarray:
+        """T."""
+        rows, columns = (np.arange(size) * BLOCKS // size for size in weight.shape)
+        return generator.normal(size=weight.shape) * (rows[:, None] == columns)
+
+
+class Sign(MatrixTask, name="matrix/sign"):
+    """The signs of a matrix of rank 4, a function of each entry: of full rank for BA, of rank 4 for such a function."""
+
+    def target(self, generator: np.random.Generator, weight: np.ndarray) -> np.ndarray:
+        """T."""
+        B, A = (generator.normal(size=(size, LOW_RANK)) for size in weight.shape)
+        signs: np.ndarray = np.sign(B @ A.T)
+        return signs
+
+
+class Rounding(MatrixTask, name="matrix/rounding"):
+    """W − Q(W), Q rounding to 4 bits: s round(w / s) with s = max |w| / 7 over 64 weights of an output.
+
+    Which inputs are together is drawn. What an adapter has to repair of a quantised weight; source: Li et al. (2024),
+    LoftQ.
+    """
+
+    def target(self, generator: np.random.Generator, weight: np.ndarray) -> np.ndarray:
+        """T."""
+        error, order = np.empty_like(weight), generator.permutation(weight.shape[1])
+        for start in range(0, len(order), GROUP):
+            columns = order[start : start + GROUP]
+            group = weight[:, columns]
+            scale = np.abs(group).max(axis=1, keepdims=True) / LEVELS
+            error[:, columns] = group - scale * np.round(group / scale)
+        return error
+
+
+class Power(MatrixTask):
+    """σᵢ ∝ i^−exponent with random singular vectors."""
+
+    exponent: ClassVar[float]
+
+    def target(self, generator: np.random.Generator, weight: np.ndarray) -> np.ndarray:
+        """T."""
+        U, V = (np.linalg.qr(generator.normal(size=(size, min(weight.shape))))[0] for size in weight.shape)
+        sigma: np.ndarray = np.arange(1, U.shape[1] + 1) ** -self.exponent
+        return U * sigma @ V.T
+
+
+class Flat(Power, name="matrix/flat"):
+    """All σᵢ equal."""
+
+    exponent = 0.0
+
+
+class PowerHalf(Power, name="matrix/power_half"):
+    """σᵢ ∝ i^−0.5."""
+
+    exponent = 0.5
+
+
+class Power1(Power, name="matrix/power_1"):
+    """σᵢ ∝ 1 / i."""
+
+    exponent = 1.0
+
+
+class Power2(Power, name="matrix/power_2"):
+    """σᵢ ∝ 1 / i²."""
+
+    exponent = 2.0
+
+
+def _stacked(examples: list[Example]) -> dict[str, Tensor]:
+    return {
+        "weight": torch.stack([example["weight"] for example in examples]),
+        "target": torch.stack([example["target"] for example in examples]),
+        "labels": torch.tensor([example["labels"] for example in examples]),
+    }
