@@ -340,9 +340,8 @@ def _in_group(
 
 def load_data(config: RunConfig, data_dir: Path | None = None) -> TaskData:
     """All rows of the task, read once for as long as its files do not change. Raises InputError."""
-    task = tasks.find(config.task, config.data)
-    if isinstance(task, DrawnTask):
-        return task.of_seed(config.seed)
+    if isinstance(tasks.find(config.task, config.data), DrawnTask):
+        return _drawn(config.task, config.data, config.seed)
     return _load(config.task, config.data, data_dir, tasks.stamp(config.task, config.data))
 
 
@@ -351,6 +350,13 @@ def _load(task: str, settings: DataSettings, data_dir: Path | None, stamp: tuple
     loader = tasks.find(task, settings)
     loader.check(data_dir)
     return loader.load(data_dir)
+
+
+@functools.lru_cache(maxsize=2)
+def _drawn(task: str, settings: DataSettings, seed: int) -> TaskData:
+    drawn = tasks.find(task, settings)
+    assert isinstance(drawn, DrawnTask)
+    return drawn.of_seed(seed)
 
 
 @dataclass(frozen=True)

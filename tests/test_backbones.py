@@ -63,7 +63,7 @@ LANGUAGE_MODELS = (
 )
 FORMS_OF = {
     **dict.fromkeys(ENCODERS, ("text",)),
-    "minilm": ("text", "feed_forward"),
+    "minilm": ("text", "feed_forward", "weight"),
     **dict.fromkeys(LANGUAGE_MODELS, ("text", "completion")),
     "clip-vit-b32": ("image", "zero_shot"),
     "dinov2-base": ("image",),

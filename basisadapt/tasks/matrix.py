@@ -84,7 +84,8 @@ class Sparse(MatrixTask, name="matrix/sparse"):
 
     def target(self, generator: np.random.Generator, weight: np.ndarray) -> np.ndarray:
         """T."""
-        return generator.normal(size=weight.shape) * (generator.random(weight.shape) < DENSITY)
+        kept = generator.random(weight.shape) < DENSITY
+        return np.where(kept, generator.normal(size=weight.shape), 0.0)
 
 
 class Block(MatrixTask, name="matrix/block"):
@@ -93,7 +94,8 @@ class Block(MatrixTask, name="matrix/block"):
     def target(self, generator: np.random.Generator, weight: np.ndarray) -> np.ndarray:
         """T."""
         rows, columns = (np.arange(size) * BLOCKS // size for size in weight.shape)
-        return generator.normal(size=weight.shape) * (rows[:, None] == columns)
+        kept = rows[:, None] == columns
+        return np.where(kept, generator.normal(size=weight.shape), 0.0)
 
 
 class Sign(MatrixTask, name="matrix/sign"):
@@ -133,7 +135,8 @@ class Power(MatrixTask):
         """T."""
         U, V = (np.linalg.qr(generator.normal(size=(size, min(weight.shape))))[0] for size in weight.shape)
         sigma: np.ndarray = np.arange(1, U.shape[1] + 1) ** -self.exponent
-        return U * sigma @ V.T
+        scaled: np.ndarray = U * sigma @ V.T
+        return scaled
 
 
 class Flat(Power, name="matrix/flat"):

@@ -1,0 +1,170 @@
+"""Given matrices, and the weight that is fitted to them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from basisadapt import InputError, backbones
+from basisadapt.backbones.parts import LastQuery, QueryWeight
+from basisadapt.run_config import RunConfig
+from basisadapt.tasks import TASKS
+from basisadapt.tasks.matrix import MatrixTask
+from basisadapt.training import plan, run
+
+TARGETS = sorted(name for name in TASKS if name.startswith("matrix/"))
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    """The folder of a two-layer BERT with random weights."""
+    folder = tmp_path_factory.mktemp("bert")
+    small = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": SIZE, "intermediate_size": 32}
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model("bert", vocab_size=30, **small)
+    transformers.AutoModel.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def weight():
+    """A weight that is not square."""
+    return QueryWeight(torch.from_numpy(np.random.default_rng(7).normal(size=(96, 160))).float())
+
+
+def config(bert, task="matrix/gaussian", method="lora", seed=1, adapter=None, **train):
+    return RunConfig.from_mapping(
+        {
+            "task": task,
+            "backbone": str(bert),
+            "method": method,
+            "adapter": {"r": 4, **(adapter or {})},
+            "train": {"batch_size": 1, "max_steps": 3, "lr": 1e-2, **train},
+            "seed": seed,
+        }
+    )
+
+
+def target_of(task, weight, seed=0):
+    rows = TASKS[task]().of_seed(seed).train
+    (example,) = TASKS[task]().examples(rows, weight, None, True)
+    return example["target"].double().numpy()
+
+
+def test_there_are_targets_of_every_kind():
+    assert {"matrix/gaussian", "matrix/sparse", "matrix/block", "matrix/sign", "matrix/rounding"} < set(TARGETS)
+    assert all(issubclass(TASKS[name], MatrixTask) for name in TARGETS)
+
+
+@pytest.mark.parametrize("task", TARGETS)
+def test_a_target_follows_from_the_seed_and_has_norm_one(task, weight):
+    first, again, other = (target_of(task, weight, seed) for seed in (0, 0, 1))
+    assert first.shape == (96, 160)
+    assert np.linalg.norm(first) == pytest.approx(1, rel=1e-6)
+    assert np.array_equal(first, again)
+    assert not np.allclose(first, other)
+    task = TASKS[task]()
+    assert task.of_seed(0).train == task.of_seed(0).eval
+    assert task.of_seed(0).fingerprint() == task.of_seed(1).fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("task", "exponent"),
+    [("matrix/flat", 0), ("matrix/power_half", 0.5), ("matrix/power_1", 1), ("matrix/power_2", 2)],
+)
+def test_spectra_fall_by_a_power_law(task, exponent, weight):
+    sigma = np.linalg.svd(target_of(task, weight), compute_uv=False)
+    expected = np.arange(1, 97.0) ** -exponent
+    np.testing.assert_allclose(sigma, expected / np.linalg.norm(expected), rtol=1e-3)
+
+
+def test_targets_are_what_they_are_called(weight):
+    sparse, block, sign = (target_of(f"matrix/{name}", weight) for name in ("sparse", "block", "sign"))
+    assert 0.01 < np.mean(sparse != 0) < 0.03
+    filled = np.kron(np.eye(8), np.ones((12, 20)))
+    assert np.array_equal(block != 0, filled != 0)
+    assert np.unique(np.abs(sign)).size == 1
+    assert np.linalg.matrix_rank(sign) > 90, "the matrix whose signs they are has rank 4"
+
+
+def test_rounding_leaves_fifteen_values_to_a_group(weight):
+    """W − T is on a grid of whole multiples, -7 to 7, of one scale in every group of 64 inputs."""
+    W = weight.weight.double().numpy()
+    raw = TASKS["matrix/rounding"]().target(np.random.default_rng(3), W)
+    order = np.random.default_rng(3).permutation(160)
+    for columns in np.split(order, [64, 128]):
+        scale = np.abs(W[:, columns]).max(axis=1, keepdims=True) / 7
+        levels = (W - raw)[:, columns] / scale
+        np.testing.assert_allclose(levels, np.round(levels), atol=1e-9)
+        assert np.abs(levels).max() == pytest.approx(7)
+        assert np.all(np.abs(raw[:, columns]) <= scale / 2 + 1e-12)
+
+
+@pytest.mark.parametrize("task", TARGETS)
+def test_energy_and_the_optimum(task, weight):
+    """The truncated singular value decomposition captures what optimum.K says, to float64's rounding."""
+    chosen, rows = TASKS[task](), TASKS[task]().of_seed(5).train
+    T = chosen._target(rows.inputs[0], weight)
+    U, sigma, Vt = np.linalg.svd(T, full_matrices=False)
+    for rank in (1, 4, 64):
+        best = (U[:, :rank] * sigma[:rank]) @ Vt[:rank]
+        measured = chosen.measure(best[None], rows, weight)
+        assert measured["energy"] == pytest.approx(measured[f"optimum.{rank}"], abs=1e-12)
+    assert measured["optimum.128"] == pytest.approx(1), "96 singular values are all"
+    assert chosen.measure(np.zeros((1, 96, 160), dtype=np.float32), rows, weight)["energy"] == pytest.approx(
+        0, abs=1e-12
+    )
+
+
+@torch.no_grad()
+def test_the_model_gives_the_change_of_its_weight(bert):
+    model, known = backbones.load(backbones.find(str(bert)), "weight", 1)
+    assert isinstance(model, LastQuery)
+    whole = transformers.AutoModel.from_pretrained(bert)
+    name = "encoder.layer.1.attention.self.query.weight"
+    assert [name for name, _ in model.named_parameters()] == [name]
+    W = whole.get_parameter(name)
+    assert torch.equal(known.weight, W)
+    change, T = (torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
+    model.get_parameter(name).add_(change)
+    output = model(weight=W[None], target=T[None], labels=torch.tensor([0]))
+    torch.testing.assert_close(output.logits, change[None], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output.loss, ((change - T).norm() / T.norm()) ** 2)
+
+
+def test_ba_comes_to_the_optimum_and_not_beyond(bert):
+    result = run(config(bert, lr=3e-3, max_steps=300))
+    assert result.headline == "energy"
+    optimum = result.metrics["optimum.4"]
+    assert optimum - 1e-3 < result.metrics["energy"] < optimum + 1e-6
+    assert result.metrics["energy"] == pytest.approx(1 - result.metrics["eval_loss"], abs=1e-5)
+    assert result.metrics["parameters.trainable"] == 4 * 2 * SIZE
+    assert list(result.modules) == ["encoder.layer.1.attention.self.query"]
+    assert result.modules["encoder.layer.1.attention.self.query"]["kind"] == "attention"
+
+
+def test_full_fine_tuning_is_the_target(bert):
+    assert run(config(bert, method="full", max_steps=300)).metrics["energy"] > 0.999
+
+
+@pytest.mark.parametrize("method", ["phi", "sinelora", "abba", "hira", "dora", "randlora"])
+def test_methods_with_a_change_of_the_weight_are_measured_by_it(method, bert):
+    result = run(config(bert, method=method, max_steps=20))
+    assert result.status == "finished"
+    assert -1 < result.metrics["energy"] < 1
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"train": {"validation": 0.2}}, "which task 'matrix/gaussian' cannot"),
+        ({"backbone": "qwen2-0.5b"}, r"cannot be fitted to a given matrix .*, minilm can"),
+        ({"task": "matrix/gausian"}, "did you mean 'matrix/gaussian'"),
+    ],
+)
+def test_what_has_no_meaning_is_refused(values, message):
+    with pytest.raises(InputError, match=message):
+        plan(RunConfig.from_mapping({"task": "matrix/gaussian", **values}), dry=True)
