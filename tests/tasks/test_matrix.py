@@ -114,9 +114,8 @@ def test_energy_and_the_optimum(task, weight):
         measured = chosen.measure(best[None], rows, weight)
         assert measured["energy"] == pytest.approx(measured[f"optimum.{rank}"], abs=1e-12)
     assert measured["optimum.128"] == pytest.approx(1), "96 singular values are all"
-    assert chosen.measure(np.zeros((1, 96, 160), dtype=np.float32), rows, weight)["energy"] == pytest.approx(
-        0, abs=1e-12
-    )
+    nothing = np.zeros((1, 96, 160), dtype=np.float32)
+    assert chosen.measure(nothing, rows, weight)["energy"] == pytest.approx(0, abs=1e-12)
 
 
 @torch.no_grad()
@@ -136,7 +135,7 @@ def test_the_model_gives_the_change_of_its_weight(bert):
 
 
 def test_ba_comes_to_the_optimum_and_not_beyond(bert):
-    result = run(config(bert, lr=3e-3, max_steps=300))
+    result = run(config(bert, "matrix/power_1", max_steps=150))
     assert result.headline == "energy"
     optimum = result.metrics["optimum.4"]
     assert optimum - 1e-3 < result.metrics["energy"] < optimum + 1e-6
@@ -147,12 +146,12 @@ def test_ba_comes_to_the_optimum_and_not_beyond(bert):
 
 
 def test_full_fine_tuning_is_the_target(bert):
-    assert run(config(bert, method="full", max_steps=300)).metrics["energy"] > 0.999
+    assert run(config(bert, method="full", max_steps=100)).metrics["energy"] > 0.99
 
 
 @pytest.mark.parametrize("method", ["phi", "sinelora", "abba", "hira", "dora", "randlora"])
 def test_methods_with_a_change_of_the_weight_are_measured_by_it(method, bert):
-    result = run(config(bert, method=method, max_steps=20))
+    result = run(config(bert, method=method, max_steps=4))
     assert result.status == "finished"
     assert -1 < result.metrics["energy"] < 1
 
