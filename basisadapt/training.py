@@ -141,6 +141,10 @@ def plan(config: RunConfig, data_dir: Path | None = None, dry: bool = False) -> 
         raise InputError(f"train.group_by_length is for texts, and task {config.task!r} has none; leave it at false")
     if config.train.validation is not None and not task.comparable:
         raise InputError(f"train.validation measures a run on training rows, which task {config.task!r} cannot")
+    if task.form == "weight" and (config.train.precision, config.train.weights) != ("fp32", "fp32"):
+        raise InputError(
+            f"task {config.task!r} is a small change of a weight, which train.precision and weights must hold: fp32"
+        )
     task.check(data_dir)
     backbone = backbones.find(config.backbone)
     if not dry:

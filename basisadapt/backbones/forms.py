@@ -13,7 +13,8 @@ from basisadapt.errors import InputError
 class Form:
     """What a model does for a task.
 
-    does: in words. model, processor: the transformers classes that load it and its tokenizer or image processor.
+    does: in words. model, processor: the classes, transformers' or ours, that load it and what a task makes its inputs
+    with: a tokenizer, an image processor, or for parts of a model (`parts`) the frozen rest.
     models: transformers' table of the model types that can. peft: peft's word for it.
     """
 

@@ -57,7 +57,7 @@ def check_at_hand(backbone: Backbone) -> None:
 def load(
     backbone: Backbone, form: str, num_labels: int, weights: str = "fp32", prompts: Sequence[Sequence[str]] = ()
 ) -> tuple[PreTrainedModel, Any]:
-    """The pretrained model, its head fresh and in float32, and its tokenizer or image processor.
+    """The pretrained model, its head fresh and in float32, and its tokenizer, image processor or the frozen rest of it.
 
     weights: how the backbone is held, one of precision.WEIGHTS. prompts: sentences about each class, by which the form
     "zero_shot" knows it. Raises InputError where the weights cannot be had or are not what they should be. Only

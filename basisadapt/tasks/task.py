@@ -84,7 +84,7 @@ class Task(ABC):
     """What a model is trained for and measured by. Subclass one of its forms with a name: `TextTask`, `ImageTask` or
     `CompletionTask`.
 
-    form: "text", "image", "zero_shot" or "completion", what the model must be able to do. max_length: what
+    form: what the model must be able to do, one of `backbones.FORMS`, such as "text" or "completion". max_length: what
     train.max_length is where nobody sets it; None for no limit. comparable: whether training rows can be measured as
     the held-out ones are, which then have a loss. notes: what the run's record is to say beside numbers, such as who
     has judged.
@@ -126,7 +126,7 @@ class Task(ABC):
     def examples(self, rows: Rows, processor: Any, max_length: int | None, training: bool) -> Sequence[Example]:
         """The rows as the model takes them, one for one; for training, some that are too long may be left out.
 
-        processor: the backbone's tokenizer or image processor. max_length: in tokens.
+        processor: what the form says, such as the backbone's tokenizer. max_length: in tokens.
         """
 
     @abstractmethod

@@ -141,6 +141,11 @@ def test_facts_are_stored(bert, method, rate, tmp_path):
         assert {numbers["kind"] for numbers in result.modules.values()} == {"mlp"}
 
 
+def test_the_block_may_be_held_in_half_precision(bert):
+    halves = [run(config(bert, lr=0.1, max_steps=20, weights=weights)).metrics["bits"] for weights in ("fp32", "bf16")]
+    assert halves[1] == pytest.approx(halves[0], rel=0.1)
+
+
 def test_a_run_may_keep_its_best_checkpoint(bert):
     """Which the Trainer writes together with what makes the inputs."""
     assert run(config(bert, lr=0.1, max_steps=4, eval_steps=2)).status == "finished"

@@ -160,6 +160,14 @@ def test_methods_with_a_change_of_the_weight_are_measured_by_it(method, bert):
     ("values", "message"),
     [
         ({"train": {"validation": 0.2}}, "which task 'matrix/gaussian' cannot"),
+        (
+            {"train": {"precision": "bf16"}},
+            "a small change of a weight, which train.precision and weights must hold: fp32",
+        ),
+        (
+            {"train": {"weights": "bf16"}},
+            "a small change of a weight, which train.precision and weights must hold: fp32",
+        ),
         ({"backbone": "qwen2-0.5b"}, r"cannot be fitted to a given matrix .*, minilm can"),
         ({"task": "matrix/gausian"}, "did you mean 'matrix/gaussian'"),
     ],
