@@ -9,10 +9,12 @@ import transformers
 
 from basisadapt import InputError, backbones
 from basisadapt.backbones.parts import LastQuery, QueryWeight
+from basisadapt.methods import METHODS
+from basisadapt.observation import adapted_layers
 from basisadapt.run_config import RunConfig
 from basisadapt.tasks import TASKS
 from basisadapt.tasks.matrix import MatrixTask
-from basisadapt.training import plan, run
+from basisadapt.training import attach, plan, run
 
 TARGETS = sorted(name for name in TASKS if name.startswith("matrix/"))
 SIZE = 64
@@ -135,10 +137,10 @@ def test_the_model_gives_the_change_of_its_weight(bert):
 
 
 def test_ba_comes_to_the_optimum_and_not_beyond(bert):
-    result = run(config(bert, "matrix/power_1", max_steps=150))
+    result = run(config(bert, "matrix/power_1", lr=0.03, max_steps=150))
     assert result.headline == "energy"
     optimum = result.metrics["optimum.4"]
-    assert optimum - 1e-3 < result.metrics["energy"] < optimum + 1e-6
+    assert optimum - 1e-5 < result.metrics["energy"] < optimum + 1e-6
     assert result.metrics["energy"] == pytest.approx(1 - result.metrics["eval_loss"], abs=1e-5)
     assert result.metrics["parameters.trainable"] == 4 * 2 * SIZE
     assert list(result.modules) == ["encoder.layer.1.attention.self.query"]
@@ -149,11 +151,18 @@ def test_full_fine_tuning_is_the_target(bert):
     assert run(config(bert, method="full", max_steps=100)).metrics["energy"] > 0.99
 
 
-@pytest.mark.parametrize("method", ["phi", "sinelora", "abba", "hira", "dora", "randlora"])
-def test_methods_with_a_change_of_the_weight_are_measured_by_it(method, bert):
-    result = run(config(bert, method=method, max_steps=4))
-    assert result.status == "finished"
-    assert -1 < result.metrics["energy"] < 1
+@pytest.mark.parametrize("method", ["lora", "phi", "sinelora", "abba", "hira", "dora", "randlora"])
+@torch.no_grad()
+def test_what_is_measured_is_the_change_that_a_method_says_it_makes(method, bert):
+    base, known = backbones.load(backbones.find(str(bert)), "weight", 1)
+    model = attach(base, config(bert, method=method), "weight").eval()
+    for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+        parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    W = known.weight[None]
+    measured = model(weight=W, target=W, labels=torch.tensor([0])).logits
+    ((_, layer),) = adapted_layers(model)
+    assert measured.norm() > 0.01 * W.norm()
+    torch.testing.assert_close(measured[0], METHODS[method]().weight_change(layer), atol=1e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
