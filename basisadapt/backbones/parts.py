@@ -129,14 +129,13 @@ class QueryWeight:
 
 def _last_block(config: Any, **parts: nn.Module) -> nn.ModuleDict:
     """An encoder that has nothing but these parts of its last block, by the names that they have in the whole one."""
-    layer = nn.ModuleDict({str(config.num_hidden_layers - 1): nn.ModuleDict(parts)})
-    return nn.ModuleDict({"layer": layer})
+    below = [nn.Identity() for _ in range(config.num_hidden_layers - 1)]
+    return nn.ModuleDict({"layer": nn.ModuleList([*below, nn.ModuleDict(parts)])})
 
 
 def _block(encoder: Any) -> Any:
     """The one block of an encoder of parts."""
-    (block,) = encoder["layer"].values()
-    return block
+    return encoder["layer"][-1]
 
 
 class _Residual(nn.Module):
