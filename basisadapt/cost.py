@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -61,8 +62,14 @@ class Cost:
         }
 
     def _count(self, model: nn.Module, _: tuple[Any, ...], inputs: dict[str, Any]) -> None:
-        if model.training and isinstance(inputs.get("attention_mask"), Tensor):
+        if not model.training:
+            return
+        if isinstance(inputs.get("attention_mask"), Tensor):
             self._tokens.append(inputs["attention_mask"].sum())
+        elif isinstance(places := inputs.get("position_ids"), Tensor):
+            # Packed rows, see `tasks.completion.packed`: padding is a beginning that nothing follows.
+            follows = functional.pad(places[:, 1:], (0, 1)) == 1
+            self._tokens.append(((places > 0) | follows).sum())
 
     def _look(self) -> None:
         self._peak = max(self._peak, _peak())  # NaN stays NaN

@@ -16,7 +16,7 @@ from basisadapt.observation import CURVE_POINTS
 from basisadapt.phi.settings import PhiSettings
 from basisadapt.run_config import RunConfig
 from basisadapt.tasks import Task
-from basisadapt.tasks.completion import IGNORED, token_loss
+from basisadapt.tasks.completion import IGNORED, batch_loss
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -67,11 +67,11 @@ def trainer_for(task: Task) -> type[Trainer]:
                 outputs, rows = model(**inputs), len(labels)
                 whole: Any = sum_over_group(rows) if num_items_in_batch is None else num_items_in_batch
                 loss = outputs["loss"] * (rows * world_size() / whole)
-            else:  # of tokens: a vocabulary is wide, and only the columns that hold labels are looked at
-                outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+            else:  # of tokens
+                outputs, loss = batch_loss(model, inputs)
                 own = int((labels != IGNORED).sum()) if num_items_in_batch is None else 0
                 whole = sum_over_group(own) if num_items_in_batch is None else num_items_in_batch
-                loss = token_loss(outputs["logits"][:, -inputs["logits_to_keep"] :], labels) * (world_size() / whole)
+                loss = loss * (world_size() / whole)
             return (loss, outputs) if return_outputs else loss
 
         def prediction_step(

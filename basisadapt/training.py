@@ -47,6 +47,7 @@ from basisadapt.observation import (
 from basisadapt.phi.settings import field_names
 from basisadapt.run_config import RunConfig
 from basisadapt.tasks import DataSettings, DrawnTask, Example, Rows, TaskData
+from basisadapt.tasks.completion import reads_rows_apart
 from basisadapt.trainer import (
     EVAL_BATCH,
     arithmetic,
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+PACKED_ROWS = 6  # by which it is seen whether a backbone tells packed rows apart
 SEEN_ROWS = 2 * EVAL_BATCH  # training rows that the generalisation gap is measured on
 
 
@@ -139,6 +141,8 @@ def plan(config: RunConfig, data_dir: Path | None = None, dry: bool = False) -> 
     task = tasks.find(config.task, config.data)
     if config.train.group_by_length and task.form not in ("text", "completion"):
         raise InputError(f"train.group_by_length is for texts, and task {config.task!r} has none; leave it at false")
+    if config.data.packed and config.train.processes > 1:
+        raise InputError("data.packed is for one process; set it to false, or train.processes to 1")
     if config.train.validation is not None and not task.comparable:
         raise InputError(f"train.validation measures a run on training rows, which task {config.task!r} cannot")
     if task.form == "weight" and (config.train.precision, config.train.weights) != ("fp32", "fp32"):
@@ -247,6 +251,8 @@ def run(
         )
         trainer.remove_callback(transformers.PrinterCallback)
         observer = Observer(model, weight_change)  # only now is the model where it trains
+        if config.data.packed and task.form == "completion":
+            _check_packed(model, examples, processor, config.backbone)
         cost = Cost(model)
         own = model, config.adapter
         watch = make_watch(
@@ -413,6 +419,14 @@ def _longest_first(rows: Rows, examples: Sequence[Example]) -> tuple[Rows, Seque
         return rows, examples
     order = sorted(range(len(rows)), key=lambda i: -len(examples[i]["input_ids"]))
     return rows.take(order), [examples[i] for i in order]
+
+
+def _check_packed(model: Any, examples: Sequence[Example], processor: Any, backbone: str) -> None:
+    """Raise InputError where the backbone would read packed rows into one another."""
+    few = [examples[place] for place in _places(len(examples), PACKED_ROWS)]
+    model.eval()
+    if not reads_rows_apart(model, few, processor.pad_token_id):
+        raise InputError(f"backbone {backbone!r} does not tell packed rows apart; set data.packed=false")
 
 
 def _left_out(count: int, rows: int) -> list[str]:

@@ -139,10 +139,10 @@ class CompletionTask(Task):
         return list(examples)
 
     def collator(self, processor: Any) -> Callable[[list[Example]], dict[str, Tensor]]:
-        """Pads on the left, so that rows end together and what is looked at lies in the last columns.
+        """Pads on the left, so that rows end together and what is looked at lies in few columns.
 
         Of training examples: input_ids, attention_mask, position_ids and labels, shape (rows, length), and
-        logits_to_keep, the number of last columns that hold all labels and the column before them.
+        logits_to_keep, the columns before those that hold labels; or, with data.packed, see `packed`.
 
         Of probes: input_ids and attention_mask, shape (rows, length), of the prompts; read_ids and read_mask, of the
         prompts with what all continuations of a row begin with; shared, shape (rows, most shared tokens), the tokens of
@@ -153,17 +153,7 @@ class CompletionTask(Task):
 
         def collate(examples: list[Example]) -> dict[str, Any]:
             if "continuations" not in examples[0]:
-                batch = pad_left([example["input_ids"] for example in examples], pad)
-                # Nothing predicts a row's first token.
-                labels = _padded_left([[IGNORED, *example["labels"][1:]] for example in examples], IGNORED)
-                looked_at = (labels != IGNORED).any(dim=0).long()
-                first = int(looked_at.argmax())
-                return {
-                    **batch,
-                    "position_ids": positions(batch["attention_mask"]),
-                    "labels": labels,
-                    "logits_to_keep": labels.shape[1] - max(0, first - 1),
-                }
+                return packed(examples, pad) if self.settings.packed else padded(examples, pad)
             shared = [_shared(example["continuations"]) for example in examples]
             rests = [[ids[len(s) :] for ids in e["continuations"]] for e, s in zip(examples, shared, strict=True)]
             read = pad_left([[*e["input_ids"], *s] for e, s in zip(examples, shared, strict=True)], pad)
@@ -178,6 +168,67 @@ class CompletionTask(Task):
             }
 
         return collate
+
+
+def padded(examples: Sequence[Example], pad: int) -> dict[str, Tensor]:
+    """A batch of training examples, a row each; see `CompletionTask.collator`."""
+    batch = pad_left([example["input_ids"] for example in examples], pad)
+    labels = _padded_left([_predicted(example) for example in examples], IGNORED)
+    return {**batch, "position_ids": positions(batch["attention_mask"]), "labels": labels, **_looked_at(labels)}
+
+
+def packed(examples: Sequence[Example], pad: int) -> dict[str, Tensor | bool]:
+    """A batch of training examples, end to end in sequences as long as the longest one, each in the first with room.
+
+    There is no attention mask: models of transformers tell rows apart by position_ids, which begin anew with each (see
+    `reads_rows_apart`). What is left over is rows of one token, without labels.
+    """
+    rows = sorted(examples, key=lambda example: -len(example["input_ids"]))
+    length = len(rows[0]["input_ids"])
+    sequences: list[list[Example]] = []
+    room: list[int] = []
+    for row in rows:
+        size = len(row["input_ids"])
+        place = next((index for index, left in enumerate(room) if left >= size), len(room))
+        if place == len(room):
+            sequences.append([])
+            room.append(length)
+        sequences[place].append(row)
+        room[place] -= size
+
+    def laid(values: Callable[[Example], list[int]], fill: int) -> Tensor:
+        filled = ([token for row in sequence for token in values(row)] for sequence in sequences)
+        return torch.tensor([tokens + [fill] * (length - len(tokens)) for tokens in filled])
+
+    labels = laid(_predicted, IGNORED)
+    return {
+        "input_ids": laid(lambda row: row["input_ids"], pad),
+        "position_ids": laid(lambda row: list(range(len(row["input_ids"]))), 0),
+        "labels": labels,
+        "use_cache": False,  # with a cache, position_ids say nothing of rows
+        **_looked_at(labels),
+    }
+
+
+def _predicted(example: Example) -> list[int]:
+    """The labels, but for the first, which nothing predicts."""
+    return [IGNORED, *example["labels"][1:]]
+
+
+def _looked_at(labels: Tensor) -> dict[str, Tensor]:
+    return {"logits_to_keep": (labels != IGNORED).any(dim=0)[1:].nonzero().squeeze(1)}
+
+
+@torch.no_grad()
+def reads_rows_apart(model: Any, examples: Sequence[Example], pad: int) -> bool:
+    """Whether a model in evaluation mode has the same loss on packed rows as on the same rows apart."""
+    device = next(model.parameters()).device
+    losses = []
+    for batch in (padded(examples, pad), packed(examples, pad)):
+        inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        losses.append(batch_loss(model, inputs)[1])
+    exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
+    return bool((losses[0] - losses[1]).abs() <= (2e-3 if exact else 2e-2) * losses[0].abs())
 
 
 def pad_left(prompts: Sequence[list[int]], pad: int) -> dict[str, Tensor]:
@@ -289,14 +340,18 @@ def _looked_up(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return -losses, logits.argmax(-1) == tokens
 
 
-def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """The summed loss of the labels that are not -100, shape (rows, length), in float32.
+def batch_loss(model: Any, batch: Mapping[str, Any]) -> tuple[Any, Tensor]:
+    """The model's outputs on a batch of training examples, and the summed loss of its labels, in float32.
 
-    logits: of the last columns, shape (rows, kept, vocabulary), each predicting the label of the next column.
+    A vocabulary is wide: logits are asked for at logits_to_keep alone, and taken from all where a model gives those.
     """
-    kept = logits.shape[1]
-    predicted, target = logits[:, :-1].float().transpose(1, 2), labels[:, labels.shape[1] - kept + 1 :]
-    return functional.cross_entropy(predicted, target, ignore_index=IGNORED, reduction="sum")
+    columns, labels = batch["logits_to_keep"], batch["labels"]
+    outputs = model(**{name: value for name, value in batch.items() if name != "labels"})
+    logits = outputs["logits"]
+    if logits.shape[1] == labels.shape[1]:
+        logits = logits[:, columns]
+    predicted, target = logits.float().transpose(1, 2), labels[:, columns + 1]
+    return outputs, functional.cross_entropy(predicted, target, ignore_index=IGNORED, reduction="sum")
 
 
 def response_loss(log_probs: Tensor, batch: Mapping[str, Tensor]) -> Tensor:

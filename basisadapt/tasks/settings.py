@@ -24,7 +24,8 @@ class DataSettings:
     Of language models: train_on_inputs, whether the loss covers the prompt too. scoring, how an answer among options is
     found: "likelihood", the published answer sentence that the model finds likeliest; "generation", the first option
     named in what it writes, the published rule; "cloze", the option whose text it finds likeliest, per character, as
-    the question's continuation. max_new_tokens: of an answer to MT-Bench.
+    the question's continuation. max_new_tokens: of an answer to MT-Bench. packed: whether the training rows of a batch
+    are laid end to end in sequences of the longest one's length, where each reads itself alone: little is padded.
 
     Of images: head, "linear", a layer that is trained; or "zero_shot", the embeddings of sentences about the classes,
     which stay as they are, for a backbone with a text tower (CLIP).
@@ -42,6 +43,7 @@ class DataSettings:
     max_new_tokens: int = 1024
     head: str = "linear"
     facts: int = late(1024)
+    packed: bool = late(False)
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:

@@ -9,9 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from basisadapt import InputError
+from basisadapt.cost import Cost
 from basisadapt.methods import METHODS
 from basisadapt.tasks import DataSettings, Rows
 from basisadapt.tasks import completion as module
@@ -23,11 +24,14 @@ from basisadapt.tasks.completion import (
     Probe,
     Question,
     alpaca_prompt,
+    batch_loss,
     generate,
+    packed,
+    padded,
     read_instructions,
+    reads_rows_apart,
     response_loss,
     teacher_forced,
-    token_loss,
 )
 
 ROWS = Rows(
@@ -131,8 +135,8 @@ def test_batches_are_padded_on_the_left(tokenizer, on_inputs):
         assert set(batch["labels"][row, : -size + 1].tolist()) <= {IGNORED}
         assert batch["attention_mask"][row].sum() == batch["attention_mask"][row, -size:].sum() == size
         assert batch["position_ids"][row, -size:].tolist() == list(range(size))
-    longest = max(sum(label != IGNORED for label in example["labels"][1:]) for example in examples)
-    assert batch["logits_to_keep"] == longest + 1
+    looked_at = {column for row in batch["labels"].tolist() for column, label in enumerate(row) if label != IGNORED}
+    assert batch["logits_to_keep"].tolist() == sorted(column - 1 for column in looked_at)
     examples, batch = probes(task, tokenizer)
     for row, example in enumerate(examples):
         size = len(example["input_ids"])
@@ -146,31 +150,77 @@ def test_batches_are_padded_on_the_left(tokenizer, on_inputs):
             assert [*shared, *batch["continuations"][row, option, : len(rest)].tolist()] == ids
 
 
+def decoder(kind, vocabulary):
+    common = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32, "vocab_size": vocabulary}
+    shapes = {
+        "llama": {**common, "intermediate_size": 48},
+        "qwen2": {**common, "intermediate_size": 48, "num_key_value_heads": 1, "tie_word_embeddings": True},
+        "gpt2": {"n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": vocabulary},  # whose positions are learned
+        "gemma3_text": {**common, "intermediate_size": 48, "head_dim": 16, "num_key_value_heads": 2, "sliding_window": 8},
+    }
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shapes[kind])).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # far from indifferent to what a token reads
+            parameter.mul_(4)
+    return model
+
+
+def whole_rows(model, examples):
+    """Each row alone, in full: transformers' own loss."""
+    total = 0.0
+    for example in examples:
+        ids, labels = (torch.tensor([example[name]]) for name in ("input_ids", "labels"))
+        total = total + model(input_ids=ids, labels=labels).loss * (labels[:, 1:] != IGNORED).sum()
+    return total
+
+
 @pytest.mark.parametrize("on_inputs", [False, True])
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_few_scored_positions_give_the_loss_and_gradients_of_all(tokenizer, model, on_inputs, kind):
-    if kind == "gpt2":  # whose positions are learned
-        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2}
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).eval()
+@pytest.mark.parametrize("lay", [padded, packed])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "gemma3_text"])
+def test_few_scored_positions_give_the_loss_and_gradients_of_all(tokenizer, on_inputs, lay, kind):
+    model = decoder(kind, len(tokenizer))
     examples = Free(DataSettings(train_on_inputs=on_inputs)).examples(ROWS, tokenizer, None, training=True)
-    batch = Free().collator(tokenizer)(examples)
-    labels = batch.pop("labels")
 
     def gradients(loss):
         model.zero_grad()
         loss.backward()
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
-    found = token_loss(model(**batch).logits, labels)
+    outputs, found = batch_loss(model, lay(examples, tokenizer.pad_token_id))
+    assert on_inputs or outputs.logits.shape[1] < max(len(example["input_ids"]) for example in examples)
     ours = gradients(found)
-    # Each row alone, in full: transformers' own loss.
-    expected = 0.0
-    for example in examples:
-        ids, labels = (torch.tensor([example[name]]) for name in ("input_ids", "labels"))
-        expected = expected + model(input_ids=ids, labels=labels).loss * (labels[:, 1:] != IGNORED).sum()
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    expected = whole_rows(model, examples)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
     theirs = gradients(expected)
-    assert (ours - theirs).norm() < 1e-6 * theirs.norm()
+    assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+    assert reads_rows_apart(model, examples, tokenizer.pad_token_id)
+
+
+def test_packed_rows_are_laid_end_to_end(tokenizer):
+    sizes = [3, 9, 4, 2, 5, 9]
+    examples = [{"input_ids": [10 + row] * size, "labels": [10 + row] * size} for row, size in enumerate(sizes)]
+    batch = packed(examples, 0)
+    assert batch["input_ids"].shape == (4, 9)
+    rows = {}
+    for ids, places, labels in zip(*(batch[k].tolist() for k in ("input_ids", "position_ids", "labels")), strict=True):
+        for token, place, label in zip(ids, places, labels, strict=True):
+            assert label == (IGNORED if place == 0 else token)
+            rows.setdefault(token, []).append(place)
+    padding = rows.pop(0)
+    assert padding == [0] * (4 * 9 - sum(sizes))
+    assert rows == {10 + row: list(range(size)) for row, size in enumerate(sizes)}
+    with Cost(torch.nn.Module()) as cost:
+        cost._count(torch.nn.Module().train(), (), batch)
+    assert cost.metrics(1.0)["tokens_per_second"] == sum(sizes)
+
+
+def test_a_model_that_reads_packed_rows_into_one_another_is_found(tokenizer):
+    model = decoder("llama", len(tokenizer))
+    examples = Free().examples(ROWS, tokenizer, None, training=True)
+    forward = model.forward
+    model.forward = lambda **inputs: forward(**{**inputs, "use_cache": True})  # with which position_ids tell nothing
+    assert not reads_rows_apart(model, examples, tokenizer.pad_token_id)
 
 
 def test_a_lead_is_read_and_does_not_count(task, tokenizer):
