@@ -159,17 +159,12 @@ def test_batches_of_like_length_come_in_any_order():
     assert means(first) != sorted(means(first), reverse=True)
 
 
-@pytest.mark.parametrize("task", ["docstrings"])
-def test_batches_of_like_length_leave_the_answers_with_their_rows(task):
-    train = {"max_steps": 40, "train_rows": 600, "batch_size": 16, "eval_rows": 120, "lr": 1e-2}
-    one, other = (run(config(task=task, train={**train, "group_by_length": which})) for which in (False, True))
-    assert one.metrics["accuracy"] > 0.3, "far above a constant answer's fifth"
-    assert other.metrics["accuracy"] > 0.3
-    frozen = [
-        run(config(task=task, method="frozen", train={**train, "group_by_length": which})) for which in (False, True)
-    ]
-    assert frozen[0].metrics["accuracy"] == frozen[1].metrics["accuracy"]
-    assert frozen[0].metrics["eval_loss"] == frozen[1].metrics["eval_loss"]
+def test_batches_of_like_length_leave_the_answers_with_their_rows():
+    one, other = (
+        run(config(method="frozen", train={"eval_rows": 80, "group_by_length": which})) for which in (False, True)
+    )
+    assert one.metrics["accuracy"] == other.metrics["accuracy"]
+    assert one.metrics["generalisation_gap"] == other.metrics["generalisation_gap"]
 
 
 def test_like_lengths_train_the_same_rows():

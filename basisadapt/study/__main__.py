@@ -32,7 +32,6 @@ Examples:
   python -m basisadapt.study compare_methods --preset smoke --workers 2 --output results
   python -m basisadapt.study ablate_basis --plugin my_bases.py --set sweep.basis=sinc,morlet
   python -m basisadapt.study ablate_basis --search tpe --trials 30
-  python -m basisadapt.study ablate_rate --preset llm --data-dir DIR
   python -m basisadapt.study --report ablate_basis --json
 
 Exit codes: 0 done; 1 done, but a cell failed or diverged; 2 bad input; 130 interrupted: the same command goes on."""

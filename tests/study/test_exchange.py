@@ -170,7 +170,7 @@ def in_config(line):
             "not a result: result.environment must be keys and values, each value text",
         ),
         (in_result(status="done"), "unknown status of a result 'done'"),
-        (in_result(metrics={"eval_loss": 1.0}), "the result has no finite 'accuracy'"),
+        (in_result(metrics={"eval_loss": 1.0}), "the run gave no finite 'accuracy', though it has finished"),
         (in_result(metrics={"accuracy": "high"}), "not a result: "),
         (in_result(curves={"loss": [1.0]}), "not a result: "),
         (in_result(colour="red"), "unknown key 'result.colour'"),

@@ -156,7 +156,13 @@ def decoder(kind, vocabulary):
         "llama": {**common, "intermediate_size": 48},
         "qwen2": {**common, "intermediate_size": 48, "num_key_value_heads": 1, "tie_word_embeddings": True},
         "gpt2": {"n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": vocabulary},  # whose positions are learned
-        "gemma3_text": {**common, "intermediate_size": 48, "head_dim": 16, "num_key_value_heads": 2, "sliding_window": 8},
+        "gemma3_text": {
+            **common,
+            "intermediate_size": 48,
+            "head_dim": 16,
+            "num_key_value_heads": 2,
+            "sliding_window": 8,
+        },
     }
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shapes[kind])).eval()
