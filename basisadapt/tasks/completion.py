@@ -141,8 +141,8 @@ class CompletionTask(Task):
     def collator(self, processor: Any) -> Callable[[list[Example]], dict[str, Tensor]]:
         """Pads on the left, so that rows end together and what is looked at lies in few columns.
 
-        Of training examples: input_ids, attention_mask, position_ids and labels, shape (rows, length), and
-        logits_to_keep, the columns before those that hold labels; or, with data.packed, see `packed`.
+        Of training examples: input_ids, attention_mask, position_ids and labels, shape (rows, length), and scored, the
+        positions before those that hold labels; or, with data.packed, see `packed`.
 
         Of probes: input_ids and attention_mask, shape (rows, length), of the prompts; read_ids and read_mask, of the
         prompts with what all continuations of a row begin with; shared, shape (rows, most shared tokens), the tokens of
@@ -174,7 +174,8 @@ def padded(examples: Sequence[Example], pad: int) -> dict[str, Tensor]:
     """A batch of training examples, a row each; see `CompletionTask.collator`."""
     batch = pad_left([example["input_ids"] for example in examples], pad)
     labels = _padded_left([_predicted(example) for example in examples], IGNORED)
-    return {**batch, "position_ids": positions(batch["attention_mask"]), "labels": labels, **_looked_at(labels)}
+    places = positions(batch["attention_mask"])
+    return {**batch, "position_ids": places, "labels": labels, "scored": _scored(labels)}
 
 
 def packed(examples: Sequence[Example], pad: int) -> dict[str, Tensor | bool]:
@@ -206,7 +207,7 @@ def packed(examples: Sequence[Example], pad: int) -> dict[str, Tensor | bool]:
         "position_ids": laid(lambda row: list(range(len(row["input_ids"]))), 0),
         "labels": labels,
         "use_cache": False,  # with a cache, position_ids say nothing of rows
-        **_looked_at(labels),
+        "scored": _scored(labels),
     }
 
 
@@ -215,8 +216,9 @@ def _predicted(example: Example) -> list[int]:
     return [IGNORED, *example["labels"][1:]]
 
 
-def _looked_at(labels: Tensor) -> dict[str, Tensor]:
-    return {"logits_to_keep": (labels != IGNORED).any(dim=0)[1:].nonzero().squeeze(1)}
+def _scored(labels: Tensor) -> Tensor:
+    """The positions whose next token is a label, counted through the whole batch, shape (labels,)."""
+    return (labels.flatten()[1:] != IGNORED).nonzero().squeeze(1)
 
 
 @torch.no_grad()
@@ -343,15 +345,18 @@ def _looked_up(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
 def batch_loss(model: Any, batch: Mapping[str, Any]) -> tuple[Any, Tensor]:
     """The model's outputs on a batch of training examples, and the summed loss of its labels, in float32.
 
-    A vocabulary is wide: logits are asked for at logits_to_keep alone, and taken from all where a model gives those.
+    A vocabulary is wide: logits are computed at the scored positions alone, shape (1, scored, vocabulary).
     """
-    columns, labels = batch["logits_to_keep"], batch["labels"]
-    outputs = model(**{name: value for name, value in batch.items() if name != "labels"})
-    logits = outputs["logits"]
-    if logits.shape[1] == labels.shape[1]:
-        logits = logits[:, columns]
-    predicted, target = logits.float().transpose(1, 2), labels[:, columns + 1]
-    return outputs, functional.cross_entropy(predicted, target, ignore_index=IGNORED, reduction="sum")
+    scored, labels = batch["scored"], batch["labels"]
+    head = getattr(model, "module", model).get_output_embeddings()  # DDP wraps a model
+    # `logits_to_keep` of transformers takes whole columns, and packed rows are scored in nearly all of them.
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].flatten(0, 1)[None, scored], *inputs[1:]))
+    try:
+        outputs = model(**{name: value for name, value in batch.items() if name not in ("labels", "scored")})
+    finally:
+        hook.remove()
+    target = labels.flatten()[scored + 1]
+    return outputs, functional.cross_entropy(outputs["logits"][0].float(), target, reduction="sum")
 
 
 def response_loss(log_probs: Tensor, batch: Mapping[str, Tensor]) -> Tensor:

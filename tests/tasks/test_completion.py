@@ -135,8 +135,8 @@ def test_batches_are_padded_on_the_left(tokenizer, on_inputs):
         assert set(batch["labels"][row, : -size + 1].tolist()) <= {IGNORED}
         assert batch["attention_mask"][row].sum() == batch["attention_mask"][row, -size:].sum() == size
         assert batch["position_ids"][row, -size:].tolist() == list(range(size))
-    looked_at = {column for row in batch["labels"].tolist() for column, label in enumerate(row) if label != IGNORED}
-    assert batch["logits_to_keep"].tolist() == sorted(column - 1 for column in looked_at)
+    labels = [label for row in batch["labels"].tolist() for label in row]
+    assert batch["scored"].tolist() == [place - 1 for place, label in enumerate(labels) if label != IGNORED]
     examples, batch = probes(task, tokenizer)
     for row, example in enumerate(examples):
         size = len(example["input_ids"])
@@ -194,7 +194,8 @@ def test_few_scored_positions_give_the_loss_and_gradients_of_all(tokenizer, on_i
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
     outputs, found = batch_loss(model, lay(examples, tokenizer.pad_token_id))
-    assert on_inputs or outputs.logits.shape[1] < max(len(example["input_ids"]) for example in examples)
+    scored = sum(label != IGNORED for example in examples for label in example["labels"][1:])
+    assert outputs.logits.shape[:2] == (1, scored)
     ours = gradients(found)
     expected = whole_rows(model, examples)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
