@@ -114,4 +114,5 @@ def randomise(model: torch.nn.Module, seed: int = 0, scale: float = 0.3) -> None
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "phi_" in name and not name.endswith(("raw_omega", "grid")):
-                parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+                drawn = scale * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(drawn.to(parameter.device))

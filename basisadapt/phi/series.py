@@ -77,7 +77,8 @@ def compile_series(
 
 def _of_every_module(tolerance: float | Tensor, like: Tensor) -> Tensor:
     """The tolerance of every module, in a shape that multiplies `like`, (M, ...)."""
-    every = tolerance if isinstance(tolerance, Tensor) else like.new_tensor(tolerance)
+    # Filled on the device: a copy from the host cannot be captured in a CUDA graph.
+    every = tolerance if isinstance(tolerance, Tensor) else like.new_full((), tolerance)
     return every.reshape(-1, *[1] * (like.dim() - 1))
 
 
