@@ -19,7 +19,7 @@ import pandas as pd
 
 from basisadapt import backbones
 from basisadapt.run_config import RunConfig
-from basisadapt.study.spec import studies_dir
+from basisadapt.study.plan.spec import studies_dir
 from basisadapt.training import Plan, attach, count_parameters
 
 RANK = 16

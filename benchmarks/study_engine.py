@@ -26,9 +26,9 @@ import numpy as np
 from basisadapt import training
 from basisadapt.environment import environment
 from basisadapt.study.__main__ import main as study
-from basisadapt.study.cells import resolve
-from basisadapt.study.record import Record
-from basisadapt.study.spec import read_spec
+from basisadapt.study.plan.cells import resolve
+from basisadapt.study.plan.spec import read_spec
+from basisadapt.study.record.record import Record
 from basisadapt.training import RunResult
 
 STUDY = """

@@ -26,13 +26,13 @@ from basisadapt.adapter.placement import find_projections, target_pattern
 from basisadapt.backbones import BACKBONES, FORMS, QUANTISED, Backbone, Package, catalogue, gguf, gguf_header, packages
 from basisadapt.methods import METHODS
 from basisadapt.run_config import RunConfig
-from basisadapt.study import words
 from basisadapt.study.__main__ import main
-from basisadapt.study.cells import resolve
-from basisadapt.study.record import Outcome
-from basisadapt.study.report import make_report
-from basisadapt.study.spec import StudySpec
-from basisadapt.study.table import build_table
+from basisadapt.study.outcome import Outcome
+from basisadapt.study.plan.cells import resolve
+from basisadapt.study.plan.spec import StudySpec
+from basisadapt.study.report.report import make_report
+from basisadapt.study.report.table import build_table
+from basisadapt.study.report.text import grids
 from basisadapt.training import attach, plan, run
 
 SMOL = BACKBONES["smollm2-135m"]
@@ -441,7 +441,7 @@ def test_smollm2_on_commonsense_end_to_end(data_dir, method):
 
 def test_a_table_says_what_the_backbone_is():
     spec = StudySpec(name="one", title="One", question="", sweep={"backbone": ["minilm", "smollm2-135m"]})
-    (grid,) = words.grids(make_report(build_table(resolve(spec), {})))
+    (grid,) = grids(make_report(build_table(resolve(spec), {})))
     said = [note for note in grid.notes if note.startswith("Backbone")]
     assert said == ["Backbone smollm2-135m: the weights are a 4-bit rounding of the original ones."]
 
@@ -680,14 +680,14 @@ def test_a_table_says_what_the_runs_said_of_the_backbone(own):
     """Wherever it is made, and whatever weights are at hand there."""
     spec = StudySpec(name="one", title="One", question="", sweep={"backbone": ["mine", "minilm"]})
     table = build_table(resolve(spec), {})
-    assert not [note for note in words.grids(make_report(table))[0].notes if note.startswith("Backbone")]
-    outcome = Outcome("run", "key", "finished", "accuracy", {"accuracy": 0.5}, (), "", None, 0)
+    assert not [note for note in grids(make_report(table))[0].notes if note.startswith("Backbone")]
+    outcome = Outcome("run", "key", "finished", "accuracy", {"accuracy": 0.5}, (), "")
     runs = {
         seed: dataclasses.replace(outcome, data={"backbone": note})
         for seed, note in zip(table.lines[0].seeds, ("one rounding", "another", "one rounding"), strict=True)
     }
     lines = (dataclasses.replace(table.lines[0], outcomes=runs), *table.lines[1:])
-    (grid,) = words.grids(make_report(dataclasses.replace(table, lines=lines)))
+    (grid,) = grids(make_report(dataclasses.replace(table, lines=lines)))
     said = [note for note in grid.notes if note.startswith("Backbone")]
     assert said == ["Backbone mine: one rounding.", "Backbone mine: another."]
 

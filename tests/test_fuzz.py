@@ -27,9 +27,9 @@ from basisadapt.methods.dylora import DyLoRAConfig
 from basisadapt.methods.elalora import ElaLoRAConfig
 from basisadapt.methods.nola import NoLAConfig
 from basisadapt.run_config import RunConfig
-from basisadapt.study.cells import known_keys, resolve
-from basisadapt.study.spec import PRESETS, list_studies, parse_yaml, published_values, read_spec, studies_dir
-from basisadapt.study.tuning import resolve_tuning
+from basisadapt.study.plan.cells import known_keys, resolve
+from basisadapt.study.plan.spec import PRESETS, list_studies, parse_yaml, published_values, read_spec, studies_dir
+from basisadapt.study.plan.tuning import resolve_tuning
 from tests.conftest import model_of
 from tests.tasks import test_fuzz as of_data
 

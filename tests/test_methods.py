@@ -24,8 +24,8 @@ from basisadapt.methods import METHODS
 from basisadapt.observation import adapted_layers, adapter_parameters, observe
 from basisadapt.registry import load_plugin
 from basisadapt.run_config import RunConfig
-from basisadapt.study.cells import resolve
-from basisadapt.study.spec import read_spec
+from basisadapt.study.plan.cells import resolve
+from basisadapt.study.plan.spec import read_spec
 from basisadapt.training import count_parameters, plan, run
 from tests.conftest import randomise, tiny
 

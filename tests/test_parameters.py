@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from basisadapt.run_config import RunConfig
-from basisadapt.study.spec import studies_dir
+from basisadapt.study.plan.spec import studies_dir
 from basisadapt.training import plan
 
 # Blocks, and (in, out) of every adapted projection in one block.

@@ -29,6 +29,14 @@ FLOORS = [
 ]
 HEAVY = {"torch", "transformers", "peft", "datasets", "mlflow", "optuna", "matplotlib", "pandas", "scipy", "sklearn"}
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+# The same within basisadapt/study.
+STUDY_LAYERS = [
+    {"outcome", "statistics"},  # what became of a cell, and arithmetic
+    {"plan"},  # what shall run
+    {"record", "report"},  # what has run, and what is said of it: neither knows the other
+    {"drive"},  # what runs it
+    {"__main__"},
+]
 
 
 def imports():
@@ -53,6 +61,21 @@ def test_no_arrow_points_upward():
             target = module.split(".")[1]
             if target in LEVEL and target != room:
                 assert LEVEL[target] < LEVEL[room], f"{path.name} in {room} imports {module}"
+
+
+def test_the_rooms_of_a_study_have_walls():
+    """A report is made of outcomes, wherever they come from; a plan of nothing that has run."""
+    study = PACKAGE / "study"
+    level = {room: level for level, rooms in enumerate(STUDY_LAYERS) for room in rooms}
+    assert {path.name.removesuffix(".py") for path in study.iterdir()} - {"__init__", "__pycache__"} == set(level)
+    found = set()
+    for path, _, module in imports():
+        if study in path.parents and module.startswith("basisadapt.study."):
+            room, target = path.relative_to(study).parts[0].removesuffix(".py"), module.split(".")[2]
+            if room not in ("__init__", target):
+                assert level[target] < level[room], f"{path.name} in study/{room} imports {module}"
+                found.add((room, target))
+    assert {("drive", "record"), ("drive", "report"), ("record", "plan"), ("report", "plan")} <= found
 
 
 def module_graph():

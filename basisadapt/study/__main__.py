@@ -9,20 +9,21 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from basisadapt.command import BAD_INPUT, DONE, INTERRUPTED, UNSOUND, Parser, complain, guarded, say
 from basisadapt.errors import InputError, RecordError, shown
 from basisadapt.registry import load_plugin
-from basisadapt.study import spec as specs
+from basisadapt.study.plan import spec as specs
 
 if TYPE_CHECKING:
     from basisadapt.execution.executor import Executor
-    from basisadapt.study.engine import Place
-    from basisadapt.study.report import Report
-    from basisadapt.study.search import Search
-    from basisadapt.study.tuning import Tuning
+    from basisadapt.study.drive.engine import Place
+    from basisadapt.study.drive.search import Search
+    from basisadapt.study.plan.tuning import Tuning
+    from basisadapt.study.report.report import Report
 
 SAMPLERS = ("tpe", "random")
 EXAMPLES = """\
@@ -53,7 +54,7 @@ def main(arguments: list[str]) -> int:
         options = _parser().parse_args(arguments)
         _check_together(options)
         if options.ui:
-            from basisadapt.study.ui import serve
+            from basisadapt.study.record.ui import serve
 
             serve(options.tracking_uri)
             return DONE
@@ -74,7 +75,7 @@ def main(arguments: list[str]) -> int:
         print(f"\nInterrupted. What is finished is kept; to go on: {command}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        from basisadapt.study.stores import is_stores_fault, record_error
+        from basisadapt.study.record.stores import is_stores_fault, record_error
 
         if isinstance(error, OSError) or not is_stores_fault(error):
             raise
@@ -199,7 +200,7 @@ def _run(options: argparse.Namespace, command: str) -> Answer:
     for plugin in options.plugin:
         load_plugin(plugin)
 
-    from basisadapt.study import engine
+    from basisadapt.study.drive import engine
     from basisadapt.tasks.task import readable_folder
 
     if options.data_dir is not None:
@@ -214,7 +215,7 @@ def _run(options: argparse.Namespace, command: str) -> Answer:
     executor = _executor(options)
     tags = {"basisadapt.command": command, "basisadapt.preset": options.preset}
     if options.search is None:
-        from basisadapt.study.tuning import resolve_tuning
+        from basisadapt.study.plan.tuning import resolve_tuning
 
         seeds = _seeds(options.seeds)
         tuning = resolve_tuning(study_spec, preset=options.preset, changes=options.set, seeds=seeds)
@@ -229,7 +230,7 @@ def _run(options: argparse.Namespace, command: str) -> Answer:
         else:
             report = engine.run_study(tuning, place, tags, executor)
     else:
-        from basisadapt.study.search import read_search, run_search
+        from basisadapt.study.drive.search import read_search, run_search
 
         search = _search(study_spec, options)
         if options.dry_run:
@@ -260,7 +261,7 @@ def _check_together(options: argparse.Namespace) -> None:
 
 
 def _export(tuning: Tuning, place: Place, options: argparse.Namespace, command: str) -> Answer:
-    from basisadapt.study.exchange import export_cells
+    from basisadapt.study.drive.exchange import export_cells
 
     path: Path = options.export
     count = export_cells(tuning, place, path)
@@ -285,7 +286,7 @@ def _without(words: Sequence[str], option: str) -> list[str]:
 
 
 def _import(tuning: Tuning, place: Place, tags: dict[str, str], executor: Executor, paths: list[Path]) -> Answer:
-    from basisadapt.study.exchange import import_results
+    from basisadapt.study.drive.exchange import import_results
 
     report, failed = import_results(tuning, place, tags, executor, paths)
     for line in failed:
@@ -313,7 +314,7 @@ def _executor(options: argparse.Namespace) -> Executor:
 
 
 def _search(study_spec: specs.StudySpec, options: argparse.Namespace) -> Search:
-    from basisadapt.study.search import Search
+    from basisadapt.study.drive.search import Search
 
     return Search(
         spec=study_spec,
@@ -343,18 +344,19 @@ def _studies() -> Answer:
 
 
 def _space(search: Search) -> Answer:
-    from basisadapt.study.documents import space_document
+    from basisadapt.study.report.documents import space_document
 
     lines = [f"{search.spec.title}: a search of {search.trials} trials over", ""]
-    lines += [f"{key}: {where}" for key, where in search.space().items()]
-    return Answer("\n".join(lines), space_document(search))
+    space = search.space()
+    lines += [f"{key}: {where}" for key, where in space.items()]
+    return Answer("\n".join(lines), space_document(search.spec, space, search.trials, search.sampler))
 
 
 def _plans(tuning: Tuning, place: Place, executor: Executor) -> Answer:
-    from basisadapt.study import engine
-    from basisadapt.study.documents import plan_document
-    from basisadapt.study.estimate import estimate_time
-    from basisadapt.study.record import Record
+    from basisadapt.study.drive import engine
+    from basisadapt.study.drive.estimate import estimate_time
+    from basisadapt.study.record.record import Record
+    from basisadapt.study.report.documents import plan_document
 
     outcomes = Record.read(place.tracking_uri, tuning.spec.name)
     tuned = tuning.choose(outcomes)
@@ -373,13 +375,14 @@ def _plans(tuning: Tuning, place: Place, executor: Executor) -> Answer:
         plan = plans[cell.row]
         counts = (f"{count:,}" for count in (plan.factors, plan.transfer, plan.head, plan.trainable))
         lines.append(f"{cell.row.ljust(width)}  {columns(cell.seed, plan.modules, *counts, states[cell.key])}")
-    return Answer("\n".join(lines), plan_document(tuning.spec, cells, plans, states, estimate))
+    expected = asdict(estimate) if estimate else None
+    return Answer("\n".join(lines), plan_document(tuning.spec, cells, plans, states, expected))
 
 
 def _report(report: Report, place: Place) -> Answer:
-    from basisadapt.study.documents import report_document
-    from basisadapt.study.record import Record
-    from basisadapt.study.words import to_text
+    from basisadapt.study.record.record import Record
+    from basisadapt.study.report.documents import report_document
+    from basisadapt.study.report.text import to_text
 
     table = report.table
     lines = [to_text(report), f"Recorded in {place.tracking_uri}; to browse:"]

@@ -27,8 +27,8 @@ presets: {smoke: {train.max_steps: 2, seeds: [1]}, quick: {train.max_steps: 5}}
 def empty_databases(tmp_path_factory):
     """Making MLflow's tables takes seconds: once for all tests."""
     folder = tmp_path_factory.mktemp("databases")
-    from basisadapt.study.record import Record
-    from basisadapt.study.trials import Trials
+    from basisadapt.study.record.record import Record
+    from basisadapt.study.record.trials import Trials
 
     Record(f"sqlite:///{folder}/mlflow.db", "none")
     Trials(f"sqlite:///{folder}/optuna.db", "none")

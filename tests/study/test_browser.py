@@ -13,11 +13,11 @@ import pytest
 from matplotlib.figure import Figure
 from test_report import SOUND, outcome, outcomes
 
-from basisadapt.study.cells import resolve
-from basisadapt.study.files import report_files
-from basisadapt.study.report import make_report
-from basisadapt.study.spec import read_spec
-from basisadapt.study.table import build_table
+from basisadapt.study.plan.cells import resolve
+from basisadapt.study.plan.spec import read_spec
+from basisadapt.study.report.files import report_files
+from basisadapt.study.report.report import make_report
+from basisadapt.study.report.table import build_table
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")

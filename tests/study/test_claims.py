@@ -4,11 +4,11 @@ import pytest
 from test_report import SOUND, outcomes
 
 from basisadapt.errors import InputError
-from basisadapt.study.cells import resolve
-from basisadapt.study.claims import Claim
-from basisadapt.study.spec import list_studies, read_spec
-from basisadapt.study.table import build_table
-from basisadapt.study.verdicts import NOT_REPRODUCED, REPRODUCED, UNTESTABLE, judge
+from basisadapt.study.plan.cells import resolve
+from basisadapt.study.plan.claims import Claim
+from basisadapt.study.plan.spec import list_studies, read_spec
+from basisadapt.study.report.table import build_table
+from basisadapt.study.report.verdicts import NOT_REPRODUCED, REPRODUCED, UNTESTABLE, judge
 
 
 @pytest.fixture

@@ -21,9 +21,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from basisadapt.study.owner import Owner
-from basisadapt.study.record import SILENCE, Record
-from basisadapt.study.spec import read_spec
+from basisadapt.study.plan.spec import read_spec
+from basisadapt.study.record.owner import Owner
+from basisadapt.study.record.record import SILENCE, Record
 
 SEEDS = ("--seeds", "1,2,3,4,5,6,7,8")  # with three rows, 24 cells
 STUDY = [sys.executable, "-m", "basisadapt.study", "tiny.yaml", *SEEDS]
@@ -198,8 +198,8 @@ def test_two_drivers_on_postgresql_and_a_server_share_the_work(home, faking, ser
 
 def test_of_claims_made_at_once_one_stays(home, monkeypatch):
     """In every order in which two drivers can write their runs and look at the other's."""
-    from basisadapt.study import record as module
-    from basisadapt.study.cells import resolve
+    from basisadapt.study.plan.cells import resolve
+    from basisadapt.study.record import record as module
 
     spec = read_spec("tiny.yaml")
     cell = resolve(spec, seeds=[1]).cells[0]
@@ -250,7 +250,7 @@ def test_of_claims_made_at_once_one_stays(home, monkeypatch):
 
 
 def test_a_driver_on_another_host_is_dead_when_it_is_silent(home, monkeypatch):
-    from basisadapt.study.cells import resolve
+    from basisadapt.study.plan.cells import resolve
 
     spec = read_spec("tiny.yaml")
     cell = resolve(spec, seeds=[1]).cells[0]
@@ -275,7 +275,7 @@ def test_a_driver_on_another_host_is_dead_when_it_is_silent(home, monkeypatch):
 
 @pytest.mark.parametrize("skew", [-600, 600])
 def test_the_clock_of_another_host_may_be_wrong(home, fake, monkeypatch, skew):
-    from basisadapt.study.cells import resolve
+    from basisadapt.study.plan.cells import resolve
 
     spec = read_spec("tiny.yaml")
     cell = resolve(spec, seeds=[1]).cells[0]
@@ -292,9 +292,9 @@ def test_the_clock_of_another_host_may_be_wrong(home, fake, monkeypatch, skew):
 
 
 def test_both_stores_take_a_driver_elsewhere_for_dead_at_once(home, fake, study, runs, trials, monkeypatch):
-    from basisadapt.study import record as module
-    from basisadapt.study.cells import resolve
-    from basisadapt.study.trials import Trials
+    from basisadapt.study.plan.cells import resolve
+    from basisadapt.study.record import record as module
+    from basisadapt.study.record.trials import Trials
 
     spec = read_spec("tiny.yaml")
     record = Record("sqlite:///mlflow.db", "tiny")
@@ -333,8 +333,8 @@ def test_a_driver_that_was_taken_for_dead_gives_its_cell_up(home, fake, study, r
 
 
 def test_a_rival_that_was_suspended_before_its_claim_is_not_waited_for(home, monkeypatch):
-    from basisadapt.study import record as module
-    from basisadapt.study.cells import resolve
+    from basisadapt.study.plan.cells import resolve
+    from basisadapt.study.record import record as module
 
     monkeypatch.setattr(module, "UNDECIDED", 0.2)
     spec = read_spec("tiny.yaml")
@@ -349,7 +349,7 @@ def test_a_rival_that_was_suspended_before_its_claim_is_not_waited_for(home, mon
 
 
 def test_a_process_number_means_something_in_its_own_namespace_and_boot_alone(monkeypatch):
-    from basisadapt.study import owner
+    from basisadapt.study.record import owner
 
     name, machine, namespace, boot = "host", "machine", "pid:[1]", "boot"
     monkeypatch.setattr(owner, "here", lambda: "/".join([name, machine, namespace, boot]))
@@ -368,7 +368,7 @@ def test_a_process_number_means_something_in_its_own_namespace_and_boot_alone(mo
 
 
 def test_where_this_process_is():
-    from basisadapt.study.owner import here
+    from basisadapt.study.record.owner import here
 
     if not Path("/proc/self/ns/pid").exists():
         pytest.skip("needs Linux")

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from basisadapt.study.cells import resolve
-from basisadapt.study.spec import list_studies, read_spec
+from basisadapt.study.plan.cells import resolve
+from basisadapt.study.plan.spec import list_studies, read_spec
 
 SPACE = "search: {adapter.gain: [1, 100, log], adapter.basis: [sinc, fourier]}\n"
 CLAIM = "claims: [{text: Sinc is better, better: sinc, than: fourier}]\n"

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from basisadapt.study.__main__ import _check_together, _parser, main
-from basisadapt.study.cells import resolve
-from basisadapt.study.owner import Owner
-from basisadapt.study.record import Record
-from basisadapt.study.spec import read_spec
+from basisadapt.study.plan.cells import resolve
+from basisadapt.study.plan.spec import read_spec
+from basisadapt.study.record.owner import Owner
+from basisadapt.study.record.record import Record
 
 ALL = [(name, seed) for name in ("sinc", "fourier", "lora") for seed in (1, 2, 3)]
 
@@ -186,7 +186,7 @@ def test_optuna_learns_what_mlflow_knows(home, fake, study, trials, empty_databa
 
 
 def test_the_cells_of_a_live_process_are_left_alone_and_awaited(home, fake, study, runs, monkeypatch):
-    from basisadapt.study import engine
+    from basisadapt.study.drive import engine
 
     spec = read_spec("tiny.yaml")
     cell = resolve(spec, seeds=[1]).cells[0]
@@ -227,7 +227,7 @@ def test_of_two_processes_that_start_a_cell_the_later_gives_way(home, monkeypatc
 
 
 def test_a_cell_whose_process_dies_while_it_is_awaited_is_run(home, fake, study, runs, monkeypatch):
-    from basisadapt.study import engine
+    from basisadapt.study.drive import engine
 
     spec = read_spec("tiny.yaml")
     record = Record("sqlite:///mlflow.db", "tiny")
@@ -399,7 +399,7 @@ def test_passwords_are_shown_nowhere(home, fake, study, monkeypatch, runs):
 
 
 def test_too_many_runs_for_an_address_have_no_link(home, fake, study, runs, monkeypatch):
-    monkeypatch.setattr("basisadapt.study.record.COMPARED", 8)
+    monkeypatch.setattr("basisadapt.study.record.record.COMPARED", 8)
     code, out, _ = study("tiny.yaml")
     assert code == 0
     assert "all runs, by invocation" in out

@@ -7,10 +7,10 @@ import pytest
 from basisadapt.execution.compute import Inline
 from basisadapt.execution.executor import JobSettings
 from basisadapt.execution.workers import Workers
-from basisadapt.study.cells import resolve
-from basisadapt.study.estimate import Estimate, estimate_time
-from basisadapt.study.record import Outcome
-from basisadapt.study.spec import read_spec
+from basisadapt.study.drive.estimate import Estimate, estimate_time
+from basisadapt.study.outcome import Outcome
+from basisadapt.study.plan.cells import resolve
+from basisadapt.study.plan.spec import read_spec
 
 ONE = Inline(JobSettings())
 TUNE = "tune: {grid: {train.lr: [1e-3, 1e-2]}, seeds: [9], validation: 0.2}\n"
@@ -24,7 +24,7 @@ def cells(folder):
 
 def took(cell, train, evaluation=0.0, status="finished"):
     seconds = {"seconds.train": train, "seconds.eval": evaluation}
-    return {cell.key: Outcome("", cell.key, status, "accuracy", seconds, (), "", None, 0)}
+    return {cell.key: Outcome("", cell.key, status, "accuracy", seconds, (), "")}
 
 
 def test_a_row_is_known_by_itself_and_the_others_by_all(cells):

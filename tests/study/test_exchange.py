@@ -252,7 +252,7 @@ def test_results_of_other_studies_serve_where_the_configuration_is_the_same(home
 
 def test_results_from_before_a_setting_was_there_are_read(home, fake, study, results, runs):
     """A configuration as an earlier version wrote it, its key made from what it held; the setting is at its default."""
-    from basisadapt.study.cells import cell_key
+    from basisadapt.study.plan.cells import cell_key
 
     for line in results:
         del line["config"]["train"]["landscape"]
@@ -265,7 +265,7 @@ def test_results_from_before_a_setting_was_there_are_read(home, fake, study, res
 def test_a_setting_that_came_late_changes_no_older_key():
     """The keys of results that are kept in the repository, made before `transfer_delay` and `smoothing` were there."""
     from basisadapt.run_config import RunConfig
-    from basisadapt.study.cells import cell_key
+    from basisadapt.study.plan.cells import cell_key
 
     with gzip.open(Path(__file__).parents[2] / "studies/results/cells/ablate_rank.jsonl.gz", "rt") as file:
         lines = [json.loads(line) for line in file]

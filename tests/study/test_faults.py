@@ -96,7 +96,7 @@ def test_a_damaged_database_is_bad_input_and_stays_as_it_is(home, fake, study, n
 
 
 def test_a_record_that_fails_while_cells_run_ends_the_study_in_one_line(home, fake, study, runs, monkeypatch):
-    from basisadapt.study.record import Record
+    from basisadapt.study.record.record import Record
 
     def full(*_, **__):
         raise OSError(28, "No space left on device", "/somewhere")

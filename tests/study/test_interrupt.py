@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from basisadapt.study.__main__ import main
-from basisadapt.study.record import Record
-from basisadapt.study.trials import Trials
+from basisadapt.study.record.record import Record
+from basisadapt.study.record.trials import Trials
 
 SEED = ("tiny.yaml", "--seeds", "1")
 

@@ -15,13 +15,14 @@ from test_report import no_pictures, outcome
 
 from basisadapt.errors import InputError
 from basisadapt.run_config import RunConfig
-from basisadapt.study import words
-from basisadapt.study.cells import Cell, resolve
-from basisadapt.study.files import report_files
-from basisadapt.study.report import make_report
-from basisadapt.study.spec import read_spec
-from basisadapt.study.tuning import resolve_tuning
-from basisadapt.study.verdicts import NOT_REPRODUCED, REPRODUCED, UNTESTABLE
+from basisadapt.study.plan.cells import Cell, resolve
+from basisadapt.study.plan.spec import read_spec
+from basisadapt.study.plan.tuning import resolve_tuning
+from basisadapt.study.report import text
+from basisadapt.study.report.files import report_files
+from basisadapt.study.report.report import make_report
+from basisadapt.study.report.table import tuned_table
+from basisadapt.study.report.verdicts import NOT_REPRODUCED, REPRODUCED, UNTESTABLE
 
 RATES = [1e-3, 2e-3, 4e-3, 8e-3]
 STUDY = {
@@ -69,7 +70,7 @@ def report_of(spec, score, preset="quick"):
         for key, (cell, value) in values.items()
     }
     tuned = tuning.choose(known)
-    return make_report(tuned.table(known), tuned=tuned)
+    return make_report(tuned_table(tuned, known), tuned=tuned)
 
 
 def test_a_variant_sets_what_is_given_for_it(write):
@@ -182,7 +183,7 @@ def test_a_run_fills_both_tables(home, fake, study, write):
 
 def test_what_is_shown_beside(write):
     found = report_of(write(), score)
-    main, curves, tuning = words.grids(found)
+    main, curves, tuning = text.grids(found)
     assert main.header[1:5] == ["accuracy, %", "seeds", "difference to variant=LoRA (95 % CI)", "p (Holm)"]
     assert main.header[5:9] == [
         "accuracy, % at train.lr=0.001",
@@ -197,24 +198,24 @@ def test_what_is_shown_beside(write):
     # LoRA loses a point in half an octave on either side of its best; the other reaches both ends.
     assert curves.rows[0] == ["LoRA, 1", "46.20 ± 0.10", "48.20 ± 0.10", "50.20 ± 0.10", "48.20 ± 0.10", "1.00", "1.00"]
     assert curves.rows[2][-2] == "≥ 3.00"
-    assert "| accuracy, % at train.lr=0.001 |" in words.to_markdown(found)
-    rows = list(csv.DictReader(io.StringIO(words.to_csv(found.table))))
+    assert "| accuracy, % at train.lr=0.001 |" in text.to_markdown(found)
+    rows = list(csv.DictReader(io.StringIO(text.to_csv(found.table))))
     assert len(rows) == 4 + 4 * 4
     assert [row["at"] for row in rows if row["row"] == "LoRA, 1"] == ["", *map(str, RATES)]
     assert float(rows[0]["plateau_octaves"]) == pytest.approx(1.0)
     few = report_of(write(tune=rule(at=[2e-3, 8e-3], common=None)), score)
-    heads = words.grids(few)[0].header
+    heads = text.grids(few)[0].header
     assert [head for head in heads if " at train.lr" in head] == [
         "accuracy, % at train.lr=0.002",
         "accuracy, % at train.lr=0.008",
     ]
     only = report_of(write(tune=rule(grid={"train.lr": [1e-3]})), score)
-    assert not any(" at " in head for head in words.grids(only)[0].header), "it would be the same once more"
+    assert not any(" at " in head for head in text.grids(only)[0].header), "it would be the same once more"
 
 
 def test_over_several_tasks(write):
     found = report_of(write(sweep={"task": ["glue/cola", "glue/rte"], **STUDY["sweep"]}), score)
-    (across,) = (grid for grid in words.grids(found) if grid.title == "Over all tasks")
+    (across,) = (grid for grid in text.grids(found) if grid.title == "Over all tasks")
     assert across.header[6] == "accuracy, % at train.lr=0.001"
     assert len(across.header) == len(across.rows[0]) == 1 + 2 * 5
     assert found.table.values("LoRA, 1", "plateau") == {"glue/cola": pytest.approx(1), "glue/rte": pytest.approx(1)}
@@ -230,15 +231,15 @@ def test_where_a_run_diverged_or_is_missing_there_is_no_plateau(write):
     assert plateau.octaves == pytest.approx(2.0), "of the mean curve to 4e-3, beyond which a seed diverged"
     assert plateau.by_seed == pytest.approx({1: 2.0, 2: 3.0, 3: 3.0})
     assert found.unsound
-    assert "Diverged: wide, 1, train.lr=0.008 seed 1." in words.to_text(found)
+    assert "Diverged: wide, 1, train.lr=0.008 seed 1." in text.to_text(found)
     tuning = resolve_tuning(write())
     known = {
         c.key: outcome(c, score(c.config)) for c in tuning.possible_cells if c.seed != 3 or c.config.train.lr < 8e-3
     }
-    table = tuning.choose(known).table(known)
+    table = tuned_table(tuning.choose(known), known)
     assert set(table.plateau(table.lines[0]).by_seed) == {1, 2}
-    assert "Not run: 4 of 48 cells." in words.to_text(make_report(table))
-    nothing = tuning.choose({}).table({})
+    assert "Not run: 4 of 48 cells." in text.to_text(make_report(table))
+    nothing = tuned_table(tuning.choose({}), {})
     assert nothing.plateau(nothing.lines[0]) is None
 
 

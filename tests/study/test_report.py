@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from basisadapt.errors import InputError
-from basisadapt.study import figures, report, words
-from basisadapt.study.cells import resolve
-from basisadapt.study.files import report_files
-from basisadapt.study.record import Outcome
-from basisadapt.study.spec import published_values, read_spec
-from basisadapt.study.table import build_table
+from basisadapt.study.outcome import Outcome
+from basisadapt.study.plan.cells import resolve
+from basisadapt.study.plan.spec import published_values, read_spec
+from basisadapt.study.report import figures, report, text
+from basisadapt.study.report.files import report_files
+from basisadapt.study.report.table import build_table
 
 
 @pytest.fixture
@@ -29,7 +29,9 @@ def outcome(cell, value=None, status="finished", warnings=(), error="", headline
     if value is not None:
         metrics[headline] = value
     environment = {"git_commit": "abc123", "torch": "2.13.0"}
-    return Outcome(f"run-{cell.key}", cell.key, status, headline, metrics, tuple(warnings), error, None, 0, environment)
+    return Outcome(
+        f"run-{cell.key}", cell.key, status, headline, metrics, tuple(warnings), error, environment=environment
+    )
 
 
 def outcomes(study, values, **options):
@@ -65,19 +67,19 @@ Published: the paper's table 13 (Qwen2). On another backbone and task, only the 
 
 
 def test_text(two_bases):
-    assert words.to_text(reported(two_bases, SOUND)) == TEXT
+    assert text.to_text(reported(two_bases, SOUND)) == TEXT
 
 
 def test_markdown_has_as_many_columns_in_every_row(two_bases):
-    lines = words.to_markdown(reported(two_bases, SOUND)).splitlines()
+    lines = text.to_markdown(reported(two_bases, SOUND)).splitlines()
     rows = [line for line in lines if line.startswith("|")]
     assert {line.count("|") for line in rows} == {10}
     assert len(rows) == 5
 
 
 def test_csv_holds_the_numbers(two_bases):
-    text = words.to_csv(build_table(two_bases, outcomes(two_bases, SOUND)))
-    rows = list(csv.DictReader(io.StringIO(text)))
+    printed = text.to_csv(build_table(two_bases, outcomes(two_bases, SOUND)))
+    rows = list(csv.DictReader(io.StringIO(printed)))
     assert float(rows[0]["mean"]) == pytest.approx(2.44 / 3)
     assert float(rows[0]["difference"]) == pytest.approx(0.08 / 3)
     half = 4.302653 * float(rows[0]["std"]) / 3**0.5  # t(0.975, 2)
@@ -88,16 +90,16 @@ def test_csv_holds_the_numbers(two_bases):
 
 def test_one_seed_has_no_deviation_and_no_test(folder):
     study = resolve(read_spec("tiny.yaml"), seeds=[1])
-    text = words.to_text(reported(study, [0.5, 0.6, 0.55]))
-    assert "One seed a row (1): no deviation, interval or test." in text
-    sinc = next(line for line in text.splitlines() if line.startswith("sinc"))
+    printed = text.to_text(reported(study, [0.5, 0.6, 0.55]))
+    assert "One seed a row (1): no deviation, interval or test." in printed
+    sinc = next(line for line in printed.splitlines() if line.startswith("sinc"))
     assert sinc.split() == ["sinc", "50.00", "61.1", "±", "0.2", "1", "-5.00", "-", "1.50", "0.250", "4,321"]
 
 
 def test_a_metric_that_is_no_fraction_is_not_scaled(two_bases):
     found = reported(two_bases, [4.2] * 9, headline="score")
     assert not found.table.percent
-    assert "4.2000 ± 0.0000" in words.to_text(found)
+    assert "4.2000 ± 0.0000" in text.to_text(found)
 
 
 def test_a_study_may_name_further_columns(folder):
@@ -105,10 +107,10 @@ def test_a_study_may_name_further_columns(folder):
     path.write_text(path.read_text() + "columns: [active_n.mean, parameters.transfer, no.such]\n")
     study = resolve(read_spec("tiny.yaml"))
     found = reported(study, SOUND, **{"active_n.mean": 24.125, "parameters.transfer": 3600.0})
-    line = next(line for line in words.to_text(found).splitlines() if line.startswith("fourier"))
+    line = next(line for line in text.to_text(found).splitlines() if line.startswith("fourier"))
     assert line.split()[-4:] == ["4,321", "24.1", "3,600", "-"]
-    assert "active n |" in words.to_markdown(found)
-    row = next(csv.DictReader(io.StringIO(words.to_csv(found.table))))
+    assert "active n |" in text.to_markdown(found)
+    row = next(csv.DictReader(io.StringIO(text.to_csv(found.table))))
     assert (row["active_n.mean"], row["no.such"]) == ("24.125", "")
     assert ">active n<" in report_files(found, no_pictures)["report.html"]
 
@@ -125,16 +127,16 @@ def test_mixed_states(two_bases):
     found = report.make_report(build_table(two_bases, known))
     assert found.unsound
     page = report_files(found, no_pictures)["report.html"]
-    for text in (words.to_text(found), page):
-        assert "1 of 3 failed, 1 of 3 diverged" in text
-        assert "1 of 3 killed, 1 of 3 not run" in text
-        assert "Failed: sinc seed 1 (RuntimeError: out of memory)." in text
-        assert "Diverged: sinc seed 2." in text
-        assert "Warning, LoRA seeds 1, 2: collapsed" in text
+    for printed in (text.to_text(found), page):
+        assert "1 of 3 failed, 1 of 3 diverged" in printed
+        assert "1 of 3 killed, 1 of 3 not run" in printed
+        assert "Failed: sinc seed 1 (RuntimeError: out of memory)." in printed
+        assert "Diverged: sinc seed 2." in printed
+        assert "Warning, LoRA seeds 1, 2: collapsed" in printed
     assert "Cells: 1 failed, 1 diverged, 5 finished, 1 killed, 1 not run." in page
     nothing = report.make_report(build_table(two_bases, {}))
     assert not nothing.unsound
-    assert "3 of 3 not run" in words.to_text(nothing)
+    assert "3 of 3 not run" in text.to_text(nothing)
     assert "No cell has recorded them." in report_files(nothing, no_pictures)["report.html"]
 
 
@@ -143,13 +145,11 @@ def test_costs_have_units(folder):
     path.write_text(path.read_text() + "columns: [memory.peak_bytes, adapter.bytes, tokens_per_second]\n")
     costs = {"memory.peak_bytes": 1.5e9, "adapter.bytes": 688_992.0, "tokens_per_second": 1234.5}
     found = reported(resolve(read_spec("tiny.yaml")), SOUND, **costs)
-    (header,) = (line for line in words.to_markdown(found).splitlines() if line.startswith("| row"))
+    (header,) = (line for line in text.to_markdown(found).splitlines() if line.startswith("| row"))
     assert header.endswith("| peak memory, MB | adapter, MB | tokens/s |")
-    line = next(line for line in words.to_text(found).splitlines() if line.startswith("fourier"))
+    line = next(line for line in text.to_text(found).splitlines() if line.startswith("fourier"))
     assert line.split()[-3:] == ["1,500", "0.69", "1,234"]
-    assert float(next(csv.DictReader(io.StringIO(words.to_csv(found.table))))["adapter.bytes"]) == 688_992, (
-        "as recorded"
-    )
+    assert float(next(csv.DictReader(io.StringIO(text.to_csv(found.table))))["adapter.bytes"]) == 688_992, "as recorded"
 
 
 TASKS = """
@@ -183,16 +183,16 @@ def test_rows_are_compared_within_their_task_and_over_all_tasks(folder):
     assert (sinc.pairs.n, sinc.pairs.mean) == (6, pytest.approx(0.3))
     half = 2.5706 * (0.02 / 6) ** 0.5
     assert (sinc.pairs.low, sinc.pairs.high) == pytest.approx((0.3 - half, 0.3 + half), rel=1e-4)
-    text = words.to_text(report.make_report(table))
-    line = [line for line in text.splitlines() if line.startswith("sinc ")][-1]
+    printed = text.to_text(report.make_report(table))
+    line = [line for line in printed.splitlines() if line.startswith("sinc ")][-1]
     assert line.split()[:4] == ["sinc", "70.00", "3", "+30.00"]
     assert line.endswith("+30.00 [+15.16, +44.84]")
     # Of two of three tasks there is a difference, and no mean to stand beside the others.
     known = {
         key: found for key, found in outcomes(study, values).items() if key not in {c.key for c in study.cells[:2]}
     }
-    text = words.to_text(report.make_report(build_table(study, known)))
-    line = [line for line in text.splitlines() if line.startswith("sinc ")][-1]
+    printed = text.to_text(report.make_report(build_table(study, known)))
+    line = [line for line in printed.splitlines() if line.startswith("sinc ")][-1]
     assert line.split()[:5] == ["sinc", "-", "2", "of", "3"]
 
 
@@ -206,28 +206,28 @@ def test_a_published_table_without_tasks_stands_beside_the_means_over_tasks():
     sinc, lora, paper = table.across
     assert lora.published is None
     assert sinc.published == paper.published == published_values(study.spec.answers)["basis=sinc"]
-    rows, across = words.grids(report.make_report(table))[:2]
+    rows, across = text.grids(report.make_report(table))[:2]
     assert "published" not in rows.header
     assert across.rows[0][2].startswith(sinc.published[0])
 
 
 def test_an_axis_value_as_reference_pairs_rows_that_are_otherwise_equal(folder):
-    text = (
+    source = (
         (folder / "tiny.yaml")
         .read_text()
         .replace("sweep: {basis: [sinc, fourier]}", "sweep: {method: [phi, lora], r: [4, 8]}")
     )
-    text = text.replace("reference: LoRA", "reference: method=lora").replace(
+    source = source.replace("reference: LoRA", "reference: method=lora").replace(
         "  - {label: LoRA, set: {method: lora}}", "  - {label: paper, set: {adapter.preset: paper, r: 8}}"
     )
-    (folder / "tiny.yaml").write_text(text)
+    (folder / "tiny.yaml").write_text(source)
     study = resolve(read_spec("tiny.yaml"))
     values = {"phi, 4": 0.7, "phi, 8": 0.9, "lora, 4": 0.5, "lora, 8": 0.6, "paper": 0.3}
     found = {cell.key: outcome(cell, values[cell.row]) for cell in study.cells}
     table = build_table(study, found)
     gains = {line.label: line.difference and pytest.approx(line.difference.mean) for line in table.lines}
     assert gains == {"phi, 4": 0.2, "phi, 8": 0.3, "lora, 4": None, "lora, 8": None, "paper": -0.3}
-    assert "the row with method=lora that is otherwise equal" in words.to_text(report.make_report(table))
+    assert "the row with method=lora that is otherwise equal" in text.to_text(report.make_report(table))
 
 
 def test_an_axis_value_that_is_not_there_is_refused_as_reference(folder):
@@ -286,16 +286,16 @@ def test_data_that_changed_between_cells_and_splits_are_said(two_bases):
         data = {"fingerprint": "new" if number == 4 else "old", "split": "one row in five is held out"}
         found[cell.key] = dataclasses.replace(found[cell.key], data=data)
     made = report.make_report(build_table(two_bases, found))
-    text = words.to_text(made)
+    printed = text.to_text(made)
     changed = (
         "The rows of docstrings changed between cells, which cannot be compared across the change: "
         "sinc seeds 1, 2, 3, fourier seeds 1, 3, LoRA seeds 1, 2, 3 saw old; fourier seed 2 saw new."
     )
-    assert f"\n{changed}\n" in text
-    assert "\nRows of docstrings: one row in five is held out.\n" in text
-    assert words.trouble(made.table) == [changed]
+    assert f"\n{changed}\n" in printed
+    assert "\nRows of docstrings: one row in five is held out.\n" in printed
+    assert text.trouble(made.table) == [changed]
     same = {key: dataclasses.replace(outcome, data={"fingerprint": "old"}) for key, outcome in found.items()}
-    assert words.to_text(report.make_report(build_table(two_bases, same))) == TEXT
+    assert text.to_text(report.make_report(build_table(two_bases, same))) == TEXT
 
 
 # --- folders and files of others ---
@@ -314,7 +314,7 @@ def test_a_file_that_no_report_has_written_is_not_overwritten(home, fake, study)
 
 
 def test_a_folder_that_cannot_be_written_is_not_blamed_on_the_record(home, fake, study, monkeypatch):
-    from basisadapt.study import engine
+    from basisadapt.study.drive import engine
 
     (home / "out").mkdir()
     with monkeypatch.context() as patch:
@@ -334,7 +334,7 @@ def test_a_folder_that_cannot_be_written_is_not_blamed_on_the_record(home, fake,
 
 
 def test_a_copy_that_fails_names_what_was_not_written():
-    from basisadapt.study.stores import store_reason
+    from basisadapt.study.record.stores import store_reason
 
     error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/tmp/from/result.json", None, "/there/result.json")
     assert store_reason(error) == "No space left on device: '/there/result.json'"

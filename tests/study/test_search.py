@@ -7,9 +7,9 @@ import pytest
 
 from basisadapt.errors import InputError
 from basisadapt.ranges import Range, parse_range
-from basisadapt.study.search import Search
-from basisadapt.study.space import DECLARED, distribution
-from basisadapt.study.spec import read_spec
+from basisadapt.study.drive.search import Search
+from basisadapt.study.plan.space import DECLARED, distribution
+from basisadapt.study.plan.spec import read_spec
 
 SPACE = """
 search:
@@ -200,8 +200,8 @@ def test_trials_that_fail_or_diverge_are_shown_and_the_others_go_on(searched, fa
 def test_a_killed_process_leaves_a_trial_that_is_closed(searched, fake, study):
     import optuna
 
-    from basisadapt.study.owner import Owner
-    from basisadapt.study.search import Hunt
+    from basisadapt.study.drive.search import Hunt
+    from basisadapt.study.record.owner import Owner
 
     fake.score = hill
     hunt = Hunt("sqlite:///optuna.db", search_of(seeds=[1], trials=2))
@@ -259,7 +259,7 @@ def test_declared_ranges_may_be_named(folder):
 
 def test_every_declared_range_can_be_run(folder):
     """The ends of each range are valid settings."""
-    from basisadapt.study.space import edges
+    from basisadapt.study.plan.space import edges
 
     search = search_of()
     for settings in edges(search.space()):

@@ -221,7 +221,7 @@ def test_the_server_of_the_pages_is_not_told_aloud(planted, monkeypatch, capfd):
     import subprocess
     import sys
 
-    from basisadapt.study import ui
+    from basisadapt.study.record import ui
 
     started = []
     start = subprocess.Popen

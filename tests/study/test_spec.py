@@ -10,8 +10,8 @@ import pytest
 
 import basisadapt
 from basisadapt.errors import InputError
-from basisadapt.study.cells import Changes, resolve, split_changes
-from basisadapt.study.spec import list_studies, published_values, read_spec
+from basisadapt.study.plan.cells import Changes, resolve, split_changes
+from basisadapt.study.plan.spec import list_studies, published_values, read_spec
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from basisadapt.errors import InputError
-from basisadapt.study.record import Record
-from basisadapt.study.stores import patiently, same_database
-from basisadapt.study.trials import Trials
+from basisadapt.study.record.record import Record
+from basisadapt.study.record.stores import patiently, same_database
+from basisadapt.study.record.trials import Trials
 
 
 def opened(kind):
@@ -72,7 +72,7 @@ def test_an_empty_file_is_a_missing_database(folder):
 def test_a_servers_tables_that_another_process_makes_are_awaited(monkeypatch):
     from sqlalchemy.exc import OperationalError, ProgrammingError
 
-    from basisadapt.study import stores
+    from basisadapt.study.record import stores
 
     monkeypatch.setattr(stores, "PAUSE", 0.0)
     tried = []

@@ -11,9 +11,9 @@ import pytest
 from huggingface_hub import try_to_load_from_cache
 
 from basisadapt.backbones import find
-from basisadapt.study.cells import resolve
-from basisadapt.study.spec import list_studies, published_values, read_spec, studies_dir
-from basisadapt.study.tuning import resolve_tuning
+from basisadapt.study.plan.cells import resolve
+from basisadapt.study.plan.spec import list_studies, published_values, read_spec, studies_dir
+from basisadapt.study.plan.tuning import resolve_tuning
 from tests.tasks.endpoint import Endpoint, says
 from tests.tasks.files import write_alpaca, write_bench
 

@@ -8,9 +8,9 @@ import shutil
 import pytest
 from test_report import outcome
 
-from basisadapt.study.cells import resolve
-from basisadapt.study.spec import read_spec
-from basisadapt.study.tuning import resolve_tuning
+from basisadapt.study.plan.cells import resolve
+from basisadapt.study.plan.spec import read_spec
+from basisadapt.study.plan.tuning import resolve_tuning
 
 RATES = "tune: {grid: {train.lr: [1e-3, 1e-2, 1e-1]}, seeds: [7], validation: 0.25}\n"
 BEST = {"sinc": 1e-2, "lora": 1e-1}

@@ -50,7 +50,7 @@ def test_what_cannot_be_served(folder, study, uri, message):
 
 
 def test_a_port_that_is_taken_is_passed_over():
-    from basisadapt.study import ui
+    from basisadapt.study.record import ui
 
     first = ui._free_port()
     with socket.socket() as taken:

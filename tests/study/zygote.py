@@ -35,8 +35,8 @@ if __name__ == "__main__":
     import fakes
     import pandas  # noqa: F401
 
-    from basisadapt.study import engine, exchange, search  # noqa: F401
     from basisadapt.study.__main__ import main
+    from basisadapt.study.drive import engine, exchange, search  # noqa: F401
 
     fakes.Fakes(seconds=0.05).install()
     print("ready", flush=True)

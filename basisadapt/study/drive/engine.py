@@ -18,16 +18,16 @@ from basisadapt.diagnostics.figures import pictures
 from basisadapt.errors import InputError, RecordError, one_line
 from basisadapt.execution.executor import Ended, Executor, Job
 from basisadapt.redaction import redacted
-from basisadapt.study.cells import Cell, Study
-from basisadapt.study.estimate import estimate_time
-from basisadapt.study.files import KEPT, MARK, report_files
-from basisadapt.study.heartbeat import Heartbeat
-from basisadapt.study.interrupt import Interrupt
-from basisadapt.study.progress import Progress
-from basisadapt.study.record import Imported, LostRunError, Outcome, Record
-from basisadapt.study.report import Report, make_report
-from basisadapt.study.spec import StudySpec
-from basisadapt.study.stores import (
+from basisadapt.study.drive.estimate import estimate_time
+from basisadapt.study.drive.interrupt import Interrupt
+from basisadapt.study.drive.progress import Progress
+from basisadapt.study.outcome import Outcome
+from basisadapt.study.plan.cells import Cell, Study
+from basisadapt.study.plan.spec import StudySpec
+from basisadapt.study.plan.tuning import Tuned, Tuning
+from basisadapt.study.record.heartbeat import Heartbeat
+from basisadapt.study.record.record import Imported, LostRunError, Record
+from basisadapt.study.record.stores import (
     artifact_folder,
     check_database,
     is_stores_fault,
@@ -38,8 +38,10 @@ from basisadapt.study.stores import (
     storable,
     store_errors,
 )
-from basisadapt.study.trials import Trials
-from basisadapt.study.tuning import Tuned, Tuning
+from basisadapt.study.record.trials import Trials
+from basisadapt.study.report.files import KEPT, MARK, report_files
+from basisadapt.study.report.report import Report, make_report
+from basisadapt.study.report.table import tuned_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -344,7 +346,7 @@ def read_report(tuning: Tuning, place: Place) -> Report:
 
 def report_on(tuned: Tuned, outcomes: Mapping[str, Outcome]) -> Report:
     """The report on a study with what its tuning found, from the record."""
-    return make_report(tuned.table(outcomes), tuned=tuned)
+    return make_report(tuned_table(tuned, outcomes), tuned=tuned)
 
 
 def write_report(report: Report, place: Place) -> None:

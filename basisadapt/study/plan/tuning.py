@@ -16,7 +16,8 @@ from typing import Any
 from basisadapt.errors import InputError
 from basisadapt.settings import from_mapping
 from basisadapt.study import statistics
-from basisadapt.study.cells import (
+from basisadapt.study.outcome import NOT_RUN, Outcome
+from basisadapt.study.plan.cells import (
     Cell,
     Point,
     Row,
@@ -28,9 +29,7 @@ from basisadapt.study.cells import (
     resolve,
     split_changes,
 )
-from basisadapt.study.record import Outcome
-from basisadapt.study.spec import RULE, TUNE, StudySpec, Tune, axes_in
-from basisadapt.study.table import NOT_RUN, Table, build_table
+from basisadapt.study.plan.spec import RULE, TUNE, StudySpec, Tune, axes_in
 
 ENDED = ("finished", "diverged", "failed")  # how a trial may end; after a kill it is still to come
 
@@ -170,21 +169,15 @@ class Tuned:
         """Whether a trial failed or diverged."""
         return any(tried.state in ("failed", "diverged") for choice in self.choices for tried in choice.tried)
 
-    def table(self, outcomes: Mapping[str, Outcome]) -> Table:
-        """The table of the rows with their choices, beside it those of the rows at the values that the rule names."""
-        studies = {value: Study(self.tuning.spec, rows) for value, rows in self.tuning.at.items()}
-        at = {value: build_table(study, outcomes) for value, study in studies.items()}
-        return build_table(self.study, self.seen(outcomes), at)
-
     def seen(self, outcomes: Mapping[str, Outcome]) -> dict[str, Outcome]:
-        """The record as the table shows it: a row without a choice was not run, or failed if no candidate finished."""
+        """The record as a table shows it: a row without a choice was not run, or failed if no candidate finished."""
         shown = dict(outcomes)
         for choice in self.choices:
             reason = "tuning: " + ", ".join(f"{tried.candidate.name} {tried.state}" for tried in choice.tried)
             for cell in choice.row.cells if choice.best is None else ():
                 shown.pop(cell.key, None)
                 if not choice.is_open:
-                    shown[cell.key] = Outcome("", cell.key, "failed", "", {}, (), reason, None, 0)
+                    shown[cell.key] = Outcome("", cell.key, "failed", "", {}, (), reason)
         return shown
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from basisadapt.errors import InputError
 from basisadapt.ranges import Choices, Range, parse_range
-from basisadapt.study.cells import full_key
-from basisadapt.study.spec import StudySpec
+from basisadapt.study.plan.cells import full_key
+from basisadapt.study.plan.spec import StudySpec
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

@@ -10,12 +10,11 @@ from basisadapt.ranges import Range
 from basisadapt.study import statistics
 
 if TYPE_CHECKING:
-    from basisadapt.study.cells import Cell
-    from basisadapt.study.estimate import Estimate
-    from basisadapt.study.report import Report
-    from basisadapt.study.search import Search
-    from basisadapt.study.spec import StudySpec
-    from basisadapt.study.table import Across, Line, Table
+    from basisadapt.study.plan.cells import Cell
+    from basisadapt.study.plan.space import Space
+    from basisadapt.study.plan.spec import StudySpec
+    from basisadapt.study.report.report import Report
+    from basisadapt.study.report.table import Across, Line, Table
     from basisadapt.training import Plan
 
 Document = dict[str, Any]
@@ -48,7 +47,7 @@ def plan_document(
     cells: Sequence[Cell],
     plans: Mapping[str, Plan],
     states: Mapping[str, str],
-    estimate: Estimate | None,
+    estimate: Document | None,
 ) -> Document:
     """Cells to run. plans: row label to counts. states: cell key to what the record says. estimate: in seconds."""
     listed = [
@@ -65,13 +64,13 @@ def plan_document(
         }
         for cell in cells
     ]
-    return {**_heading(spec), "cells": listed, "estimate": asdict(estimate) if estimate else None}
+    return {**_heading(spec), "cells": listed, "estimate": estimate}
 
 
-def space_document(search: Search) -> Document:
+def space_document(spec: StudySpec, space: Space, trials: int, sampler: str) -> Document:
     """What a search would do. space: setting to its range (low, high, log), or to its values."""
-    space = {key: asdict(where) if isinstance(where, Range) else list(where) for key, where in search.space().items()}
-    return {**_heading(search.spec), "trials": search.trials, "sampler": search.sampler, "space": space}
+    listed = {key: asdict(where) if isinstance(where, Range) else list(where) for key, where in space.items()}
+    return {**_heading(spec), "trials": trials, "sampler": sampler, "space": listed}
 
 
 def _heading(spec: StudySpec) -> Document:

@@ -6,8 +6,8 @@ import threading
 from collections.abc import Callable, Collection
 from contextlib import suppress
 
-from basisadapt.study.record import BEAT, Record
-from basisadapt.study.stores import store_errors
+from basisadapt.study.record.record import BEAT, Record
+from basisadapt.study.record.stores import store_errors
 
 
 class Heartbeat:

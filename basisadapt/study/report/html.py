@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterable, Mapping
 from html import escape
 from typing import TYPE_CHECKING
 
-from basisadapt.study import words
+from basisadapt.study.report import text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from basisadapt.study.cells import Row
-    from basisadapt.study.report import Report
-    from basisadapt.study.table import Table
-    from basisadapt.study.verdicts import Verdict
-    from basisadapt.study.words import Grid
+    from basisadapt.study.plan.cells import Row
+    from basisadapt.study.report.report import Report
+    from basisadapt.study.report.table import Table
+    from basisadapt.study.report.text import Grid
+    from basisadapt.study.report.verdicts import Verdict
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -142,8 +142,8 @@ CAPTIONS = {
 def to_html(report: Report, figures: Mapping[str, Figure], pictures: Callable[[str], dict[str, bytes]]) -> str:
     """The page. figures: file name to figure. pictures: the PNG files of the MLflow run with an id."""
     table, spec = report.table, report.table.study.spec
-    alerts = set(words.trouble(table))
-    grids = words.grids(report)
+    alerts = set(text.trouble(table))
+    grids = text.grids(report)
     drawn = {name: _figure(name, _png(figure), spec.title, "lines") for name, figure in figures.items()}
     search = drawn.pop("search.png", None)
     sections = [
@@ -252,7 +252,7 @@ def _configurations(table: Table) -> str:
     keys = list(dict.fromkeys(key for settings in flat.values() for key in settings))
     values = {key: list(dict.fromkeys(settings[key] for settings in flat.values() if key in settings)) for key in keys}
     varying = [key for key in keys if len(values[key]) > 1]
-    rows = [[label, *(settings.get(key, words.DASH) for key in varying)] for label, settings in flat.items()]
+    rows = [[label, *(settings.get(key, text.DASH) for key in varying)] for label, settings in flat.items()]
     shared = "".join(f"<dt>{escape(key)}</dt><dd>{escape(values[key][0])}</dd>" for key in keys if key not in varying)
     heads = ["row", *(key.removeprefix("adapter.") for key in varying)]
     return (

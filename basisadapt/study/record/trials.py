@@ -10,16 +10,16 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from basisadapt.errors import InputError, one_line
-from basisadapt.study.owner import Owner
-from basisadapt.study.record import Outcome
-from basisadapt.study.stores import make_database, patiently, sqlite_file
+from basisadapt.study.outcome import Outcome
+from basisadapt.study.record.owner import Owner
+from basisadapt.study.record.stores import make_database, patiently, sqlite_file
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
     from optuna.study import Study
     from optuna.trial import FrozenTrial, TrialState
 
-    from basisadapt.study.cells import Cell
+    from basisadapt.study.plan.cells import Cell
 
 RUN = "run"  # of a trial: the run in MLflow that lives as long
 

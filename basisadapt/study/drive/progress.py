@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from basisadapt.command import tell
-from basisadapt.study.cells import Cell
+from basisadapt.study.plan.cells import Cell
 
 
 @dataclass

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import NoReturn
 
 from basisadapt.errors import InputError
-from basisadapt.study.stores import check_sound, sqlite_file
+from basisadapt.study.record.stores import check_sound, sqlite_file
 
 HOST, FIRST_PORT, PORTS = "127.0.0.1", 5000, 100
 START_SECONDS, STOP_SECONDS = 120, 10

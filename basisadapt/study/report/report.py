@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from basisadapt.study.verdicts import Verdict, judge
+from basisadapt.study.report.verdicts import Verdict, judge
 
 if TYPE_CHECKING:
-    from basisadapt.study.space import Space
-    from basisadapt.study.table import Table
-    from basisadapt.study.tuning import Tuned
+    from basisadapt.study.plan.space import Space
+    from basisadapt.study.plan.tuning import Tuned
+    from basisadapt.study.report.table import Table
 
 
 @dataclass(frozen=True)

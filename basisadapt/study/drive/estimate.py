@@ -10,8 +10,8 @@ from basisadapt.study import statistics
 
 if TYPE_CHECKING:
     from basisadapt.execution.executor import Executor
-    from basisadapt.study.cells import Cell
-    from basisadapt.study.record import Outcome
+    from basisadapt.study.outcome import Outcome
+    from basisadapt.study.plan.cells import Cell
 
 SECONDS = ("seconds.train", "seconds.eval", "seconds.observe")  # what a cell's time is made of
 

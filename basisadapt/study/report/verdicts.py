@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from basisadapt.study import statistics
-from basisadapt.study.claims import PLATEAU, Claim, listed, summed
+from basisadapt.study.plan.claims import PLATEAU, Claim, listed, summed
 
 if TYPE_CHECKING:
+    from basisadapt.study.report.table import Table
     from basisadapt.study.statistics import Difference, Equivalence
-    from basisadapt.study.table import Table
 
 REPRODUCED, NOT_REPRODUCED, UNTESTABLE = "reproduced", "not reproduced", "not testable here"
 LEVEL = 0.05  # of the family of all tests behind a study's claims (paper, section B.2)

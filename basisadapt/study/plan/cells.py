@@ -14,7 +14,7 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from basisadapt.errors import InputError, shown, unknown
-from basisadapt.study.spec import RULE, SWEEP, TUNE, VARIANT, StudySpec, axes_in, parse_yaml
+from basisadapt.study.plan.spec import RULE, SWEEP, TUNE, VARIANT, StudySpec, axes_in, parse_yaml
 
 if TYPE_CHECKING:  # run configurations need torch, which --help and --list must not wait for
     from basisadapt.run_config import RunConfig

@@ -14,14 +14,15 @@ from basisadapt.command import tell
 from basisadapt.errors import InputError
 from basisadapt.execution.executor import Executor
 from basisadapt.study import statistics
-from basisadapt.study.cells import Row, Study, resolve, split_changes
-from basisadapt.study.engine import Invocation, Place, check_place, plan_cells, write_report
-from basisadapt.study.record import Outcome, Record
-from basisadapt.study.report import Found, Report, Tried, make_report
-from basisadapt.study.space import Space, distribution, edges, search_space
-from basisadapt.study.spec import SWEEP, VARIANT, Beside, StudySpec
-from basisadapt.study.table import build_table
-from basisadapt.study.trials import RUN, is_orphan, open_study
+from basisadapt.study.drive.engine import Invocation, Place, check_place, plan_cells, write_report
+from basisadapt.study.outcome import Outcome
+from basisadapt.study.plan.cells import Row, Study, resolve, split_changes
+from basisadapt.study.plan.space import Space, distribution, edges, search_space
+from basisadapt.study.plan.spec import SWEEP, VARIANT, Beside, StudySpec
+from basisadapt.study.record.record import Record
+from basisadapt.study.record.trials import RUN, is_orphan, open_study
+from basisadapt.study.report.report import Found, Report, Tried, make_report
+from basisadapt.study.report.table import build_table
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler

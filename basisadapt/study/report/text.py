@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from basisadapt import backbones
 from basisadapt.ranges import Choices, Range
 from basisadapt.study import statistics
-from basisadapt.study.cells import plain
-from basisadapt.study.table import NOT_RUN, Across, Line, Table
+from basisadapt.study.outcome import NOT_RUN
+from basisadapt.study.plan.cells import plain
+from basisadapt.study.report.table import Across, Line, Table
 
 if TYPE_CHECKING:
-    from basisadapt.study.report import Found, Report
+    from basisadapt.study.plan.tuning import Choice, Tuned
+    from basisadapt.study.report.report import Found, Report
     from basisadapt.study.statistics import Difference
-    from basisadapt.study.tuning import Choice, Tuned
 
 DASH = "-"
 

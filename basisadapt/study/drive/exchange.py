@@ -11,11 +11,11 @@ from basisadapt.errors import InputError, one_line
 from basisadapt.execution.executor import Executor
 from basisadapt.execution.lines import CellLine, ResultLine, check_replaceable, parse_result, read_lines, to_line
 from basisadapt.run_config import RunConfig
-from basisadapt.study.cells import Cell, cell_key
-from basisadapt.study.engine import Invocation, Place, check_place, draw, missing_cells, report_on
-from basisadapt.study.record import Imported, Record
-from basisadapt.study.report import Report
-from basisadapt.study.tuning import Tuning
+from basisadapt.study.drive.engine import Invocation, Place, check_place, draw, missing_cells, report_on
+from basisadapt.study.plan.cells import Cell, cell_key
+from basisadapt.study.plan.tuning import Tuning
+from basisadapt.study.record.record import Imported, Record
+from basisadapt.study.report.report import Report
 
 
 def export_cells(tuning: Tuning, place: Place, path: Path) -> int:

@@ -15,7 +15,7 @@ import yaml
 
 from basisadapt.errors import InputError, one_line, shown, unknown
 from basisadapt.settings import WHOLE, from_mapping
-from basisadapt.study.claims import COMMON, PLATEAU, Claim
+from basisadapt.study.plan.claims import COMMON, PLATEAU, Claim
 
 PRESETS = ("smoke", "quick", "gpu", "llm", "paper")
 MOST_BYTES = 1_000_000  # of a study's file
@@ -213,7 +213,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 def studies_dir() -> Path:
     """The folder of the shipped studies: in an installed package, or beside the package in a repository."""
-    package = Path(__file__).parents[1]
+    package = Path(__file__).parents[2]
     installed = package / "studies"
     found = installed if installed.is_dir() else package.parent / "studies"
     if not found.is_dir():

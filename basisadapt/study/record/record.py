@@ -13,16 +13,17 @@ import time
 import urllib.parse
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from basisadapt.errors import InputError
-from basisadapt.execution.lines import DONE, check_score, is_number
-from basisadapt.study.client import RedactingClient, impatient
-from basisadapt.study.owner import Owner
-from basisadapt.study.stores import (
+from basisadapt.execution.lines import check_score, is_number
+from basisadapt.study.outcome import Outcome
+from basisadapt.study.record.client import RedactingClient, impatient
+from basisadapt.study.record.owner import Owner
+from basisadapt.study.record.stores import (
     FILES,
     absolute,
     artifact_folder,
@@ -40,8 +41,8 @@ from basisadapt.study.stores import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from basisadapt.study.cells import Cell
-    from basisadapt.study.spec import StudySpec
+    from basisadapt.study.plan.cells import Cell
+    from basisadapt.study.plan.spec import StudySpec
     from basisadapt.training import RunResult
 
 TERMINAL = {
@@ -67,40 +68,6 @@ NAME_LIMIT = 250  # of metrics, parameters and tags
 FEW = 20  # cells whose runs are sooner read one by one than in the whole record
 COMPARED = 100  # runs that fit into an address, and onto the page that it leads to
 METRICS, PARAMETERS = 900, 90  # in one call, likewise
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What the record holds of a cell. status: "running", or a key of TERMINAL."""
-
-    run_id: str
-    key: str
-    status: str
-    headline: str
-    metrics: Mapping[str, float]
-    warnings: tuple[str, ...]
-    error: str
-    owner: Owner | None
-    ended: int
-    claimed: bool = False
-    orphan: bool = False  # RUNNING though its process is gone: seen to be so, or silent for too long elsewhere
-    environment: Mapping[str, str] = field(default_factory=dict)
-    data: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def done(self) -> bool:
-        """Whether the cell needs no further run."""
-        return self.status in DONE
-
-    @property
-    def busy(self) -> bool:
-        """Whether another process is at it now."""
-        return self.status == "running" and self.owner not in (None, Owner.me()) and not self.orphan
-
-    @property
-    def value(self) -> float | None:
-        """The headline metric, of a finished cell."""
-        return self.metrics.get(self.headline) if self.status == "finished" else None
 
 
 @dataclass(frozen=True)
@@ -404,6 +371,7 @@ class Record:
         if status == "finished" and headline not in metrics:
             status, error = "failed", f"its record has no finite {headline!r}"
         owner = _owner(tags.get(OWNER, ""))
+        orphan = status == "running" and owner is not None and self._is_gone(run, owner)
         return Outcome(
             run_id=run.info.run_id,
             key=tags.get(CELL, ""),
@@ -412,10 +380,10 @@ class Record:
             metrics=metrics,
             warnings=_warnings(tags.get(WARNINGS, "[]")),
             error=error,
-            owner=owner,
             ended=run.info.end_time or 0,
+            busy=status == "running" and owner not in (None, Owner.me()) and not orphan,
             claimed=CLAIMED in tags,
-            orphan=status == "running" and owner is not None and self._is_gone(run, owner),
+            orphan=orphan,
             environment=_part(tags, ENVIRONMENT),
             data=_part(tags, DATA),
         )

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from basisadapt.diagnostics.figures import verbatim
 from basisadapt.study import statistics
-from basisadapt.study.cells import plain
+from basisadapt.study.plan.cells import plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from basisadapt.study.report import Found
-    from basisadapt.study.table import Line, Table
+    from basisadapt.study.report.report import Found
+    from basisadapt.study.report.table import Line, Table
 
 NEAR = 0.12  # of a panel's width, within which two labels may meet
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from basisadapt.study import words
-from basisadapt.study.figures import against_figure, comparison_figure, curves_figure, search_figure
-from basisadapt.study.page import to_html
+from basisadapt.study.report import text
+from basisadapt.study.report.figures import against_figure, comparison_figure, curves_figure, search_figure
+from basisadapt.study.report.html import to_html
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from basisadapt.study.report import Report
+    from basisadapt.study.report.report import Report
 
 MARK = "table.md"  # which every folder with a report has, shipped ones too
 KEPT = ("table.txt", "table.csv", "report.html", "comparison.png", "against.png", "search.png")
@@ -31,10 +31,10 @@ def report_files(report: Report, pictures: Callable[[str], dict[str, bytes]]) ->
     if report.search is not None:
         figures["search.png"] = search_figure(report.search, report.table.headline)
     return {
-        "table.txt": words.to_text(report),
-        "table.md": words.to_markdown(report),
-        "table.csv": words.to_csv(report.table),
-        **{f"{grid.title.lower().replace(' ', '_')}.csv": words.grid_to_csv(grid) for grid in words.grids(report)[1:]},
+        "table.txt": text.to_text(report),
+        "table.md": text.to_markdown(report),
+        "table.csv": text.to_csv(report.table),
+        **{f"{grid.title.lower().replace(' ', '_')}.csv": text.grid_to_csv(grid) for grid in text.grids(report)[1:]},
         "report.html": to_html(report, figures, pictures),
         **figures,
     }

@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from basisadapt.study import statistics
-from basisadapt.study.cells import plain
-from basisadapt.study.claims import COMMON, PLATEAU
-from basisadapt.study.spec import ALL, published_values
+from basisadapt.study.outcome import NOT_RUN, Outcome
+from basisadapt.study.plan.cells import Study, plain
+from basisadapt.study.plan.claims import COMMON, PLATEAU
+from basisadapt.study.plan.spec import ALL, published_values
 
 if TYPE_CHECKING:
-    from basisadapt.study.cells import Row, Study
-    from basisadapt.study.record import Outcome
+    from basisadapt.study.plan.cells import Row
+    from basisadapt.study.plan.tuning import Tuned
 
-NOT_RUN = "not run"  # the state of a cell that the record lacks
 PERCENT = ("accuracy", "f1", "matthews", "pearson", "spearman", "energy")  # metrics that are read as percentages
 COLUMNS = ("stable_rank.mean", "dc_share.mean", "parameters.trainable")  # of every table, before a study's own
 
@@ -275,6 +275,13 @@ def build_table(study: Study, outcomes: Mapping[str, Outcome], at: Mapping[float
     table = Table(study, "", tuple(lines), across, at or {})
     headlines = dict.fromkeys(o.headline for line in table.every_line for o in line.outcomes.values() if o.headline)
     return dataclasses.replace(table, headline=" / ".join(headlines) or "result")
+
+
+def tuned_table(tuned: Tuned, outcomes: Mapping[str, Outcome]) -> Table:
+    """The table of the rows with their choices, beside it those of the rows at the values that the rule names."""
+    studies = {value: Study(tuned.tuning.spec, rows) for value, rows in tuned.tuning.at.items()}
+    at = {value: build_table(study, outcomes) for value, study in studies.items()}
+    return build_table(tuned.study, tuned.seen(outcomes), at)
 
 
 def _line(row: Row, outcomes: Mapping[str, Outcome], published: Mapping[str, tuple[str, str | None]]) -> Line:
