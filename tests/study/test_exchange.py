@@ -229,6 +229,13 @@ def test_cells_of_other_options_are_refused(home, fake, study, results):
     assert "(sinc) is none of this study with these options" in err
 
 
+def test_cells_of_other_options_are_passed_over_beside_cells_of_these(home, fake, study, results, runs):
+    code, out, err = study(*SEED, "--set", "sweep.basis=sinc", "--import", "results.jsonl")
+    assert (code, len(runs())) == (0, 2), "sinc and LoRA"
+    assert "1 of 3 results are of this study with other options, and are passed over" in err
+
+
+
 def test_results_of_other_studies_serve_where_the_configuration_is_the_same(home, fake, study, results, runs):
     """Two files, of two studies that share LoRA and sinc; the third row is in none of them."""
     spec = (home / "tiny.yaml").read_text()

@@ -214,10 +214,10 @@ def test_methods_are_compared_at_a_rate_of_their_own():
 def test_rates_of_a_language_model():
     """Every row at every rate in octaves, of which 1e-4 is the paper's; one epoch of 15,000 rows."""
     tuning = resolve_tuning(read_spec("ablate_rate"), preset="llm")
-    rates = [2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4]
+    rates = [2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3]
     assert (list(tuning.at), tuning.spec.tune.common) == (rates, 1e-4)
-    assert len(tuning.trials.cells) == 8 * 3 * 6
-    assert len({cell.key for cell in tuning.possible_cells}) == 8 * 3 * 6 * (1 + 3)
+    assert len(tuning.trials.cells) == 12 * 3 * 7
+    assert len({cell.key for cell in tuning.possible_cells}) == 12 * 3 * 7 * (1 + 3)
     assert {cell.config.train.validation for cell in tuning.trials.cells} == {0.1}
     for cell in tuning.possible_cells:
         train = cell.config.train

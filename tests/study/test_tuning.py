@@ -11,6 +11,8 @@ from test_report import outcome
 from basisadapt.study.plan.cells import resolve
 from basisadapt.study.plan.spec import read_spec
 from basisadapt.study.plan.tuning import resolve_tuning
+from basisadapt.study.report.table import tuned_table
+from basisadapt.study.report.text import _tuning
 
 RATES = "tune: {grid: {train.lr: [1e-3, 1e-2, 1e-1]}, seeds: [7], validation: 0.25}\n"
 BEST = {"sinc": 1e-2, "lora": 1e-1}
@@ -190,6 +192,21 @@ def test_the_mean_over_the_seeds_decides_and_all_must_have_finished(folder):
     assert tuning.choose(known).choices[0].is_open, "a killed cell is run again"
 
 
+def test_by_loss_the_least_is_chosen(folder):
+    add(folder, RATES.replace("0.25", "0.25, by: loss"))
+    tuning = resolve_tuning(read_spec("tiny.yaml"))
+    cells = [one.trials[0] for one in tuning.candidates[0]]
+    losses = [0.3, 0.2, 0.4]
+    known = {cell.key: outcome(cell, 0.5, eval_loss=loss) for cell, loss in zip(cells, losses, strict=True)}
+    tuned = tuning.choose(known)
+    assert tuned.choices[0].best is tuning.candidates[0][1]
+    grid = _tuning(tuned, tuned_table(tuned, known))
+    assert grid.rows[0] == ["sinc", "0.01", "0.3000", "0.2000", "0.4000"]
+    assert "what gives the lowest mean eval_loss is taken" in grid.notes[0]
+    known[cells[1].key] = outcome(cells[1], 0.9)
+    assert tuning.choose(known).choices[0].best is tuning.candidates[0][0], "without a loss it is no candidate"
+
+
 def test_several_settings_are_combined_and_a_method_without_one_does_not_show_it(folder):
     add(folder, RATES.replace("1e-2, 1e-1]", "1e-2], omega_init: [nyquist, 2, 1]"))
     tuning = resolve_tuning(read_spec("tiny.yaml"))
@@ -273,6 +290,7 @@ def test_a_task_that_draws_its_rows_is_tuned_on_other_seeds_alone(tuned, ran, st
         ("[1e-3, 1e-2, 1e-1]", "1e-3", [], "tune.train.lr must be a list of values"),
         ("0.25", "1.5", [], "train.validation must be between 0 and 1"),
         (", validation: 0.25", "", [], "validation"),
+        ("0.25", "0.25, by: accuracy", [], "tune.by must be score or loss, got 'accuracy'"),
         ("0.25", "null", [], "tune.validation must be a share of the training rows for task 'docstrings', whose"),
         ("seeds: [1]}", "seeds: [1], tune.train.lr: 1e-3}", [], "tune.train.lr must be a list of values"),
         ("", "", ["--set", "tune.train.lr="], "at least one value"),

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from basisadapt.command import tell
 from basisadapt.errors import InputError, one_line
 from basisadapt.execution.executor import Executor
 from basisadapt.execution.lines import CellLine, ResultLine, check_replaceable, parse_result, read_lines, to_line
@@ -43,19 +44,24 @@ def import_results(
     """Enter results that `python -m basisadapt.training` gave, and report; runs nothing.
 
     Cells that are done in the record stay as they are. The files may hold other studies too: a result of another one is
-    this one's where its configuration is that of a cell here, and is passed over otherwise. Returns the report, and the
-    lines of cells that failed there, which are not entered: they are still to be run. Raises InputError, before
-    anything is entered, if a line of this study is of none of its cells, a line's configuration is not the one that
-    its key was made from, or a result cannot be drawn.
+    this one's where its configuration is that of a cell here, and is passed over otherwise; so are this study's of
+    other options, and how many is said. Returns the report, and the lines of cells that failed there, which are not
+    entered: they are still to be run. Raises InputError, before anything is entered, if there are lines of this study
+    and none is of a cell here, a line's configuration is not the one that its key was made from, or a result cannot be
+    drawn.
     """
     check_place(place)
     cells = {cell.key: cell for cell in tuning.possible_cells}
     results: dict[str, Imported] = {}
     failed: dict[str, ResultLine] = {}
+    elsewhere: list[InputError] = []
     for path, number, line in _numbered(paths):
         try:
             cell = _cell_of(line, cells, tuning.spec.name)
             if cell is None:
+                if line.study == tuning.spec.name:
+                    problem = f"cell {line.key} ({line.row}) is none of this study with these options"
+                    elsewhere.append(InputError(f"{path}, line {number}: {problem}"))
                 continue
             if line.result is None:
                 failed[cell.key] = line
@@ -63,6 +69,11 @@ def import_results(
                 results[cell.key] = Imported(cell, parse_result(line.result), line.host, line.began, line.ended)
         except InputError as error:
             raise InputError(f"{path}, line {number}: {error}") from error
+    if elsewhere and not results and not failed:
+        raise elsewhere[0]
+    if elsewhere:
+        own = len(elsewhere) + len(results) + len(failed)
+        tell(f"{len(elsewhere)} of {own} results are of this study with other options, and are passed over")
     recorded = Record.read(place.tracking_uri, tuning.spec.name)
     new = [one for key, one in results.items() if key not in recorded or not recorded[key].done]
     with TemporaryDirectory() as folder:
@@ -100,7 +111,7 @@ def _numbered(paths: Sequence[Path]) -> Iterator[tuple[Path, int, ResultLine]]:
 
 
 def _cell_of(line: ResultLine, cells: Mapping[str, Cell], study: str) -> Cell | None:
-    """The cell that a line is of; None if it is of another study alone.
+    """The study's cell that a line is of; None if it is none of these.
 
     The line's key is that of its configuration as it was written. Settings that have come since are at their defaults.
     """
@@ -108,6 +119,4 @@ def _cell_of(line: ResultLine, cells: Mapping[str, Cell], study: str) -> Cell | 
     key = cell_key(line.study, line.config)
     if key != line.key:
         raise InputError(f"its study and configuration have the key {key}, not {line.key}: they were changed")
-    if here.key not in cells and line.study == study:
-        raise InputError(f"cell {key} ({line.row}) is none of this study with these options")
     return cells.get(here.key)

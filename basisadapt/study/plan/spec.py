@@ -68,6 +68,8 @@ class Tune:
     grid: a setting to the values that are tried, all combinations of several. seeds: those that they are tried with,
     none of the study's. validation: the share of the training rows that they are judged on; null where other seeds draw
     other rows (`tasks.DrawnTask`), so that what is chosen on them is not chosen on the rows that are reported.
+    by: "score", the headline metric, of which the greatest mean is chosen, or "loss", eval_loss, of which the least is:
+    it scatters less where few rows are held back.
     at: of a grid of one setting, the values at which every row is run with the study's seeds as well, whatever is
     chosen for it, so that there is a curve: a list, or "all" for the grid's. common: one more such value, at which the
     rows are compared with each other beside the comparison of each at its own; both are numbers above 0.
@@ -77,11 +79,14 @@ class Tune:
     grid: dict[str, Any]
     seeds: tuple[int, ...]
     validation: float | None
+    by: str = "score"
     at: list[float] | str | None = None
     common: float | None = None
 
     def __post_init__(self) -> None:
         _check_axes(self.grid, TUNE)
+        if self.by not in ("score", "loss"):
+            raise InputError(f"tune.by must be score or loss, got {shown(self.by)}")
         if self.at is None and self.common is None:
             return
         if isinstance(self.at, str) and self.at != ALL:
@@ -108,7 +113,7 @@ class Tune:
         return [*values, *(() if self.common is None else (self.common,))]
 
 
-RULE = ("seeds", "validation", "at", "common")  # of Tune: what a preset may replace as tune.NAME, beside the grid
+RULE = ("seeds", "validation", "by", "at", "common")  # of Tune: what a preset may replace as tune.NAME, beside the grid
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,7 +50,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Tried:
-    """What became of a candidate. state: "finished", with the mean over its seeds as `value`, or another word."""
+    """What became of a candidate. state: "finished", with the mean over its seeds as `value`, or another word.
+
+    value: of what the rule chooses by; None also where a run has no such metric.
+    """
 
     candidate: Candidate
     state: str
@@ -59,12 +62,14 @@ class Tried:
 
 @dataclass(frozen=True)
 class Choice:
-    """One row's candidates, in the grid's order, and the one with the greatest value: of equals the first.
+    """One row's candidates, in the grid's order, and the one with the best value: of equals the first.
 
-    A candidate that diverged or failed counts as worst. best: None if none finished, or while one is still to be tried.
+    least: whether the least value is the best, and not the greatest. A candidate that diverged or failed counts as
+    worst. best: None if none finished, or while one is still to be tried.
     """
 
     tried: tuple[Tried, ...]
+    least: bool = False
 
     @property
     def best(self) -> Candidate | None:
@@ -74,7 +79,8 @@ class Choice:
         values = [found.value for found in self.tried if found.value is not None]
         if self.is_open or not values:
             return None
-        return next(found.candidate for found in self.tried if found.value == max(values))
+        best = min(values) if self.least else max(values)
+        return next(found.candidate for found in self.tried if found.value == best)
 
     @property
     def is_open(self) -> bool:
@@ -129,8 +135,9 @@ class Tuning:
 
     def choose(self, outcomes: Mapping[str, Outcome]) -> Tuned:
         """The choices that follow from the record."""
-        choices = [Choice(tuple(_tried(one, outcomes) for one in candidates)) for candidates in self.candidates]
-        return Tuned(self, tuple(choices))
+        by_loss = self.spec.tune is not None and self.spec.tune.by == "loss"
+        tried = (tuple(_tried(one, outcomes, by_loss) for one in candidates) for candidates in self.candidates)
+        return Tuned(self, tuple(Choice(candidates, least=by_loss) for candidates in tried))
 
 
 @dataclass(frozen=True)
@@ -181,14 +188,16 @@ class Tuned:
         return shown
 
 
-def _tried(candidate: Candidate, outcomes: Mapping[str, Outcome]) -> Tried:
+def _tried(candidate: Candidate, outcomes: Mapping[str, Outcome], by_loss: bool) -> Tried:
     found = [outcomes.get(cell.key) for cell in candidate.trials]
     states = [outcome.status if outcome else NOT_RUN for outcome in found]
     unfinished = [state for state in states if state not in ENDED] or [state for state in states if state != "finished"]
     if unfinished:
         return Tried(candidate, unfinished[0], None)
-    values = [outcome.value for outcome in found if outcome is not None and outcome.value is not None]
-    return Tried(candidate, "finished", statistics.mean(values))
+    ended = [outcome for outcome in found if outcome is not None]
+    values = [outcome.metrics.get("eval_loss") if by_loss else outcome.value for outcome in ended]
+    known = [value for value in values if value is not None]
+    return Tried(candidate, "finished", statistics.mean(known) if len(known) == len(values) else None)
 
 
 def resolve_tuning(

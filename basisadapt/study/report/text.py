@@ -421,8 +421,9 @@ def _named(seeds: Sequence[int]) -> str:
 
 def _tuning(tuned: Tuned, table: Table) -> Grid:
     """The choice and the value of every candidate, row by row."""
-    rule, number = tuned.tuning.spec.tune, _number_form(table)
+    rule = tuned.tuning.spec.tune
     assert rule is not None
+    number = _number_form(table) if rule.by == "score" else lambda value, _: f"{value:.4f}"
     candidates = [tried.candidate for tried in tuned.choices[0].tried]
     keys = [key for key, _ in candidates[0].point]
 
@@ -443,7 +444,8 @@ def _tuning(tuned: Tuned, table: Table) -> Grid:
         where = f"trained on all but {share} of the training rows and evaluated on these"
     notes = [
         f"The rule: each row is first run with every {' and '.join(names)} above and {seeds}, {where}; what gives the "
-        f"highest mean {table.headline} is taken, the first of equals; what failed or diverged counts as worst."
+        f"{'lowest mean eval_loss' if rule.by == 'loss' else f'highest mean {table.headline}'} is taken, the first of "
+        "equals; what failed or diverged counts as worst."
     ]
     edges = [choice.row.label for choice in tuned.choices if choice.edges]
     if edges:
