@@ -1,4 +1,4 @@
-"""What is seen of a run: every module's update and transfer function, at the start, on the way and at the end.
+"""What is seen of a run: every module's update and what its method says of it, at the start, on the way and at the end.
 
 Observing only reads. It draws nothing, and compiles φ apart from the training step, whose choices stay its own: a run
 gives the same numbers, bit for bit, with and without.
@@ -6,34 +6,32 @@ gives the same numbers, bit for bit, with and without.
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from basisadapt.backbones import is_head
+from basisadapt.diagnostics.diagnostic import DIAGNOSTICS, means
 from basisadapt.diagnostics.path import Path
 from basisadapt.diagnostics.spectrum import dc_share, normalised, singular_values, stable_rank, stable_rank_of
-from basisadapt.diagnostics.transfer import active_count
-from basisadapt.phi.bank import Transfer
-from basisadapt.phi.settings import LowRankSettings, PhiSettings
+from basisadapt.distributed.shard import gathered
+from basisadapt.errors import InputError
+from basisadapt.methods import Description, Method, ParameterGroup
 
-ADAPTER = "default"
 EARLY, MIDDLE = 0.1, 0.5  # of the steps; the paper looks at 5 %, 50 % and the end (appendix I.1)
 SPECTRUM = 128  # singular values kept of each update
-FINE = 1025  # points on the range of BA, where φ's terms are looked at
-COARSE = 16  # of which one in so many is kept of the curve
 NEGLIGIBLE = 1e-12  # an update that changes no weight of any precision, as a series' rounding where BA = 0
 CURVE_POINTS = 100
+OF_EVERY_UPDATE = ("kind", "stable_rank", "dc_share", "spectrum")
 
 Numbers = dict[str, Any]
 Curve = dict[str, list[float]]
-WeightChange = Callable[[Any], Tensor | None]  # ΔW of an adapted layer, or None where a method has no such matrix
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -48,26 +46,22 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What trains, without the task's head: A and B, φ's tables, or the backbone."""
+    """What trains, without the task's head: A and B, a learned function, or the backbone."""
     return {n: p for n, p in model.named_parameters() if p.requires_grad and not is_head(n)}
-
-
-def delta_weight_of(layer: Any) -> Tensor:
-    """ΔW as peft's layers give it."""
-    delta: Tensor = layer.get_delta_weight(ADAPTER)
-    return delta
 
 
 class Observer:
     """Watches a model while it trains. `step` is called at step 0, before training, and after every step.
 
     snapshots: [{"step", "stable_rank": {module: number}, "phi": {module: curve}}, ...] at the start, early and midway.
-    seconds: what that took. weight_change: see `observe`.
+    seconds: what that took. groups: the method's, of this model.
     """
 
-    def __init__(self, model: nn.Module, weight_change: WeightChange = delta_weight_of) -> None:
-        self._model, self._weight_change = model, weight_change
-        self._start = {name: parameter.detach().clone() for name, parameter in adapter_parameters(model).items()}
+    def __init__(self, model: nn.Module, method: Method, groups: Sequence[ParameterGroup]) -> None:
+        self._model, self._method = model, method
+        apart = {id(parameter) for group in groups if group.transfer for parameter in group.parameters}
+        factors = {name: p for name, p in adapter_parameters(model).items() if id(p) not in apart}
+        self._start = {name: parameter.detach().clone() for name, parameter in factors.items()}
         self._path = Path(self._point())
         self._smoothness: list[tuple[int, Tensor]] = []
         self.snapshots: list[dict[str, Any]] = []
@@ -83,9 +77,9 @@ class Observer:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()  # what is still at work is the training step's
             began = time.perf_counter()
-            modules, phi = observe(self._model, self._weight_change, in_passing=True)
+            modules, curves = observe(self._model, self._method, in_passing=True)
             stable_ranks = {name: numbers["stable_rank"] for name, numbers in modules.items()}
-            self.snapshots.append({"step": step, "stable_rank": stable_ranks, "phi": phi})
+            self.snapshots.append({"step": step, "stable_rank": stable_ranks, "phi": curves})
             self.seconds += time.perf_counter() - began
 
     def curves(self, modules: dict[str, Numbers], last: int) -> dict[str, list[tuple[int, float]]]:
@@ -102,30 +96,19 @@ class Observer:
         """The smoothness of the adapter's path, see `Path`; NaN if it never moved."""
         return self._path.smoothness().item()
 
-    def warnings(self, modules: dict[str, Numbers], settings: LowRankSettings) -> list[str]:
-        """Whether the adapter is a low-rank update in name only, and why."""
+    def warnings(self, modules: dict[str, Numbers], why_constant: str) -> list[str]:
+        """Whether the adapter is a low-rank update in name only; why_constant: see `Method.why_constant`."""
         if not modules:
             return []
         moved = self._moved(modules)
         # B starts at zero: what it moved is measured against A.
-        scale = max(before.norm().item() for name, before in self._start.items() if ".phi_bank." not in name)
+        scale = max((before.norm().item() for before in self._start.values()), default=0.0)
         unmoved = sum(distance < 1e-3 * scale for distance in moved.values())
         constant = sum(m["stable_rank"] < 1.05 and m["dc_share"] > 0.9 for m in modules.values())
-
-        literal = (
-            isinstance(settings, PhiSettings)
-            and settings.amplitude_init == "zero"
-            and not (settings.identity_path or settings.centre)
-        )
-        cause = (
-            "A dead start: with alpha = 0 and no identity path, phi stays even on a symmetric grid, so phi'(0) = 0 "
-            "and, with B = 0, A and B get no gradient; preset=residual has none."
-            if literal
-            else "phi(0), the same on every weight, outweighs the rest; centre=true takes it out."
-        )
         warnings = []
         if constant > len(modules) / 2:
-            warnings.append(f"collapsed: most updates are one constant (stable rank 1, DC share above 0.9). {cause}")
+            what = "collapsed: most updates are one constant (stable rank 1, DC share above 0.9)."
+            warnings.append(f"{what} {why_constant}".rstrip())
         if unmoved > len(modules) / 2:
             warnings.append("collapsed: A and B of most modules did not move.")
         return warnings
@@ -135,7 +118,7 @@ class Observer:
         moved = dict.fromkeys(modules, 0.0)
         for name, before in self._start.items():
             module = next((module for module in modules if f".{module}." in name), None)
-            if module is not None and ".phi_bank." not in name:
+            if module is not None:
                 distance = (self._model.get_parameter(name) - before).norm().item()
                 moved[module] = max(moved[module], distance)
         return moved
@@ -145,29 +128,20 @@ class Observer:
         return torch.cat([p.to(parameters[0]) for p in parameters]) if parameters else torch.zeros(1)
 
 
-def summary(modules: dict[str, Numbers]) -> dict[str, float]:
-    """The headline numbers over the modules: means, population standard deviations, and the widest range."""
+def summary(modules: dict[str, Numbers], method: Method) -> dict[str, float]:
+    """A run's metrics from its modules' numbers: means and deviations of what every update has, the means of all
+    diagnostics, and what the method makes of its own."""
     if not modules:
         return {}
-
-    def over(name: str, members: list[str]) -> list[float]:
-        return [modules[m][name] for m in members if name in modules[m]]
-
-    everything = list(modules)
-    metrics = {"dc_share.mean": statistics.fmean(over("dc_share", everything))}
-    for group, members in {"": everything, **{f".{k}": m for k, m in _kinds(modules).items()}}.items():
-        ranks = over("stable_rank", members)
+    metrics = {"dc_share.mean": statistics.fmean(numbers["dc_share"] for numbers in modules.values())}
+    for group, members in {"": list(modules), **{f".{k}": m for k, m in _kinds(modules).items()}}.items():
+        ranks = [modules[member]["stable_rank"] for member in members]
         metrics[f"stable_rank{group}.mean"] = statistics.fmean(ranks)
         metrics[f"stable_rank{group}.std"] = statistics.pstdev(ranks)
-    if omega := over("omega_mean", everything):
-        within = statistics.fmean(std**2 for std in over("omega_std", everything))
-        metrics["omega.mean"] = statistics.fmean(omega)
-        metrics["omega.std"] = math.sqrt(within + statistics.pvariance(omega))  # of all ω of all modules
-        metrics["alpha.mean_abs"] = statistics.fmean(over("alpha_mean_abs", everything))
-        metrics["active_n.mean"] = statistics.fmean(over("active_n", everything))
-        metrics["utilisation.mean"] = statistics.fmean(over("utilisation", everything))
-        metrics["range.share"] = max(over("range_share", everything))
-    return metrics
+    of_diagnostics = [{name: numbers[name] for name in DIAGNOSTICS if name in numbers} for numbers in modules.values()]
+    shared = {*OF_EVERY_UPDATE, *DIAGNOSTICS}
+    own = [{name: numbers[name] for name in numbers if name not in shared} for numbers in modules.values()]
+    return {**metrics, **method.summary([numbers for numbers in own if numbers]), **means(of_diagnostics)}
 
 
 def _kinds(modules: dict[str, Numbers]) -> dict[str, list[str]]:
@@ -178,29 +152,54 @@ def _kinds(modules: dict[str, Numbers]) -> dict[str, list[str]]:
 
 
 @torch.no_grad()
-def observe(
-    model: nn.Module, weight_change: WeightChange = delta_weight_of, in_passing: bool = False
-) -> tuple[dict[str, Numbers], dict[str, Curve]]:
-    """Every module's numbers and what φ adds to BA, as `training.RunResult` describes them.
+def observe(model: nn.Module, method: Method, in_passing: bool = False) -> tuple[dict[str, Numbers], dict[str, Curve]]:
+    """Every module's numbers and its learned function, as `training.RunResult` describes them.
 
-    weight_change: gives ΔW of a layer; modules for which it is None are left out. Of weights that are no longer finite,
-    the finite part is described. in_passing: of ΔW no more than its stable rank.
+    Modules without a ΔW are left out. Of weights that are no longer finite, the finite part is described. in_passing:
+    of ΔW no more than its stable rank, and the diagnostics. All processes of a group must call it.
+
+    Raises InputError where two numbers of a module have one name.
     """
     from basisadapt.adapter.placement import describe
 
     modules: dict[str, Numbers] = {}
-    phi: dict[str, Curve] = {}
-    for name, layer, update, transfer in _updates(model, weight_change):
-        delta = torch.nan_to_num(update, posinf=0.0, neginf=0.0)
-        if delta.abs().max() < NEGLIGIBLE:
-            delta = torch.zeros_like(delta)
-        modules[name] = {"kind": describe(name).kind, **(_in_passing(delta) if in_passing else _spectrum(delta))}
-        if transfer is not None:
-            numbers, curve = _transfer(layer, transfer.double())
-            if all(map(math.isfinite, [*numbers.values(), *curve["phi"]])):
-                modules[name].update(numbers)
-                phi[name] = curve
-    return modules, phi
+    curves: dict[str, Curve] = {}
+    for name, layer in adapted_layers(model):
+        with gathered(layer):
+            change = method.weight_change(layer)
+            if change is None:
+                continue
+            delta = torch.nan_to_num(change, posinf=0.0, neginf=0.0)
+            if delta.abs().max() < NEGLIGIBLE:
+                delta = torch.zeros_like(delta)
+            numbers = {"kind": describe(name).kind, **(_in_passing(delta) if in_passing else _spectrum(delta))}
+            said = _finite(method.describe(layer))
+            _enter(said.numbers, numbers)
+            _enter(_of_diagnostics(delta, layer), numbers)
+        modules[name] = numbers
+        if said.curve:
+            curves[name] = said.curve
+    return modules, curves
+
+
+def _finite(said: Description) -> Description:
+    """What is said, or nothing where some of it is not finite."""
+    values = itertools.chain(said.numbers.values(), *said.curve.values())
+    return said if all(map(math.isfinite, values)) else Description()
+
+
+def _of_diagnostics(delta: Tensor, layer: Any) -> dict[str, float]:
+    """The finite ones of the diagnostics' numbers."""
+    found = {name: float(DIAGNOSTICS[name]().number(delta, layer)) for name in DIAGNOSTICS}
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def _enter(found: Mapping[str, float], numbers: Numbers) -> None:
+    """Put what was found among a module's numbers. Raises InputError for a name that is taken."""
+    for name in found:
+        if name in (*numbers, *OF_EVERY_UPDATE):
+            raise InputError(f"two numbers of a module are called {name!r}; rename the diagnostic, or the method's own")
+    numbers |= found
 
 
 def _in_passing(delta: Tensor) -> Numbers:
@@ -210,48 +209,3 @@ def _in_passing(delta: Tensor) -> Numbers:
 def _spectrum(delta: Tensor) -> Numbers:
     sigma = singular_values(delta)
     return {"stable_rank": stable_rank(sigma), "dc_share": dc_share(delta), "spectrum": normalised(sigma, SPECTRUM)}
-
-
-def _updates(model: nn.Module, weight_change: WeightChange) -> Iterator[tuple[str, Any, Tensor, Transfer | None]]:
-    """Name, layer, ΔW and, where there is one, F of every adapted module; ΔW of a Conv1D may come transposed."""
-    from basisadapt.phi.weight import delta_weight
-
-    for name, layer in adapted_layers(model):
-        if not _has_phi(layer):
-            change = weight_change(layer)
-            if change is not None:
-                yield name, layer, change, None
-            continue
-        source = layer.phi_source[ADAPTER]
-        fresh = source.fresh(layer.name)
-        A, B = layer.phi_A[ADAPTER], layer.phi_B[ADAPTER]
-        yield name, layer, delta_weight(A, B, fresh, source.backend(A.device)), source.transfer(layer.name)
-
-
-def _has_phi(layer: Any) -> bool:
-    """False for other methods, and for the modules that `rest: lora` leaves with plain BA."""
-    from basisadapt.adapter import PhiLinear
-
-    return isinstance(layer, PhiLinear) and ADAPTER in layer.phi_source
-
-
-def _transfer(layer: Any, transfer: Transfer) -> tuple[dict[str, float], Curve]:
-    """A module's numbers of φ, and the curve f(z) = (φ(g z) − c φ(0)) / g on the range of BA."""
-    A, B, settings = layer.phi_A[ADAPTER], layer.phi_B[ADAPTER], layer.phi_settings[ADAPTER]
-    alpha, omega = transfer.alpha, transfer.omega
-    reach = (B.float() @ A.float()).abs().max().item()
-    z = torch.linspace(-reach, reach, FINE, dtype=torch.float64, device=alpha.device)
-    # N functions side by side, each with one amplitude of φ's: its terms.
-    terms = dataclasses.replace(transfer, alpha=alpha.diag(), path=False, scaling=1.0)(z)
-    active = active_count(terms)
-    numbers = {
-        "active_n": float(active),
-        "utilisation": active / len(alpha),
-        "omega_mean": omega.mean().item(),
-        "omega_std": omega.std(correction=0).item(),
-        "alpha_mean": alpha.mean().item(),
-        "alpha_std": alpha.std(correction=0).item(),
-        "alpha_mean_abs": alpha.abs().mean().item(),
-        "range_share": transfer.gain.item() * reach / settings.interval,
-    }
-    return numbers, {"z": z[::COARSE].tolist(), "phi": terms[::COARSE].sum(1).tolist()}

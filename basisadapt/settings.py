@@ -45,6 +45,18 @@ def without_late(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in late or value != late[key]}
 
 
+def seed() -> Any:
+    """The field of a seed, a whole number or None, by default None: the run's, see `with_seed`."""
+    return dataclasses.field(default=None, metadata={"seed": True})
+
+
+def with_seed(settings: S, run_seed: int) -> S:
+    """`settings` with the run's seed in the place of every seed that is None."""
+    assert dataclasses.is_dataclass(settings) and not isinstance(settings, type)
+    seeds = [field.name for field in dataclasses.fields(settings) if field.metadata.get("seed")]
+    return dataclasses.replace(settings, **{name: run_seed for name in seeds if getattr(settings, name) is None})
+
+
 def checked(cls: type, values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     """`values` of fields of the dataclass `cls`, each in its field's type. Raises InputError."""
     hints, prefix = typing.get_type_hints(cls), f"{where}." if where else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from basisadapt.distributed.group import lowest_in_group, sum_over_group, world_size
+from basisadapt.methods import ParameterGroup
 from basisadapt.observation import CURVE_POINTS
-from basisadapt.phi.settings import PhiSettings
-from basisadapt.run_config import RunConfig
+from basisadapt.run_config import RunConfig, TrainSettings
 from basisadapt.tasks import Task
 from basisadapt.tasks.completion import IGNORED, batch_loss
 
@@ -151,23 +151,21 @@ def trainer_arguments(config: RunConfig, rows: int, headline: str, folder: Path,
     )
 
 
-def make_optimizer(model: PreTrainedModel | PeftModel, config: RunConfig) -> torch.optim.Optimizer | None:
-    """AdamW with three groups: A, B and the head; α with its own rate and decay; ω and learned grid points.
+def make_optimizer(
+    model: PreTrainedModel | PeftModel, groups: Sequence[ParameterGroup], train: TrainSettings
+) -> torch.optim.Optimizer | None:
+    """AdamW: the method's groups at rates and decays of their own, and all else that trains at the run's.
 
     None where nothing trains.
     """
-    train, settings = config.train, config.adapter
-    groups: list[dict[str, Any]] = [{"params": [], "lr": train.lr, "weight_decay": train.weight_decay}]
-    if isinstance(settings, PhiSettings):
-        rate = settings.transfer_rate(train.lr)
-        groups.append({"params": [], "lr": rate, "weight_decay": settings.transfer_decay})
-        groups.append({"params": [], "lr": rate, "weight_decay": 0.0})
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            group = 0 if ".phi_bank." not in name else 1 if name.endswith(".alpha") else 2
-            groups[group]["params"].append(parameter)
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.999)) if groups else None
+    apart = {id(parameter) for group in groups for parameter in group.parameters}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
+    chosen = [
+        {"params": list(group.parameters), "lr": group.lr, "weight_decay": group.weight_decay}
+        for group in (ParameterGroup(others, train.lr, train.weight_decay), *groups)
+        if group.parameters
+    ]
+    return torch.optim.AdamW(chosen, betas=(0.9, 0.999)) if chosen else None
 
 
 OnStep = Callable[[int, int], None]  # takes the number of a step and how many there are

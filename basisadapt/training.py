@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import runpy
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from basisadapt import backbones, tasks
-from basisadapt.backbones import FORMS, is_head
+from basisadapt.backbones import FORMS, Backbone, is_head
 from basisadapt.cost import Cost
 from basisadapt.diagnostics.convergence import fit_power_law
 from basisadapt.diagnostics.landscape import landscape
@@ -31,22 +30,15 @@ from basisadapt.distributed.group import (
     shared_folder,
     sum_over_group,
 )
-from basisadapt.distributed.shard import gathering, shard_frozen
+from basisadapt.distributed.shard import shard_frozen
 from basisadapt.distributed.trainer import spread
 from basisadapt.environment import environment
 from basisadapt.errors import InputError
-from basisadapt.methods import METHODS
-from basisadapt.observation import (
-    Observer,
-    WeightChange,
-    adapted_layers,
-    adapter_parameters,
-    observe,
-    summary,
-)
-from basisadapt.phi.settings import field_names
+from basisadapt.methods import METHODS, Method, ParameterGroup
+from basisadapt.observation import Observer, adapted_layers, adapter_parameters, observe, summary
 from basisadapt.run_config import RunConfig
-from basisadapt.tasks import DataSettings, DrawnTask, Example, Rows, TaskData
+from basisadapt.settings import with_seed
+from basisadapt.tasks import DataSettings, DrawnTask, Example, Rows, Task, TaskData
 from basisadapt.tasks.completion import reads_rows_apart
 from basisadapt.trainer import (
     EVAL_BATCH,
@@ -60,8 +52,10 @@ from basisadapt.trainer import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
     from peft import PeftModel
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, Trainer, TrainerState
+    from transformers.trainer_utils import PredictionOutput
 
 PACKED_ROWS = 6  # by which it is seen whether a backbone tells packed rows apart
 SEEN_ROWS = 2 * EVAL_BATCH  # training rows that the generalisation gap is measured on
@@ -157,22 +151,22 @@ def plan(config: RunConfig, data_dir: Path | None = None, dry: bool = False) -> 
     model = backbones.shape_only(backbone, task.form, task.num_labels)
     if not dry:
         backbones.check_inputs(backbone, task.form, model, config.train.max_length)
-    return count_parameters(attach(model, config, task.form))
+    method = METHODS[config.method]()
+    adapted = attach(model, method, config, task.form)
+    return count_parameters(adapted, method.parameter_groups(adapted, config.adapter, config.train.lr))
 
 
-def attach(model: PreTrainedModel, config: RunConfig, form: str) -> PreTrainedModel | PeftModel:
-    """The model with the configured method in it. Raises InputError if no module matches or r is too large."""
-    method, settings = METHODS[config.method](), config.adapter
-    seeds = {name for name in field_names(type(settings)) if name.endswith("_seed")}
-    unset: dict[str, Any] = {name: config.seed for name in seeds if getattr(settings, name) is None}
+def attach(model: PreTrainedModel, method: Method, config: RunConfig, form: str) -> PreTrainedModel | PeftModel:
+    """The model with the run's method in it. Raises InputError if no module matches or r is too large."""
+    r = config.adapter.r
     with warnings.catch_warnings():
         # peft asks transformers for this under a name that transformers is about to drop.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        adapted = method.attach(model, dataclasses.replace(settings, **unset), FORMS[form].peft)
+        adapted = method.attach(model, with_seed(config.adapter, config.seed), FORMS[form].peft)
     for name, layer in adapted_layers(adapted):
         smaller = min(layer.in_features, layer.out_features)
-        if method.bounded and settings.r > smaller:
-            raise InputError(f"adapter.r must be at most {smaller}, the smaller side of {name!r}, got {settings.r}")
+        if method.bounded and r > smaller:
+            raise InputError(f"adapter.r must be at most {smaller}, the smaller side of {name!r}, got {r}")
     if config.train.parallel == "fsdp" and not hasattr(adapted, "peft_config"):
         raise InputError(
             f"train.parallel fsdp shards the weights below an adapter, and method {config.method!r} has none"
@@ -180,11 +174,11 @@ def attach(model: PreTrainedModel, config: RunConfig, form: str) -> PreTrainedMo
     return adapted
 
 
-def count_parameters(model: PreTrainedModel | PeftModel) -> Plan:
-    """The counts, from the model itself."""
+def count_parameters(model: PreTrainedModel | PeftModel, groups: Sequence[ParameterGroup]) -> Plan:
+    """The counts, from the model itself and the groups of its method."""
     trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     head = sum(count for name, count in trainable.items() if is_head(name))
-    transfer = sum(count for name, count in trainable.items() if ".phi_bank." in name)
+    transfer = sum(p.numel() for group in groups if group.transfer for p in group.parameters)
     return Plan(
         modules=sum(1 for _ in adapted_layers(model)),
         factors=sum(trainable.values()) - head - transfer,
@@ -217,6 +211,94 @@ def run(
         report = None if on_step is None else lambda step: on_step(*step)
         result: RunResult = run_in_processes(_in_group, arguments, config.train.processes, report)
         return result
+    job = _prepare(config, data_dir)
+    with shared_folder() as checkpoints, arithmetic(config.train.precision):
+        trainer = _make_trainer(job, checkpoints, accumulate)
+        training = _train(job, trainer, on_step)
+        answers = _answer(job, trainer)
+        slice_of_loss = _landscape(trainer, job.ask(_spread(job.encoded.train, EVAL_BATCH)), config)
+        size = _save(job.model, save_to, checkpoints)
+    seen = _look(job, training, trainer.state)
+    diverged = _diverged(job, training, answers)
+    scores = {} if diverged else _score(job, answers)
+    metrics = {**scores, **_metrics(job, training, answers, seen), "adapter.bytes": size}
+    return RunResult(
+        status="diverged" if diverged else "finished",
+        headline=job.task.headline,
+        metrics={name: float(value) for name, value in metrics.items() if math.isfinite(value)},
+        curves=seen.curves,
+        modules=seen.modules,
+        phi=seen.phi,
+        snapshots=training.observer.snapshots,
+        landscape=slice_of_loss,
+        warnings=_warnings(job, training, seen),
+        data=_about(job),
+        environment={**environment(), **job.task.notes},
+        accumulate=accumulate,
+    )
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a run works with.
+
+    backbone: what is recorded of it. model: with the method in it, which serves this run alone. groups: the method's.
+    """
+
+    config: RunConfig
+    task: Task
+    data: TaskData
+    encoded: _Encoded
+    backbone: Backbone
+    processor: Any
+    method: Method
+    model: Any
+    groups: Sequence[ParameterGroup]
+    counts: Plan
+
+    def ask(self, rows: Rows) -> Sequence[Example]:
+        """The rows as questions."""
+        return self.task.examples(rows, self.processor, self.config.train.max_length, training=False)
+
+    def measure(self, answers: np.ndarray, rows: Rows) -> dict[str, float]:
+        """The task's metrics; process 0 finds them, as it may ask a judge."""
+        return in_the_first(self.task.measure)(answers, rows, self.processor)
+
+
+@dataclass(frozen=True)
+class _Training:
+    """What training gave. reason: why it ended early, if it did. seconds: without observing."""
+
+    loss: float
+    seconds: float
+    sharpness: float
+    costs: dict[str, float]
+    reason: str
+    observer: Observer
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """The trained model's answers to the held-out rows and to training rows, `seen`. seconds: of the held-out ones."""
+
+    held_out: PredictionOutput
+    seen_rows: Rows
+    seen: PredictionOutput
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What was seen of a run, in the fields of RunResult. seconds: that all observing took."""
+
+    modules: dict[str, dict[str, Any]]
+    phi: dict[str, dict[str, list[float]]]
+    curves: dict[str, list[tuple[int, float]]]
+    seconds: float
+
+
+def _prepare(config: RunConfig, data_dir: Path | None) -> _Job:
+    """Read the data, load the backbone and put the method into it."""
     import transformers
 
     task = tasks.find(config.task, config.data)
@@ -224,120 +306,146 @@ def run(
     transformers.set_seed(config.seed)
     backbone = backbones.find(config.backbone)
     base, processor = backbones.load(backbone, task.form, task.num_labels, config.train.weights, data.prompts)
-    model = attach(base, config, task.form)
-    counts = count_parameters(model)
-    encoded = _encode(_Portion.of(config, data, processor))
-    train, examples, held_out, questions = encoded.train, encoded.examples, encoded.held_out, encoded.questions
-    seen = _spread(train, SEEN_ROWS)
-    measure = in_the_first(task.measure)  # which may ask a judge
     method = METHODS[config.method]()
-    weight_change: WeightChange = method.weight_change
-    sharded = config.train.parallel == "fsdp"
-    if sharded:
+    model = attach(base, method, config, task.form)
+    groups = method.parameter_groups(model, config.adapter, config.train.lr)
+    counts = count_parameters(model, groups)
+    encoded = _encode(_Portion.of(config, data, processor))
+    if config.train.parallel == "fsdp":
         shard_frozen(model)
-        weight_change = gathering(weight_change)
+    return _Job(config, task, data, encoded, backbone, processor, method, model, groups, counts)
 
-    with shared_folder() as checkpoints, arithmetic(config.train.precision):
-        trainer = spread(trainer_for(task), in_step=sharded)(
-            model=model,
-            args=trainer_arguments(config, len(examples), task.headline, checkpoints, accumulate),
-            train_dataset=examples,
-            eval_dataset=questions,
-            data_collator=task.collator(processor),
-            processing_class=processor,
-            compute_metrics=lambda output: measure(output.predictions, held_out, processor),
-            optimizers=(make_optimizer(model, config), None),
-            callbacks=early_stopping(config.train.patience),
-        )
-        trainer.remove_callback(transformers.PrinterCallback)
-        observer = Observer(model, weight_change)  # only now is the model where it trains
-        if config.data.packed and task.form == "completion":
-            _check_packed(model, examples, processor, config.backbone)
-        cost = Cost(model)
-        own = model, config.adapter
-        watch = make_watch(
-            cost.aside(observer.step),
-            on_step,
-            functools.partial(method.before_step, *own),
-            functools.partial(method.after_step, *own),
-        )
-        trainer.add_callback(watch)
-        sharpness = _sharpness(trainer, examples, config)
-        with cost:
-            began = time.perf_counter()
-            training_loss = trainer.train().training_loss if counts.trainable else math.nan
-            trained = time.perf_counter()
-        trainer.compute_metrics = None  # which measures the held-out rows
-        output = trainer.predict(questions, metric_key_prefix="eval")
-        evaluated = time.perf_counter()
-        ask = functools.partial(task.examples, processor=processor, max_length=config.train.max_length, training=False)
-        on_seen = trainer.predict(ask(seen), metric_key_prefix="seen")
-        slice_of_loss = _landscape(trainer, ask(_spread(train, EVAL_BATCH)), config)
-        size = math.nan
-        # A whole model is written where it is asked for only.
-        if (save_to is not None or hasattr(model, "peft_config")) and rank() == 0:
-            model.save_pretrained(save_to or checkpoints)
-            size = sum(file.stat().st_size for file in Path(save_to or checkpoints).glob("*.safetensors"))
 
-    described = time.perf_counter()
-    modules, phi = observe(model, weight_change)
-    observing = observer.seconds + time.perf_counter() - described
-    curves = {**logged_curves(trainer.state.log_history), **observer.curves(modules, trainer.state.global_step)}
-    law = fit_power_law(curves.get("loss", []))
-    # No training loss tells what the last update did; held-out rows that are not comparable may have no loss.
-    last = [on_seen.metrics["seen_loss"], *([output.metrics["eval_loss"]] if task.comparable else [])]
-    diverged = bool(watch.reason) or not all(map(math.isfinite, last))
-    scores, gap = {}, math.nan
-    if not diverged:
-        scores = measure(output.predictions, held_out, processor)
-        if task.comparable:
-            gap = measure(on_seen.predictions, seen, processor)[task.headline] - scores[task.headline]
-    training_seconds = trained - began - observer.seconds
-    costs = cost.metrics(training_seconds)
-    metrics = {
-        **scores,
-        "eval_loss": output.metrics["eval_loss"],
-        "train_loss": training_loss,
-        **summary(modules),
-        "convergence_exponent": law.exponent if law else math.nan,
-        "generalisation_gap": gap,
-        "update_smoothness": observer.smoothness(),
-        "sharpness": sharpness,
-        "parameters.factors": counts.factors,
-        "parameters.transfer": counts.transfer,
-        "parameters.head": counts.head,
-        "parameters.trainable": counts.trainable,
-        "adapter.bytes": size,
-        "memory.peak_bytes": costs["memory.peak_bytes"],
-        "tokens_per_second": sum_over_group(costs["tokens_per_second"]),
-        "seconds.train": training_seconds,
-        "seconds.eval": evaluated - trained,
-        "seconds.observe": observing,
-    }
-    return RunResult(
-        status="diverged" if diverged else "finished",
-        headline=task.headline,
-        metrics={name: float(value) for name, value in metrics.items() if math.isfinite(value)},
-        curves=curves,
-        modules=modules,
-        phi=phi,
-        snapshots=observer.snapshots,
-        landscape=slice_of_loss,
-        warnings=[
-            *_left_out(len(train) - len(examples), len(train)),
-            *([watch.reason] if watch.reason else []),
-            *observer.warnings(modules, config.adapter),
-        ],
-        data={
-            "fingerprint": data.fingerprint(),
-            "train_rows": len(examples),
-            "eval_rows": len(held_out),
-            **data.about,
-            **({"backbone": backbone.note} if backbone.note else {}),
-        },
-        environment={**environment(), **task.notes},
-        accumulate=accumulate,
+def _make_trainer(job: _Job, checkpoints: Path, accumulate: int) -> Trainer:
+    """The Trainer, and the model where it trains. Raises InputError for a backbone that cannot have packed rows."""
+    import transformers
+
+    config, task, examples = job.config, job.task, job.encoded.examples
+    trainer = spread(trainer_for(task), in_step=config.train.parallel == "fsdp")(
+        model=job.model,
+        args=trainer_arguments(config, len(examples), task.headline, checkpoints, accumulate),
+        train_dataset=examples,
+        eval_dataset=job.encoded.questions,
+        data_collator=task.collator(job.processor),
+        processing_class=job.processor,
+        compute_metrics=lambda output: job.measure(output.predictions, job.encoded.held_out),
+        optimizers=(make_optimizer(job.model, job.groups, config.train), None),
+        callbacks=early_stopping(config.train.patience),
     )
+    trainer.remove_callback(transformers.PrinterCallback)
+    if config.data.packed and task.form == "completion":
+        _check_packed(job.model, examples, job.processor, config.backbone)
+    return trainer
+
+
+def _train(job: _Job, trainer: Trainer, on_step: Callable[[int, int], None] | None) -> _Training:
+    """Train what trains, observed, and tell of every step."""
+    observer, cost = Observer(job.model, job.method, job.groups), Cost(job.model)
+    own = job.model, job.config.adapter
+    watch = make_watch(
+        cost.aside(observer.step),
+        on_step,
+        functools.partial(job.method.before_step, *own),
+        functools.partial(job.method.after_step, *own),
+    )
+    trainer.add_callback(watch)
+    sharpness = _sharpness(trainer, job.encoded.examples, job.config)
+    with cost:
+        began = time.perf_counter()
+        loss = trainer.train().training_loss if job.counts.trainable else math.nan
+        seconds = time.perf_counter() - began - observer.seconds
+    return _Training(loss, seconds, sharpness, cost.metrics(seconds), watch.reason, observer)
+
+
+def _answer(job: _Job, trainer: Trainer) -> _Answers:
+    """Ask the trained model the held-out rows, and training rows."""
+    trainer.compute_metrics = None  # which measures the held-out rows
+    began = time.perf_counter()
+    held_out = trainer.predict(job.encoded.questions, metric_key_prefix="eval")
+    seconds = time.perf_counter() - began
+    rows = _spread(job.encoded.train, SEEN_ROWS)
+    return _Answers(held_out, rows, trainer.predict(job.ask(rows), metric_key_prefix="seen"), seconds)
+
+
+def _save(model: Any, save_to: Path | None, checkpoints: Path) -> float:
+    """Save the adapter; a whole model only where that is asked for. Returns the weights' bytes, NaN for none."""
+    if (save_to is None and not hasattr(model, "peft_config")) or rank() > 0:
+        return math.nan
+    folder = save_to or checkpoints
+    model.save_pretrained(folder)
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _look(job: _Job, training: _Training, state: TrainerState) -> _Seen:
+    """Observe the trained model."""
+    began = time.perf_counter()
+    modules, phi = observe(job.model, job.method)
+    seconds = training.observer.seconds + time.perf_counter() - began
+    curves = {**logged_curves(state.log_history), **training.observer.curves(modules, state.global_step)}
+    return _Seen(modules, phi, curves, seconds)
+
+
+def _diverged(job: _Job, training: _Training, answers: _Answers) -> bool:
+    # No training loss tells what the last update did; held-out rows that are not comparable may have no loss.
+    losses = [
+        answers.seen.metrics["seen_loss"],
+        *([answers.held_out.metrics["eval_loss"]] if job.task.comparable else []),
+    ]
+    return bool(training.reason) or not all(map(math.isfinite, losses))
+
+
+def _score(job: _Job, answers: _Answers) -> dict[str, float]:
+    """The task's metrics, and the generalisation gap where the rows are comparable."""
+    scores = job.measure(answers.held_out.predictions, job.encoded.held_out)
+    if not job.task.comparable:
+        return scores
+    on_seen = job.measure(answers.seen.predictions, answers.seen_rows)
+    return {**scores, "generalisation_gap": on_seen[job.task.headline] - scores[job.task.headline]}
+
+
+def _metrics(job: _Job, training: _Training, answers: _Answers, seen: _Seen) -> dict[str, float]:
+    """All metrics but the task's; NaN where there is none."""
+    law = fit_power_law(seen.curves.get("loss", []))
+    return {
+        "eval_loss": answers.held_out.metrics["eval_loss"],
+        "train_loss": training.loss,
+        **summary(seen.modules, job.method),
+        "convergence_exponent": law.exponent if law else math.nan,
+        "update_smoothness": training.observer.smoothness(),
+        "sharpness": training.sharpness,
+        "parameters.factors": job.counts.factors,
+        "parameters.transfer": job.counts.transfer,
+        "parameters.head": job.counts.head,
+        "parameters.trainable": job.counts.trainable,
+        "memory.peak_bytes": training.costs["memory.peak_bytes"],
+        "tokens_per_second": sum_over_group(training.costs["tokens_per_second"]),
+        "seconds.train": training.seconds,
+        "seconds.eval": answers.seconds,
+        "seconds.observe": seen.seconds,
+    }
+
+
+def _warnings(job: _Job, training: _Training, seen: _Seen) -> list[str]:
+    """What the user is told: of training rows that were too long, of an end before the end, of a collapse."""
+    rows = len(job.encoded.train)
+    left_out = rows - len(job.encoded.examples)
+    reason = "have more tokens than train.max_length or the backbone allows, and were left out."
+    return [
+        *([f"{left_out} of {rows} training rows {reason}"] if left_out else []),
+        *([training.reason] if training.reason else []),
+        *training.observer.warnings(seen.modules, job.method.why_constant(job.config.adapter)),
+    ]
+
+
+def _about(job: _Job) -> dict[str, Any]:
+    """What is said of the data and the backbone."""
+    return {
+        "fingerprint": job.data.fingerprint(),
+        "train_rows": len(job.encoded.examples),
+        "eval_rows": len(job.encoded.held_out),
+        **job.data.about,
+        **({"backbone": job.backbone.note} if job.backbone.note else {}),
+    }
 
 
 def _in_group(
@@ -427,12 +535,6 @@ def _check_packed(model: Any, examples: Sequence[Example], processor: Any, backb
     model.eval()
     if not reads_rows_apart(model, few, processor.pad_token_id):
         raise InputError(f"backbone {backbone!r} does not tell packed rows apart; set data.packed=false")
-
-
-def _left_out(count: int, rows: int) -> list[str]:
-    """What the user is told of training rows that were too long."""
-    reason = "have more tokens than train.max_length or the backbone allows, and were left out."
-    return [f"{count} of {rows} training rows {reason}"] if count else []
 
 
 def _spread(rows: Rows, count: int) -> Rows:

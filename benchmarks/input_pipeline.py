@@ -22,6 +22,7 @@ from torch import Tensor
 
 from basisadapt import backbones, tasks
 from basisadapt.environment import environment
+from basisadapt.methods import METHODS
 from basisadapt.run_config import RunConfig
 from basisadapt.tasks import Task
 from basisadapt.training import attach
@@ -108,7 +109,7 @@ def main() -> None:
     torch.manual_seed(0)
     model, processor = backbones.load(backbones.find(config.backbone), task.form, task.num_labels)
     pipeline = Pipeline(config, task, options.data_dir, processor)
-    training = Training(config, attach(model, config, task.form))
+    training = Training(config, attach(model, METHODS[config.method](), config, task.form))
     parts = spread(pipeline.batches(), options.steps)
     training.seconds(next(parts)[:UNTIMED])
     for stage in pipeline.seconds.values():

@@ -18,6 +18,7 @@ from typing import Any
 import pandas as pd
 
 from basisadapt import backbones
+from basisadapt.methods import METHODS
 from basisadapt.run_config import RunConfig
 from basisadapt.study.plan.spec import studies_dir
 from basisadapt.training import Plan, attach, count_parameters
@@ -48,7 +49,9 @@ def count(backbone: str, method: str, **adapter: Any) -> Plan:
     name, form = MODELS[backbone]
     settings = {"r": RANK, **({"preset": "paper"} if method == "phi" else {}), **adapter}
     config = RunConfig.from_mapping({"backbone": name, "method": method, "adapter": settings})
-    return count_parameters(attach(backbones.shape_only(backbones.find(name), form, 2), config, form))
+    used = METHODS[method]()
+    model = attach(backbones.shape_only(backbones.find(name), form, 2), used, config, form)
+    return count_parameters(model, used.parameter_groups(model, config.adapter, config.train.lr))
 
 
 def printed(table: str) -> pd.DataFrame:

@@ -726,7 +726,7 @@ def test_weights_in_half_precision_carry_an_adapter_and_a_head_in_full(language_
     assert plan(chosen) == plan(config(language_model))
     for method in ("phi", "lora", "head"):
         model, _ = backbones.load(backbones.find(str(language_model)), "text", 3, "bf16")
-        adapted = attach(model, config(language_model, method=method), "text")
+        adapted = attach(model, METHODS[method](), config(language_model, method=method), "text")
         trained = {p.dtype for p in adapted.parameters() if p.requires_grad}
         assert (trained, model.model.layers[0].mlp.up_proj.weight.dtype) == ({torch.float32}, torch.bfloat16)
     half, full = run(chosen), run(config(language_model))
@@ -767,7 +767,8 @@ def test_a_method_trains_on_quantised_weights(wide, method, weights):
     chosen = config(wide, method=method, train={"weights": weights})
     model, _ = backbones.load(backbones.find(str(wide)), "text", 3, weights)
     assert not model.model.layers[0].mlp.up_proj.weight.is_floating_point()
-    assert {p.dtype for p in attach(model, chosen, "text").parameters() if p.requires_grad} == {torch.float32}
+    adapted = attach(model, METHODS[method](), chosen, "text")
+    assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.float32}
     result, exact = run(chosen), run(config(wide, method=method))
     assert result.metrics["parameters.trainable"] == plan(chosen).trainable
     assert result.metrics["eval_loss"] == pytest.approx(exact.metrics["eval_loss"], rel=0.05)

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from basisadapt import PhiConfig
+from basisadapt.methods import METHODS
 from basisadapt.observation import Observer, adapted_layers, observe, summary
 from tests.conftest import randomise
 
+PHI = METHODS["phi"]()
 CONFIGS = {
     "phi": lambda: PhiConfig(r=3, basis="gaussian_rbf", num_basis=12, omega_init=4.0, task_type="SEQ_CLS"),
     "direct": lambda: PhiConfig(r=3, num_basis=12, backend="direct", task_type="SEQ_CLS"),
@@ -21,18 +23,20 @@ CONFIGS = {
 
 
 @pytest.fixture(params=CONFIGS)
-def adapted(request, bert):
+def case(request, bert):
+    """A model and its method."""
     model = peft.get_peft_model(bert.double(), CONFIGS[request.param]())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
     randomise(model, scale=0.2)
-    return model
+    return model, METHODS["lora" if request.param == "lora" else "phi"]()
 
 
-def test_numbers_are_those_of_the_updates(adapted):
-    modules, phi = observe(adapted)
+def test_numbers_are_those_of_the_updates(case):
+    adapted, method = case
+    modules, phi = observe(adapted, method)
     for name, layer in adapted_layers(adapted):
         delta = layer.get_delta_weight("default").detach()
         sigma = torch.linalg.svdvals(delta)
@@ -48,15 +52,16 @@ def test_numbers_are_those_of_the_updates(adapted):
     assert set(phi) in (set(), set(modules))
 
 
-def test_nothing_is_touched(adapted, tokens):
+def test_nothing_is_touched(case, tokens):
+    adapted, method = case
     adapted(tokens)
     compilers = {id(layer.phi_source["default"]): layer.phi_source["default"] for _, layer in adapted_layers(adapted)
                  if hasattr(layer, "phi_source")}  # fmt: skip
     before = [(c._choice._count, list(c._kept)) for c in compilers.values()]
     parameters = {name: (p.clone(), p._version) for name, p in adapted.named_parameters()}
     state = torch.get_rng_state()
-    first = observe(adapted)
-    assert observe(adapted) == first
+    first = observe(adapted, method)
+    assert observe(adapted, method) == first
     after = [(c._choice._count, c._kept) for c in compilers.values()]
     assert [count for count, _ in after] == [count for count, _ in before]
     for (_, kept), (_, then) in zip(after, before, strict=True):
@@ -76,11 +81,11 @@ def test_planted_amplitudes_are_counted(bert):
         bank.alpha.zero_()
         bank.alpha[:, [2, 5, 9]] = torch.tensor([1.0, -0.5, 0.8], dtype=torch.float64)
         bank.alpha[:, 7] = 0.01
-    modules, _ = observe(model)
+    modules, _ = observe(model, PHI)
     shares = [numbers["range_share"] for numbers in modules.values()]
     assert 1 < min(shares) < max(shares) < 10, "BA reaches the whole grid"
     assert {numbers["active_n"] for numbers in modules.values()} == {3.0}
-    metrics = summary(modules)
+    metrics = summary(modules, PHI)
     assert metrics["active_n.mean"] == 3
     assert metrics["utilisation.mean"] == 0.25
     assert metrics["alpha.mean_abs"] == pytest.approx(2.31 / 12)
@@ -93,14 +98,14 @@ def test_omega_over_all_modules(bert):
     with torch.no_grad():
         bank.raw_omega.copy_(torch.randn(bank.raw_omega.shape, generator=torch.Generator().manual_seed(0)))
     omega = torch.nn.functional.softplus(bank.raw_omega)
-    metrics = summary(observe(model)[0])
+    metrics = summary(observe(model, PHI)[0], PHI)
     assert metrics["omega.mean"] == pytest.approx(omega.mean().item())
     assert metrics["omega.std"] == pytest.approx(omega.std(correction=0).item())
 
 
 def test_no_update_has_no_rank_and_no_weights_no_phi(bert):
     model = peft.get_peft_model(bert, CONFIGS["phi"]())
-    modules, phi = observe(model)
+    modules, phi = observe(model, PHI)
     assert {numbers["stable_rank"] for numbers in modules.values()} == {0.0}
     assert all(numbers["spectrum"] == [] for numbers in modules.values())
     assert len(phi) == len(modules)
@@ -108,19 +113,19 @@ def test_no_update_has_no_rank_and_no_weights_no_phi(bert):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.fill_(math.nan)
-    modules, phi = observe(model)
+    modules, phi = observe(model, PHI)
     assert phi == {}
-    assert all(math.isfinite(value) for value in summary(modules).values())
+    assert all(math.isfinite(value) for value in summary(modules, PHI).values())
 
 
 def test_an_observer_takes_snapshots_at_the_start_early_and_midway(bert):
     model = peft.get_peft_model(bert, CONFIGS["phi"]())
     for total, expected in ((1, [0]), (3, [0, 1, 2]), (20, [0, 2, 10])):
-        observer = Observer(model)
+        observer = Observer(model, PHI, ())
         for step in range(total + 1):
             observer.step(step, total)
         assert [snapshot["step"] for snapshot in observer.snapshots] == expected
         assert math.isnan(observer.smoothness()), "nothing moved"
-        curves = observer.curves(observe(model)[0], total)
+        curves = observer.curves(observe(model, PHI)[0], total)
         assert curves["stable_rank.attention"] == [(step, 0.0) for step in [*expected, total]]
         assert curves["update_smoothness"] == []

@@ -17,11 +17,11 @@ PACKAGE = ROOT / "basisadapt"
 # Rooms from the ground up; a room may import from every floor below, and from itself.
 FLOORS = [
     {"errors", "peft_hook", "redaction"},
-    {"command", "registry", "ranges", "settings", "environment", "cost", "diagnostics"},
-    {"phi", "tasks", "backbones", "distributed"},
+    {"command", "registry", "ranges", "settings", "environment", "cost"},
+    {"phi", "tasks", "backbones", "distributed", "diagnostics"},
     {"testing", "adapter", "mt_bench", "gallery"},
-    {"methods", "observation"},
-    {"run_config"},
+    {"methods"},
+    {"run_config", "observation"},
     {"trainer"},
     {"training"},
     {"execution"},

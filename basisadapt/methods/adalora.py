@@ -46,10 +46,6 @@ class AdaLoRA(Method, name="adalora", settings=AdaLoRASettings, quantisable=Fals
                 parameter.requires_grad_(False)
         return adapted
 
-    def parameters(self, settings: AdaLoRASettings, out_features: int, in_features: int) -> int:
-        """R (m + n + 1), R = ⌈(1 + spare) r⌉."""
-        return settings.room * (out_features + in_features + 1)
-
     def after_step(self, model: Any, settings: AdaLoRASettings, step: int, total: int) -> None:
         """Peft's allocation."""
         config = model.peft_config[ADAPTER]

@@ -89,10 +89,6 @@ class AuroRA(PeftMethod, name="aurora", settings=AuroRASettings):
         """AuroRAConfig."""
         return AuroRAConfig(**{**asdict(settings), **common})
 
-    def parameters(self, settings: AuroRASettings, out_features: int, in_features: int) -> int:
-        """r (m + n + r + K)."""
-        return settings.r * (out_features + in_features + settings.r + settings.num_knots)
-
     def weight_change(self, layer: Any) -> Tensor | None:
         """None."""
         return None

@@ -28,10 +28,6 @@ class DoRA(PeftMethod, name="dora", quantisable=False):
         """Peft's LoraConfig with its variant's magnitudes."""
         return lora_config(settings, common, use_dora=True)
 
-    def parameters(self, settings: LowRankSettings, out_features: int, in_features: int) -> int:
-        """r (m + n) + m."""
-        return settings.r * (out_features + in_features) + out_features
-
     def weight_change(self, layer: Any) -> Tensor | None:
         """diag(μ / ‖V‖) V − W; lengths that differ by their rounding alone are equal."""
         W, transposed = layer.get_base_layer().weight, layer.fan_in_fan_out

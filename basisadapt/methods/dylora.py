@@ -60,7 +60,3 @@ class DyLoRA(PeftMethod, name="dylora"):
     def peft_config(self, settings: LowRankSettings, common: Mapping[str, Any]) -> PeftConfig:
         """DyLoRAConfig."""
         return DyLoRAConfig(**{**asdict(settings), **common})
-
-    def parameters(self, settings: LowRankSettings, out_features: int, in_features: int) -> int:
-        """r (m + n)."""
-        return settings.r * (out_features + in_features)

@@ -79,10 +79,6 @@ class ElaLoRA(PeftMethod, name="elalora", settings=AllocationSettings):
         """ElaLoRAConfig."""
         return ElaLoRAConfig(**{**asdict(settings), **common})
 
-    def parameters(self, settings: AllocationSettings, out_features: int, in_features: int) -> int:
-        """R (m + n + 1), of which r (m + n + 1) are in use on average."""
-        return settings.room * (out_features + in_features + 1)
-
     def after_step(self, model: Any, settings: AllocationSettings, step: int, total: int) -> None:
         """Measure importance, and move ranks where it is time to."""
         if self._allocator is None:

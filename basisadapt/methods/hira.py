@@ -23,10 +23,6 @@ class HiRA(PeftMethod, name="hira", quantisable=False):
 
         return HiraConfig(r=settings.r, hira_dropout=settings.dropout, **common)
 
-    def parameters(self, settings: LowRankSettings, out_features: int, in_features: int) -> int:
-        """r (m + n)."""
-        return settings.r * (out_features + in_features)
-
     def weight_change(self, layer: Any) -> Tensor | None:
         """W ∘ (BA)."""
         change: Tensor = layer.get_base_layer().weight * layer.get_delta_weight(ADAPTER)

@@ -19,10 +19,6 @@ class LoRA(PeftMethod, name="lora"):
         """Peft's LoraConfig."""
         return lora_config(settings, common)
 
-    def parameters(self, settings: LowRankSettings, out_features: int, in_features: int) -> int:
-        """r (m + n)."""
-        return settings.r * (out_features + in_features)
-
 
 def lora_config(settings: LowRankSettings, common: Mapping[str, Any], **variant: Any) -> PeftConfig:
     """Peft's LoraConfig from the settings that all share, and what a `variant` adds."""

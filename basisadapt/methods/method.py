@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from basisadapt.adapter.placement import target_pattern
 from basisadapt.backbones import HEADS
+from basisadapt.diagnostics.diagnostic import means
 from basisadapt.errors import InputError
 from basisadapt.phi.settings import LowRankSettings
 from basisadapt.registry import Registry
+from basisadapt.settings import seed
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -27,7 +29,32 @@ ADAPTER = "default"  # peft's name for the adapter of a run
 class RandomBasisSettings(LowRankSettings):
     """A method whose random matrices are frozen. basis_seed: they follow from it; None takes the run's seed, or 0."""
 
-    basis_seed: int | None = None
+    basis_seed: int | None = seed()
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that train in a way of their own.
+
+    parameters: of the model, none of them in another group. lr: their learning rate. weight_decay: decoupled.
+    transfer: whether they are counted as parameters.transfer, a learned function's, and not as parameters.factors.
+    """
+
+    parameters: Sequence[nn.Parameter]
+    lr: float
+    weight_decay: float = 0.0
+    transfer: bool = False
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a method has to say of an adapted layer. Where a value is not finite, none of it is taken.
+
+    numbers: by name. curve: of a learned function, its arguments "z" and its values "phi", equally many; or empty.
+    """
+
+    numbers: dict[str, float] = field(default_factory=dict)
+    curve: dict[str, list[float]] = field(default_factory=dict)
 
 
 class Method(ABC):
@@ -64,14 +91,26 @@ class Method(ABC):
         trains as well. Raises InputError for a placement or a rank that the model does not have.
         """
 
-    @abstractmethod
-    def parameters(self, settings: Any, out_features: int, in_features: int) -> int:
-        """Trainable numbers in a module with a weight of (out_features, in_features); shared tables apart."""
+    def parameter_groups(self, model: Any, settings: Any, lr: float) -> Sequence[ParameterGroup]:
+        """What does not train at the run's own rate `lr` and decay; all else that trains does."""
+        return ()
 
     def weight_change(self, layer: Any) -> Tensor | None:
         """ΔW of an adapted layer, shape of its weight; None where there is no such matrix to look at."""
         delta: Tensor = layer.get_delta_weight(ADAPTER)
         return delta
+
+    def describe(self, layer: Any) -> Description:
+        """What there is to say of an adapted layer beside its ΔW. Only reads, and draws no random numbers."""
+        return Description()
+
+    def summary(self, numbers: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """Metrics of a run, from what `describe` gave of the modules of which it gave numbers: the mean of each."""
+        return means(numbers)
+
+    def why_constant(self, settings: Any) -> str:
+        """A sentence that says why most updates may have become one constant; empty where nothing is known."""
+        return ""
 
     def before_step(self, model: Any, settings: Any, step: int, total: int) -> None:
         """Called when the gradients are there, clipped, that the optimiser makes step number `step` of `total` with."""

@@ -92,7 +92,3 @@ class NoLA(PeftMethod, name="nola", settings=NoLASettings):
     def peft_config(self, settings: NoLASettings, common: Mapping[str, Any]) -> PeftConfig:
         """NoLAConfig."""
         return NoLAConfig(**{**asdict(settings), **common})
-
-    def parameters(self, settings: NoLASettings, out_features: int, in_features: int) -> int:
-        """2K."""
-        return 2 * settings.num_random

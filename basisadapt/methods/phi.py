@@ -2,20 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import math
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from basisadapt.methods.method import ADAPTER, PeftMethod
+from basisadapt.diagnostics.transfer import active_count
+from basisadapt.methods.method import ADAPTER, Description, ParameterGroup, PeftMethod
 from basisadapt.phi.settings import PhiSettings
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
+FINE = 1025  # points on the range of BA, where φ's terms are looked at
+COARSE = 16  # of which one in so many is kept of the curve
 
-class Phi(PeftMethod, name="phi", settings=PhiSettings):
+
+class TransferMethod(PeftMethod):
+    """A method whose layers are `PhiLinear`: what there is to say of φ."""
+
+    def describe(self, layer: Any) -> Description:
+        """A module's numbers of φ, and the curve f(z) = (φ(g z) − c φ(0)) / g on the range of BA.
+
+        "active_n" (`diagnostics.transfer`) and "utilisation", its share of N; "omega_mean", "omega_std", "alpha_mean",
+        "alpha_std" and "alpha_mean_abs" over the N functions; "range_share", max |g·BA| / I. Nothing for a module of
+        `rest: lora`, which has no φ.
+        """
+        if ADAPTER not in layer.phi_source:
+            return Description()
+        A, B, settings = layer.phi_A[ADAPTER], layer.phi_B[ADAPTER], layer.phi_settings[ADAPTER]
+        transfer = layer.phi_source[ADAPTER].transfer(layer.name).double()
+        alpha, omega = transfer.alpha, transfer.omega
+        reach = (B.float() @ A.float()).abs().max().item()
+        z = torch.linspace(-reach, reach, FINE, dtype=torch.float64, device=alpha.device)
+        # N functions side by side, each with one amplitude of φ's: its terms.
+        terms = dataclasses.replace(transfer, alpha=alpha.diag(), path=False, scaling=1.0)(z)
+        active = active_count(terms)
+        numbers = {
+            "active_n": float(active),
+            "utilisation": active / len(alpha),
+            "omega_mean": omega.mean().item(),
+            "omega_std": omega.std(correction=0).item(),
+            "alpha_mean": alpha.mean().item(),
+            "alpha_std": alpha.std(correction=0).item(),
+            "alpha_mean_abs": alpha.abs().mean().item(),
+            "range_share": transfer.gain.item() * reach / settings.interval,
+        }
+        return Description(numbers, {"z": z[::COARSE].tolist(), "phi": terms[::COARSE].sum(1).tolist()})
+
+    def summary(self, numbers: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """Means over the modules with φ, the deviation of all ω of all modules, and the widest range."""
+        if not numbers:
+            return {}
+
+        def mean(name: str) -> float:
+            return statistics.fmean(one[name] for one in numbers)
+
+        within = statistics.fmean(one["omega_std"] ** 2 for one in numbers)
+        return {
+            "omega.mean": mean("omega_mean"),
+            "omega.std": math.sqrt(within + statistics.pvariance(one["omega_mean"] for one in numbers)),
+            "alpha.mean_abs": mean("alpha_mean_abs"),
+            "active_n.mean": mean("active_n"),
+            "utilisation.mean": mean("utilisation"),
+            "range.share": max(one["range_share"] for one in numbers),
+        }
+
+
+class Phi(TransferMethod, name="phi", settings=PhiSettings):
     """ΔW = s · (p·BA + (φ(g·BA) − c·φ(0)) / g), see `PhiSettings`. Source: Garg, Lucey & Saratchandran."""
 
     def peft_config(self, settings: PhiSettings, common: Mapping[str, Any]) -> PeftConfig:
@@ -23,6 +81,25 @@ class Phi(PeftMethod, name="phi", settings=PhiSettings):
         from basisadapt.adapter import PhiConfig
 
         return PhiConfig(**{**asdict(settings), **common})
+
+    def parameter_groups(self, model: Any, settings: PhiSettings, lr: float) -> Sequence[ParameterGroup]:
+        """α, with its own decay; ω, learned grid points and gains; all at φ's rate."""
+        others = dict(model.base_model.phi_bank[ADAPTER].named_parameters())
+        alpha = [others.pop("alpha")] if "alpha" in others else []
+        rate = settings.transfer_rate(lr)
+        return (
+            ParameterGroup(alpha, rate, settings.transfer_decay, transfer=True),
+            ParameterGroup(list(others.values()), rate, transfer=True),
+        )
+
+    def why_constant(self, settings: PhiSettings) -> str:
+        """A dead start, or φ(0)."""
+        if settings.amplitude_init == "zero" and not (settings.identity_path or settings.centre):
+            return (
+                "A dead start: with alpha = 0 and no identity path, phi stays even on a symmetric grid, so phi'(0) = 0 "
+                "and, with B = 0, A and B get no gradient; preset=residual has none."
+            )
+        return "phi(0), the same on every weight, outweighs the rest; centre=true takes it out."
 
     def before_step(self, model: Any, settings: PhiSettings, step: int, total: int) -> None:
         """Let φ rest while it is to, and add the gradient of its roughness afterwards."""
@@ -35,7 +112,3 @@ class Phi(PeftMethod, name="phi", settings=PhiSettings):
             gradients = torch.autograd.grad(roughness, tables, allow_unused=True, materialize_grads=True)
             for table, gradient in zip(tables, gradients, strict=True):
                 table.grad += settings.smoothing * gradient
-
-    def parameters(self, settings: PhiSettings, out_features: int, in_features: int) -> int:
-        """r (m + n); φ's tables, which modules may share, are counted apart."""
-        return settings.r * (out_features + in_features)

@@ -34,10 +34,6 @@ class PiSSA(Method, name="pissa", quantisable=False):
                 layer.pissa_start = [factor.detach().clone() for factor in _factors(layer)]
         return adapted
 
-    def parameters(self, settings: LowRankSettings, out_features: int, in_features: int) -> int:
-        """r (m + n)."""
-        return settings.r * (out_features + in_features)
-
     def weight_change(self, layer: Any) -> Tensor | None:
         """s (BA − B₀A₀); None for an adapter that was loaded, whose start is not known."""
         start = getattr(layer, "pissa_start", None)

@@ -20,10 +20,6 @@ class Frozen(Method, name="frozen", quantisable=False):
         """The model itself."""
         return model.requires_grad_(False)
 
-    def parameters(self, settings: LowRankSettings, out_features: int, in_features: int) -> int:
-        """None."""
-        return 0
-
 
 class HeadOnly(Method, name="head", quantisable=False):
     """The frozen backbone with a trained head: what a task gives without an adapter. Adapter settings mean nothing."""
@@ -36,10 +32,6 @@ class HeadOnly(Method, name="head", quantisable=False):
             parameter.requires_grad_(is_head(name))
         return model
 
-    def parameters(self, settings: LowRankSettings, out_features: int, in_features: int) -> int:
-        """None."""
-        return 0
-
 
 class FullFineTuning(Method, name="full", quantisable=False):
     """Every parameter trains. Adapter settings mean nothing."""
@@ -47,7 +39,3 @@ class FullFineTuning(Method, name="full", quantisable=False):
     def attach(self, model: PreTrainedModel, settings: LowRankSettings, task_type: str | None) -> PreTrainedModel:
         """The model itself."""
         return model.requires_grad_(True)
-
-    def parameters(self, settings: LowRankSettings, out_features: int, in_features: int) -> int:
-        """None: it has no adapted modules."""
-        return 0

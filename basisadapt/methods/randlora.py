@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -35,8 +34,3 @@ class RandLoRA(PeftMethod, name="randlora", settings=RandomBasisSettings, quanti
                 save_projection=False,
                 **common,
             )
-
-    def parameters(self, settings: RandomBasisSettings, out_features: int, in_features: int) -> int:
-        """K (r + min(m, n))."""
-        smaller = min(out_features, in_features)
-        return math.ceil(smaller / settings.r) * (settings.r + smaller)

@@ -22,7 +22,3 @@ class RankStabilisedLoRA(PeftMethod, name="rslora"):
     def peft_config(self, settings: LowRankSettings, common: Mapping[str, Any]) -> PeftConfig:
         """Peft's LoraConfig with its variant's scale."""
         return lora_config(settings, common, use_rslora=True)
-
-    def parameters(self, settings: LowRankSettings, out_features: int, in_features: int) -> int:
-        """r (m + n)."""
-        return settings.r * (out_features + in_features)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from basisadapt.methods.method import PeftMethod
+from basisadapt.methods.phi import TransferMethod
 from basisadapt.phi.settings import LARGEST, LowRankSettings, require
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class SineSettings(LowRankSettings):
         require(0 < self.frequency <= LARGEST, "frequency", self.frequency, "above 0 and at most 1e6")
 
 
-class SineLoRA(PeftMethod, name="sinelora", settings=SineSettings):
+class SineLoRA(TransferMethod, name="sinelora", settings=SineSettings):
     """ΔW = (lora_alpha / r) sin(ω BA) / √n over a weight of shape (m, n), A Kaiming-uniform, B = 0.
 
     Source: Ji et al. (2025), Efficient Learning with Sine-Activated Low-Rank Matrices.
@@ -46,7 +46,3 @@ class SineLoRA(PeftMethod, name="sinelora", settings=SineSettings):
             centre=False,
             gain=1.0,
         )
-
-    def parameters(self, settings: SineSettings, out_features: int, in_features: int) -> int:
-        """r (m + n)."""
-        return settings.r * (out_features + in_features)

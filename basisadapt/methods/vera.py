@@ -31,7 +31,3 @@ class VeRA(PeftMethod, name="vera", settings=RandomBasisSettings, bounded=False)
                 save_projection=False,
                 **common,
             )
-
-    def parameters(self, settings: RandomBasisSettings, out_features: int, in_features: int) -> int:
-        """r + m."""
-        return settings.r + out_features

@@ -9,7 +9,7 @@ from typing import Any
 
 from basisadapt.errors import InputError, shown, unknown
 from basisadapt.phi.dense_gradient import is_known
-from basisadapt.settings import late
+from basisadapt.settings import late, seed
 
 PRESETS: dict[str, dict[str, Any]] = {
     # The published recipe, taken literally (paper, section 3.3 and Table 10).
@@ -121,7 +121,7 @@ class PhiSettings(LowRankSettings):
     rest: str = "frozen"
     basis: str = "sinc"
     grid: str = "uniform"
-    grid_seed: int | None = None
+    grid_seed: int | None = seed()
     num_basis: int = 50
     interval: float = 3.0
     omega_init: float | str | None = None

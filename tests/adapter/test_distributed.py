@@ -11,10 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 from basisadapt import PhiConfig
 from basisadapt.adapter.placement import PROJECTION
 from basisadapt.distributed.group import run_in_processes
-from basisadapt.distributed.shard import gathering, shard_frozen
+from basisadapt.distributed.shard import gathered, shard_frozen
 from basisadapt.methods import METHODS
-from basisadapt.phi.settings import field_names
 from basisadapt.phi.sharing import SHARING
+from basisadapt.settings import with_seed
 from tests.conftest import randomise, tiny
 
 pytestmark = pytest.mark.skipif(
@@ -185,7 +185,8 @@ def every_method(report):
         both = [None, None]
         dist.all_gather_object(both, losses)
         layer = next(m for m in model.modules() if hasattr(m, "base_layer") and hasattr(m, "get_delta_weight"))
-        found[name] = both, change_of(gathering(METHODS[name]().weight_change), layer)
+        with gathered(layer):
+            found[name] = both, change_of(METHODS[name]().weight_change, layer)
     return found
 
 
@@ -199,10 +200,7 @@ def with_method(name):
     for module in base.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    settings = METHODS[name].settings(r=2)
-    for seed in (field for field in field_names(type(settings)) if field.endswith("_seed")):
-        setattr(settings, seed, 0)
-    return METHODS[name]().attach(base, settings, "SEQ_CLS").train()
+    return METHODS[name]().attach(base, with_seed(METHODS[name].settings(r=2), 0), "SEQ_CLS").train()
 
 
 def two_steps(model, called, rows=slice(None)):

@@ -155,7 +155,7 @@ def test_full_fine_tuning_is_the_target(bert):
 @torch.no_grad()
 def test_what_is_measured_is_the_change_that_a_method_says_it_makes(method, bert):
     base, known = backbones.load(backbones.find(str(bert)), "weight", 1)
-    model = attach(base, config(bert, method=method), "weight").eval()
+    model = attach(base, METHODS[method](), config(bert, method=method), "weight").eval()
     for parameter in filter(lambda p: p.requires_grad, model.parameters()):
         parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
     W = known.weight[None]
