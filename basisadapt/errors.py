@@ -38,6 +38,11 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
     return InputError(f"unknown {kind} {shown(name)}{hint}{listed}")
 
 
+def refused(name: str, value: object, expected: str) -> InputError:
+    """The error for a setting's value."""
+    return InputError(f"{name} must be {expected}, got {shown(value)}")
+
+
 def shown(value: object) -> str:
     """A value as messages show it: its repr, with the middle of what is long left out."""
     try:

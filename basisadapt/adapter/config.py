@@ -31,6 +31,6 @@ class PhiConfig(PhiSettings, CheckedConfig):
         """A, B and the bank's tables."""
         names = ("phi_bank.alpha", "phi_bank.raw_omega", "phi_bank.grid")
         tables: dict[str, Shape] = dict.fromkeys(names, (None, self.num_basis))
-        if self.gain_form[0] == "learned":
+        if self.gain_form.kind == "learned":
             tables["phi_bank.log_gain"] = (None,)
         return {"phi_A": (self.r, None), "phi_B": (None, self.r), **tables}

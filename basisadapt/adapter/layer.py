@@ -155,5 +155,5 @@ class PhiLinear(AdaptedLinear):
             )
         source = self.phi_source[adapter]
         A, B = self.phi_A[adapter], self.phi_B[adapter]
-        execution = Execution(source.backend(A.device), self.phi_settings[adapter].dense_gradient)
+        execution = Execution(source.backend(A.device), self.phi_settings[adapter].dense)
         return adapted_linear(x, weight, bias, A, B, source.evaluator(self.name, A, B), execution)

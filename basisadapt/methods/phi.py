@@ -86,7 +86,7 @@ class Phi(TransferMethod, name="phi", settings=PhiSettings):
         """α, with its own decay; ω, learned grid points and gains; all at φ's rate."""
         others = dict(model.base_model.phi_bank[ADAPTER].named_parameters())
         alpha = [others.pop("alpha")] if "alpha" in others else []
-        rate = settings.transfer_rate(lr)
+        rate = settings.rate.beside(lr)
         return (
             ParameterGroup(alpha, rate, settings.transfer_decay, transfer=True),
             ParameterGroup(list(others.values()), rate, transfer=True),
@@ -94,7 +94,7 @@ class Phi(TransferMethod, name="phi", settings=PhiSettings):
 
     def why_constant(self, settings: PhiSettings) -> str:
         """A dead start, or φ(0)."""
-        if settings.amplitude_init == "zero" and not (settings.identity_path or settings.centre):
+        if settings.amplitudes.kind == "zero" and not (settings.identity_path or settings.centre):
             return (
                 "A dead start: with alpha = 0 and no identity path, phi stays even on a symmetric grid, so phi'(0) = 0 "
                 "and, with B = 0, A and B get no gradient; preset=residual has none."

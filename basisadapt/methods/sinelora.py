@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from basisadapt.methods.phi import TransferMethod
-from basisadapt.phi.settings import LARGEST, LowRankSettings, require
+from basisadapt.phi.notation import LARGEST
+from basisadapt.phi.settings import LowRankSettings, require
 
 if TYPE_CHECKING:
     from peft import PeftConfig

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from basisadapt.errors import InputError
 from basisadapt.phi.basis import BASES, TransferBasis
 from basisadapt.phi.grids import GRIDS
+from basisadapt.phi.notation import Amplitudes
 from basisadapt.phi.settings import PhiSettings
 from basisadapt.phi.sharing import SHARING, AdaptedModule, rows
 
@@ -102,7 +103,6 @@ class TransferBank(nn.Module):
 
     def __init__(self, settings: PhiSettings, modules: Sequence[AdaptedModule]) -> None:
         super().__init__()
-        assert settings.amplitude_init is not None
         self.basis = BASES[settings.basis]()
         self._gain_form, self._interval = settings.gain_form, settings.interval
         self._formula = bool(settings.centre), bool(settings.identity_path), settings.scaling
@@ -120,12 +120,11 @@ class TransferBank(nn.Module):
         alpha = torch.zeros(count["alpha"], settings.num_basis)
         self._table("grid", grid, strategy.trainable)
         self._table("raw_omega", omega, settings.learn_omega)
-        self._table("alpha", alpha, settings.amplitude_init != "fan_in")
-        kind, gain = settings.gain_form
-        if kind == "learned":
-            self._table("log_gain", torch.full((len(modules),), math.log(gain)), True)
+        self._table("alpha", alpha, settings.amplitudes.kind != "fan_in")
+        if self._gain_form.kind == "learned":
+            self._table("log_gain", torch.full((len(modules),), math.log(self._gain_form.number)), True)
         if not self.alpha.is_meta:  # where peft makes empty modules to load into, there is nothing to initialise
-            self._initialise_alpha(settings.amplitude_init, settings.interval, modules)
+            self._initialise_alpha(settings.amplitudes, settings.interval, modules)
 
     def _table(self, name: str, values: Tensor, trainable: bool) -> None:
         if trainable:
@@ -134,34 +133,34 @@ class TransferBank(nn.Module):
             self.register_buffer(name, values)
 
     @torch.no_grad()
-    def _initialise_alpha(self, init: str, interval: float, modules: Sequence[AdaptedModule]) -> None:
-        if init.startswith("normal:"):
-            self.alpha.normal_(0.0, float(init.removeprefix("normal:")))
-        if init == "fan_in":
+    def _initialise_alpha(self, init: Amplitudes, interval: float, modules: Sequence[AdaptedModule]) -> None:
+        if init.kind == "normal":
+            self.alpha.normal_(0.0, init.sigma)
+        if init.kind == "fan_in":
             fan_in: dict[int, int | None] = {}
             for module in modules:
                 row = self.rows[module.name][0]
                 if module.in_features is None or fan_in.setdefault(row, module.in_features) != module.in_features:
                     raise InputError('amplitude_init "fan_in" needs equal in_features wherever modules share alpha')
                 self.alpha[row] = module.in_features**-0.5
-        if init == "identity":
+        if init.kind == "identity":
             for module, (alpha, _, _) in self.rows.items():
                 self.alpha[alpha] = _identity_fit(self.transfer(module, self.alpha.new_ones(())), interval)
 
     @property
     def tables(self) -> tuple[Tensor, ...]:
         """What the bank holds, trained or not."""
-        gain = (self.log_gain,) if self._gain_form[0] == "learned" else ()
+        gain = (self.log_gain,) if self._gain_form.kind == "learned" else ()
         return self.alpha, self.raw_omega, self.grid, *gain
 
     def gains(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """g of every module, shape (M,), float64; a normalised one is a constant to the gradient. pairs: A and B."""
-        kind, gain = self._gain_form
-        if kind == "learned":
+        form = self._gain_form
+        if form.kind == "learned":
             return self.log_gain.double().exp()
-        if kind == "normalised":
-            return gain / root_mean_squares(pairs).clamp_min(LEAST_SIZE)
-        return torch.full((len(self.rows),), gain, dtype=torch.float64, device=self.alpha.device)
+        if form.kind == "normalised":
+            return form.number / root_mean_squares(pairs).clamp_min(LEAST_SIZE)
+        return torch.full((len(self.rows),), form.number, dtype=torch.float64, device=self.alpha.device)
 
     def transfer(self, module: str, gain: Tensor) -> Transfer:
         """The transfer function of the adapted module of that name, at its gain."""
@@ -259,12 +258,13 @@ def root_mean_squares(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 def _omega0(settings: PhiSettings, modules: Sequence[AdaptedModule], rows: Sequence[int]) -> list[float]:
     """ω̃ at the start, for every row of its table. Raises InputError where ω₀ depends on a depth that is not known."""
+    bandwidth = settings.bandwidth
     last = max((module.layer or 0 for module in modules), default=0)
     values: dict[int, list[float]] = {}
     for module, row in zip(modules, rows, strict=True):
-        if settings.omega_by_depth and module.layer is None:
+        if bandwidth.by_depth and module.layer is None:
             raise InputError(f"omega_init {settings.omega_init!r} needs numbered blocks; {module.name!r} is in none")
-        values.setdefault(row, []).append(settings.omega0((module.layer or 0) / max(last, 1)))
+        values.setdefault(row, []).append(bandwidth.at((module.layer or 0) / max(last, 1)))
     return [inverse_softplus(math.fsum(shared) / len(shared)) for shared in values.values()]
 
 

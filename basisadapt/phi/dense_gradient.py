@@ -6,31 +6,50 @@ pace: in 8-bit floating point, or from groups of tokens added up under random si
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from basisadapt.errors import refused
 
 LARGEST_FP8 = 448.0  # of float8_e4m3fn
 FP8_MULTIPLE = 16  # sides of an 8-bit product
 
 
-def is_known(method: str) -> bool:
-    """Whether `method` is "exact", "fp8" or "sketch:K" with a whole number K from 2 to 999."""
-    kind, _, size = method.partition(":")
-    return method in ("exact", "fp8") or (kind == "sketch" and size.isdecimal() and len(size) <= 3 and int(size) >= 2)
+@dataclass(frozen=True)
+class DenseGradient:
+    """How G is found: "exact", "fp8" (in 8 bits), or from a "sketch", sums of so many tokens."""
+
+    kind: str = "exact"
+    tokens: int = 1
+
+    @staticmethod
+    def parse(value: str) -> DenseGradient:
+        """ "exact", "fp8" or "sketch:K" with a whole number K from 2 to 999. Raises InputError."""
+        if value in ("exact", "fp8"):
+            return DenseGradient(value)
+        found = re.fullmatch(r"sketch:(\d{1,3})", value)
+        if found is None or int(found[1]) < 2:
+            raise refused("dense_gradient", value, '"exact", "fp8" or "sketch:K" with K from 2 to 999')
+        return DenseGradient("sketch", int(found[1]))
 
 
-def dense_gradient(upstream: Tensor, x: Tensor, method: str) -> Tensor:
+EXACT = DenseGradient()
+
+
+def dense_gradient(upstream: Tensor, x: Tensor, how: DenseGradient) -> Tensor:
     """upstreamᵀ x, shape (out_features, in_features), in x's dtype; upstream: (T, out_features), x: (T, in_features).
 
-    "fp8" needs half precision and sides that are multiples of 16, and is exact otherwise. "sketch:K" draws one sign a
+    "fp8" needs half precision and sides that are multiples of 16, and is exact otherwise. A sketch draws one sign a
     token from torch's generator of the device and adds up K tokens: a product of T / K tokens.
     """
-    kind, _, size = method.partition(":")
-    if kind == "fp8" and x.element_size() == 2 and not any(s % FP8_MULTIPLE for s in (*x.shape, upstream.shape[1])):
+    if how.kind == "fp8" and x.element_size() == 2 and not any(s % FP8_MULTIPLE for s in (*x.shape, upstream.shape[1])):
         return _fp8(upstream, x)
-    if kind == "sketch":
-        upstream, x = _sketch(upstream, x, int(size))
+    if how.kind == "sketch":
+        upstream, x = _sketch(upstream, x, how.tokens)
     return upstream.T @ x
 
 

@@ -7,8 +7,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from basisadapt.errors import InputError, shown, unknown
-from basisadapt.phi.dense_gradient import is_known
+from basisadapt.errors import refused, unknown
+from basisadapt.phi.dense_gradient import DenseGradient
+from basisadapt.phi.notation import LARGEST, MODERATE, Amplitudes, Bandwidth, Gain, Rate, moderate
 from basisadapt.settings import late, seed
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -46,11 +47,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-# Beyond these a setting is a slip of the pen, and would be memory that nobody has or numbers that float32 has not.
+# Beyond these a setting is a slip of the pen, and would be memory that nobody has.
 MOST_RANK = 16_384
 MOST_FUNCTIONS = 4_096
-LARGEST = 1e6
-MODERATE = "above 0, from 1e-6 to 1e6"
 
 BACKENDS = ("auto", "triton", "torch", "direct")
 
@@ -150,16 +149,9 @@ class PhiSettings(LowRankSettings):
         self._check_names()
         few = 1 <= self.num_basis <= MOST_FUNCTIONS
         require(few, "num_basis", self.num_basis, f"at least 1 and at most {MOST_FUNCTIONS}")
-        require(_moderate(self.interval), "interval", self.interval, MODERATE)
-        for depth in (0.0, 1.0):
-            known = f'{MODERATE}, "nyquist" with num_basis > 1, or "depth:LOW:HIGH" with both above 0'
-            require(_moderate(self.omega0(depth)), "omega_init", self.omega_init, known)
+        require(moderate(self.interval), "interval", self.interval, MODERATE)
         require(self.rest in ("frozen", "lora"), "rest", self.rest, '"frozen" or "lora"')
-        assert self.gain is not None and self.transfer_lr is not None
-        known = f'{MODERATE}, or "learned:G" or "normalised:G" with such a G'
-        require(_moderate(self.gain_form[1]), "gain", self.gain, known)
-        known = 'at least 0, or "absolute:RATE" with such a rate'
-        require(0.0 <= self.transfer_rate(1.0) < math.inf, "transfer_lr", self.transfer_lr, known)
+        _ = self.bandwidth, self.gain_form, self.rate, self.amplitudes, self.dense  # what cannot be parsed is refused
         require(0.0 <= self.transfer_decay < math.inf, "transfer_decay", self.transfer_decay, "at least 0")
         require(0.0 <= self.transfer_delay <= 1.0, "transfer_delay", self.transfer_delay, "from 0 to 1")
         require(0.0 <= self.smoothing < math.inf, "smoothing", self.smoothing, "at least 0")
@@ -167,14 +159,6 @@ class PhiSettings(LowRankSettings):
         in_range = self.tolerance is None or 0.0 < self.tolerance <= 1e-2
         require(in_range, "tolerance", self.tolerance, "above 0 and at most 0.01")
         require(self.backend in BACKENDS, "backend", self.backend, " or ".join(f'"{name}"' for name in BACKENDS))
-        known = '"exact", "fp8" or "sketch:K" with K from 2 to 999'
-        require(is_known(self.dense_gradient), "dense_gradient", self.dense_gradient, known)
-        require(
-            _amplitude_known(self.amplitude_init),
-            "amplitude_init",
-            self.amplitude_init,
-            '"zero", "identity", "normal:SIGMA" or "fan_in"',
-        )
 
     def _check_names(self) -> None:
         # Imported here: the registries' modules are siblings that need no settings, and a user's plug-ins come late.
@@ -185,62 +169,35 @@ class PhiSettings(LowRankSettings):
         BASES[self.basis], GRIDS[self.grid], SHARING[self.sharing]
 
     @property
-    def gain_form(self) -> tuple[str, float]:
-        """ "fixed", "learned" or "normalised", and its number; 0 for a text that is neither."""
-        if not isinstance(self.gain, str):
-            return "fixed", self.gain or 0.0
-        kind, _, number = self.gain.partition(":")
-        try:
-            return kind, float(number) if kind in ("learned", "normalised") else 0.0
-        except ValueError:
-            return kind, 0.0
-
-    def transfer_rate(self, base: float) -> float:
-        """φ's learning rate beside the base rate; NaN for a text that is none."""
-        if not isinstance(self.transfer_lr, str):
-            return base * (self.transfer_lr or 0.0)
-        kind, _, number = self.transfer_lr.partition(":")
-        try:
-            return float(number) if kind == "absolute" else math.nan
-        except ValueError:
-            return math.nan
+    def bandwidth(self) -> Bandwidth:
+        """omega_init, parsed; "nyquist" is one over the spacing of a uniform grid."""
+        return Bandwidth.parse(self.omega_init, (self.num_basis - 1) / (2 * self.interval))
 
     @property
-    def omega_by_depth(self) -> bool:
-        """Whether ω₀ depends on the block."""
-        return isinstance(self.omega_init, str) and self.omega_init.startswith("depth:")
+    def gain_form(self) -> Gain:
+        """gain, parsed."""
+        return Gain.parse(self.gain)
 
-    def omega0(self, depth: float = 0.0) -> float:
-        """ω₀ at a depth from 0 (first block) to 1 (last); 0 where it has no meaning ("nyquist" with N = 1)."""
-        if isinstance(self.omega_init, int | float):
-            return float(self.omega_init)
-        if self.omega_init == "nyquist":
-            return (self.num_basis - 1) / (2 * self.interval)
-        try:
-            low, high = map(float, (self.omega_init or "").removeprefix("depth:").split(":"))
-        except ValueError:
-            return 0.0
-        return low + (high - low) * depth if self.omega_by_depth else 0.0
+    @property
+    def rate(self) -> Rate:
+        """transfer_lr, parsed."""
+        return Rate.parse(self.transfer_lr)
 
+    @property
+    def amplitudes(self) -> Amplitudes:
+        """amplitude_init, parsed."""
+        return Amplitudes.parse(self.amplitude_init)
 
-def _moderate(value: float) -> bool:
-    return 1 / LARGEST <= value <= LARGEST
+    @property
+    def dense(self) -> DenseGradient:
+        """dense_gradient, parsed."""
+        return DenseGradient.parse(self.dense_gradient)
 
 
 def require(holds: bool, name: str, value: object, expected: str) -> None:
     """Raise InputError unless `holds`."""
     if not holds:
-        raise InputError(f"{name} must be {expected}, got {shown(value)}")
-
-
-def _amplitude_known(text: str | None) -> bool:
-    if text in ("zero", "identity", "fan_in"):
-        return True
-    kind, _, sigma = (text or "").partition(":")
-    try:
-        return kind == "normal" and 0.0 <= float(sigma) <= LARGEST
-    except ValueError:
-        return False
+        raise refused(name, value, expected)
 
 
 def field_names(cls: type) -> list[str]:

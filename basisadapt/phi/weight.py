@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from basisadapt.phi import kernels
 from basisadapt.phi.choice import compute_dtype
-from basisadapt.phi.dense_gradient import dense_gradient
+from basisadapt.phi.dense_gradient import EXACT, DenseGradient, dense_gradient
 from basisadapt.phi.evaluators import Evaluator, Split
 
 Weight = Tensor | Callable[[], Tensor] | None  # W; or how to make it, for a quantised one; or none, for F(BA) alone
@@ -36,7 +36,7 @@ class Execution:
     """How the work is done, not what: see `kernels.resolve_backend` and `dense_gradient`."""
 
     backend: str
-    dense_gradient: str = "exact"
+    dense_gradient: DenseGradient = EXACT
 
 
 def adapted_linear(

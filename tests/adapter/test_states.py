@@ -45,7 +45,7 @@ def update(settings, z, alpha, raw_omega, grid, gain):
 
 
 def gain_of(settings, bank, index, z):
-    kind, number = settings.gain_form
+    kind, number = settings.gain_form.kind, settings.gain_form.number
     if kind == "learned":
         return bank.log_gain[index].exp()
     return number / z.detach().square().mean().sqrt().clamp_min(1e-6) if kind == "normalised" else number

@@ -77,9 +77,8 @@ def test_omega_comes_back_from_its_raw_value(omega):
 @pytest.mark.parametrize(("num", "interval"), [(2, 1.0), (50, 3.0), (512, 0.5)])
 def test_nyquist_is_one_over_the_spacing(num, interval):
     points = np.linspace(-interval, interval, num)
-    assert PhiSettings(omega_init="nyquist", num_basis=num, interval=interval).omega0() == pytest.approx(
-        1 / (points[1] - points[0])
-    )
+    settings = PhiSettings(omega_init="nyquist", num_basis=num, interval=interval)
+    assert settings.bandwidth.at(0.0) == pytest.approx(1 / (points[1] - points[0]))
 
 
 @pytest.mark.parametrize("points", series.POINTS)
