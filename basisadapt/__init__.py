@@ -14,6 +14,7 @@ from basisadapt.peft_hook import register_with_peft
 if TYPE_CHECKING:
     from basisadapt.adapter import PhiConfig, PhiModel
     from basisadapt.adapter.placement import Placement
+    from basisadapt.diagnostics.diagnostic import Diagnostic
     from basisadapt.errors import InputError
     from basisadapt.phi.basis import TransferBasis
     from basisadapt.phi.grids import GridStrategy
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "AdaptedModule": "basisadapt.phi.sharing",
+    "Diagnostic": "basisadapt.diagnostics.diagnostic",
     "GridStrategy": "basisadapt.phi.grids",
     "InputError": "basisadapt.errors",
     "PhiConfig": "basisadapt.adapter",
@@ -37,6 +39,7 @@ _PUBLIC = {
 }
 __all__ = [
     "AdaptedModule",
+    "Diagnostic",
     "GridStrategy",
     "InputError",
     "PhiConfig",

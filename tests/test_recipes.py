@@ -14,6 +14,7 @@ import pytest
 
 from basisadapt.adapter.placement import PLACEMENTS
 from basisadapt.backbones import BACKBONES
+from basisadapt.diagnostics.diagnostic import DIAGNOSTICS
 from basisadapt.methods import METHODS
 from basisadapt.phi.basis import BASES
 from basisadapt.phi.grids import GRIDS
@@ -65,7 +66,7 @@ every_recipe = pytest.mark.parametrize("recipe", recipes(), ids=lambda recipe: r
 @pytest.fixture
 def registries(monkeypatch):
     """What a plug-in registers is gone after the test."""
-    for registry in (BASES, GRIDS, SHARING, PLACEMENTS, TASKS, METHODS):
+    for registry in (BASES, GRIDS, SHARING, PLACEMENTS, TASKS, METHODS, DIAGNOSTICS):
         monkeypatch.setattr(registry, "_classes", dict(registry._classes))
     before = dict(BACKBONES)
     yield
@@ -74,7 +75,7 @@ def registries(monkeypatch):
 
 
 def test_there_is_a_recipe_for_each_kind():
-    kinds = ["basis", "grid", "sharing policy", "placement", "task", "backbone", "method", "study"]
+    kinds = ["basis", "grid", "sharing policy", "placement", "task", "backbone", "method", "diagnostic", "study"]
     assert [recipe.kind for recipe in recipes()] == [f"A {kind}" for kind in kinds]
 
 
@@ -120,6 +121,7 @@ def test_a_recipe_runs_with_the_installed_package(recipe, installed, tmp_path):
     done = subprocess.run(command, **run)
     assert done.returncode == 0, done.stdout + done.stderr
     assert recipe.is_in(done.stdout)
+    assert ("relative_size" in done.stdout) == (recipe.kind == "A diagnostic"), "a column"
 
 
 @pytest.mark.slow

@@ -78,12 +78,13 @@ def test_the_rooms_of_a_study_have_walls():
     assert {("drive", "record"), ("drive", "report"), ("record", "plan"), ("report", "plan")} <= found
 
 
-def module_graph():
-    """Module to the modules that it imports, for type checking included; a package's `__init__`, its public face, is
-    none."""
+def module_graph(faces=False):
+    """Module to the modules that it imports, for type checking included; with `faces`, the `__init__` of packages too."""
     modules = {
         ".".join(("basisadapt", *p.relative_to(PACKAGE).with_suffix("").parts)): p for p in PACKAGE.rglob("*.py")
     }
+    if faces:
+        modules = {name.removesuffix(".__init__"): path for name, path in modules.items()}
     by_path = {path: name for name, path in modules.items()}
     graph = {name: set() for name in modules}
     for path, _, module in imports():
@@ -92,10 +93,10 @@ def module_graph():
 
 
 def shortest_way(start, end):
-    """The modules from one to the other, each importing the next."""
-    graph, ways = module_graph(), {start: [start]}
+    """The modules from one to the other, each importing the next; the package's own face is none of them."""
+    graph, ways = module_graph(faces=True), {start: [start]}
     for module in (queue := [start]):
-        for target in sorted(graph[module] - ways.keys()):
+        for target in sorted(graph[module] - ways.keys() - {"basisadapt"}):
             ways[target] = [*ways[module], target]
             queue.append(target)
     return ways[end]

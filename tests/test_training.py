@@ -15,10 +15,14 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from basisadapt import InputError
 from basisadapt.backbones import find, shape_only
+from basisadapt.diagnostics.diagnostic import DIAGNOSTICS, Diagnostic
 from basisadapt.diagnostics.figures import figures
-from basisadapt.methods import METHODS
+from basisadapt.methods import METHODS, Description, ParameterGroup, PeftMethod
+from basisadapt.methods.lora import lora_config
 from basisadapt.observation import Observer, observe
+from basisadapt.phi.settings import LowRankSettings
 from basisadapt.run_config import RunConfig
+from basisadapt.settings import seed
 from basisadapt.tasks import TASKS, CompletionTask, Rows, TaskData, TextTask
 from basisadapt.tasks.completion import Continuation, Probe, Question, response_loss, teacher_forced
 from basisadapt.trainer import MixedBatches, arithmetic, make_optimizer, make_watch
@@ -212,6 +216,102 @@ def test_the_rate_of_phi_follows_the_base_rate_or_is_its_own(adapter, rate):
 def test_what_is_no_rate_of_phi(rate):
     with pytest.raises(InputError, match=r"transfer_lr must be at least 0, or \"absolute:RATE\" with such a rate, got"):
         config(adapter={"transfer_lr": rate})
+
+
+@pytest.fixture
+def loraplus():
+    """A rival with a rate of its own for B, and a number of its own of every module."""
+
+    class LoRAPlus(PeftMethod, name="loraplus_of_test", settings=LoRAPlusSettings):
+        made = 0
+
+        def __init__(self):
+            LoRAPlus.made += 1
+            self.steps = 0
+
+        def peft_config(self, settings, common):
+            return lora_config(settings, common)
+
+        def parameter_groups(self, model, settings, lr):
+            assert settings.draw_seed is not None
+            return [
+                ParameterGroup([p for name, p in model.named_parameters() if "lora_B" in name], settings.ratio * lr)
+            ]
+
+        def describe(self, layer):
+            return Description({"size_of_b": layer.lora_B["default"].weight.abs().max().item()})
+
+        def after_step(self, model, settings, step, total):
+            self.steps += 1
+            assert self.steps == step, "one object serves the run"
+
+    yield LoRAPlus
+    del METHODS._classes["loraplus_of_test"]
+
+
+@dataclasses.dataclass(kw_only=True)
+class LoRAPlusSettings(LowRankSettings):
+    ratio: float = 1.0
+    draw_seed: int | None = seed()
+
+
+def test_a_rival_has_its_own_rate_and_its_own_number(loraplus):
+    slow, fast = (run(config(method="loraplus_of_test", adapter={"r": 2, "ratio": ratio})) for ratio in (1.0, 16.0))
+    assert loraplus.made == 2, "one for each run"
+    lora = run(config(method="lora", adapter={"r": 2}))
+    assert slow.curves["loss"] == lora.curves["loss"]
+    sizes = [numbers["size_of_b"] for numbers in fast.modules.values()]
+    assert fast.metrics["size_of_b.mean"] == pytest.approx(statistics.fmean(sizes))
+    assert fast.metrics["size_of_b.mean"] > 8 * slow.metrics["size_of_b.mean"] > 0
+    assert (fast.metrics["parameters.transfer"], lora.metrics["parameters.transfer"]) == (0, 0)
+    assert "size_of_b.mean" not in lora.metrics
+    assert "modules.png" in figures("fast", dataclasses.asdict(fast))
+
+
+@pytest.fixture
+def diagnostics():
+    """What a test registers is gone after it."""
+    before = dict(DIAGNOSTICS._classes)
+    yield
+    DIAGNOSTICS._classes.clear()
+    DIAGNOSTICS._classes.update(before)
+
+
+@pytest.mark.usefixtures("diagnostics")
+@pytest.mark.parametrize("method", ["lora", "phi"])
+def test_a_diagnostic_of_ones_own_is_in_every_result(method):
+    plain = run(config(method=method, adapter={"r": 2}))
+
+    class RelativeSize(Diagnostic, name="relative_size"):
+        def number(self, change, layer):
+            assert change.shape == layer.get_base_layer().weight.shape
+            return change.norm() / layer.get_base_layer().weight.norm()
+
+    class Nowhere(Diagnostic, name="nowhere"):
+        def number(self, change, layer):
+            return math.nan
+
+    seen = run(config(method=method, adapter={"r": 2}))
+    numbers = [module["relative_size"] for module in seen.modules.values()]
+    assert len(numbers) == 36
+    assert seen.metrics["relative_size.mean"] == pytest.approx(statistics.fmean(numbers))
+    assert 0 < min(numbers) < max(numbers) < 1
+    assert not [name for name in seen.metrics if "nowhere" in name]
+    assert seen.curves == plain.curves, "it changes nothing"
+    json.dumps(dataclasses.asdict(seen), allow_nan=False)
+
+
+@pytest.mark.usefixtures("diagnostics")
+@pytest.mark.parametrize("taken", ["stable_rank", "spectrum", "active_n"])
+def test_a_diagnostic_with_the_name_of_another_number_is_refused_before_training(taken):
+    class Taken(Diagnostic, name=taken):
+        def number(self, change, layer):
+            return 0.0
+
+    steps = []
+    with pytest.raises(InputError, match=f"two numbers of a module are called '{taken}'"):
+        run(config(adapter={"r": 2}), on_step=lambda *step: steps.append(step))
+    assert not steps
 
 
 def test_one_learned_number_is_a_learned_scale():

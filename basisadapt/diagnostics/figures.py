@@ -28,6 +28,7 @@ NUMBERS = {  # of a module: what is drawn against depth, and its label
     "omega_mean": "mean ω",
     "omega_std": "std of ω",
 }
+ELSEWHERE = ("stable_rank", "active_n", "alpha_mean", "alpha_std")  # numbers with a picture of their own, or none
 
 Curve = Mapping[str, Sequence[float]]
 
@@ -197,7 +198,9 @@ def modules_figure(title: str, modules: Mapping[str, Mapping[str, Any]]) -> Figu
     """The modules' other numbers at the end against depth: a panel per number, a line per projection."""
     if not modules:
         return None
-    shown = {key: label for key, label in NUMBERS.items() if any(key in numbers for numbers in modules.values())}
+    found = {key: key for numbers in modules.values() for key, value in numbers.items() if isinstance(value, float)}
+    known = {**NUMBERS, **{key: key for key in found if key not in (*NUMBERS, *ELSEWHERE)}}
+    shown = {key: label for key, label in known.items() if key in found}
     figure, grid = _panels(title, len(shown), right=1.6)
     for axes, (key, label) in zip(grid, shown.items(), strict=False):
         for name, members in _by_name(modules).items():

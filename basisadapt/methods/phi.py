@@ -18,6 +18,8 @@ from basisadapt.phi.settings import PhiSettings
 if TYPE_CHECKING:
     from peft import PeftConfig
 
+    from basisadapt.adapter.layer import PhiLinear
+
 FINE = 1025  # points on the range of BA, where φ's terms are looked at
 COARSE = 16  # of which one in so many is kept of the curve
 
@@ -25,7 +27,7 @@ COARSE = 16  # of which one in so many is kept of the curve
 class TransferMethod(PeftMethod):
     """A method whose layers are `PhiLinear`: what there is to say of φ."""
 
-    def describe(self, layer: Any) -> Description:
+    def describe(self, layer: PhiLinear) -> Description:
         """A module's numbers of φ, and the curve f(z) = (φ(g z) − c φ(0)) / g on the range of BA.
 
         "active_n" (`diagnostics.transfer`) and "utilisation", its share of N; "omega_mean", "omega_std", "alpha_mean",

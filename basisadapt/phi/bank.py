@@ -212,10 +212,6 @@ class TransferBank(nn.Module):
         second = functions.phi(x.expand(len(one), -1)).diff(n=2) * ((count - 1) / (2 * self._interval)) ** 2
         return second.square().mean()
 
-    def trainable_count(self) -> int:
-        """Trainable numbers in φ's tables."""
-        return sum(parameter.numel() for parameter in self.parameters())
-
 
 class _Kept(torch.autograd.Function):
     """choose(*tables) of copies, which it keeps: no saved tensors, which the first backward pass would free."""

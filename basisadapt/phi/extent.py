@@ -37,16 +37,6 @@ class Extent:
 
 
 @torch.no_grad()
-def radii(pairs: Sequence[tuple[Tensor, Tensor]], gain: Tensor) -> Tensor:
-    """R ≥ max |BA| of every pair (A, B), shape (M,), float64, by `bounds`.
-
-    At least SMALLEST / gain, with gain of shape (M,): that keeps rounding out of F' where BA is zero, as at the start;
-    Adam would scale it up.
-    """
-    return bounds(pairs).clamp_min(SMALLEST / gain.detach())
-
-
-@torch.no_grad()
 def bounds(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """The largest row of B times the largest column of A, of every pair (A, B), shape (M,), float64.
 

@@ -14,7 +14,7 @@ from basisadapt.phi.bank import Transfer
 from basisadapt.phi.basis import BASES, TransferBasis
 from basisadapt.phi.choice import Choice, Work, evaluator
 from basisadapt.phi.evaluators import Direct, Series, Table
-from basisadapt.phi.extent import Extent, radii
+from basisadapt.phi.extent import SMALLEST, Extent, bounds
 from basisadapt.phi.grids import GRIDS
 from basisadapt.phi.weight import Execution, adapted_linear
 
@@ -70,7 +70,7 @@ def evaluate(transfer, A, B, x, weight, upstream, device, backend, dtype, tolera
 def magnitudes(transfer, A, B, x, upstream):
     """What y and the gradients would be if F, F' and ∂F/∂p had their largest values on the range everywhere and nothing
     cancelled: float32 knows a function to an eps of its largest value, and all of these are sums over such values."""
-    radius = radii([(A, B)], torch.ones(()))
+    radius = bounds([(A, B)]).clamp_min(SMALLEST)
     z = (radius * torch.linspace(-1, 1, 401, dtype=torch.float64)).reshape(-1, 1).requires_grad_()
     each = [p.expand(len(z), *p.shape).clone().requires_grad_() for p in transfer.parameters]
     values = transfer.with_parameters(*each)(z)
@@ -238,7 +238,7 @@ def test_the_degree_follows_the_range_and_the_tolerance():
 def test_the_range_is_never_too_small():
     for seed in range(20):
         A, B = factors(1 + seed, 40 - seed, 1 + seed % 5, 10.0 ** (seed % 4))
-        (radius,) = radii([(A, B)], torch.ones(1)).tolist()
+        (radius,) = bounds([(A, B)]).tolist()
         assert (B.double() @ A.double()).abs().max() <= radius
 
 

@@ -98,7 +98,7 @@ def test_sharing_counts(name):
     bank = TransferBank(PhiSettings(sharing=name, num_basis=4, grid="learned"), MODULES)
     found = tuple(len(table) for table in (bank.grid, bank.raw_omega, bank.alpha))
     assert found == TABLES[name]
-    assert bank.trainable_count() == 4 * sum(found)
+    assert sum(table.numel() for table in bank.parameters()) == 4 * sum(found)
     assert len(set(rows(SHARING[name](), "alpha", MODULES))) == TABLES[name][2]
 
 
