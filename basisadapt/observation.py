@@ -51,10 +51,10 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class Observer:
-    """Watches a model while it trains. `step` is called at step 0, before training, and after every step.
+    """Watches a model while it trains. `step` is called at step 0, before training, and after every step, `end` last.
 
     snapshots: [{"step", "stable_rank": {module: number}, "phi": {module: curve}}, ...] at the start, early and midway.
-    seconds: what that took. groups: the method's, of this model.
+    modules, phi: what `observe` gives at the end. seconds: what all that took. groups: the method's, of this model.
     """
 
     def __init__(self, model: nn.Module, method: Method, groups: Sequence[ParameterGroup]) -> None:
@@ -65,6 +65,8 @@ class Observer:
         self._path = Path(self._point())
         self._smoothness: list[tuple[int, Tensor]] = []
         self.snapshots: list[dict[str, Any]] = []
+        self.modules: dict[str, Numbers] = {}
+        self.phi: dict[str, Curve] = {}
         self.seconds = 0.0
 
     def step(self, step: int, total: int) -> None:
@@ -74,33 +76,39 @@ class Observer:
             if step % max(1, total // CURVE_POINTS) == 0:
                 self._smoothness.append((step, self._path.smoothness()))
         if step in {0, math.ceil(EARLY * total), math.ceil(MIDDLE * total)} - {total}:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()  # what is still at work is the training step's
-            began = time.perf_counter()
-            modules, curves = observe(self._model, self._method, in_passing=True)
-            stable_ranks = {name: numbers["stable_rank"] for name, numbers in modules.items()}
-            self.snapshots.append({"step": step, "stable_rank": stable_ranks, "phi": curves})
-            self.seconds += time.perf_counter() - began
+            modules, phi = self._look(in_passing=True)
+            self.snapshots.append({"step": step, "stable_rank": _stable_ranks(modules), "phi": phi})
 
-    def curves(self, modules: dict[str, Numbers], last: int) -> dict[str, list[tuple[int, float]]]:
+    def end(self) -> None:
+        """Look at the trained model."""
+        self.modules, self.phi = self._look()
+
+    def _look(self, in_passing: bool = False) -> tuple[dict[str, Numbers], dict[str, Curve]]:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # what is still at work is the training step's
+        began = time.perf_counter()
+        found = observe(self._model, self._method, in_passing)
+        self.seconds += time.perf_counter() - began
+        return found
+
+    def curves(self, last: int) -> dict[str, list[tuple[int, float]]]:
         """The mean stable rank of each kind at the snapshots and at the end, step `last`; the path's smoothness."""
-        seen = [(s["step"], s["stable_rank"]) for s in self.snapshots]
-        seen.append((last, {name: numbers["stable_rank"] for name, numbers in modules.items()}))
+        seen = [*((s["step"], s["stable_rank"]) for s in self.snapshots), (last, _stable_ranks(self.modules))]
         curves: dict[str, list[tuple[int, float]]] = {}
-        for kind, members in _kinds(modules).items():
+        for kind, members in _kinds(self.modules).items():
             curves[f"stable_rank.{kind}"] = [(at, statistics.fmean(found[m] for m in members)) for at, found in seen]
         curves["update_smoothness"] = [(at, value.item()) for at, value in self._smoothness]
         return {name: [point for point in points if math.isfinite(point[1])] for name, points in curves.items()}
 
-    def smoothness(self) -> float:
-        """The smoothness of the adapter's path, see `Path`; NaN if it never moved."""
-        return self._path.smoothness().item()
+    def metrics(self) -> dict[str, float]:
+        """The modules' `summary`, and the smoothness of the adapter's path, see `Path`: NaN if it never moved."""
+        return {**summary(self.modules, self._method), "update_smoothness": self._path.smoothness().item()}
 
-    def warnings(self, modules: dict[str, Numbers], why_constant: str) -> list[str]:
+    def warnings(self, why_constant: str) -> list[str]:
         """Whether the adapter is a low-rank update in name only; why_constant: see `Method.why_constant`."""
+        modules, moved = self.modules, self._moved()
         if not modules:
             return []
-        moved = self._moved(modules)
         # B starts at zero: what it moved is measured against A.
         scale = max((before.norm().item() for before in self._start.values()), default=0.0)
         unmoved = sum(distance < 1e-3 * scale for distance in moved.values())
@@ -113,11 +121,11 @@ class Observer:
             warnings.append("collapsed: A and B of most modules did not move.")
         return warnings
 
-    def _moved(self, modules: dict[str, Numbers]) -> dict[str, float]:
+    def _moved(self) -> dict[str, float]:
         """How far each module's A and B have come from their start: the larger of the two distances."""
-        moved = dict.fromkeys(modules, 0.0)
+        moved = dict.fromkeys(self.modules, 0.0)
         for name, before in self._start.items():
-            module = next((module for module in modules if f".{module}." in name), None)
+            module = next((module for module in moved if f".{module}." in name), None)
             if module is not None:
                 distance = (self._model.get_parameter(name) - before).norm().item()
                 moved[module] = max(moved[module], distance)
@@ -142,6 +150,10 @@ def summary(modules: dict[str, Numbers], method: Method) -> dict[str, float]:
     shared = {*OF_EVERY_UPDATE, *DIAGNOSTICS}
     own = [{name: numbers[name] for name in numbers if name not in shared} for numbers in modules.values()]
     return {**metrics, **method.summary([numbers for numbers in own if numbers]), **means(of_diagnostics)}
+
+
+def _stable_ranks(modules: dict[str, Numbers]) -> dict[str, float]:
+    return {name: numbers["stable_rank"] for name, numbers in modules.items()}
 
 
 def _kinds(modules: dict[str, Numbers]) -> dict[str, list[str]]:

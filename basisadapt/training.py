@@ -35,7 +35,7 @@ from basisadapt.distributed.trainer import spread
 from basisadapt.environment import environment
 from basisadapt.errors import InputError
 from basisadapt.methods import METHODS, Method, ParameterGroup
-from basisadapt.observation import Observer, adapted_layers, adapter_parameters, observe, summary
+from basisadapt.observation import Observer, adapted_layers, adapter_parameters
 from basisadapt.run_config import RunConfig
 from basisadapt.settings import with_seed
 from basisadapt.tasks import DataSettings, DrawnTask, Example, Rows, Task, TaskData
@@ -54,7 +54,7 @@ from basisadapt.trainer import (
 if TYPE_CHECKING:
     import numpy as np
     from peft import PeftModel
-    from transformers import PreTrainedModel, Trainer, TrainerState
+    from transformers import PreTrainedModel, Trainer
     from transformers.trainer_utils import PredictionOutput
 
 PACKED_ROWS = 6  # by which it is seen whether a backbone tells packed rows apart
@@ -218,20 +218,37 @@ def run(
         answers = _answer(job, trainer)
         slice_of_loss = _landscape(trainer, job.ask(_spread(job.encoded.train, EVAL_BATCH)), config)
         size = _save(job.model, save_to, checkpoints)
-    seen = _look(job, training, trainer.state)
-    diverged = _diverged(job, training, answers)
-    scores = {} if diverged else _score(job, answers)
-    metrics = {**scores, **_metrics(job, training, answers, seen), "adapter.bytes": size}
+    observer = training.observer
+    observer.end()
+    curves = {**logged_curves(trainer.state.log_history), **observer.curves(trainer.state.global_step)}
+    # No training loss tells what the last update did; held-out rows that are not comparable may have no loss.
+    last = [answers.seen.metrics["seen_loss"], *([answers.eval_loss] if job.task.comparable else [])]
+    diverged = bool(training.reason) or not all(map(math.isfinite, last))
+    law = fit_power_law(curves.get("loss", []))
+    metrics = {
+        **({} if diverged else _score(job, answers)),
+        "eval_loss": answers.eval_loss,
+        "train_loss": training.loss,
+        **observer.metrics(),
+        "convergence_exponent": law.exponent if law else math.nan,
+        "sharpness": training.sharpness,
+        **{f"parameters.{part}": getattr(job.counts, part) for part in ("factors", "transfer", "head", "trainable")},
+        "adapter.bytes": size,
+        **training.costs,
+        "seconds.train": training.seconds,
+        "seconds.eval": answers.seconds,
+        "seconds.observe": observer.seconds,
+    }
     return RunResult(
         status="diverged" if diverged else "finished",
         headline=job.task.headline,
         metrics={name: float(value) for name, value in metrics.items() if math.isfinite(value)},
-        curves=seen.curves,
-        modules=seen.modules,
-        phi=seen.phi,
-        snapshots=training.observer.snapshots,
+        curves=curves,
+        modules=observer.modules,
+        phi=observer.phi,
+        snapshots=observer.snapshots,
         landscape=slice_of_loss,
-        warnings=_warnings(job, training, seen),
+        warnings=_warnings(job, training),
         data=_about(job),
         environment={**environment(), **job.task.notes},
         accumulate=accumulate,
@@ -240,10 +257,7 @@ def run(
 
 @dataclass(frozen=True)
 class _Job:
-    """What a run works with.
-
-    backbone: what is recorded of it. model: with the method in it, which serves this run alone. groups: the method's.
-    """
+    """What a run works with. method: serves this run alone. model: with the method in it. groups: the method's."""
 
     config: RunConfig
     task: Task
@@ -286,15 +300,10 @@ class _Answers:
     seen: PredictionOutput
     seconds: float
 
-
-@dataclass(frozen=True)
-class _Seen:
-    """What was seen of a run, in the fields of RunResult. seconds: that all observing took."""
-
-    modules: dict[str, dict[str, Any]]
-    phi: dict[str, dict[str, list[float]]]
-    curves: dict[str, list[tuple[int, float]]]
-    seconds: float
+    @property
+    def eval_loss(self) -> float:
+        """Of the held-out rows."""
+        return float(self.held_out.metrics["eval_loss"])
 
 
 def _prepare(config: RunConfig, data_dir: Path | None) -> _Job:
@@ -354,7 +363,9 @@ def _train(job: _Job, trainer: Trainer, on_step: Callable[[int, int], None] | No
         began = time.perf_counter()
         loss = trainer.train().training_loss if job.counts.trainable else math.nan
         seconds = time.perf_counter() - began - observer.seconds
-    return _Training(loss, seconds, sharpness, cost.metrics(seconds), watch.reason, observer)
+    costs = cost.metrics(seconds)
+    costs["tokens_per_second"] = sum_over_group(costs["tokens_per_second"])
+    return _Training(loss, seconds, sharpness, costs, watch.reason, observer)
 
 
 def _answer(job: _Job, trainer: Trainer) -> _Answers:
@@ -376,24 +387,6 @@ def _save(model: Any, save_to: Path | None, checkpoints: Path) -> float:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def _look(job: _Job, training: _Training, state: TrainerState) -> _Seen:
-    """Observe the trained model."""
-    began = time.perf_counter()
-    modules, phi = observe(job.model, job.method)
-    seconds = training.observer.seconds + time.perf_counter() - began
-    curves = {**logged_curves(state.log_history), **training.observer.curves(modules, state.global_step)}
-    return _Seen(modules, phi, curves, seconds)
-
-
-def _diverged(job: _Job, training: _Training, answers: _Answers) -> bool:
-    # No training loss tells what the last update did; held-out rows that are not comparable may have no loss.
-    losses = [
-        answers.seen.metrics["seen_loss"],
-        *([answers.held_out.metrics["eval_loss"]] if job.task.comparable else []),
-    ]
-    return bool(training.reason) or not all(map(math.isfinite, losses))
-
-
 def _score(job: _Job, answers: _Answers) -> dict[str, float]:
     """The task's metrics, and the generalisation gap where the rows are comparable."""
     scores = job.measure(answers.held_out.predictions, job.encoded.held_out)
@@ -403,29 +396,7 @@ def _score(job: _Job, answers: _Answers) -> dict[str, float]:
     return {**scores, "generalisation_gap": on_seen[job.task.headline] - scores[job.task.headline]}
 
 
-def _metrics(job: _Job, training: _Training, answers: _Answers, seen: _Seen) -> dict[str, float]:
-    """All metrics but the task's; NaN where there is none."""
-    law = fit_power_law(seen.curves.get("loss", []))
-    return {
-        "eval_loss": answers.held_out.metrics["eval_loss"],
-        "train_loss": training.loss,
-        **summary(seen.modules, job.method),
-        "convergence_exponent": law.exponent if law else math.nan,
-        "update_smoothness": training.observer.smoothness(),
-        "sharpness": training.sharpness,
-        "parameters.factors": job.counts.factors,
-        "parameters.transfer": job.counts.transfer,
-        "parameters.head": job.counts.head,
-        "parameters.trainable": job.counts.trainable,
-        "memory.peak_bytes": training.costs["memory.peak_bytes"],
-        "tokens_per_second": sum_over_group(training.costs["tokens_per_second"]),
-        "seconds.train": training.seconds,
-        "seconds.eval": answers.seconds,
-        "seconds.observe": seen.seconds,
-    }
-
-
-def _warnings(job: _Job, training: _Training, seen: _Seen) -> list[str]:
+def _warnings(job: _Job, training: _Training) -> list[str]:
     """What the user is told: of training rows that were too long, of an end before the end, of a collapse."""
     rows = len(job.encoded.train)
     left_out = rows - len(job.encoded.examples)
@@ -433,7 +404,7 @@ def _warnings(job: _Job, training: _Training, seen: _Seen) -> list[str]:
     return [
         *([f"{left_out} of {rows} training rows {reason}"] if left_out else []),
         *([training.reason] if training.reason else []),
-        *training.observer.warnings(seen.modules, job.method.why_constant(job.config.adapter)),
+        *training.observer.warnings(job.method.why_constant(job.config.adapter)),
     ]
 
 

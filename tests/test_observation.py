@@ -125,7 +125,9 @@ def test_an_observer_takes_snapshots_at_the_start_early_and_midway(bert):
         for step in range(total + 1):
             observer.step(step, total)
         assert [snapshot["step"] for snapshot in observer.snapshots] == expected
-        assert math.isnan(observer.smoothness()), "nothing moved"
-        curves = observer.curves(observe(model, PHI)[0], total)
+        observer.end()
+        assert (observer.modules, observer.phi) == observe(model, PHI)
+        assert math.isnan(observer.metrics()["update_smoothness"]), "nothing moved"
+        curves = observer.curves(total)
         assert curves["stable_rank.attention"] == [(step, 0.0) for step in [*expected, total]]
         assert curves["update_smoothness"] == []

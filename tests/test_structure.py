@@ -79,7 +79,7 @@ def test_the_rooms_of_a_study_have_walls():
 
 
 def module_graph(faces=False):
-    """Module to the modules that it imports, for type checking included; with `faces`, the `__init__` of packages too."""
+    """Module to the modules that it imports, for type checking included; with `faces`, of packages themselves too."""
     modules = {
         ".".join(("basisadapt", *p.relative_to(PACKAGE).with_suffix("").parts)): p for p in PACKAGE.rglob("*.py")
     }

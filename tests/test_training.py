@@ -92,10 +92,10 @@ def test_the_literal_recipe_does_not_start(monkeypatch):
     """B = 0, alpha = 0, the paper's rate: in exact arithmetic A and B never move; here, not beyond rounding."""
     moved = []
 
-    def measure(observer, modules, why_constant):
+    def measure(observer, why_constant):
         starts = observer._start.items()
         moved.extend((observer._model.get_parameter(name) - start).abs().max().item() for name, start in starts)
-        return original(observer, modules, why_constant)
+        return original(observer, why_constant)
 
     original = Observer.warnings
     monkeypatch.setattr(Observer, "warnings", measure)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from peft import PeftConfig
 from torch import Tensor
 
 from basisadapt.adapter.saved import Shape
 from basisadapt.errors import InputError
-from basisadapt.methods.method import PeftMethod
-from basisadapt.methods.product import ProductConfig, ProductLinear, kaiming
+from basisadapt.methods.product import ProductConfig, ProductLinear, ProductMethod, kaiming
 from basisadapt.phi.settings import LowRankSettings, require
 
 
@@ -57,10 +54,6 @@ class ABBALinear(ProductLinear):
         A1, B1, A2, B2 = self.trained(adapter)
         return (A1.unsqueeze(1) * A2).flatten(0, 1), (B1.unsqueeze(2) * B2.unsqueeze(1)).flatten(1)
 
-    def between(self, adapter: str, h: Tensor) -> Tensor:
-        """Nothing."""
-        return h
-
 
 @dataclass(kw_only=True)
 class ABBAConfig(ABBASettings, ProductConfig, method="abba", layer=ABBALinear):
@@ -72,9 +65,5 @@ class ABBAConfig(ABBASettings, ProductConfig, method="abba", layer=ABBALinear):
         return {"abba_A1": a, "abba_B1": b, "abba_A2": a, "abba_B2": b}
 
 
-class ABBA(PeftMethod, name="abba", settings=ABBASettings, quantisable=False):
+class ABBA(ProductMethod, name="abba", config=ABBAConfig, settings=ABBASettings, quantisable=False):
     """A Hadamard product that starts from W's own singular vectors, see `ABBALinear`. Source: Singhal et al. (2025)."""
-
-    def peft_config(self, settings: ABBASettings, common: Mapping[str, Any]) -> PeftConfig:
-        """ABBAConfig."""
-        return ABBAConfig(**{**asdict(settings), **common})

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from torch import Tensor
 
 from basisadapt.adapter.saved import Shape
-from basisadapt.methods.method import PeftMethod
-from basisadapt.methods.product import ProductConfig, ProductLinear, kaiming
+from basisadapt.methods.product import ProductConfig, ProductLinear, ProductMethod, kaiming
 from basisadapt.phi.basis import BASES
 from basisadapt.phi.settings import MOST_FUNCTIONS, LowRankSettings, require
 
@@ -82,12 +80,8 @@ class AuroRAConfig(AuroRASettings, ProductConfig, method="aurora", layer=AuroRAL
         }
 
 
-class AuroRA(PeftMethod, name="aurora", settings=AuroRASettings):
+class AuroRA(ProductMethod, name="aurora", config=AuroRAConfig, settings=AuroRASettings):
     """A nonlinear bottleneck, see `AuroRALinear`; it cannot be merged. Source: Dong et al. (2025)."""
-
-    def peft_config(self, settings: AuroRASettings, common: Mapping[str, Any]) -> PeftConfig:
-        """AuroRAConfig."""
-        return AuroRAConfig(**{**asdict(settings), **common})
 
     def weight_change(self, layer: Any) -> Tensor | None:
         """None."""

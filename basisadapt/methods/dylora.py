@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from peft import PeftConfig
 from torch import Tensor
 
 from basisadapt.adapter.saved import Shape
-from basisadapt.methods.method import PeftMethod
-from basisadapt.methods.product import ProductConfig, ProductLinear, kaiming
+from basisadapt.methods.product import ProductConfig, ProductLinear, ProductMethod, kaiming
 from basisadapt.phi.settings import LowRankSettings
 
 
@@ -54,9 +51,5 @@ class DyLoRAConfig(ProductConfig, method="dylora", layer=DyLoRALinear):
         return {"dylora_A": (self.r, None), "dylora_B": (None, self.r)}
 
 
-class DyLoRA(PeftMethod, name="dylora"):
+class DyLoRA(ProductMethod, name="dylora", config=DyLoRAConfig):
     """LoRA whose every prefix of ranks is trained, see `DyLoRALinear`. Source: Valipour et al. (2023)."""
-
-    def peft_config(self, settings: LowRankSettings, common: Mapping[str, Any]) -> PeftConfig:
-        """DyLoRAConfig."""
-        return DyLoRAConfig(**{**asdict(settings), **common})

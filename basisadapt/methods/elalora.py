@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from torch import Tensor
 
 from basisadapt.adapter.saved import Shape
 from basisadapt.methods.allocation import AllocationSettings
-from basisadapt.methods.method import ADAPTER, PeftMethod
-from basisadapt.methods.product import ProductConfig, ProductLinear
+from basisadapt.methods.method import ADAPTER
+from basisadapt.methods.product import ProductConfig, ProductLinear, ProductMethod
 
 SMOOTHING = 0.85  # of importance and of its uncertainty, as in AdaLoRA
 # Ours:
@@ -45,10 +44,6 @@ class ElaLoRALinear(ProductLinear):
         A, B, E = self.trained(adapter)
         return E.unsqueeze(1) * A, B
 
-    def between(self, adapter: str, h: Tensor) -> Tensor:
-        """Nothing."""
-        return h
-
 
 @dataclass(kw_only=True)
 class ElaLoRAConfig(AllocationSettings, ProductConfig, method="elalora", layer=ElaLoRALinear):
@@ -59,7 +54,7 @@ class ElaLoRAConfig(AllocationSettings, ProductConfig, method="elalora", layer=E
         return {"elalora_A": (self.room, None), "elalora_B": (None, self.room), "elalora_E": (self.room,)}
 
 
-class ElaLoRA(PeftMethod, name="elalora", settings=AllocationSettings):
+class ElaLoRA(ProductMethod, name="elalora", config=ElaLoRAConfig, settings=AllocationSettings):
     """Every module starts with r of its R ranks; then ranks move from module to module, their sum unchanged.
 
     The importance of an entry p with gradient g is Ī Ū, with I = |p g|, Ī its running mean and Ū that of |I − Ī|; that
@@ -74,10 +69,6 @@ class ElaLoRA(PeftMethod, name="elalora", settings=AllocationSettings):
 
     def __init__(self) -> None:
         self._allocator: Allocator | None = None
-
-    def peft_config(self, settings: AllocationSettings, common: Mapping[str, Any]) -> PeftConfig:
-        """ElaLoRAConfig."""
-        return ElaLoRAConfig(**{**asdict(settings), **common})
 
     def after_step(self, model: Any, settings: AllocationSettings, step: int, total: int) -> None:
         """Measure importance, and move ranks where it is time to."""

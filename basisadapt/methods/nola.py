@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from peft import PeftConfig
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from basisadapt.adapter.saved import Shape
-from basisadapt.methods.method import PeftMethod, RandomBasisSettings
-from basisadapt.methods.product import ProductConfig, ProductLinear, kaiming
+from basisadapt.methods.method import RandomBasisSettings
+from basisadapt.methods.product import ProductConfig, ProductLinear, ProductMethod, kaiming
 from basisadapt.phi.settings import MOST_RANK, require
 
 
@@ -69,10 +67,6 @@ class NoLALinear(ProductLinear):
         A = first + scale * torch.tensordot(a, frozen_A[1:], 1)
         return A, scale * torch.tensordot(b, self.frozen_B[adapter].to(b.dtype), 1)
 
-    def between(self, adapter: str, h: Tensor) -> Tensor:
-        """Nothing."""
-        return h
-
 
 @dataclass(kw_only=True)
 class NoLAConfig(NoLASettings, ProductConfig, method="nola", layer=NoLALinear):
@@ -83,12 +77,8 @@ class NoLAConfig(NoLASettings, ProductConfig, method="nola", layer=NoLALinear):
         return {"nola_a": (self.num_random,), "nola_b": (self.num_random,)}
 
 
-class NoLA(PeftMethod, name="nola", settings=NoLASettings):
+class NoLA(ProductMethod, name="nola", config=NoLAConfig, settings=NoLASettings):
     """Coefficients of random matrices, as few as one likes at any rank, see `NoLALinear`.
 
     Source: Koohpayegani et al. (2024).
     """
-
-    def peft_config(self, settings: NoLASettings, common: Mapping[str, Any]) -> PeftConfig:
-        """NoLAConfig."""
-        return NoLAConfig(**{**asdict(settings), **common})

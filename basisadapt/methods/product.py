@@ -1,7 +1,7 @@
 """The common form of the rivals that peft lacks, y = x Wᵀ + b + s g(x Aᵀ) Bᵀ, as a peft method.
 
-A method is a subclass of `ProductLinear`, its formula, and one of `ProductConfig`, its settings; `ProductConfig` enters
-it into peft's tables.
+A method is a subclass of `ProductLinear`, its formula; one of `ProductConfig`, its settings, which enters it into peft's
+tables; and one of `ProductMethod`.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, cast
 
 import torch
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,6 +22,7 @@ from basisadapt.adapter.linear import AdaptedLinear, AdaptedModel
 from basisadapt.adapter.peft_type import peft_type, register
 from basisadapt.adapter.saved import CheckedConfig
 from basisadapt.errors import InputError
+from basisadapt.methods.method import PeftMethod
 from basisadapt.phi.choice import compute_dtype
 from basisadapt.phi.settings import LowRankSettings
 
@@ -49,9 +51,9 @@ class ProductLinear(AdaptedLinear):
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """A (k, n) and B (m, k), differentiable in the trained tensors."""
 
-    @abstractmethod
     def between(self, adapter: str, h: Tensor) -> Tensor:
-        """g(h) for h = x Aᵀ, shape (..., k)."""
+        """g(h) for h = x Aᵀ, shape (..., k); h itself for a method that does not say otherwise."""
+        return h
 
     def update_layer(self, adapter: str, settings: Any) -> None:
         """Add an adapter. Raises InputError if r exceeds the smaller side of the weight."""
@@ -137,6 +139,21 @@ class ProductConfig(LowRankSettings, CheckedConfig):
         CheckedConfig.__post_init__(self)
         LowRankSettings.__post_init__(self)
         self.peft_type = peft_type(self.method)
+
+
+class ProductMethod(PeftMethod):
+    """A method whose layers are a `ProductLinear`. Subclass it with the `config` that has its settings."""
+
+    config: ClassVar[type[ProductConfig]]
+
+    def __init_subclass__(cls, *, config: type[ProductConfig], **kwargs: Any) -> None:
+        """As in `Method`."""
+        super().__init_subclass__(**kwargs)
+        cls.config = config
+
+    def peft_config(self, settings: LowRankSettings, common: Mapping[str, Any]) -> PeftConfig:
+        """The method's own."""
+        return self.config(**{**asdict(settings), **common})
 
 
 def kaiming(rows: int, columns: int, generator: torch.Generator | None = None) -> Tensor:
