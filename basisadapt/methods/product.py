@@ -1,7 +1,7 @@
 """The common form of the rivals that peft lacks, y = x Wᵀ + b + s g(x Aᵀ) Bᵀ, as a peft method.
 
-A method is a subclass of `ProductLinear`, its formula; one of `ProductConfig`, its settings, which enters it into peft's
-tables; and one of `ProductMethod`.
+A method is a subclass of `ProductLinear`, its formula; one of `ProductConfig`, its settings, which enters it into
+peft's tables; and one of `ProductMethod`.
 """
 
 from __future__ import annotations
