@@ -65,8 +65,8 @@ SEEN_ROWS = 2 * EVAL_BATCH  # training rows that the generalisation gap is measu
 class Plan:
     """What a run would be, from shapes alone: nothing is trained and no weight is loaded.
 
-    factors: what trains in the modules, such as A and B; transfer: in φ (α, ω, learned x); head: the task's head;
-    modules: adapted modules; total: parameters of the whole model, adapter included.
+    factors: what trains in the modules, such as A and B; transfer: in a learned function, such as φ's α, ω and learned
+    x; head: the task's head; modules: adapted modules; total: parameters of the whole model, adapter included.
     """
 
     modules: int
@@ -89,8 +89,9 @@ class RunResult:
     `metrics` of the task's main metric, such as "accuracy".
     metrics: final numbers (finite ones only): the task's metrics, "eval_loss", "train_loss"; over the modules (standard
     deviations of the population) "stable_rank.mean" and ".std", the same of each kind, "stable_rank.attention.mean",
-    "dc_share.mean" and, of φ, "active_n.mean", "utilisation.mean", "omega.mean" and ".std", "alpha.mean_abs" and
-    "range.share", the largest of them; "convergence_exponent" (`diagnostics.convergence`), "update_smoothness"
+    "dc_share.mean", the mean of every `Diagnostic`, and what the method makes of its own numbers: of φ "active_n.mean",
+    "utilisation.mean", "omega.mean" and ".std", "alpha.mean_abs" and "range.share", the largest of them;
+    "convergence_exponent" (`diagnostics.convergence`), "update_smoothness"
     (`diagnostics.path`), "sharpness" (`diagnostics.sharpness`, where train.sharpness asks for it), "generalisation_gap"
     (the headline metric on up to 128 training rows less that on the held-out ones, where they are comparable);
     "parameters.trainable", ".factors", ".transfer", ".head"; "adapter.bytes", the
@@ -99,11 +100,11 @@ class RunResult:
     curves: name -> [(step, value), ...]: "loss", "update_smoothness" so far, "stable_rank.attention" and so on at the
     snapshots and the end, and "eval_loss" and the task's metrics where the run evaluates on its way.
     modules: adapted module -> its numbers at the end, if its method has a ΔW: "kind", "stable_rank", "dc_share",
-    "spectrum" (the leading σᵢ / σ₁); of φ "active_n", "utilisation", "omega_mean", "omega_std", "alpha_mean",
-    "alpha_std", "alpha_mean_abs", "range_share" (max |g·BA| / I, the part of the grid's interval that BA reaches).
-    phi: adapted module -> {"z": [..], "phi": [..]}, what φ adds to BA, f(z), on the range of BA (empty for methods
-    without φ). snapshots: [{"step", "stable_rank": {module: number}, "phi": as above}, ...] at the start and after 10 %
-    and 50 % of the steps. landscape: `diagnostics.landscape` of the training loss, empty unless train.landscape asks.
+    "spectrum" (the leading σᵢ / σ₁), those of the diagnostics, and those of the method's `describe`.
+    phi: adapted module -> {"z": [..], "phi": [..]}, a learned function: what φ adds to BA, f(z), on the range of BA
+    (empty for methods without one). snapshots: [{"step", "stable_rank": {module: number}, "phi": as above}, ...] at the
+    start and after 10 % and 50 % of the steps. landscape: `diagnostics.landscape` of the training loss, empty unless
+    train.landscape asks.
     warnings: sentences for the user. data: fingerprint, row counts, what the task says of its rows, and the backbone's
     note where it has one. environment: versions, git commit, platform, threads, and the task's notes. accumulate: how
     many smaller batches made up a batch, see `run`.
