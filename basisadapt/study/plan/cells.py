@@ -7,14 +7,13 @@ import hashlib
 import itertools
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from basisadapt.errors import InputError, shown, unknown
-from basisadapt.study.plan.spec import RULE, SWEEP, TUNE, VARIANT, StudySpec, axes_in, parse_yaml
+from basisadapt.study.plan.spec import RULE, SWEEP, TUNE, VARIANT, Factor, StudySpec, axes_in, parse_yaml
 
 if TYPE_CHECKING:  # run configurations need torch, which --help and --list must not wait for
     from basisadapt.run_config import RunConfig
@@ -248,13 +247,13 @@ def _row(spec: StudySpec, label: str, published: str | None, flat: Mapping[str, 
 
 
 def _scaled(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with factors such as x0.5 worked out."""
+    """`values` with factors worked out."""
     scaled = dict(values)
     for key, value in values.items():
-        if isinstance(value, str) and (factor := re.fullmatch(r"x(\d+(?:\.\d+)?)", value)):
+        if isinstance(value, Factor):
             if not isinstance(base.get(key), int | float):
-                raise InputError(f"{key} is set to {value}, a factor, but the base has no number for it")
-            scaled[key] = base[key] * float(factor[1])
+                raise InputError(f"{key} is set to x{value.factor:g}, a factor, but the base has no number for it")
+            scaled[key] = base[key] * value.factor
     return scaled
 
 

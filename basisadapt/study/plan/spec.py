@@ -7,7 +7,7 @@ import csv
 import math
 import re
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -28,13 +28,12 @@ ALL = "all"  # tune.at: every value of the grid
 class Answers:
     """The published table that a study answers.
 
-    table: a file in `studies/paper/`; also: others that print the same values. key, column, std: the columns with a
-    row's name (several names are joined by ", "), its value and the value's standard deviation; where methods have
-    columns of their own, a method to its column. where: a column to the value that rows must have there. setting: on
-    what it was measured.
+    table: a file in `studies/paper/`. key, column, std: the columns with a row's name (several names are joined by
+    ", "), its value and the value's standard deviation; where methods have columns of their own, a method to its
+    column. where: a column to the value that rows must have there. setting: on what it was measured.
     rows: the label of a row of the sweep to its name in the table, where that is not "axis=value,...". names: what the
     parts of labels, such as a method and a task, are called there; given it, a row's name is its label with these in
-    place. left_out: a row of the table that no row of the study answers, to the reason.
+    place.
     """
 
     table: str
@@ -42,19 +41,27 @@ class Answers:
     column: str | dict[str, str]
     std: str | dict[str, str] | None = None
     setting: str = ""
-    also: tuple[str, ...] = ()
     where: dict[str, str] = field(default_factory=dict)
     rows: dict[Any, str] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A number that is given by its factor to the base's: x0.5 is half of it."""
+
+    factor: float
+
+    @staticmethod
+    def parse(value: Any) -> Any:
+        """The factor that a text is; any other value as it is."""
+        found = re.fullmatch(r"x(\d+(?:\.\d+)?)", value) if isinstance(value, str) else None
+        return Factor(float(found[1])) if found else value
 
 
 @dataclass(frozen=True, kw_only=True)
 class Beside:
-    """A row beside the sweep: its label, what it `set`s over the base, its row of the published table.
-
-    A number may be set by its factor to the base's: x0.5 is half of it.
-    """
+    """A row beside the sweep: its label, what it `set`s over the base, by a `Factor` too, the published row."""
 
     label: str
     set: dict[str, Any]
@@ -310,11 +317,11 @@ def _spec(values: dict[str, Any]) -> StudySpec:
             raise InputError(f"{key} is missing")
     if values.get("answers") is not None:
         values["answers"] = _part(Answers, values["answers"], "answers")
-        for name in (values["answers"].table, *values["answers"].also):
-            inside(name, "answers.table")
+        inside(values["answers"].table, "answers.table")
     if values.get("tune") is not None:
         values["tune"] = _part(Tune, values["tune"], "tune")
-    values["beside"] = _parts(Beside, values.get("beside"), "beside")
+    beside = _parts(Beside, values.get("beside"), "beside")
+    values["beside"] = [replace(row, set={k: Factor.parse(v) for k, v in row.set.items()}) for row in beside]
     values["claims"] = _parts(Claim, values.get("claims"), "claims")
     presets = values.get("presets")
     if isinstance(presets, dict):

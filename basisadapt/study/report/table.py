@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from basisadapt.diagnostics.diagnostic import DIAGNOSTICS
 from basisadapt.study import statistics
 from basisadapt.study.outcome import NOT_RUN, Outcome
 from basisadapt.study.plan.cells import Study, plain
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from basisadapt.study.plan.tuning import Tuned
 
 PERCENT = ("accuracy", "f1", "matthews", "pearson", "spearman", "energy")  # metrics that are read as percentages
-COLUMNS = ("stable_rank.mean", "dc_share.mean", "parameters.trainable")  # of every table, before a study's own
+COLUMNS = ("stable_rank.mean", "dc_share.mean", "parameters.trainable")  # of every table, before others
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,8 @@ class Table:
     @property
     def columns(self) -> tuple[str, ...]:
         """The metrics shown beside the headline one."""
-        return tuple(dict.fromkeys((*COLUMNS, *self.study.spec.columns)))
+        diagnostics = (f"{name}.mean" for name in DIAGNOSTICS)
+        return tuple(dict.fromkeys((*COLUMNS, *diagnostics, *self.study.spec.columns)))
 
     @property
     def run_ids(self) -> list[str]:
