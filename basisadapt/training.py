@@ -55,7 +55,6 @@ if TYPE_CHECKING:
     import numpy as np
     from peft import PeftModel
     from transformers import PreTrainedModel, Trainer
-    from transformers.trainer_utils import PredictionOutput
 
 PACKED_ROWS = 6  # by which it is seen whether a backbone tells packed rows apart
 SEEN_ROWS = 2 * EVAL_BATCH  # training rows that the generalisation gap is measured on
@@ -215,33 +214,24 @@ def run(
     job = _prepare(config, data_dir)
     with shared_folder() as checkpoints, arithmetic(config.train.precision):
         trainer = _make_trainer(job, checkpoints, accumulate)
-        training = _train(job, trainer, on_step)
-        answers = _answer(job, trainer)
-        slice_of_loss = _landscape(trainer, job.ask(_spread(job.encoded.train, EVAL_BATCH)), config)
+        observer, reason, of_training = _train(job, trainer, on_step)
         size = _save(job.model, save_to, checkpoints)
-    observer = training.observer
+        finite, of_answers = _evaluate(job, trainer, measured=not reason)
+        slice_of_loss = _landscape(trainer, job.ask(_spread(job.encoded.train, EVAL_BATCH)), config)
     observer.end()
     curves = {**logged_curves(trainer.state.log_history), **observer.curves(trainer.state.global_step)}
-    # No training loss tells what the last update did; held-out rows that are not comparable may have no loss.
-    last = [answers.seen.metrics["seen_loss"], *([answers.eval_loss] if job.task.comparable else [])]
-    diverged = bool(training.reason) or not all(map(math.isfinite, last))
     law = fit_power_law(curves.get("loss", []))
     metrics = {
-        **({} if diverged else _score(job, answers)),
-        "eval_loss": answers.eval_loss,
-        "train_loss": training.loss,
+        **of_answers,
+        **of_training,
         **observer.metrics(),
         "convergence_exponent": law.exponent if law else math.nan,
-        "sharpness": training.sharpness,
         **{f"parameters.{part}": getattr(job.counts, part) for part in ("factors", "transfer", "head", "trainable")},
         "adapter.bytes": size,
-        **training.costs,
-        "seconds.train": training.seconds,
-        "seconds.eval": answers.seconds,
         "seconds.observe": observer.seconds,
     }
     return RunResult(
-        status="diverged" if diverged else "finished",
+        status="finished" if finite and not reason else "diverged",
         headline=job.task.headline,
         metrics={name: float(value) for name, value in metrics.items() if math.isfinite(value)},
         curves=curves,
@@ -249,7 +239,11 @@ def run(
         phi=observer.phi,
         snapshots=observer.snapshots,
         landscape=slice_of_loss,
-        warnings=_warnings(job, training),
+        warnings=[
+            *_left_out(job.encoded),
+            *([reason] if reason else []),
+            *observer.warnings(job.method.why_constant(config.adapter)),
+        ],
         data=_about(job),
         environment={**environment(), **job.task.notes},
         accumulate=accumulate,
@@ -278,33 +272,6 @@ class _Job:
     def measure(self, answers: np.ndarray, rows: Rows) -> dict[str, float]:
         """The task's metrics; process 0 finds them, as it may ask a judge."""
         return in_the_first(self.task.measure)(answers, rows, self.processor)
-
-
-@dataclass(frozen=True)
-class _Training:
-    """What training gave. reason: why it ended early, if it did. seconds: without observing."""
-
-    loss: float
-    seconds: float
-    sharpness: float
-    costs: dict[str, float]
-    reason: str
-    observer: Observer
-
-
-@dataclass(frozen=True)
-class _Answers:
-    """The trained model's answers to the held-out rows and to training rows, `seen`. seconds: of the held-out ones."""
-
-    held_out: PredictionOutput
-    seen_rows: Rows
-    seen: PredictionOutput
-    seconds: float
-
-    @property
-    def eval_loss(self) -> float:
-        """Of the held-out rows."""
-        return float(self.held_out.metrics["eval_loss"])
 
 
 def _prepare(config: RunConfig, data_dir: Path | None) -> _Job:
@@ -348,8 +315,10 @@ def _make_trainer(job: _Job, checkpoints: Path, accumulate: int) -> Trainer:
     return trainer
 
 
-def _train(job: _Job, trainer: Trainer, on_step: Callable[[int, int], None] | None) -> _Training:
-    """Train what trains, observed, and tell of every step."""
+def _train(
+    job: _Job, trainer: Trainer, on_step: Callable[[int, int], None] | None
+) -> tuple[Observer, str, dict[str, float]]:
+    """Train what trains. Returns who has watched, why it ended early, if it did, and metrics."""
     observer, cost = Observer(job.model, job.method, job.groups), Cost(job.model)
     own = job.model, job.config.adapter
     watch = make_watch(
@@ -364,19 +333,30 @@ def _train(job: _Job, trainer: Trainer, on_step: Callable[[int, int], None] | No
         began = time.perf_counter()
         loss = trainer.train().training_loss if job.counts.trainable else math.nan
         seconds = time.perf_counter() - began - observer.seconds
-    costs = cost.metrics(seconds)
-    costs["tokens_per_second"] = sum_over_group(costs["tokens_per_second"])
-    return _Training(loss, seconds, sharpness, costs, watch.reason, observer)
+    metrics = {"train_loss": loss, "sharpness": sharpness, **cost.metrics(seconds), "seconds.train": seconds}
+    metrics["tokens_per_second"] = sum_over_group(metrics["tokens_per_second"])
+    return observer, watch.reason, metrics
 
 
-def _answer(job: _Job, trainer: Trainer) -> _Answers:
-    """Ask the trained model the held-out rows, and training rows."""
+def _evaluate(job: _Job, trainer: Trainer, measured: bool) -> tuple[bool, dict[str, float]]:
+    """Ask the trained model the held-out rows and training rows. Returns whether its losses are finite, and metrics:
+    the task's, if it is to be `measured` and they are."""
     trainer.compute_metrics = None  # which measures the held-out rows
     began = time.perf_counter()
-    held_out = trainer.predict(job.encoded.questions, metric_key_prefix="eval")
-    seconds = time.perf_counter() - began
-    rows = _spread(job.encoded.train, SEEN_ROWS)
-    return _Answers(held_out, rows, trainer.predict(job.ask(rows), metric_key_prefix="seen"), seconds)
+    answers = trainer.predict(job.encoded.questions, metric_key_prefix="eval")
+    metrics = {"eval_loss": answers.metrics["eval_loss"], "seconds.eval": time.perf_counter() - began}
+    seen = _spread(job.encoded.train, SEEN_ROWS)
+    on_seen = trainer.predict(job.ask(seen), metric_key_prefix="seen")
+    # No training loss tells what the last update did; held-out rows that are not comparable may have no loss.
+    losses = [on_seen.metrics["seen_loss"], *([metrics["eval_loss"]] if job.task.comparable else [])]
+    finite = all(map(math.isfinite, losses))
+    if not (finite and measured):
+        return finite, metrics
+    scores = job.measure(answers.predictions, job.encoded.held_out)
+    if job.task.comparable:
+        on_seen_scores = job.measure(on_seen.predictions, seen)
+        metrics["generalisation_gap"] = on_seen_scores[job.task.headline] - scores[job.task.headline]
+    return finite, {**scores, **metrics}
 
 
 def _save(model: Any, save_to: Path | None, checkpoints: Path) -> float:
@@ -388,25 +368,11 @@ def _save(model: Any, save_to: Path | None, checkpoints: Path) -> float:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def _score(job: _Job, answers: _Answers) -> dict[str, float]:
-    """The task's metrics, and the generalisation gap where the rows are comparable."""
-    scores = job.measure(answers.held_out.predictions, job.encoded.held_out)
-    if not job.task.comparable:
-        return scores
-    on_seen = job.measure(answers.seen.predictions, answers.seen_rows)
-    return {**scores, "generalisation_gap": on_seen[job.task.headline] - scores[job.task.headline]}
-
-
-def _warnings(job: _Job, training: _Training) -> list[str]:
-    """What the user is told: of training rows that were too long, of an end before the end, of a collapse."""
-    rows = len(job.encoded.train)
-    left_out = rows - len(job.encoded.examples)
+def _left_out(encoded: _Encoded) -> list[str]:
+    """What the user is told of training rows that were too long."""
+    rows, count = len(encoded.train), len(encoded.train) - len(encoded.examples)
     reason = "have more tokens than train.max_length or the backbone allows, and were left out."
-    return [
-        *([f"{left_out} of {rows} training rows {reason}"] if left_out else []),
-        *([training.reason] if training.reason else []),
-        *training.observer.warnings(job.method.why_constant(job.config.adapter)),
-    ]
+    return [f"{count} of {rows} training rows {reason}"] if count else []
 
 
 def _about(job: _Job) -> dict[str, Any]:

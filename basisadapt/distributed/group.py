@@ -174,20 +174,20 @@ def _join(number: int, processes: int, meeting: str) -> None:
 
 def sum_over_group(number: float) -> float:
     """The sum of what the processes of the group pass, which all of them must."""
-    if not in_group():
-        return number
-    sums = torch.tensor(number, dtype=torch.float64, device="cuda" if torch.cuda.is_available() else "cpu")
-    dist.all_reduce(sums)
-    return sums.item()
+    return _reduced(number, dist.ReduceOp.SUM)
 
 
 def lowest_in_group(number: float) -> float:
     """The lowest of what the processes of the group pass, which all of them must."""
+    return _reduced(number, dist.ReduceOp.MIN)
+
+
+def _reduced(number: float, how: Any) -> float:
     if not in_group():
         return number
-    lowest = torch.tensor(number, dtype=torch.float64, device="cuda" if torch.cuda.is_available() else "cpu")
-    dist.all_reduce(lowest, dist.ReduceOp.MIN)
-    return lowest.item()
+    values = torch.tensor(number, dtype=torch.float64, device="cuda" if torch.cuda.is_available() else "cpu")
+    dist.all_reduce(values, how)
+    return values.item()
 
 
 def in_the_first(function: Callable[..., T]) -> Callable[..., T]:
