@@ -36,6 +36,7 @@ from basisadapt.environment import environment
 from basisadapt.errors import InputError
 from basisadapt.methods import METHODS, Method, ParameterGroup
 from basisadapt.observation import Observer, adapted_layers, adapter_parameters
+from basisadapt.phi.settings import LowRankSettings
 from basisadapt.run_config import RunConfig
 from basisadapt.settings import with_seed
 from basisadapt.tasks import DataSettings, DrawnTask, Example, Rows, Task, TaskData
@@ -153,7 +154,7 @@ def plan(config: RunConfig, data_dir: Path | None = None, dry: bool = False) -> 
         backbones.check_inputs(backbone, task.form, model, config.train.max_length)
     method = METHODS[config.method]()
     adapted = attach(model, method, config, task.form)
-    return count_parameters(adapted, method.parameter_groups(adapted, config.adapter, config.train.lr))
+    return count_parameters(adapted, method.parameter_groups(adapted, _settings(config), config.train.lr))
 
 
 def attach(model: PreTrainedModel, method: Method, config: RunConfig, form: str) -> PreTrainedModel | PeftModel:
@@ -162,7 +163,7 @@ def attach(model: PreTrainedModel, method: Method, config: RunConfig, form: str)
     with warnings.catch_warnings():
         # peft asks transformers for this under a name that transformers is about to drop.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        adapted = method.attach(model, with_seed(config.adapter, config.seed), FORMS[form].peft)
+        adapted = method.attach(model, _settings(config), FORMS[form].peft)
     for name, layer in adapted_layers(adapted):
         smaller = min(layer.in_features, layer.out_features)
         if method.bounded and r > smaller:
@@ -172,6 +173,11 @@ def attach(model: PreTrainedModel, method: Method, config: RunConfig, form: str)
             f"train.parallel fsdp shards the weights below an adapter, and method {config.method!r} has none"
         )
     return adapted
+
+
+def _settings(config: RunConfig) -> LowRankSettings:
+    """What a method is told: the adapter's settings, with the run's seed where they have none of their own."""
+    return with_seed(config.adapter, config.seed)
 
 
 def count_parameters(model: PreTrainedModel | PeftModel, groups: Sequence[ParameterGroup]) -> Plan:
@@ -242,7 +248,7 @@ def run(
         warnings=[
             *_left_out(job.encoded),
             *([reason] if reason else []),
-            *observer.warnings(job.method.why_constant(config.adapter)),
+            *observer.warnings(job.method.why_constant(_settings(config))),
         ],
         data=_about(job),
         environment={**environment(), **job.task.notes},
@@ -285,7 +291,7 @@ def _prepare(config: RunConfig, data_dir: Path | None) -> _Job:
     base, processor = backbones.load(backbone, task.form, task.num_labels, config.train.weights, data.prompts)
     method = METHODS[config.method]()
     model = attach(base, method, config, task.form)
-    groups = method.parameter_groups(model, config.adapter, config.train.lr)
+    groups = method.parameter_groups(model, _settings(config), config.train.lr)
     counts = count_parameters(model, groups)
     encoded = _encode(_Portion.of(config, data, processor))
     if config.train.parallel == "fsdp":
@@ -320,7 +326,7 @@ def _train(
 ) -> tuple[Observer, str, dict[str, float]]:
     """Train what trains. Returns who has watched, why it ended early, if it did, and metrics."""
     observer, cost = Observer(job.model, job.method, job.groups), Cost(job.model)
-    own = job.model, job.config.adapter
+    own = job.model, _settings(job.config)
     watch = make_watch(
         cost.aside(observer.step),
         on_step,

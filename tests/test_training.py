@@ -269,12 +269,9 @@ def test_a_rival_has_its_own_rate_and_its_own_number(loraplus):
 
 
 @pytest.fixture
-def diagnostics():
+def diagnostics(monkeypatch):
     """What a test registers is gone after it."""
-    before = dict(DIAGNOSTICS._classes)
-    yield
-    DIAGNOSTICS._classes.clear()
-    DIAGNOSTICS._classes.update(before)
+    monkeypatch.setattr(DIAGNOSTICS, "_classes", {})
 
 
 @pytest.mark.usefixtures("diagnostics")

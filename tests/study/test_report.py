@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from basisadapt.diagnostics.diagnostic import DIAGNOSTICS, Diagnostic
 from basisadapt.errors import InputError
 from basisadapt.study.outcome import Outcome
 from basisadapt.study.plan.cells import resolve
@@ -113,6 +114,20 @@ def test_a_study_may_name_further_columns(folder):
     row = next(csv.DictReader(io.StringIO(text.to_csv(found.table))))
     assert (row["active_n.mean"], row["no.such"]) == ("24.125", "")
     assert ">active n<" in report_files(found, no_pictures)["report.html"]
+
+
+def test_a_diagnostic_is_a_column_of_every_table(two_bases, monkeypatch):
+    monkeypatch.setattr(DIAGNOSTICS, "_classes", {})
+
+    class RelativeSize(Diagnostic, name="relative_size"):
+        def number(self, change, layer):
+            raise AssertionError("a report measures nothing")
+
+    found = reported(two_bases, SOUND, **{"relative_size.mean": 0.125})
+    assert "relative size |" in text.to_markdown(found)
+    row = next(csv.DictReader(io.StringIO(text.to_csv(found.table))))
+    assert row["relative_size.mean"] == "0.125"
+    assert "relative size |" in text.to_markdown(reported(two_bases, SOUND)), "also before its cells are run again"
 
 
 def test_mixed_states(two_bases):
