@@ -121,7 +121,7 @@ def test_a_recipe_runs_with_the_installed_package(recipe, installed, tmp_path):
     done = subprocess.run(command, **run)
     assert done.returncode == 0, done.stdout + done.stderr
     assert recipe.is_in(done.stdout)
-    assert ("relative_size" in done.stdout) == (recipe.kind == "A diagnostic"), "a column"
+    assert ("relative size" in done.stdout) == (recipe.kind == "A diagnostic"), "a column"
 
 
 @pytest.mark.slow
