@@ -45,7 +45,7 @@ class Recipe:
     @property
     def row(self) -> str:
         """What the label of the new row has: the last value of the axis, or in a study the last of its own."""
-        return "8, 50" if self.kind == "A study" else self.arguments[-1].rpartition(",")[2]
+        return "8, 50" if self.kind == "A study" else re.split("[,=]", self.arguments[-1])[-1]
 
     def is_in(self, printed: str) -> bool:
         """Whether a table has the row."""
