@@ -13,6 +13,8 @@ from basisadapt.peft_hook import register_with_peft
 
 if TYPE_CHECKING:
     from basisadapt.adapter import PhiConfig, PhiModel
+    from basisadapt.adapter.learned import describe, plot
+    from basisadapt.adapter.optimizing import PhiCallback, before_step, param_groups
     from basisadapt.adapter.placement import Placement
     from basisadapt.diagnostics.diagnostic import Diagnostic
     from basisadapt.errors import InputError
@@ -29,12 +31,17 @@ _PUBLIC = {
     "Diagnostic": "basisadapt.diagnostics.diagnostic",
     "GridStrategy": "basisadapt.phi.grids",
     "InputError": "basisadapt.errors",
+    "PhiCallback": "basisadapt.adapter.optimizing",
     "PhiConfig": "basisadapt.adapter",
     "PhiModel": "basisadapt.adapter",
     "Placement": "basisadapt.adapter.placement",
     "RunConfig": "basisadapt.run_config",
     "SharingPolicy": "basisadapt.phi.sharing",
     "TransferBasis": "basisadapt.phi.basis",
+    "before_step": "basisadapt.adapter.optimizing",
+    "describe": "basisadapt.adapter.learned",
+    "param_groups": "basisadapt.adapter.optimizing",
+    "plot": "basisadapt.adapter.learned",
     "run": "basisadapt.training",
 }
 __all__ = [
@@ -42,12 +49,17 @@ __all__ = [
     "Diagnostic",
     "GridStrategy",
     "InputError",
+    "PhiCallback",
     "PhiConfig",
     "PhiModel",
     "Placement",
     "RunConfig",
     "SharingPolicy",
     "TransferBasis",
+    "before_step",
+    "describe",
+    "param_groups",
+    "plot",
     "run",
 ]
 
@@ -55,7 +67,14 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'basisadapt' has no attribute {name!r}")
-    return getattr(importlib.import_module(_PUBLIC[name]), name)
+    try:
+        module = importlib.import_module(_PUBLIC[name])
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"basisadapt.{name} needs {error.name}, which is not installed: pip install 'basisadapt[lab]'",
+            name=error.name,
+        ) from error
+    return getattr(module, name)
 
 
 register_with_peft()

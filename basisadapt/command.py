@@ -73,7 +73,10 @@ def guarded(main: Callable[[list[str]], int]) -> Callable[..., int]:
         with redirect_stdout(_Redacted.over(sys.stdout)), redirect_stderr(_Redacted.over(sys.stderr)):
             try:
                 return main(arguments)
-            except Exception:
+            except Exception as error:
+                if isinstance(error, ModuleNotFoundError) and not (error.name or "basisadapt").startswith("basisadapt"):
+                    complain(f"this needs {error.name}, which is not installed: pip install 'basisadapt[lab]'")
+                    return BAD_INPUT
                 traceback.print_exc()  # where the interpreter would do so, nobody listens any more
                 return UNSOUND
 

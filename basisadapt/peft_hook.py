@@ -7,7 +7,6 @@ where peft is not there yet, its registration follows its import.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
@@ -31,19 +30,30 @@ def _register() -> None:
 
 
 class _PeftFinder(MetaPathFinder):
-    """Finds peft as everybody does, and adds one step to the end of its import; then it is gone."""
+    """Finds peft as the others do, and adds one step to the end of its import; then it is gone.
+
+    Until then it stays: transformers and others look for peft, to know whether it is installed, long before they
+    import it, and an import may fail and be tried again.
+    """
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != "peft":
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        spec = self._found_by_others(path, target)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_register(module: ModuleType) -> None:
                 execute(module)
                 _register()
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
 
             spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
+
+    def _found_by_others(self, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:
+        for finder in sys.meta_path:
+            if finder is not self and (spec := finder.find_spec("peft", path, target)) is not None:
+                return spec
+        return None

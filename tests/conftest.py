@@ -10,6 +10,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of torch: a process per core is enough
+os.environ.pop("MLFLOW_TRACKING_URI", None)  # tests record in folders of their own
 
 import pytest
 import torch

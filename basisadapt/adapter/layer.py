@@ -89,13 +89,17 @@ class PhiLinear(AdaptedLinear):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW of one adapter in the layout of the base weight, in float32 (float64 for a float64 adapter)."""
         if adapter not in self.phi_source:
-            A, B = self.phi_A[adapter], self.phi_B[adapter]
-            dtype = compute_dtype(A)
-            return self._matrix(self.phi_settings[adapter].scaling * (B.to(dtype) @ A.to(dtype)))
+            return self.get_product(adapter)
         source = self.phi_source[adapter]
         evaluator = source.fresh(self.name)  # may bring back A and B
         A, B = self.phi_A[adapter], self.phi_B[adapter]
         return self._matrix(delta_weight(A, B, evaluator, source.backend(A.device)))
+
+    def get_product(self, adapter: str) -> Tensor:
+        """s BA of one adapter, LoRA's update, in the layout and dtype of `get_delta_weight`."""
+        A, B = self.phi_A[adapter], self.phi_B[adapter]
+        dtype = compute_dtype(A)
+        return self._matrix(self.phi_settings[adapter].scaling * (B.to(dtype) @ A.to(dtype)))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The adapted layer. Several active adapters add their ΔW. Raises InputError for a batch of mixed adapters."""

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from basisadapt.adapter.config import PhiConfig
+from basisadapt.adapter.honored import watch
 from basisadapt.adapter.layer import PhiLinear
 from basisadapt.adapter.linear import AdaptedModel
 from basisadapt.adapter.placement import describe, target_pattern
@@ -62,6 +63,7 @@ class PhiModel(AdaptedModel):
         if any(layer.base_layer.weight.dtype == torch.float64 for layer in layers):
             bank.double()
         self.phi_bank[adapter_name] = bank
+        watch(bank, config)
         modules = {layer.name: (layer.phi_A, layer.phi_B, layer.base_layer) for layer in layers}
         compiler = Compiler(bank, adapter_name, modules, config.backend, config.tolerance)
         for layer in layers:

@@ -86,13 +86,10 @@ class Phi(TransferMethod, name="phi", settings=PhiSettings):
 
     def parameter_groups(self, model: Any, settings: PhiSettings, lr: float) -> Sequence[ParameterGroup]:
         """α, with its own decay; ω, learned grid points and gains; all at φ's rate."""
-        others = dict(model.base_model.phi_bank[ADAPTER].named_parameters())
-        alpha = [others.pop("alpha")] if "alpha" in others else []
-        rate = settings.rate.beside(lr)
-        return (
-            ParameterGroup(alpha, rate, settings.transfer_decay, transfer=True),
-            ParameterGroup(list(others.values()), rate, transfer=True),
-        )
+        from basisadapt.adapter.optimizing import table_groups
+
+        groups = table_groups(model.base_model.phi_bank[ADAPTER], settings, lr)
+        return [ParameterGroup(tables, rate, decay, transfer=True) for tables, rate, decay in groups]
 
     def why_constant(self, settings: PhiSettings) -> str:
         """A dead start, or φ(0)."""
@@ -105,12 +102,6 @@ class Phi(TransferMethod, name="phi", settings=PhiSettings):
 
     def before_step(self, model: Any, settings: PhiSettings, step: int, total: int) -> None:
         """Let φ rest while it is to, and add the gradient of its roughness afterwards."""
-        bank = model.base_model.phi_bank[ADAPTER]
-        if step <= settings.transfer_delay * total:
-            for table in bank.parameters():
-                table.grad = None
-        elif settings.smoothing and (roughness := bank.roughness()).requires_grad:
-            tables = [table for table in bank.parameters() if table.grad is not None]
-            gradients = torch.autograd.grad(roughness, tables, allow_unused=True, materialize_grads=True)
-            for table, gradient in zip(tables, gradients, strict=True):
-                table.grad += settings.smoothing * gradient
+        from basisadapt.adapter.optimizing import regulate
+
+        regulate(model.base_model.phi_bank[ADAPTER], settings, step, total)

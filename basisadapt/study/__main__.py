@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 import traceback
@@ -13,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from basisadapt import __version__
 from basisadapt.command import BAD_INPUT, DONE, INTERRUPTED, UNSOUND, Parser, complain, guarded, say
 from basisadapt.errors import InputError, RecordError, shown
 from basisadapt.registry import load_plugin
@@ -148,9 +150,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--tracking-uri",
-        default="sqlite:///mlflow.db",
+        default=os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db",
         metavar="URI",
-        help="MLflow's store (default: %(default)s)",
+        help="MLflow's store (default: MLFLOW_TRACKING_URI where it is set, else sqlite:///mlflow.db)",
     )
     parser.add_argument("--storage", metavar="URL", help="Optuna's store (default: optuna.db beside MLflow's file)")
     parser.add_argument("--workers", type=int, metavar="N", help="run so many cells at once, each in its own process")
@@ -190,6 +192,7 @@ def _parser() -> argparse.ArgumentParser:
         "--ui", action="store_true", help="serve the record's pages at 127.0.0.1, until Ctrl-C; needs no NAME"
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an input error")
+    parser.add_argument("--version", action="version", version=f"basisadapt {__version__}")
     return parser
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -429,6 +430,14 @@ def test_help_and_list_do_without_torch(option):
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "ablate_basis" in done.stdout or "--tracking-uri" in done.stdout
+
+
+@pytest.mark.parametrize("module", ["basisadapt", "basisadapt.study"])
+def test_the_version_is_the_packages(module):
+    """That of pyproject.toml, by either name of the command."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"basisadapt {project['version']}\n", "")
 
 
 def test_the_examples_of_help_are_command_lines(capsys):

@@ -19,6 +19,25 @@ def opened(kind):
     return Record("sqlite:///mlflow.db", "tiny") if kind == "mlflow" else Trials("sqlite:///optuna.db", "tiny")
 
 
+def test_mlflows_own_variable_says_where_the_record_is(home, fake, study, monkeypatch):
+    """Where no option does."""
+    for name in ("mlflow.db", "optuna.db"):
+        (home / "there").mkdir(exist_ok=True)
+        (home / name).rename(home / "there" / name)
+    there = f"sqlite:///{home}/there/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", there)
+    code, out, _ = study("tiny.yaml", "--seeds", "1")
+    assert code == 0
+    assert f"Recorded in {there}" in out
+    assert not (home / "mlflow.db").exists()
+    ran = len(fake.ran)
+    assert study("tiny.yaml", "--seeds", "1", "--tracking-uri", there)[0] == 0
+    assert len(fake.ran) == ran > 0, "the same record"
+    assert study("--report", "tiny.yaml", "--seeds", "1", "--tracking-uri", "sqlite:///mlflow.db")[0] == 2
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    assert "'sqlite:///mlflow.db'" in study("--report", "tiny.yaml", "--seeds", "1")[2]
+
+
 @pytest.mark.parametrize("kind", ["mlflow", "optuna"])
 def test_a_first_start_that_is_killed_is_none(folder, monkeypatch, kind):
     import alembic.command

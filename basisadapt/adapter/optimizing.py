@@ -1,0 +1,99 @@
+"""What φ's settings ask of an optimiser: groups with a rate and a decay of its own, its rest, and its smoothing.
+
+One set of functions for every training: this package's, a loop of one's own, and transformers' Trainer with what
+extends it (`PhiCallback`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from basisadapt.adapter.honored import mark_served
+from basisadapt.adapter.layer import PhiLinear
+from basisadapt.adapter.model import PhiModel
+from basisadapt.errors import InputError
+from basisadapt.phi.bank import TransferBank
+from basisadapt.phi.settings import PhiSettings
+
+
+def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """Everything that trains in the model, as the parameter groups of a torch optimiser.
+
+    First A, B, the head and whatever else trains, with `lr` and `weight_decay`; then, for each adapter, α with the rate
+    of `transfer_lr` (that ratio times `lr`, or the absolute rate) and `transfer_decay`; then ω and learned x and g with
+    that rate and no decay. What holds nothing is left out, and the list is empty where nothing trains. A model without
+    φ has the first group alone.
+
+    lr: ≥ 0, per step; weight_decay: ≥ 0, as the optimiser means it. Raises InputError for the model inside of a peft
+    model, which lacks φ's tables.
+
+    Example: torch.optim.AdamW(basisadapt.param_groups(model, lr=1e-4, weight_decay=0.01)).
+    """
+    banks = _banks(model)
+    tables = {id(table) for bank, _ in banks for table in bank.parameters()}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in tables]
+    groups: list[dict[str, Any]] = [{"params": rest, "lr": lr, "weight_decay": weight_decay}]
+    for bank, settings in banks:
+        for trained, rate, decay in table_groups(bank, settings, lr):
+            groups.append({"params": trained, "lr": rate, "weight_decay": decay})
+    return [group for group in groups if group["params"]]
+
+
+def table_groups(
+    bank: TransferBank, settings: PhiSettings, lr: float
+) -> Iterator[tuple[list[nn.Parameter], float, float]]:
+    """Tables, rate and decay of one adapter's groups beside the base rate `lr`: α's, and the others'."""
+    trained = {name: table for name, table in bank.named_parameters() if table.requires_grad}
+    alpha, rate = trained.pop("alpha", None), settings.rate.beside(lr)
+    yield [] if alpha is None else [alpha], rate, settings.transfer_decay
+    yield list(trained.values()), rate, 0.0
+
+
+def before_step(model: nn.Module, step: int, total: int) -> None:
+    """Let φ rest for the share `transfer_delay` of the steps, and add the gradient of its `smoothing` after that.
+
+    Call it when the gradients are there, unscaled and clipped, before `optimizer.step()` makes step number `step`, from
+    1 on, of `total`. The loss is then L + λ · mean φ''², λ = smoothing. A model without φ is left as it is. Raises
+    InputError for the model inside of a peft model.
+    """
+    for bank, settings in _banks(model):
+        regulate(bank, settings, step, total)
+
+
+def regulate(bank: TransferBank, settings: PhiSettings, step: int, total: int) -> None:
+    """`before_step` of one adapter."""
+    mark_served(bank)
+    if step <= settings.transfer_delay * total:
+        for table in bank.parameters():
+            table.grad = None
+    elif settings.smoothing and (roughness := bank.roughness()).requires_grad:
+        tables: list[Any] = [table for table in bank.parameters() if table.grad is not None]
+        gradients = torch.autograd.grad(roughness, tables, allow_unused=True, materialize_grads=True)
+        for table, gradient in zip(tables, gradients, strict=True):
+            table.grad += settings.smoothing * gradient
+
+
+class PhiCallback(TrainerCallback):  # type: ignore[misc]
+    """`before_step` at every step of transformers' Trainer, and of what extends it, as TRL's trainers.
+
+    Rates and decay are the optimiser's: Trainer(..., optimizers=(AdamW(param_groups(model, lr)), None),
+    callbacks=[PhiCallback()]), where None has the Trainer make its schedule.
+    """
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Called by the Trainer when the gradients are there, clipped."""
+        before_step(model, state.global_step + 1, state.max_steps)
+
+
+def _banks(model: nn.Module) -> list[tuple[TransferBank, PhiSettings]]:
+    """The tables of every φ(BA) adapter in the model, and its settings."""
+    models = [module for module in model.modules() if isinstance(module, PhiModel)]
+    if not models and any(isinstance(module, PhiLinear) for module in model.modules()):
+        raise InputError("φ's tables are in the peft model, not in the model inside of it: give the peft model itself")
+    found: list[Any] = [(bank, part.peft_config[name]) for part in models for name, bank in part.phi_bank.items()]
+    return found

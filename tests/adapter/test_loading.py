@@ -1,0 +1,112 @@
+"""A process knows our methods after `import basisadapt`, in whatever order it looks for peft, imports it and us."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+
+STEPS = {
+    "ours": "import basisadapt",
+    "probe": "assert importlib.util.find_spec('peft').name == 'peft'",
+    "import": "import peft",
+    "class": "from peft import PeftModel",
+    "submodule": "import peft.tuners",
+    "broken": "fail_once()",
+}
+# Every order of our import, a mere look and peft's import, then other ways to look and to import around ours.
+ORDERS = [
+    *itertools.permutations(("ours", "probe", "import")),
+    *itertools.permutations(("ours", "probe", "submodule")),
+    ("ours", "probe", "probe", "class"),
+    ("ours", "broken", "import"),
+    ("probe", "ours", "broken", "probe", "broken", "class"),
+    ("ours", "ours", "import", "ours"),
+]
+EVERY_ORDER = """
+import importlib.util, os, sys, traceback
+
+def fail_once():
+    os.environ["PEFT_BREAKS"] = "1"
+    try:
+        import peft
+    except ImportError:
+        del os.environ["PEFT_BREAKS"]
+    else:
+        raise AssertionError("peft was imported")
+
+wrong = []
+for order in sys.argv[1:]:
+    if not (child := os.fork()):
+        try:
+            from basisadapt import peft_hook
+            sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, peft_hook._PeftFinder)]
+            del sys.modules["basisadapt"]
+            peft_hook.METHODS = ("stand_in_method",)
+            exec(order)
+            assert "stand_in_method" in sys.modules
+            assert not [f for f in sys.meta_path if isinstance(f, peft_hook._PeftFinder)], "it stays for ever"
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        wrong.append(order)
+sys.exit("\\n\\n".join(wrong) or 0)
+"""
+STAND_IN = {
+    "peft/__init__.py": "import os\nif 'PEFT_BREAKS' in os.environ:\n    raise ImportError\nclass PeftModel: ...\n",
+    "peft/tuners.py": "",
+    "stand_in_method.py": "from peft import PeftModel  # which is there: peft was executed to its end\n",
+}
+
+
+def run(program, *arguments):
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_order_of_imports(tmp_path):
+    """With a stand-in for peft, whose own import takes seconds, each time."""
+    for name, text in STAND_IN.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    run(f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n{EVERY_ORDER}", *map(in_order, ORDERS))
+
+
+def in_order(steps):
+    return "\n".join(STEPS[step] for step in steps)
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        "import basisadapt; from transformers.utils import is_peft_available; assert is_peft_available()",
+        "from transformers.utils import is_peft_available; assert is_peft_available(); import basisadapt",
+        "import peft; import basisadapt",
+    ],
+)
+def test_peft_itself_knows_our_methods(order):
+    """transformers looks for peft, as do the libraries above it, and does not import it."""
+    known = "from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as known"
+    names = "assert {'BASISADAPT_PHI', 'BASISADAPT_DYLORA'} <= {kind.value for kind in known}"
+    run(f"{order}\n{known}\n{names}")
+
+
+def test_where_peft_is_missing_its_import_says_so():
+    program = """
+import sys, basisadapt
+class Hidden:
+    def find_spec(self, name, *rest):
+        if name == "peft":
+            raise ImportError("none")
+sys.meta_path.insert(1, Hidden())
+try:
+    import peft
+except ImportError as error:
+    print(error)
+"""
+    assert run(program) == "none\n"
