@@ -230,10 +230,9 @@ def test_cells_of_other_options_are_refused(home, fake, study, results):
 
 
 def test_cells_of_other_options_are_passed_over_beside_cells_of_these(home, fake, study, results, runs):
-    code, out, err = study(*SEED, "--set", "sweep.basis=sinc", "--import", "results.jsonl")
+    code, _, err = study(*SEED, "--set", "sweep.basis=sinc", "--import", "results.jsonl")
     assert (code, len(runs())) == (0, 2), "sinc and LoRA"
     assert "1 of 3 results are of this study with other options, and are passed over" in err
-
 
 
 def test_results_of_other_studies_serve_where_the_configuration_is_the_same(home, fake, study, results, runs):
