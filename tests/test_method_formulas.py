@@ -16,12 +16,13 @@ from basisadapt.observation import adapted_layers
 from tests.conftest import tiny
 
 
-def layer_of(name, **settings):
-    """The method's first layer of that name in a tiny model in float64, m = 32 and n = 48, with drawn parameters."""
+def layer_of(name, at="0.output.dense", **settings):
+    """The method's first layer in a tiny model in float64 whose name ends so, with drawn parameters; the first there is
+    has m = 32 and n = 48."""
     torch.manual_seed(0)
     method = METHODS[name]()
     model = method.attach(tiny("bert").double(), METHODS[name].settings(r=4, **settings), "SEQ_CLS").eval()
-    layer = next(layer for found, layer in adapted_layers(model) if found.endswith("0.output.dense"))
+    layer = next(layer for found, layer in adapted_layers(model) if found.endswith(at))
     with torch.no_grad():
         for parameter in layer.parameters():
             if parameter.requires_grad:
@@ -197,6 +198,28 @@ def test_elalora(x):
     A, B, E = parts(layer, "elalora", "ABE")
     assert E.shape == (6,)
     check(layer, x, 2 * B @ torch.diag(E) @ A)
+
+
+@pytest.mark.parametrize(("name", "sides"), [("0.output.dense", (32, 48)), ("0.intermediate.dense", (48, 32))])
+def test_kradapter(name, sides):
+    """Row by row, for a weight that is wide and one that is tall; 48 entries of 6 × 8 functions."""
+    _, layer = layer_of("kradapter", at=name, lora_alpha=12.0)
+    U, V = parts(layer, "kradapter", "UV")
+    assert (layer.out_features, layer.in_features, U.shape, V.shape) == (*sides, (32, 6), (32, 8))
+    K = torch.stack([torch.outer(u, v).reshape(-1) for u, v in zip(U, V, strict=True)])
+    delta = 3 * (K if sides == (32, 48) else K.T)
+    check(layer, torch.randn(5, sides[1], dtype=torch.float64), delta)
+    assert torch.linalg.matrix_rank(delta) == 32, "of full rank"
+
+
+def test_kradapter_cuts_what_is_too_long():
+    """A square weight of 32: five times seven functions are 35, of which three are left out."""
+    _, layer = layer_of("kradapter", at="attention.self.query")
+    U, V = parts(layer, "kradapter", "UV")
+    assert (U.shape, V.shape) == ((32, 5), (32, 7))
+    delta = layer.get_delta_weight("default")
+    torch.testing.assert_close(delta[3], torch.outer(U[3], V[3]).reshape(-1)[:32])
+    assert 32 * (5 + 7) == U.numel() + V.numel()
 
 
 def test_aurora(x):

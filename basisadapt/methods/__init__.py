@@ -9,6 +9,7 @@ from basisadapt.methods import dora as dora
 from basisadapt.methods import dylora as dylora
 from basisadapt.methods import elalora as elalora
 from basisadapt.methods import hira as hira
+from basisadapt.methods import kradapter as kradapter
 from basisadapt.methods import lora as lora
 from basisadapt.methods import nola as nola
 from basisadapt.methods import phi as phi

@@ -1,7 +1,7 @@
 """The common form of the rivals that peft lacks, y = x Wᵀ + b + s g(x Aᵀ) Bᵀ, as a peft method.
 
 A method is a subclass of `ProductLinear`, its formula; one of `ProductConfig`, its settings, which enters it into
-peft's tables; and one of `ProductMethod`.
+peft's tables; and one of `ProductMethod`. Where the update is no product of thin matrices the first is an `AddedLinear`.
 """
 
 from __future__ import annotations
@@ -27,13 +27,9 @@ from basisadapt.phi.choice import compute_dtype
 from basisadapt.phi.settings import LowRankSettings
 
 
-class ProductLinear(AdaptedLinear):
-    """y = x Wᵀ + b + s g(x Aᵀ) Bᵀ over W (m, n), with A (k, n), B (m, k); for a linear g, ΔW is s B g(A).
+class AddedLinear(AdaptedLinear):
+    """y = x Wᵀ + b + s f(x) over W (m, n), with trained tensors of its own."""
 
-    not_a_weight: why there is no ΔW, for a nonlinear g.
-    """
-
-    not_a_weight: ClassVar[str | None] = None
     other_param_names: ClassVar[tuple[str, ...]] = ("settings", "dropout")
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
@@ -48,12 +44,8 @@ class ProductLinear(AdaptedLinear):
         """The trained tensors at the start, by name; also the place to make what is frozen."""
 
     @abstractmethod
-    def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """A (k, n) and B (m, k), differentiable in the trained tensors."""
-
-    def between(self, adapter: str, h: Tensor) -> Tensor:
-        """g(h) for h = x Aᵀ, shape (..., k); h itself for a method that does not say otherwise."""
-        return h
+    def added(self, adapter: str, x: Tensor) -> Tensor:
+        """f(x) in the dtype of the trained tensors, shape (..., m), for x of shape (..., n)."""
 
     def update_layer(self, adapter: str, settings: Any) -> None:
         """Add an adapter. Raises InputError if r exceeds the smaller side of the weight."""
@@ -84,10 +76,30 @@ class ProductLinear(AdaptedLinear):
         if stored is not None and stored.is_meta:
             self._onload()
         for adapter in filter(self._holds, self.active_adapters):
-            A, B = self.factors(adapter)
-            h = F.linear(self.dropout[adapter](x).to(A.dtype), A)
-            y = y + (self.settings[adapter].scaling * F.linear(self.between(adapter, h), B)).to(y.dtype)
+            y = y + (self.settings[adapter].scaling * self.added(adapter, self.dropout[adapter](x))).to(y.dtype)
         return y
+
+
+class ProductLinear(AddedLinear):
+    """f(x) = g(x Aᵀ) Bᵀ with A (k, n), B (m, k); for a linear g, ΔW is s B g(A).
+
+    not_a_weight: why there is no ΔW, for a nonlinear g.
+    """
+
+    not_a_weight: ClassVar[str | None] = None
+
+    @abstractmethod
+    def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """A (k, n) and B (m, k), differentiable in the trained tensors."""
+
+    def between(self, adapter: str, h: Tensor) -> Tensor:
+        """g(h) for h = x Aᵀ, shape (..., k); h itself for a method that does not say otherwise."""
+        return h
+
+    def added(self, adapter: str, x: Tensor) -> Tensor:
+        """g(x Aᵀ) Bᵀ."""
+        A, B = self.factors(adapter)
+        return F.linear(self.between(adapter, F.linear(x.to(A.dtype), A)), B)
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -106,13 +118,13 @@ class ProductLinear(AdaptedLinear):
 class ProductModel(AdaptedModel):
     """A model with the layers of one method."""
 
-    tuner_layer_cls: type[ProductLinear]
+    tuner_layer_cls: type[AddedLinear]
 
     def _create_and_replace(
         self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
         current_key: str, **_: Any,
     ) -> None:  # fmt: skip
-        if isinstance(target, ProductLinear):
+        if isinstance(target, AddedLinear):
             target.update_layer(adapter_name, peft_config)
             return
         layer = self.tuner_layer_cls(target, current_key)
@@ -128,7 +140,7 @@ class ProductConfig(LowRankSettings, CheckedConfig):
 
     method: ClassVar[str]
 
-    def __init_subclass__(cls, *, method: str, layer: type[ProductLinear], **kwargs: Any) -> None:
+    def __init_subclass__(cls, *, method: str, layer: type[AddedLinear], **kwargs: Any) -> None:
         """Enter the method into peft's tables. The layer's trained tensors must be called "<method>_..."."""
         super().__init_subclass__(**kwargs)
         cls.method = method
@@ -142,7 +154,7 @@ class ProductConfig(LowRankSettings, CheckedConfig):
 
 
 class ProductMethod(PeftMethod):
-    """A method whose layers are a `ProductLinear`. Subclass it with the `config` that has its settings."""
+    """A method whose layers are an `AddedLinear`. Subclass it with the `config` that has its settings."""
 
     config: ClassVar[type[ProductConfig]]
 
