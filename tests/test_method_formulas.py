@@ -219,7 +219,7 @@ def test_kradapter_cuts_what_is_too_long():
     assert (U.shape, V.shape) == ((32, 5), (32, 7))
     delta = layer.get_delta_weight("default")
     torch.testing.assert_close(delta[3], torch.outer(U[3], V[3]).reshape(-1)[:32])
-    assert 32 * (5 + 7) == U.numel() + V.numel()
+    assert U.numel() + V.numel() == 32 * (5 + 7)
 
 
 def test_aurora(x):

@@ -403,7 +403,7 @@ def test_the_readmes_method_is_one_file(tokens, tmp_path):
 
 
 def test_the_comparison_gives_every_method_loras_budget():
-    """Within an eighth, by the formulas; the two that the study names as smaller are. KRAdapter has no say in its size."""
+    """Within an eighth, by the formulas; the two that the study names as smaller are. KRAdapter's size is given."""
     rows = resolve(read_spec("compare_methods")).rows
     shapes = [(384, 384)] * 24 + [(1536, 384), (384, 1536)] * 6
     counts = {}

@@ -20,7 +20,7 @@ FLOORS = [
     {"command", "registry", "ranges", "settings", "environment", "cost"},
     {"phi", "tasks", "backbones", "distributed", "diagnostics"},
     {"testing", "adapter", "mt_bench", "gallery", "launch"},
-    {"methods"},
+    {"methods", "spectra"},
     {"run_config", "observation"},
     {"trainer"},
     {"training"},

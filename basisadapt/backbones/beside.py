@@ -20,12 +20,12 @@ def check_beside(backbone: Backbone, ask: bool) -> None:
     folder = Path(backbone.source)
     if backbone.package is not None or backbone.file is not None or not (ask or folder.is_dir()):
         return
-    if _file(backbone.source, ADAPTER) is not None:
+    if file_of(backbone.source, ADAPTER) is not None:
         raise InputError(
             f"backbone {backbone.name!r} has an adapter beside its weights ({ADAPTER}), which changes them: merge it "
             "into them, or move it elsewhere"
         )
-    index = _file(backbone.source, INDEX)
+    index = file_of(backbone.source, INDEX)
     if index is None:
         return
     try:
@@ -40,7 +40,7 @@ def check_beside(backbone: Backbone, ask: bool) -> None:
         )
 
 
-def _file(source: str, name: str) -> Path | None:
+def file_of(source: str, name: str) -> Path | None:
     """A file of a folder, or of a repository of the hub, if it is there and can be had."""
     if (folder := Path(source)).is_dir():
         return folder / name if (folder / name).is_file() else None

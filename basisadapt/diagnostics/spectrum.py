@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -53,6 +55,32 @@ def largest_singular_value(matrix: Tensor) -> Tensor:
     column = power[:, power.diagonal().argmax()]
     length = column.square().sum()
     return largest * ((column @ gram @ column) / length.where(length > 0, 1.0)).clamp_min(0).sqrt()
+
+
+def captured(sigma: Tensor) -> Tensor:
+    """For k = 1, 2, ..., the share of ‖M‖² that the best matrix of rank k captures (Eckart & Young, 1936).
+
+    Σ_{i≤k} σᵢ² / Σ σᵢ², in float64; zeros for the zero matrix.
+    """
+    energy = sigma.square().cumsum(0)
+    return energy / energy[-1] if energy[-1] > 0 else energy
+
+
+def power_exponent(sigma: Tensor) -> float:
+    """p of the power law σᵢ ∝ i^−p, by least squares of log σᵢ on log i; NaN where fewer than two σᵢ tell.
+
+    Over i = 1, 2, 4, ... up to half of the values, of which those below 1e-6 σ₁ are left out: every octave counts
+    alike, and the end, where any spectrum falls to its least value, does not.
+    """
+    index = 2.0 ** torch.arange(64, dtype=torch.float64, device=sigma.device)
+    index = index[index <= max(len(sigma) // 2, 1)]
+    seen = sigma[index.long() - 1]
+    told = seen > 1e-6 * sigma[0]
+    if told.sum() < 2:
+        return math.nan
+    x, y = index[told].log(), seen[told].log()
+    x = x - x.mean()
+    return -((x @ y) / x.square().sum()).item()
 
 
 def normalised(sigma: Tensor, count: int) -> list[float]:

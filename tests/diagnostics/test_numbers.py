@@ -15,9 +15,11 @@ from basisadapt.diagnostics.landscape import landscape
 from basisadapt.diagnostics.path import Path
 from basisadapt.diagnostics.sharpness import largest_eigenvalue
 from basisadapt.diagnostics.spectrum import (
+    captured,
     dc_share,
     largest_singular_value,
     normalised,
+    power_exponent,
     singular_values,
     stable_rank,
 )
@@ -46,6 +48,34 @@ def test_singular_values_of_known_matrices():
     assert normalised(sigma, 4) == pytest.approx([1, 2 / 3, 1 / 3, 0.1 / 3])
     assert singular_values(torch.zeros(3, 4)).tolist() == [0, 0, 0]
     assert normalised(torch.zeros(3), 2) == []
+
+
+def test_what_a_rank_captures():
+    """By the truncated decomposition itself."""
+    matrix = drawn(12, 9)
+    U, sigma, Vt = torch.linalg.svd(matrix, full_matrices=False)
+    left = [(matrix - U[:, :k] * sigma[:k] @ Vt[:k]).square().sum() / matrix.square().sum() for k in range(1, 10)]
+    torch.testing.assert_close(captured(singular_values(matrix)), 1 - torch.stack(left), rtol=0, atol=1e-12)
+    assert captured(torch.zeros(3, dtype=torch.float64)).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("count", [5, 64, 1000])
+def test_the_exponent_of_a_power_law(exponent, count):
+    sigma = 7 * torch.arange(1, count + 1, dtype=torch.float64) ** -exponent
+    assert power_exponent(sigma) == pytest.approx(exponent, abs=1e-12)
+    sigma[count // 2 + 1 :] /= 1e3  # the end has no say
+    assert power_exponent(sigma) == pytest.approx(exponent, abs=1e-12)
+
+
+def test_the_exponent_of_a_real_spectrum():
+    """Least squares, as numpy has it; NaN where one value, or none, is told from rounding."""
+    sigma = singular_values(drawn(100, 60))
+    at = np.array([1, 2, 4, 8, 16])
+    slope = np.polyfit(np.log(at), np.log(sigma.numpy()[at - 1]), 1)[0]
+    assert power_exponent(sigma) == pytest.approx(-slope, rel=1e-9)
+    for few in (torch.tensor([2.0, 1e-9, 0, 0, 0]).double(), torch.zeros(8).double(), torch.ones(1).double()):
+        assert math.isnan(power_exponent(few))
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e30])

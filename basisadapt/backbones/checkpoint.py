@@ -1,0 +1,67 @@
+"""The tensors of a pretrained model one at a time, without the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+from transformers.utils import cached_file
+
+from basisadapt.backbones.beside import INDEX, check_beside, file_of
+from basisadapt.backbones.catalogue import Backbone
+from basisadapt.backbones.failures import NO_SAFETENSORS, explained
+from basisadapt.backbones.packages import place_of
+from basisadapt.errors import InputError
+
+WEIGHTS = "model.safetensors"
+MATRIX = ".weight"
+
+
+class Checkpoint:
+    """The matrices of a backbone's safetensors, by the names of their modules.
+
+    name: the backbone's. shapes: of every two-dimensional ".weight". Raises InputError where there are no safetensors,
+    or damaged ones.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        self._backbone, self.name = backbone, backbone.name
+        check_beside(backbone, ask=True)
+        with explained(backbone):
+            self._files = _files(backbone)
+            self.shapes: dict[str, tuple[int, ...]] = {}
+            for file in dict.fromkeys(self._files.values()):
+                with safe_open(file, framework="pt") as opened:
+                    for name in filter(self._files.__contains__, opened.keys()):
+                        shape = tuple(opened.get_slice(name).get_shape())
+                        if name.endswith(MATRIX) and len(shape) == 2:
+                            self.shapes[name.removesuffix(MATRIX)] = shape
+
+    def read(self, module: str) -> Tensor:
+        """The matrix of a module, in the dtype that it is stored in."""
+        name = module + MATRIX
+        with explained(self._backbone), safe_open(self._files[name], framework="pt") as opened:
+            tensor: Tensor = opened.get_tensor(name)
+            return tensor
+
+
+def _files(backbone: Backbone) -> Mapping[str, Path]:
+    """Every tensor's name, and the file that holds it."""
+    source = place_of(backbone)
+    index = file_of(source, INDEX)
+    if index is not None:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        parts = {name: file_of(source, name) for name in set(names.values())}
+        if missing := sorted(name for name, file in parts.items() if file is None):
+            raise InputError(f"backbone {backbone.name!r} lacks {missing[0]}, which its {INDEX} names")
+        return {tensor: file for tensor, name in names.items() if (file := parts[name]) is not None}
+    file = file_of(source, WEIGHTS)
+    if file is None:
+        if not Path(source).is_dir():
+            cached_file(source, "config.json")  # which tells why a hub could not be asked
+        raise InputError(f"backbone {backbone.name!r} {NO_SAFETENSORS}")
+    with safe_open(file, framework="pt") as opened:
+        return dict.fromkeys(opened.keys(), file)

@@ -1,0 +1,303 @@
+"""Where a nonlinearity pays, read off the update between two checkpoints: `python -m basisadapt.spectra BASE TUNED`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from basisadapt.command import BAD_INPUT, DONE, INTERRUPTED, Parser, complain, guarded, say, tell
+from basisadapt.errors import InputError, shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from basisadapt.backbones.checkpoint import Checkpoint
+    from basisadapt.phi.settings import PhiSettings
+
+HEAD = ("module", "shape", "norm", "stable rank", "exponent", "BA", "sine", "phi", "best as BA of", "verdict")
+ALIKE = 1e-4  # shares of an update that differ by less are taken for one: a fit is no more exact
+ROUGH = 0.01  # the share of an update that rounding may be before it is spoken of
+
+
+@dataclass(frozen=True)
+class Update:
+    """ΔW of one module.
+
+    norm: ‖ΔW‖. stable_rank, exponent: see `diagnostics.spectrum`. captured: what BA of rank 1, 2, ... captures at best,
+    as shares of ‖ΔW‖². rounding: the share of ‖ΔW‖² that rounding the tuned weight to its dtype makes up, expected.
+    phi, sine: what φ(BA) and a sine beside BA capture, as fitted; None where nothing was.
+    """
+
+    module: str
+    shape: tuple[int, int]
+    norm: float
+    stable_rank: float
+    exponent: float
+    captured: tuple[float, ...]
+    rounding: float
+    phi: float | None
+    sine: float | None
+
+    @property
+    def energy(self) -> float:
+        """‖ΔW‖²."""
+        return self.norm**2
+
+    @property
+    def best(self) -> float | None:
+        """The greater of `phi` and `sine`."""
+        return None if self.phi is None or self.sine is None else max(self.phi, self.sine)
+
+
+def rank_of(captured: Sequence[float], share: float) -> int:
+    """The least rank of which BA captures as much as `share`."""
+    return 1 + sum(one < share - ALIKE for one in captured)
+
+
+def formulations(rank: int) -> tuple[PhiSettings, PhiSettings]:
+    """What is fitted: φ(BA), 64 sincs at the bandwidth of their grid, and the control, a sin(ω BA / rms(BA)), ω = 30.
+
+    Both beside BA and with an amplitude of 0 at the start; of the sine the amplitude alone is learned.
+    """
+    from basisadapt.phi.settings import PhiSettings
+
+    phi = PhiSettings(r=rank, num_basis=64, omega_init="nyquist", gain="normalised:1")
+    sine = PhiSettings(r=rank, basis="sinusoid", num_basis=1, omega_init=30.0, learn_omega=False, gain="normalised:1")
+    return phi, sine
+
+
+@guarded
+def main(arguments: list[str]) -> int:
+    """Run the command line; returns the exit code."""
+    try:
+        options = _parser().parse_args(arguments)
+        say(
+            report(
+                updates_between(options.base, options.tuned, options.rank, options.modules, options.fit), options.rank
+            )
+        )
+    except InputError as error:
+        complain(error)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        tell("\nInterrupted.")
+        return INTERRUPTED
+    return DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="python -m basisadapt.spectra",
+        description="Look at the update that full fine-tuning has made, matrix by matrix: its size, how its singular "
+        "values fall, and how much of it BA of one rank captures, and phi(BA) of the same rank. Prints whether phi "
+        "helps there. Only safetensors are read.",
+    )
+    parser.add_argument("base", metavar="BASE", help="the pretrained model: a folder, a hub id or a backbone's name")
+    parser.add_argument("tuned", metavar="TUNED", help="the same model, fine-tuned")
+    parser.add_argument("--rank", type=int, default=4, metavar="R", help="of BA and phi(BA) (default: 4)")
+    parser.add_argument(
+        "--modules",
+        metavar="REGEX",
+        help="the modules to look at, by their full names in BASE (default: all projections of the blocks)",
+    )
+    parser.add_argument(
+        "--fit",
+        type=int,
+        default=12,
+        metavar="K",
+        help="fit phi and the sine to K of them, evenly spread (default: 12); a matrix of 384 x 384 takes some ten "
+        "seconds of a core, and time grows with its entries",
+    )
+    return parser
+
+
+def updates_between(base_name: str, tuned_name: str, rank: int, pattern: str | None, fits: int) -> list[Update]:
+    """The updates of the modules that `pattern` matches, in the order of the base's names.
+
+    pattern: None takes the projections of the blocks. fits: to how many of them, evenly spread, φ is fitted. Raises
+    InputError for bad numbers, and for checkpoints that cannot be had or are not of one model.
+    """
+    import torch
+
+    from basisadapt import backbones
+    from basisadapt.backbones.checkpoint import Checkpoint
+
+    if rank < 1 or fits < 1:
+        raise InputError(f"--rank and --fit must be at least 1, got {rank} and {fits}")
+    base, tuned = (Checkpoint(backbones.find(name)) for name in (base_name, tuned_name))
+    pairs = _pairs(base, tuned, pattern)
+    for module, _ in pairs:
+        if rank >= (smaller := min(base.shapes[module])):
+            raise InputError(f"--rank must be below {smaller}, the smaller side of {module!r}, got {rank}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    places = {number * len(pairs) // fits for number in range(fits)}
+    updates = []
+    for place, (module, other) in enumerate(pairs):
+        tell(f"[{place + 1}/{len(pairs)}] {module}")
+        matrices = base.read(module).to(device), tuned.read(other).to(device)
+        updates.append(_update(module, *matrices, rank, place in places))
+    if not any(update.energy for update in updates):
+        raise InputError(f"{base_name!r} and {tuned_name!r} do not differ in any of {len(updates)} matrices")
+    return updates
+
+
+def _pairs(base: Checkpoint, tuned: Checkpoint, pattern: str | None) -> list[tuple[str, str]]:
+    """The modules to look at, by their names in both. Raises InputError where there are none, or they do not fit."""
+    others, pairs = _names_in(tuned, base), []
+    for name in _chosen(base, pattern):
+        other = others.get(name)
+        if other is None:
+            raise InputError(f"{tuned.name!r} has no {name!r}, as {base.name!r} does: it is another model")
+        if base.shapes[name] != tuned.shapes[other]:
+            sides = [" x ".join(map(str, shape)) for shape in (base.shapes[name], tuned.shapes[other])]
+            raise InputError(f"{name!r} is {sides[0]} in {base.name!r} and {sides[1]} in {tuned.name!r}: another model")
+        pairs.append((name, other))
+    return pairs
+
+
+def _chosen(base: Checkpoint, pattern: str | None) -> list[str]:
+    from basisadapt.adapter.placement import find_projections
+
+    if pattern is None:
+        names = [projection.name for projection in find_projections(base.shapes)]
+    else:
+        try:
+            names = list(filter(re.compile(pattern).fullmatch, base.shapes))
+        except re.error as error:
+            raise InputError(f"--modules {shown(pattern)} is not a regular expression: {error}") from error
+    if not names:
+        known = f"it has {', '.join(list(base.shapes)[:3])}, ..." if base.shapes else "it has no matrices"
+        raise InputError(f"no module of {base.name!r} is chosen; --modules names some: {known}")
+    return names
+
+
+def _names_in(other: Checkpoint, base: Checkpoint) -> dict[str, str]:
+    """The base's names of modules to the other's: behind a head, the body's names begin with one word more."""
+    longer = {name.partition(".")[2]: name for name in base.shapes}
+    names = {}
+    for name in other.shapes:
+        shorter = name.partition(".")[2]
+        known = name if name in base.shapes else shorter if shorter in base.shapes else longer.get(name)
+        if known is not None:
+            names[known] = name
+    return names
+
+
+def _update(module: str, base: Tensor, tuned: Tensor, rank: int, fit: bool) -> Update:
+    from basisadapt.adapter.fit import fitted_energy
+    from basisadapt.diagnostics.spectrum import captured, power_exponent, singular_values, stable_rank
+
+    change = tuned.double() - base.double()
+    if not change.isfinite().all():
+        raise InputError(f"{module!r} has weights that are not finite")
+    sigma = singular_values(change)
+    energy = change.square().sum().item()
+    phi, sine = (fitted_energy(change, one) for one in formulations(rank)) if fit else (None, None)
+    return Update(
+        module=module,
+        shape=(change.shape[0], change.shape[1]),
+        norm=math.sqrt(energy),
+        stable_rank=stable_rank(sigma),
+        exponent=power_exponent(sigma),
+        captured=tuple(captured(sigma).tolist()),
+        rounding=min(1.0, _rounding(tuned) / energy) if energy else 0.0,
+        phi=phi,
+        sine=sine,
+    )
+
+
+def _rounding(weight: Tensor) -> float:
+    """The expected squared error of rounding to the weight's dtype: of each entry a twelfth of its spacing's square."""
+    import torch
+
+    _, exponent = torch.frexp(weight.double())
+    spacing = torch.ldexp(torch.full_like(weight, torch.finfo(weight.dtype).eps, dtype=torch.float64), exponent - 1)
+    return spacing.where(weight != 0, 0.0).square().sum().item() / 12
+
+
+# --- the answer ---
+
+
+def report(updates: Sequence[Update], rank: int) -> str:
+    """The table, and under it the verdict."""
+    fitted = [update for update in updates if update.phi is not None]
+    rows = [HEAD, *(_row(update, rank) for update in updates)]
+    if len(fitted) > 1:
+        rows.append(_row(_together(fitted), rank))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, "", *_verdict(fitted, rank, len(updates))])
+
+
+def _together(updates: Sequence[Update]) -> Update:
+    """Several updates as one, each with its share of their energy; what has no meaning for them all is NaN."""
+    energy = math.fsum(update.energy for update in updates)
+
+    def mean(shares: Iterator[float]) -> float:
+        return math.fsum(u.energy * share for u, share in zip(updates, shares, strict=True)) / energy if energy else 0.0
+
+    ranks = range(max(len(update.captured) for update in updates))
+    return Update(
+        module=f"the {len(updates)} that were fitted, by energy",
+        shape=(0, 0),
+        norm=math.sqrt(energy),
+        stable_rank=math.nan,
+        exponent=math.nan,
+        captured=tuple(mean(u.captured[min(k, len(u.captured) - 1)] for u in updates) for k in ranks),
+        rounding=mean(u.rounding for u in updates),
+        phi=mean(u.phi or 0.0 for u in updates),
+        sine=mean(u.sine or 0.0 for u in updates),
+    )
+
+
+def _row(update: Update, rank: int) -> tuple[str, ...]:
+    shape = " x ".join(map(str, update.shape)) if any(update.shape) else ""
+    told = ["" if math.isnan(x) else f"{x:.2f}" for x in (update.stable_rank, update.exponent)]
+    shares = [update.captured[rank - 1], update.sine, update.phi]
+    percent = ["" if share is None else f"{100 * share:.1f} %" for share in shares]
+    rest = ("", "") if update.best is None else (f"rank {rank_of(update.captured, update.best)}", _word(update, rank))
+    return (update.module, shape, f"{update.norm:.3g}", *told, *percent, *rest)
+
+
+def _helps(update: Update, rank: int) -> bool:
+    """Whether φ or the sine captures more than BA of the next rank, which has more parameters than they add."""
+    return rank_of(update.captured, update.best or 0.0) > rank + 1
+
+
+def _word(update: Update, rank: int) -> str:
+    return "phi helps" if _helps(update, rank) else "phi does not help"
+
+
+def _verdict(fitted: Sequence[Update], rank: int, count: int) -> list[str]:
+    whole = _together(fitted)
+    assert whole.phi is not None
+    assert whole.sine is not None
+    assert whole.best is not None
+    phi, sine, ba = (f"{100 * share:.1f} %" for share in (whole.phi, whole.sine, whole.captured[rank - 1]))
+    said = [
+        f"Here {_word(whole, rank)}: of the update BA of rank {rank} captures {ba}, phi(BA) of that rank {phi} and a "
+        f"fixed sine {sine}; the best is as BA of rank {rank_of(whole.captured, whole.best)}.",
+        f"It helps where it captures more than BA of rank {rank + 1}: in {sum(_helps(u, rank) for u in fitted)} of the "
+        f"{len(fitted)} matrices that were fitted, of {count}.",
+    ]
+    if _helps(whole, rank):
+        said.append(
+            "Learning the function pays."
+            if rank_of(whole.captured, whole.phi) > rank_of(whole.captured, whole.sine)
+            else "A fixed sine is enough."
+        )
+    if whole.rounding > ROUGH:
+        said.append(
+            f"Some {100 * whole.rounding:.0f} % of this update is the rounding of the tuned weights, whose spectrum is "
+            "flat and which nobody wants to learn: compare checkpoints in float32."
+        )
+    return said
+
+
+if __name__ == "__main__":
+    sys.exit(main())
