@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -181,3 +182,18 @@ def test_nothing_but_what_is_asked_for_is_fitted(folders, monkeypatch, capsys):
     monkeypatch.setattr(fit, "fitted_energy", lambda change, settings: fitted.append(change.shape) or 0.5)
     told(capsys, folders / "base", folders / "tuned", "--fit", 2)
     assert fitted == [(32, 32)] * 4, "phi and the sine, to two matrices"
+
+
+def test_the_page_for_practitioners_shows_the_command_as_it_is(monkeypatch):
+    """Its command parses, its program trains the model that the command looks at, and it names every column."""
+    page = (Path(__file__).parents[1] / "docs" / "where-a-nonlinearity-pays.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^python -m basisadapt.spectra (.+)$", page, re.MULTILINE)
+    options = spectra._parser().parse_args(command.split())
+    assert options.base == "minilm"
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    ran = []
+    monkeypatch.setattr("basisadapt.training.run", lambda config, **options: ran.append((config, options)))
+    exec(program, {})
+    ((config, settings),) = ran
+    assert (config.method, config.backbone, str(settings["save_to"])) == ("full", options.base, options.tuned)
+    assert all(head in page for head in spectra.HEAD)

@@ -130,6 +130,23 @@ def test_a_diagnostic_is_a_column_of_every_table(two_bases, monkeypatch):
     assert "relative size |" in text.to_markdown(reported(two_bases, SOUND)), "also before its cells are run again"
 
 
+def test_a_column_may_be_a_quotient_of_two_metrics(folder):
+    """Cell by cell, so that its mean is that of the quotients; without a divisor there is none."""
+    path = folder / "tiny.yaml"
+    path.write_text(path.read_text() + "columns: [bits / parameters.trainable, bits / zero]\n")
+    study = resolve(read_spec("tiny.yaml"))
+    cells = study.cells[:3]
+    known = {
+        cell.key: outcome(cell, 0.5, bits=bits, zero=0.0, **{"parameters.trainable": numbers})
+        for cell, bits, numbers in zip(cells, (100.0, 300.0, 50.0), (1000.0, 1500.0, 100.0), strict=True)
+    }
+    found = report.make_report(build_table(study, known))
+    assert found.table.lines[0].mean_of("bits / parameters.trainable") == pytest.approx((0.1 + 0.2 + 0.5) / 3)
+    line = next(line for line in text.to_text(found).splitlines() if line.startswith("sinc"))
+    assert line.split()[-2:] == ["0.267", "-"]
+    assert "| bits a number |" in text.to_markdown(found)
+
+
 def test_mixed_states(two_bases):
     known = outcomes(two_bases, SOUND)
     cells = two_bases.cells

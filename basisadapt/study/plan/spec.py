@@ -135,9 +135,10 @@ class StudySpec:
     reference: the label of the row that the others are compared with; or one axis' value, such as method=lora: then
     each row's reference is the one that is equal on the other axes. answers: the published table. tune: what is chosen
     for every row before it is run. presets: a name to dotted overrides of the base, `seeds`, and axes in full:
-    sweep.AXIS, tune.SETTING; also tune.NAME of `Tune`. columns: further recorded metrics to show. against: recorded
-    metrics that the headline metric is drawn against. claims: of the paper, each judged by the record. search: setting
-    to its range in a search, see `search_space`.
+    sweep.AXIS, tune.SETTING; also tune.NAME of `Tune`. columns: further recorded metrics to show, or
+    quotients of two, such as "bits / parameters.trainable". against: recorded metrics that the headline metric is drawn
+    against. claims: of the paper, each judged by the record. search: setting to its range in a search, see
+    `search_space`.
 
     A file that is `like` a shipped study takes over its base, presets and seeds, and states what differs; a preset that
     is null there is left out. An axis called `task` also multiplies the rows beside, and where a preset or the command

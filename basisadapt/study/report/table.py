@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from basisadapt.study.plan.tuning import Tuned
 
 PERCENT = ("accuracy", "f1", "matthews", "pearson", "spearman", "energy")  # metrics that are read as percentages
+PER = " / "  # between two metrics: their quotient
 COLUMNS = ("stable_rank.mean", "dc_share.mean", "parameters.trainable")  # of every table, before others
 
 
@@ -64,9 +65,12 @@ class Line:
         return {seed: o.value for seed, o in self.outcomes.items() if o.value is not None}
 
     def values_of(self, metric: str | None) -> dict[int, float]:
-        """Seed to any metric, of the finished cells that have it; None is the headline one."""
+        """Seed to any metric, or quotient of two, of the finished cells that have it; None is the headline one."""
         if metric is None:
             return self.values
+        if PER in metric:
+            over, under = map(self.values_of, metric.split(PER, 1))
+            return {seed: value / under[seed] for seed, value in over.items() if under.get(seed)}
         finished = {seed: o.metrics for seed, o in self.outcomes.items() if o.status == "finished"}
         return {seed: metrics[metric] for seed, metrics in finished.items() if metric in metrics}
 

@@ -36,6 +36,7 @@ FORMS = {  # of metrics for which the plain one would not do
     "stable_rank.mean": Form("stable rank", ".2f"),
     "dc_share.mean": Form("DC share", ".3f"),
     "parameters.trainable": Form("trainable", ",.0f"),
+    "bits / parameters.trainable": Form("bits a number", ".3f"),
     "adapter.bytes": Form("adapter, MB", ",.2f", 1e6),
     "memory.peak_bytes": Form("peak memory, MB", ",.0f", 1e6),
     "seconds.train": Form("training, s", ",.1f"),
