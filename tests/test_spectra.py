@@ -196,4 +196,4 @@ def test_the_page_for_practitioners_shows_the_command_as_it_is(monkeypatch):
     exec(program, {})
     ((config, settings),) = ran
     assert (config.method, config.backbone, str(settings["save_to"])) == ("full", options.base, options.tuned)
-    assert all(head in page for head in spectra.HEAD)
+    assert all(head in page for head in spectra.HEAD), "every column is explained"
