@@ -1,7 +1,7 @@
 """The common form of the rivals that peft lacks, y = x Wᵀ + b + s g(x Aᵀ) Bᵀ, as a peft method.
 
 A method is a subclass of `ProductLinear`, its formula; one of `ProductConfig`, its settings, which enters it into
-peft's tables; and one of `ProductMethod`. Where the update is no product of thin matrices the first is an `AddedLinear`.
+peft's tables; and one of `ProductMethod`. Where ΔW is no product of thin matrices, the first is an `AddedLinear`.
 """
 
 from __future__ import annotations
