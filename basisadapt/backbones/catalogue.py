@@ -105,6 +105,10 @@ BACKBONES = {
             "num_attention_heads": 16,
         },
     ),
+    "all-mpnet-base-v2": Backbone(
+        source="sentence-transformers/all-mpnet-base-v2",
+        shapes={"model_type": "mpnet", "vocab_size": 30527, "max_position_embeddings": 514},
+    ),
     "pythia-1.4b": Backbone(
         source="EleutherAI/pythia-1.4b",
         shapes={
