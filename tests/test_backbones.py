@@ -24,6 +24,7 @@ from tokenizers import pre_tokenizers
 from basisadapt import InputError, backbones
 from basisadapt.adapter.placement import find_projections, target_pattern
 from basisadapt.backbones import BACKBONES, FORMS, QUANTISED, Backbone, Package, catalogue, gguf, gguf_header, packages
+from basisadapt.cache import cache_folder
 from basisadapt.methods import METHODS
 from basisadapt.run_config import RunConfig
 from basisadapt.study.__main__ import main
@@ -376,9 +377,9 @@ def test_several_convert_once(tmp_path, monkeypatch):
 def test_where_conversions_are_kept(monkeypatch, tmp_path):
     monkeypatch.delenv("BASISADAPT_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert gguf.cache_folder() == tmp_path / "basisadapt"
+    assert cache_folder() == tmp_path / "basisadapt"
     monkeypatch.setenv("BASISADAPT_CACHE", str(tmp_path / "other"))
-    assert gguf.cache_folder() == tmp_path / "other"
+    assert cache_folder() == tmp_path / "other"
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "basisadapt"
 # Rooms from the ground up; a room may import from every floor below, and from itself.
 FLOORS = [
-    {"errors", "peft_hook", "redaction"},
+    {"cache", "errors", "peft_hook", "redaction"},
     {"command", "registry", "ranges", "settings", "environment", "cost"},
     {"phi", "tasks", "backbones", "distributed", "diagnostics"},
     {"testing", "adapter", "mt_bench", "gallery", "launch"},

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +11,7 @@ import torch
 
 from basisadapt.backbones.files import sha256_of
 from basisadapt.backbones.gguf_header import Header, read_header
+from basisadapt.cache import cache_folder
 from basisadapt.errors import InputError
 
 if TYPE_CHECKING:
@@ -62,14 +61,6 @@ def converted(file: Path, sha256: str) -> Path:
             "bytes a weight, and BASISADAPT_CACHE names another folder"
         ) from error
     return folder
-
-
-def cache_folder() -> Path:
-    """Where converted weights are kept: BASISADAPT_CACHE, or basisadapt in the platform's folder for caches."""
-    if chosen := os.environ.get("BASISADAPT_CACHE"):
-        return Path(chosen)
-    home = {"darwin": Path.home() / "Library" / "Caches", "win32": Path.home() / "AppData" / "Local"}
-    return Path(os.environ.get("XDG_CACHE_HOME") or home.get(sys.platform, Path.home() / ".cache")) / "basisadapt"
 
 
 def _file_type(header: Header) -> str:

@@ -7,6 +7,9 @@ Python version to the next; the data's fingerprint tells.
 from __future__ import annotations
 
 import ast
+import hashlib
+import json
+import sys
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator
@@ -14,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from basisadapt.cache import kept
 from basisadapt.tasks.split import split
 from basisadapt.tasks.task import Rows, TaskData
 from basisadapt.tasks.text import TextTask
@@ -46,14 +50,26 @@ class Docstrings(TextTask, name="docstrings"):
         return {"accuracy": float(np.mean(scores.argmax(axis=-1) == labels))}
 
 
-def _docstrings(library: Path) -> Iterator[tuple[str, str]]:
-    """Package and docstring of every module, class and function in the library's packages, in a fixed order."""
+def _docstrings(library: Path) -> list[tuple[str, str]]:
+    """Package and docstring of every module, class and function in the library's packages, in a fixed order.
+
+    Parsed once and kept for as long as the library does not change.
+    """
+    files = list(_files(library))
+    stamps = ((str(path), stat.st_size, stat.st_mtime_ns) for _, path in files for stat in [path.stat()])
+    digest = hashlib.sha256(json.dumps([sys.version, *stamps]).encode()).hexdigest()[:16]
+    found = kept(f"docstrings-{digest}.json", lambda: [[p, text] for p, path in files for text in _file_docstrings(path)])
+    return [(package, text) for package, text in found]
+
+
+def _files(library: Path) -> Iterator[tuple[str, Path]]:
+    """The name of a package and a file of it."""
     for package in sorted(path for path in library.iterdir() if (path / "__init__.py").is_file()):
         if package.name in SKIPPED:
             continue
         for path in sorted(package.rglob("*.py")):
             if SKIPPED.isdisjoint(path.relative_to(library).parts):
-                yield from ((package.name, text) for text in _file_docstrings(path))
+                yield package.name, path
 
 
 def _file_docstrings(path: Path) -> Iterator[str]:

@@ -17,7 +17,7 @@ from basisadapt.errors import InputError, one_line, shown, unknown
 from basisadapt.settings import WHOLE, from_mapping
 from basisadapt.study.plan.claims import COMMON, PLATEAU, Claim
 
-PRESETS = ("smoke", "quick", "gpu", "llm", "paper")
+PRESETS = ("smoke", "quick", "gpu", "llm", "encoder", "paper")
 MOST_BYTES = 1_000_000  # of a study's file
 SWEEP, TUNE = "sweep.", "tune."  # what the axes of the rows, and of what is tuned, begin with
 VARIANT = "variant"  # the axis of the sweep whose values are names, each for what is `given` for it

@@ -1,0 +1,40 @@
+"""What is made once and kept in the user's cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+
+def cache_folder() -> Path:
+    """BASISADAPT_CACHE, or basisadapt in the platform's folder for caches."""
+    if chosen := os.environ.get("BASISADAPT_CACHE"):
+        return Path(chosen)
+    home = {"darwin": Path.home() / "Library" / "Caches", "win32": Path.home() / "AppData" / "Local"}
+    return Path(os.environ.get("XDG_CACHE_HOME") or home.get(sys.platform, Path.home() / ".cache")) / "basisadapt"
+
+
+def kept(name: str, make: Callable[[], Any]) -> Any:
+    """The JSON value in the cache's file `name`, which `make` gives where there is none that can be read.
+
+    The file gets its name only when it is complete. A cache that cannot be written keeps nothing.
+    """
+    file = cache_folder() / name
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        value = make()
+    part = file.with_name(f"{name}.{os.getpid()}.part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(value), encoding="utf-8")
+        part.replace(file)
+    except OSError:
+        with suppress(OSError):
+            part.unlink()
+    return value
