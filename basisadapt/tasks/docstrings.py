@@ -58,8 +58,11 @@ def _docstrings(library: Path) -> list[tuple[str, str]]:
     files = list(_files(library))
     stamps = ((str(path), stat.st_size, stat.st_mtime_ns) for _, path in files for stat in [path.stat()])
     digest = hashlib.sha256(json.dumps([sys.version, *stamps]).encode()).hexdigest()[:16]
-    found = kept(f"docstrings-{digest}.json", lambda: [[p, text] for p, path in files for text in _file_docstrings(path)])
-    return [(package, text) for package, text in found]
+
+    def parse() -> list[tuple[str, str]]:
+        return [(package, text) for package, path in files for text in _file_docstrings(path)]
+
+    return [(package, text) for package, text in kept(f"docstrings-{digest}.json", parse)]
 
 
 def _files(library: Path) -> Iterator[tuple[str, Path]]:

@@ -34,11 +34,11 @@ def test_every_shipped_study_resolves_under_every_preset():
 
 def test_ablate_basis_stands_beside_table_13():
     study = resolve(read_spec("ablate_basis"))
-    labels = ["sinc", "gaussian_rbf", "bspline", "fourier", "polynomial", "LoRA", "paper sinc"]
+    labels = ["sinc", "gaussian_rbf", "bspline", "fourier", "polynomial", "LoRA", "paper sinc", "linear", "sine"]
     assert [row.label for row in study.rows] == labels
     published = published_values(study.spec.answers)
     assert [published[row.published] for row in study.rows[:2]] == [("61.1", "0.2"), ("60.4", "0.3")]
-    assert all(row.published in published for row in study.rows if row.label != "LoRA")
+    assert all(row.published in published for row in study.rows if row.label not in ("LoRA", "linear", "sine"))
 
 
 def test_rows_and_cells(spec):

@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import math
 import re
+from dataclasses import replace
 
 import pytest
 from huggingface_hub import try_to_load_from_cache
@@ -22,6 +23,7 @@ TABLES = {1, 2, 3, 5, 8, 9, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23}
 OURS = {
     "ablate_formulation",
     "ablate_interval",
+    "ablate_nonlinearity",
     "ablate_remedies",
     "approximate",
     "capacity",
@@ -39,7 +41,7 @@ LANGUAGE = {
     "instruct": "instruct/mt_bench",
 }
 VISION = {"vision_clip": "clip-vit-b32", "vision_dinov2": "dinov2-base"}  # and the weights that they download
-DRAWN = {"approximate", "capacity"}  # whose tasks are no data
+DRAWN = {"ablate_nonlinearity", "approximate", "capacity"}  # whose tasks are no data
 SAME_VALUES = {"ablate_grid": ["table_16.csv"]}  # further tables that print what a study answers
 LEFT_OUT = {  # rows of the table that no row of the study answers, for reasons that its file gives
     "ablate_alpha": ["model_size=8B,alpha_init=0.0", "model_size=8B,alpha_init=0.01", "model_size=8B,alpha_init=0.1"],
@@ -151,10 +153,14 @@ def test_presets(name):
     quick, smoke, paper = (resolve(spec, preset=preset) for preset in ("quick", "smoke", "paper"))
     # A cell takes about 25 s on two cores.
     large = {
-        "glue": 90,
+        "glue": 108,
+        "ablate_n": 33,
+        "ablate_rank": 60,
+        "commonsense": 33,
+        "ablate_robustness": 33,
         "ablate_formulation": 51,
         "ablate_remedies": 57,
-        "compare_methods": 51,
+        "compare_methods": 54,
         "confirm_formulation": 39,
         "refine_formulation": 44,
     }
@@ -220,8 +226,8 @@ def test_methods_are_compared_at_a_rate_of_their_own():
     tuning = {preset: resolve_tuning(spec, preset=preset) for preset in spec.presets}
     rates = {tuple(one.row.cells[0].config.train.lr for one in of_row) for of_row in tuning["quick"].candidates}
     assert rates == {(3e-4, 1e-3, 3e-3, 1e-2, 3e-2)}
-    assert len(tuning["quick"].trials.cells) == 17 * 5
-    assert len(tuning["smoke"].trials.cells) == 17 * 2
+    assert len(tuning["quick"].trials.cells) == 18 * 5
+    assert len(tuning["smoke"].trials.cells) == 18 * 2
     steps = {cell.config.train.max_steps for cell in tuning["quick"].trials.cells}
     assert steps == {50}, "as many as the rows that are reported"
     assert tuning["paper"].trials.cells == ()
@@ -245,7 +251,7 @@ def test_rates_of_a_language_model():
     assert linear == {1}
 
 
-@pytest.mark.parametrize("name", sorted(DRAWN))
+@pytest.mark.parametrize("name", sorted(DRAWN - {"ablate_nonlinearity"}))
 def test_presets_of_drawn_tasks(name):
     """Whole batches, a rate for every row, chosen on other seeds; the same trained parameters for all low ranks."""
     spec = read_spec(name)
@@ -263,6 +269,96 @@ def test_presets_of_drawn_tasks(name):
         assert not seeds & {cell.seed for cell in tuning.trials.cells}
         rates = {len(of_row) for of_row in tuning.candidates}
         assert rates == {1 if preset == "smoke" else 5 if name == "capacity" else 3}
+
+
+def test_the_first_study_compares_everything_at_one_rate_on_the_facts_of_many_seeds():
+    """So that its intervals are narrow; what was chosen was chosen on other facts."""
+    study = resolve(read_spec("ablate_nonlinearity"))
+    assert study.spec.tune is None
+    configs = [cell.config for cell in study.cells]
+    assert {(one.train.lr, one.train.max_steps, one.train.batch_size) for one in configs} == {(3e-2, 80, 512)}
+    assert {config.adapter.r for config in configs} == {1}
+    assert len({config.seed for config in configs}) == 8
+    capacity = resolve_tuning(read_spec("capacity"))
+    assert 3e-2 in capacity.spec.tune.grid["train.lr"]
+    assert not {config.seed for config in configs} & set(capacity.spec.tune.seeds)
+
+
+# Tables of phi, with the row that the controls are held against.
+CONTROLLED = {
+    "ablate_alpha": "zero",
+    "ablate_basis": "sinc",
+    "ablate_core": "default",
+    "ablate_grid": "uniform",
+    "ablate_interval": "3.0",
+    "ablate_layers": "all",
+    "ablate_n": "64",
+    "ablate_nonlinearity": "sinc",
+    "ablate_omega": "1.0",
+    "ablate_placement": "phi, all",
+    "ablate_rank": "phi, 4",
+    "ablate_robustness": "default",
+    "ablate_sharing": "none",
+}
+
+
+@pytest.mark.parametrize(("name", "best"), CONTROLLED.items())
+def test_a_table_of_phi_has_its_controls(name, best):
+    """At everything else of the row that they are held against, under every preset that has one."""
+    spec = read_spec(name)
+    end = best.removeprefix("phi") if name == "ablate_rank" else ""
+    pairs = {pair for claim in spec.claims if claim.metric is None for pair in claim.pairs}
+    assert {(best, f"linear{end}"), (best, f"sine{end}")} <= pairs
+    for preset in spec.presets:
+        configs = {row.name: row.cells[0].config for row in resolve(spec, preset=preset).rows}
+        linear, sine, phi = configs[f"linear{end}"], configs[f"sine{end}"], configs[best]
+        assert (linear.adapter.basis, linear.adapter.num_basis, linear.adapter.learn_omega) == ("linear", 1, False)
+        assert sine.method == "sinelora" or (sine.adapter.basis, sine.adapter.learn_omega) == ("sinusoid", False)
+        assert linear.train == sine.train == phi.train
+        same = ("r", "gain", "placement", "transfer_lr", "identity_path")
+        assert [getattr(linear.adapter, key) for key in same] == [getattr(phi.adapter, key) for key in same]
+
+
+ON_A_LANGUAGE_MODEL = {*CONTROLLED, "commonsense", "compare_methods"} - {"ablate_nonlinearity"}
+
+
+def test_which_studies_have_a_preset_for_a_language_model():
+    found = {name for name in list_studies() if "llm" in read_spec(name).presets}
+    assert found == ON_A_LANGUAGE_MODEL | {"ablate_rate"}
+
+
+@pytest.mark.parametrize("name", sorted(ON_A_LANGUAGE_MODEL))
+def test_the_preset_for_a_language_model(name):
+    """One schedule for all studies, that of the study of rates, and phi as there; where a study tunes, each row at the
+    paper's rate and at its own."""
+    tuning, rate = (resolve_tuning(read_spec(one), preset="llm") for one in (name, "ablate_rate"))
+    (of_rate,) = {replace(cell.config.train, lr=1e-4, validation=None) for cell in rate.possible_cells}
+    epochs = 3 if name in ("commonsense", "compare_methods") else 1
+    configs = [cell.config for cell in tuning.possible_cells]
+    for config in configs:
+        assert (config.task, config.backbone, config.data.packed) == ("commonsense/15k", "qwen2.5-coder-0.5b", True)
+        own = {} if name != "ablate_robustness" else {"batch_size": config.train.batch_size}
+        assert replace(config.train, lr=1e-4, validation=None) == replace(of_rate, epochs=epochs, **own)
+        if config.method == "phi":
+            assert config.adapter.preset in ("nyquist", "paper")
+    rates = {config.train.lr for config in configs}
+    if read_spec(name).tune is None:
+        assert rates == ({5e-5, 1e-4, 2e-4} if name == "ablate_robustness" else {1e-4})
+    else:
+        assert (list(tuning.at), rates) == ([1e-4], {1e-4, 2e-4, 4e-4, 8e-4})
+        assert {cell.config.train.validation for cell in tuning.trials.cells} == {0.1}
+
+
+def test_glue_on_an_encoder_of_the_papers_size():
+    """Six tasks and six methods, each at its own rate for every task."""
+    tuning = resolve_tuning(read_spec("glue"), preset="encoder")
+    rows = tuning.choose({}).study.rows
+    assert {row.name for row in rows} == {"phi", "lora", "linear", "SineLoRA", "VeRA", "RandLoRA"}
+    assert len(rows) == 36
+    assert all(len(of_row) == 5 for of_row in tuning.candidates)
+    configs = [cell.config for cell in tuning.possible_cells]
+    assert {config.backbone for config in configs} == {"all-mpnet-base-v2"}
+    assert {config.adapter.preset for config in configs if config.method == "phi"} == {"nyquist"}
 
 
 @pytest.mark.parametrize("name", VISION)
@@ -307,6 +403,7 @@ def test_every_study_shows_lora_and_most_the_literal_recipe():
         "ablate_remedies",
         "ablate_scale",
         "ablate_robustness",
+        "ablate_nonlinearity",
         "approximate",
         "capacity",
         "compare_methods",
