@@ -154,17 +154,14 @@ def test_presets(name):
     # A cell takes about 25 s on two cores.
     large = {
         "glue": 108,
-        "ablate_n": 33,
         "ablate_rank": 60,
-        "commonsense": 33,
-        "ablate_robustness": 33,
         "ablate_formulation": 51,
         "ablate_remedies": 57,
         "compare_methods": 54,
         "confirm_formulation": 39,
         "refine_formulation": 44,
     }
-    assert len(quick.cells) <= large.get(name, 30)
+    assert len(quick.cells) <= large.get(name, 33)
     assert len(smoke.cells) == len(quick.rows)
     for cell in (*smoke.cells, *quick.cells):
         expected = (LANGUAGE[name], "smollm2-135m") if name in LANGUAGE else ("docstrings", "minilm")
