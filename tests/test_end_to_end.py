@@ -40,7 +40,7 @@ def test_killed_and_resumed_the_table_is_that_of_an_undisturbed_study(tmp_path):
     arguments = ("--set", "sweep.basis=sinc,fourier")
     driver = subprocess.Popen([sys.executable, *STUDY, *arguments], cwd=disturbed, stderr=subprocess.PIPE, text=True)
     for line in driver.stderr:
-        if line.startswith("[1/4]"):
+        if line.startswith("[1/6]"):
             break
     time.sleep(0.7)
     driver.send_signal(signal.SIGKILL)
@@ -48,12 +48,12 @@ def test_killed_and_resumed_the_table_is_that_of_an_undisturbed_study(tmp_path):
 
     resumed = study(disturbed, *arguments)
     assert resumed.returncode == 0, resumed.stderr
-    assert "[1/4]" not in resumed.stderr, "the first cell is not run again"
+    assert "[1/6]" not in resumed.stderr, "the first cell is not run again"
     whole = study(undisturbed, *arguments)
     assert table(resumed.stdout) == table(whole.stdout)
     again = study(disturbed, *arguments)
     assert table(again.stdout) == table(whole.stdout)
-    assert "/4]" not in again.stderr, "nothing is left to run"
+    assert "/6]" not in again.stderr, "nothing is left to run"
 
     client = mlflow.MlflowClient(f"sqlite:///{disturbed}/mlflow.db")
     experiment = client.get_experiment_by_name("ablate_basis")
@@ -61,10 +61,10 @@ def test_killed_and_resumed_the_table_is_that_of_an_undisturbed_study(tmp_path):
     finished = [run.data.tags for run in runs if run.data.tags["status"] == "finished"]
     cells = [tags["basisadapt.cell"] for tags in finished if "basisadapt.cell" in tags]  # the others are parents
     assert not [run for run in runs if run.info.status == "RUNNING"]
-    assert len(cells) == len(set(cells)) == 4
+    assert len(cells) == len(set(cells)) == 6
     trials = optuna.load_study(study_name="ablate_basis", storage=f"sqlite:///{disturbed}/optuna.db").trials
     assert not [trial for trial in trials if trial.state == optuna.trial.TrialState.RUNNING]
-    assert sum(trial.state == optuna.trial.TrialState.COMPLETE for trial in trials) == 4
+    assert sum(trial.state == optuna.trial.TrialState.COMPLETE for trial in trials) == 6
 
 
 def test_the_basis_of_the_readme_becomes_a_row(tmp_path):

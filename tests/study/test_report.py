@@ -231,12 +231,14 @@ def test_rows_are_compared_within_their_task_and_over_all_tasks(folder):
 def test_a_published_table_without_tasks_stands_beside_the_means_over_tasks():
     study = resolve(read_spec("ablate_basis"), changes=["sweep.task=glue/cola,glue/rte", "sweep.basis=sinc"])
     assert [row.label for row in study.rows] == [
-        f"{name}, {task}" for name in ("sinc", "LoRA", "paper sinc") for task in ("glue/cola", "glue/rte")
+        f"{name}, {task}"
+        for name in ("sinc", "LoRA", "paper sinc", "linear", "sine")
+        for task in ("glue/cola", "glue/rte")
     ]
     table = build_table(study, outcomes(study, [0.5] * len(study.cells)))
     assert {line.published for line in table.lines} == {None}
-    sinc, lora, paper = table.across
-    assert lora.published is None
+    sinc, lora, paper, *controls = table.across
+    assert {line.published for line in (lora, *controls)} == {None}
     assert sinc.published == paper.published == published_values(study.spec.answers)["basis=sinc"]
     rows, across = text.grids(report.make_report(table))[:2]
     assert "published" not in rows.header

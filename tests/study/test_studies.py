@@ -316,7 +316,7 @@ def test_a_table_of_phi_has_its_controls(name, best):
         assert [getattr(linear.adapter, key) for key in same] == [getattr(phi.adapter, key) for key in same]
 
 
-ON_A_LANGUAGE_MODEL = {*CONTROLLED, "commonsense", "compare_methods"} - {"ablate_nonlinearity"}
+ON_A_LANGUAGE_MODEL = {*CONTROLLED, "commonsense"} - {"ablate_nonlinearity"}
 
 
 def test_which_studies_have_a_preset_for_a_language_model():
@@ -330,7 +330,7 @@ def test_the_preset_for_a_language_model(name):
     paper's rate and at its own."""
     tuning, rate = (resolve_tuning(read_spec(one), preset="llm") for one in (name, "ablate_rate"))
     (of_rate,) = {replace(cell.config.train, lr=1e-4, validation=None) for cell in rate.possible_cells}
-    epochs = 3 if name in ("commonsense", "compare_methods") else 1
+    epochs = 3 if name == "commonsense" else 1
     configs = [cell.config for cell in tuning.possible_cells]
     for config in configs:
         assert (config.task, config.backbone, config.data.packed) == ("commonsense/15k", "qwen2.5-coder-0.5b", True)
