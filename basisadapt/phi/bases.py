@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from basisadapt.phi.basis import TransferBasis
 from basisadapt.ranges import Range
 
+TINY = 1e-300  # added to a float64 it changes zero alone
+
 
 class Sinc(TransferBasis, name="sinc"):
     """b(u) = sin(πu) / (πu), b(0) = 1: the normalised sinc of the sampling theorem (paper, eq. 2 and 4)."""
@@ -19,9 +22,18 @@ class Sinc(TransferBasis, name="sinc"):
         """b(u)."""
         return torch.sinc(u)
 
+    def values(self, u: Tensor, slopes: bool) -> tuple[Tensor, Tensor]:
+        """sin(v) / v and π (cos(v) − sin(v) / v) / v at v = πu."""
+        v = u.mul_(math.pi).add_(TINY)
+        b = torch.sin(v).div_(v)
+        # For |v| < 1e-8 both cosine and quotient are 1 exactly.
+        return b, torch.cos(v).sub_(b).div_(v).mul_(math.pi) if slopes else b
+
 
 class GaussianRBF(TransferBasis, name="gaussian_rbf"):
     """b(u) = exp(−u²) (paper, Table 13)."""
+
+    support: ClassVar[float] = 6.5
 
     def forward(self, u: Tensor) -> Tensor:
         """b(u)."""
@@ -33,6 +45,9 @@ class BSpline(TransferBasis, name="bspline"):
 
     Support [−2, 2], twice continuously differentiable, B₃(0) = 2/3. Source: Schoenberg (1946).
     """
+
+    support: ClassVar[float] = 2.0
+    jumps: ClassVar[Mapping[float, float]] = {-2.0: 1.0, -1.0: -4.0, 0.0: 6.0, 1.0: -4.0, 2.0: 1.0}
 
     def forward(self, u: Tensor) -> Tensor:
         """b(u)."""
@@ -49,6 +64,10 @@ class Fourier(TransferBasis, name="fourier", argument="phase"):
     def forward(self, u: Tensor) -> Tensor:
         """b(u)."""
         return torch.cos(u)
+
+    def values(self, u: Tensor, slopes: bool) -> tuple[Tensor, Tensor]:
+        """cos(u) and −sin(u)."""
+        return torch.cos(u), torch.sin(u).neg_() if slopes else u
 
 
 class Polynomial(TransferBasis, name="polynomial", argument="scaled"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -38,10 +39,14 @@ class TransferBasis(ABC):
     uᵢ = ωᵢ (x − xᵢ), "phase" uᵢ = ωᵢ x + xᵢ, or "scaled" uᵢ = ωᵢ x, for functions that have no place on a grid.
     `search` maps settings of an adapter to the ranges in which a search should look for them with this basis, such as
     {"omega_init": Range(0.5, 10, log=True)}; settings that it leaves out keep their general range.
+    `support` and `jumps` make tables quick and change nothing else: beyond ±support b is zero to within rounding, and
+    of a cubic spline that is zero beyond its knots `jumps` maps each knot to the jump of the third derivative there.
     `basisadapt.testing.check_basis` checks a basis against the contract.
     """
 
     argument: ClassVar[str]
+    support: ClassVar[float] = math.inf
+    jumps: ClassVar[Mapping[float, float]] = {}
     search: ClassVar[Mapping[str, Range]] = {}
 
     def __init_subclass__(cls, *, name: str | None = None, argument: str = "shifted", **kwargs: Any) -> None:
@@ -50,12 +55,27 @@ class TransferBasis(ABC):
         if argument not in ARGUMENTS:
             raise unknown("argument of a basis", argument, ARGUMENTS)
         cls.argument = argument
+        if "forward" in vars(cls):  # what is known of another b is not true of this one
+            for known in {"support", "jumps", "values"} - vars(cls).keys():
+                setattr(cls, known, vars(TransferBasis)[known])
         if name is not None:
             BASES.add(name, cls)
 
     @abstractmethod
     def forward(self, u: Tensor) -> Tensor:
         """b(u), elementwise, in torch operations: u has any shape, the result has u's shape, dtype and device."""
+
+    def values(self, u: Tensor, slopes: bool) -> tuple[Tensor, Tensor]:
+        """b(u) and, if `slopes`, b'(u), without gradients; override it where there is a quicker way. u may be
+        overwritten.
+
+        Each may be off by some units in the last place of its largest value; b' near zero by 1e-7 of it.
+        """
+        with torch.set_grad_enabled(slopes):
+            u = u.detach().requires_grad_(slopes)
+            b = self.forward(u)
+            (slope,) = torch.autograd.grad(b.sum(), u) if slopes else (b,)
+        return b.detach(), slope
 
     def __call__(self, x: Tensor, omega: Tensor, grid: Tensor) -> Tensor:
         """b(u(x, ω, grid)), shapes broadcast against each other."""

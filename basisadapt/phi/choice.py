@@ -10,6 +10,7 @@ cancelled. Beyond the range that it was made for no function is continued.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,11 +19,17 @@ from torch import Tensor
 
 from basisadapt.phi import series
 from basisadapt.phi.bank import Transfer
-from basisadapt.phi.evaluators import Direct, Evaluator, Series, Split, Table
+from basisadapt.phi.cubics import FINE, Cubics, fit, reach
+from basisadapt.phi.evaluators import Direct, Evaluator, Series, Split
 from basisadapt.phi.extent import MEASURED_ROUNDING, ROUNDING, SMALLEST, Extent, bounds, largest, towering, without
 
 VERIFY_EVERY = 16  # compilations
 MOVED = 1.25  # and whenever R has changed by so much, up or down
+# Nanoseconds of a CPU's core, forward and backward: an entry of BA in a series, for each term; an entry in a table, its
+# cell, a basis function's value on the way to it; such a value in the direct sum; and any table, whatever it holds.
+TERM, ENTRY, CELL, VALUE, DIRECT, ANY = 1.7, 25.0, 60.0, 25.0, 150.0, 2e6
+MOST_CELLS = 1 << 20
+AGAIN = 0.9  # of the cells that were needed before, from where on they are sought again
 REFIT = 1.05  # so much further a table may be stretched; its error grows with the fourth power
 TOLERANCE = {torch.bfloat16: 1e-4, torch.float16: 1e-5}  # below the rounding of the weights that F is added to
 FLOAT32_TOLERANCE = 1e-6
@@ -45,6 +52,11 @@ class Work:
     gains: Tensor
     tolerances: tuple[float, ...]
     slack: float = 1.0
+
+    def entries(self, index: int) -> int:
+        """Of BA."""
+        A, B = self.pairs[index]
+        return len(B) * A.shape[1]
 
     @property
     def dtypes(self) -> list[torch.dtype]:
@@ -74,6 +86,35 @@ class Seen:
     by_series: list[bool]
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """What was found to serve a function without a series: a kind of table, or None, the direct sum.
+
+    half: cells on either side of zero. reach: ω g R then. price: see TERM.
+    """
+
+    kind: type[Cubics] | None
+    half: int
+    reach: float
+    price: float
+
+    @classmethod
+    def to(cls, work: Work, index: int, radius: Tensor, before: Fitted | None) -> Fitted:
+        """The first table that is accurate, from about the size on that `before` had, unless the direct sum is less."""
+        transfer, dtype, entries = work.single(index), work.dtypes[index], work.entries(index)
+        count, far = transfer.grid.shape[-1], float(reach(transfer, radius))
+        direct = DIRECT * entries * count
+        table = None
+        if math.isfinite(far):
+            most = int(min(direct / (CELL + VALUE * count / FINE), MOST_CELLS))
+            least = AGAIN * before.half * min(1.0, far / before.reach) if before and before.kind else 0
+            table = fit(transfer, radius, _tolerance(work.tolerances[index], dtype), dtype, most, int(least))
+        if table is None:
+            return cls(None, 0, far, direct)
+        price = ANY + ENTRY * entries + CELL * table.cells + VALUE * table.evaluations
+        return cls(type(table), table.half, far, price)
+
+
 class Choice:
     """Makes the evaluators of M modules, compilation after compilation, and remembers what proved necessary.
 
@@ -87,7 +128,7 @@ class Choice:
     def __init__(self) -> None:
         self._points, self._count = series.POINTS[0], 0
         self._seen: Seen | None = None
-        self._cells: dict[int, tuple[int, float]] = {}  # of tables, and ω g R when they were chosen; no cells: direct
+        self._tables: dict[int, Fitted] = {}  # of modules without a series
         self._answer: tuple[Tensor, Callable[[], object]] | None = None
 
     def evaluators(self, work: Work) -> list[Evaluator | Split]:
@@ -99,20 +140,22 @@ class Choice:
             return self._look(work)
         seen = self._seen
         extent = _extent(work, seen.apart, seen.measured, seen.share)
-        batch = series.compile_series(work.tables, work.parameters, extent, self._points, work.tolerance)
         steady = (extent.radius <= MOVED * seen.radius) & (extent.radius * MOVED >= seen.radius)
-        fine = (steady | ~extent.radius.isfinite()) & (batch.resolved | ~seen.served)
-        degrees = self._read(torch.where(fine, batch.degree, 0), capturing)
+        fine, batch = steady | ~extent.radius.isfinite(), None
+        if any(seen.by_series):
+            batch = series.compile_series(work.tables, work.parameters, extent, self._points, work.tolerance)
+            fine &= batch.resolved | ~seen.served
+        degrees = self._read(torch.where(fine, batch.degree if batch else 1, 0), capturing)
         if not all(degrees):
             return self._look(work)
-        return self._made(work, seen, batch, degrees)
+        return self._made(work, seen, batch, extent.radius, degrees)
 
     def _look(self, work: Work) -> list[Evaluator | Split]:
         """The evaluators, with everything found anew; the host waits for what it learns."""
         apart = [towering(B) for _, B in work.pairs]
         extent, measured = _measured(work, apart)
         last = series.POINTS[-1]
-        tries = [last] if _deferred(work.gains) else [points for points in series.POINTS if points >= self._points]
+        tries = [last] if deferred(work.gains) else [points for points in series.POINTS if points >= self._points]
         for points in tries:
             batch = series.compile_series(work.tables, work.parameters, extent, points, work.tolerance)
             if points < last and not bool(batch.resolved.all()):
@@ -120,18 +163,36 @@ class Choice:
             verified = series.verify(work.tables, work.parameters, extent.radius, points, work.tolerance)
             if points == last or bool(verified.all()):
                 break
-        served = batch.resolved & verified
-        self._points = points
-        self._seen = Seen(apart, measured, extent.radius, extent.share, served, served.tolist())
-        self._cells.clear()
-        degrees = batch.degree.cpu()
-        self._answer = degrees, _arrived
-        return self._made(work, self._seen, batch, degrees.tolist())
+        served, degrees = batch.resolved & verified, batch.degree.cpu()
+        self._points, self._answer = points, (degrees, _arrived)
+        by_series = self._fit_tables(work, apart, measured, extent, served.tolist(), degrees.tolist())
+        # A table takes less the smaller its range is.
+        measured = [far_off or not serves for far_off, serves in zip(measured, by_series, strict=True)]
+        now = _extent(work, apart, measured, extent.share)
+        self._seen = Seen(apart, measured, now.radius, extent.share, served.new_tensor(by_series), by_series)
+        return self._made(work, self._seen, batch, now.radius, degrees.tolist())
+
+    def _fit_tables(
+        self, work: Work, apart: Sequence[Tensor | None], measured: Sequence[bool], extent: Extent,
+        served: list[bool], degrees: list[int],
+    ) -> list[bool]:  # fmt: skip
+        """Fit a table to every function that has no series, or one that may take longer; whether each has a series."""
+        terms = [TERM * degree * work.entries(index) for index, degree in enumerate(degrees)]
+        # On a GPU a series is summed in one kernel, and no table comes near it.
+        long = [not deferred(work.gains) and t > ANY + ENTRY * work.entries(i) for i, t in enumerate(terms)]
+        tried = [not serves or is_long for serves, is_long in zip(served, long, strict=True)]
+        radius = _extent(work, apart, [m or t for m, t in zip(measured, tried, strict=True)], extent.share).radius
+        before, self._tables = self._tables, {}
+        for index in filter(tried.__getitem__, range(len(tried))):
+            fitted = Fitted.to(work, index, radius[index], before.get(index))
+            if not served[index] or fitted.price < terms[index]:
+                self._tables[index] = fitted
+        return [index not in self._tables for index in range(len(tried))]
 
     def _read(self, degrees: Tensor, capturing: bool) -> list[int]:
         """`degrees`; in training on a GPU as of the compilation before, whose answer has long arrived."""
         before = self._answer
-        if not _deferred(degrees) or before is None or not (torch.is_grad_enabled() or capturing):
+        if not deferred(degrees) or before is None or not (torch.is_grad_enabled() or capturing):
             return _whole(degrees)
         if not capturing:
             self._answer = _send(degrees)
@@ -139,32 +200,30 @@ class Choice:
         return _whole(before[0])
 
     def _made(
-        self, work: Work, seen: Seen, batch: series.SeriesBatch, degrees: Sequence[int]
+        self, work: Work, seen: Seen, batch: series.SeriesBatch | None, radius: Tensor, degrees: Sequence[int]
     ) -> list[Evaluator | Split]:
-        packed, dtypes = series.pack(batch), work.dtypes
-        rows = {dtype: packed.to(dtype).unbind() for dtype in set(dtypes)}
+        dtypes = work.dtypes
+        if batch:
+            packed = series.pack(batch)
+            rows = {dtype: packed.to(dtype).unbind() for dtype in set(dtypes)}
+            coefficients = batch.coefficients.unbind()
         made: list[Evaluator | Split] = []
-        for index, (coefficients, dtype) in enumerate(zip(batch.coefficients.unbind(), dtypes, strict=True)):
+        for index, dtype in enumerate(dtypes):
             main: Evaluator
             if seen.by_series[index]:
-                main = Series(coefficients, rows[dtype][index], degrees[index])
+                main = Series(coefficients[index], rows[dtype][index], degrees[index])
             else:
-                main = self._fallback(index, work, batch.radius[index], dtype)
+                main = self._fallback(index, work, radius[index], dtype)
             apart = seen.apart[index]
             made.append(main if apart is None else Split(apart, main, Direct(work.single(index))))
         return made
 
     def _fallback(self, index: int, work: Work, radius: Tensor, dtype: torch.dtype) -> Evaluator:
         """A table of the size that was found accurate when last looked at, or direct evaluation."""
-        transfer = work.single(index)
-        known = self._cells.get(index)
-        if known is None or not (_capturing(radius) or float(series.reach(transfer, radius)) <= REFIT * known[1]):
-            A, B = work.pairs[index]
-            tolerance = _tolerance(work.tolerances[index], dtype)
-            table = Table.fit(transfer, radius, tolerance, dtype, len(B) * A.shape[1])
-            self._cells[index] = table.cells if table else 0, float(series.reach(transfer, radius))
-            return table or Direct(transfer)
-        return Table(transfer, radius, known[0], dtype) if known[0] else Direct(transfer)
+        transfer, fitted = work.single(index), self._tables[index]
+        if not (_capturing(radius) or float(reach(transfer, radius)) <= REFIT * fitted.reach):
+            fitted = self._tables[index] = Fitted.to(work, index, radius, fitted)
+        return fitted.kind(transfer, radius, fitted.half, dtype) if fitted.kind else Direct(transfer)
 
 
 def _extent(work: Work, apart: Sequence[Tensor | None], measured: Sequence[bool], share: Tensor) -> Extent:
@@ -210,7 +269,7 @@ def _capturing(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _deferred(tensor: Tensor) -> bool:
+def deferred(tensor: Tensor) -> bool:
     """Whether the host would have to wait for the tensor's values."""
     return tensor.device.type != "cpu"
 

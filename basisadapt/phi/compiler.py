@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from basisadapt.errors import InputError
+from basisadapt.phi import choice
 from basisadapt.phi.bank import Transfer, TransferBank
 from basisadapt.phi.choice import Choice, Work, default_tolerance, evaluator
 from basisadapt.phi.evaluators import Direct, Evaluator, Split
@@ -27,13 +28,15 @@ class Compiled:
     """The evaluators of all modules, and what they were made of.
 
     differentiable: whether gradients were asked for; one that is serves passes of both kinds. tables: copies of the
-    bank's, and whether each trained. factors: copies of A and B of every module; None where FSDP shards them.
+    bank's, and whether each trained. tolerances: of every module. factors: copies of A and B of each; None where FSDP
+    shards them.
     """
 
     evaluators: Mapping[str, Evaluator | Split]
     differentiable: bool
     tables: tuple[Tensor, ...]
     trained: tuple[bool, ...]
+    tolerances: tuple[float, ...]
     factors: Mapping[str, tuple[Tensor, Tensor]] | None
 
     def made_of(self, module: str, A: Tensor, B: Tensor, tables: tuple[Tensor, ...]) -> bool:
@@ -116,13 +119,28 @@ class Compiler:
 
     @contextmanager
     def compiled(self) -> Iterator[None]:
-        """Compile, and hold that for true meanwhile: to look again costs every layer microseconds."""
+        """Compile where anything has changed, and hold that for true meanwhile: to look again costs every layer
+        microseconds."""
         before = getattr(self._in_call, "compiled", None)
-        self._in_call.compiled = self.refresh()
+        self._in_call.compiled = self._current()
         try:
             yield
         finally:
             self._in_call.compiled = before
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _current(self) -> Compiled:
+        """What was compiled of the factors and tables as they are now, or what is compiled of them."""
+        pairs, tables = {name: self._pair(name) for name in self._modules}, self.bank.tables
+        if not any(choice.deferred(A) or hasattr(A, "full_tensor") for A, _ in pairs.values()):
+            tolerances = tuple(map(self._tolerance_of, pairs))
+            for compiled in self._kept:
+                serves = compiled.differentiable or not torch.is_grad_enabled()
+                same = serves and compiled.factors is not None and compiled.tolerances == tolerances
+                if same and all(compiled.made_of(name, *pair, tables) for name, pair in pairs.items()):
+                    return compiled
+        made: Compiled = self.refresh()
+        return made
 
     @torch.no_grad()
     def transfer(self, module: str) -> Transfer:
@@ -183,6 +201,7 @@ class Compiler:
             def single(index: int) -> Transfer:
                 return self.bank.kept_transfer(names[index], gains[index], copies)
 
+            tolerances = tuple(map(self._tolerance_of, names))
             if self._setting == "direct":
                 evaluators: list[Evaluator | Split] = [Direct(single(index)) for index in range(len(names))]
             else:
@@ -192,14 +211,14 @@ class Compiler:
                     single,
                     [(A.detach(), B.detach()) for A, B in pairs],
                     gains,
-                    tuple(map(self._tolerance_of, names)),
+                    tolerances,
                     HALF_ROUNDING if sharded else 1.0,
                 )
                 evaluators = self._choice.evaluators(work)
         factors = [(A.detach().clone(), B.detach().clone()) for A, B in pairs]
         kept = None if sharded else dict(zip(names, factors, strict=True))
         trained = tuple(table.requires_grad for table in tables)
-        return Compiled(dict(zip(names, evaluators, strict=True)), wanted, copies, trained, kept)
+        return Compiled(dict(zip(names, evaluators, strict=True)), wanted, copies, trained, tolerances, kept)
 
 
 def _in_backward() -> bool:

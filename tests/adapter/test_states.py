@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from basisadapt import InputError, PhiConfig
 from basisadapt.adapter import PhiLinear
 from basisadapt.phi import choice
-from basisadapt.phi.evaluators import Series, Split, Table
+from basisadapt.phi.cubics import Spline
+from basisadapt.phi.evaluators import Series, Split
 
 X = torch.randn(9, 10, generator=torch.Generator().manual_seed(3))
 
@@ -187,7 +188,7 @@ def test_fused_steps_of_an_optimiser_are_noticed(gain):
 
 def test_a_function_is_not_continued_beyond_its_range():
     """Values that were overwritten between the forward and the backward pass end in NaN, not in large numbers."""
-    for basis, omega, kind in (("sinc", 1.0, Series), ("bspline", 3.0, Table)):
+    for basis, omega, kind in (("sinc", 1.0, Series), ("bspline", 3.0, Spline)):
         model = adapted(basis=basis, omega_init=omega, gain=3.0, widths=(10, 250, 10))
         assert isinstance(model.base_model.model[0].phi_source["default"].fresh("0"), kind)
         loss = model(X).sum()
@@ -423,7 +424,7 @@ def test_direct_evaluation_is_the_reference():
 
 @pytest.fixture
 def deferred(monkeypatch):
-    monkeypatch.setattr(choice, "_deferred", lambda tensor: True)
+    monkeypatch.setattr(choice, "deferred", lambda tensor: True)
     monkeypatch.setattr(choice, "_send", lambda numbers: (numbers.clone(), choice._arrived))
 
 

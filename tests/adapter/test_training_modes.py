@@ -105,6 +105,32 @@ def test_a_call_of_the_model_compiles_once_and_looks_at_no_module(bert, tokens, 
     assert len(looked) == 1
 
 
+def test_what_has_not_changed_is_not_compiled_again(bert, tokens, monkeypatch):
+    """In evaluation and while gradients accumulate: as long as factors, tables and what trains are the same."""
+    model, compiled = adapted(bert), []
+    refresh = Compiler.refresh
+    monkeypatch.setattr(Compiler, "refresh", lambda self: compiled.append(self) or refresh(self))
+    backward(model, tokens, slice(0, 2))
+    backward(model, tokens, slice(2, 4))
+    with torch.no_grad():
+        first = model(input_ids=tokens).logits
+        assert torch.equal(model(input_ids=tokens).logits, first)
+    assert len(compiled) == 1
+    for parameter in ("phi_A", "phi_B", "alpha", "raw_omega"):
+        compiled.clear()
+        for name, p in model.named_parameters():
+            if parameter in name:
+                p.data = p.data * 1.5  # which changes no tensor's version
+        backward(model, tokens)
+        backward(model, tokens)
+        assert len(compiled) == 1, parameter
+    compiled.clear()
+    for name, p in model.named_parameters():
+        p.requires_grad_("alpha" not in name and p.requires_grad)
+    backward(model, tokens)
+    assert len(compiled) == 1
+
+
 def test_an_evaluation_in_between_changes_nothing(bert, tokens, expected):
     model = adapted(bert)
     loss = model(input_ids=tokens, labels=LABELS).loss

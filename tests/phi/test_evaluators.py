@@ -13,7 +13,8 @@ from basisadapt.phi import series
 from basisadapt.phi.bank import Transfer
 from basisadapt.phi.basis import BASES, TransferBasis
 from basisadapt.phi.choice import Choice, Work, evaluator
-from basisadapt.phi.evaluators import Direct, Series, Table
+from basisadapt.phi.cubics import Spline, Table
+from basisadapt.phi.evaluators import Direct, Series
 from basisadapt.phi.extent import SMALLEST, Extent, bounds
 from basisadapt.phi.grids import GRIDS
 from basisadapt.phi.weight import Execution, adapted_linear
@@ -184,7 +185,7 @@ def test_repeats_bit_for_bit(device, backend):
     A, B = factors(300, 200, 4, 3.0)
     x = torch.randn(6, 200, generator=torch.Generator().manual_seed(0))
     upstream = torch.randn(6, 300, generator=torch.Generator().manual_seed(1))
-    for basis, omega, kind in (("sinc", 1.0, Series), ("bspline", 3.0, Table)):
+    for basis, omega, kind in (("sinc", 1.0, Series), ("gaussian_rbf", 30.0, Table), ("bspline", 3.0, Spline)):
         runs = [
             evaluate(make(basis, 9, omega), A, B, x, None, upstream, device, backend, torch.float32) for _ in range(2)
         ]
@@ -197,7 +198,8 @@ def test_a_series_where_it_converges_a_table_where_not_direct_where_neither():
     parameters = {"A": A, "B": B, "backend": "torch"}
     assert isinstance(evaluator(make("sinc"), **parameters), Series)
     assert isinstance(evaluator(make("sinc"), A, B, "direct"), Direct)
-    assert isinstance(evaluator(make("bspline", omega=30.0), **parameters), Table)
+    assert isinstance(evaluator(make("gaussian_rbf", omega=300.0), **parameters), Table)
+    assert isinstance(evaluator(make("bspline", omega=30.0), **parameters), Spline)
     assert isinstance(evaluator(make("gaussian_rbf", omega=1e5), **parameters), Direct)
 
 
