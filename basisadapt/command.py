@@ -15,7 +15,10 @@ from typing import Any, NoReturn, TextIO, cast
 from basisadapt.errors import InputError
 from basisadapt.redaction import hide_in, redacted
 
-STEERING = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+# What steers a terminal: control characters, and marks that turn the direction of writing.
+CONTROLS = [code for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"]
+TURNING = [*range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+STEERING = {**{code: f"\\x{code:02x}" for code in CONTROLS}, **{code: f"\\u{code:04x}" for code in TURNING}}
 DONE, UNSOUND, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -30,7 +33,7 @@ class Parser(argparse.ArgumentParser):
 def say(text: str) -> None:
     """Tell the user the answer. Who has read enough of it and closed the pipe, as `head` does, is not bothered."""
     try:
-        print(_inert(text), flush=True)
+        print(text, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still writes as it ends
 
@@ -48,16 +51,12 @@ def tell(text: str, end: str = "\n") -> None:
 
 def complain(error: object) -> None:
     """Tell the user of an error."""
-    tell(f"basisadapt: error: {_inert(str(error))}")
-
-
-def _inert(text: str) -> str:
-    """The text with the letters that steer a terminal, but for tabs and line ends, escaped."""
-    return text.translate(STEERING)
+    tell(f"basisadapt: error: {error}")
 
 
 def guarded(main: Callable[[list[str]], int]) -> Callable[..., int]:
-    """A command line, a function of its arguments, that prints no secret: no answer, no error and no traceback.
+    """A command line, a function of its arguments, that prints no secret and nothing that steers a terminal: no answer,
+    no error, no progress and no traceback.
 
     Called without arguments it has those of the process.
     """
@@ -70,7 +69,7 @@ def guarded(main: Callable[[list[str]], int]) -> Callable[..., int]:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")  # a terminal without ± or φ still gets its table
-        with redirect_stdout(_Redacted.over(sys.stdout)), redirect_stderr(_Redacted.over(sys.stderr)):
+        with redirect_stdout(_Guarded.over(sys.stdout)), redirect_stderr(_Guarded.over(sys.stderr)):
             try:
                 return main(arguments)
             except Exception as error:
@@ -83,8 +82,10 @@ def guarded(main: Callable[[list[str]], int]) -> Callable[..., int]:
     return run
 
 
-class _Redacted:
-    """A stream to which texts are written without their secrets. For the rest it is the stream itself."""
+class _Guarded:
+    """A stream to which texts are written without their secrets, and with what steers a terminal escaped: labels, names
+    of files and errors are others' texts. For the rest it is the stream itself.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -94,7 +95,7 @@ class _Redacted:
         return cast(TextIO, cls(stream))
 
     def write(self, text: str) -> int:
-        self._stream.write(redacted(text))
+        self._stream.write(_inert(redacted(text)))
         return len(text)
 
     def writelines(self, lines: Sequence[str]) -> None:
@@ -103,3 +104,11 @@ class _Redacted:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def _inert(text: str) -> str:
+    """The text with what steers a terminal escaped, but for tabs, line ends, and the returns at its ends, by which a
+    progress bar is written over the one before."""
+    bare = text.strip("\r")
+    begin = len(text) - len(text.lstrip("\r")) if bare else len(text)
+    return text[:begin] + bare.translate(STEERING) + text[begin + len(bare) :]

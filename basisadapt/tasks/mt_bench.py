@@ -11,13 +11,13 @@ import json
 import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
 from basisadapt.errors import InputError, unknown
+from basisadapt.tasks.asking import ask_all
 from basisadapt.tasks.judge import Judge, Message
 from basisadapt.tasks.task import Rows, readable_folder
 
@@ -33,7 +33,6 @@ TEMPERATURES = {  # of the answers, by category, as published
     "humanities": 0.1,
 }
 WITH_REFERENCE = ("reasoning", "math", "coding")  # categories whose judge sees a reference answer
-AT_ONCE = 8  # judgements asked for at the same time
 RATING = re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]")
 
 T = TypeVar("T")
@@ -105,24 +104,12 @@ def judged(rows: Rows, answers: Sequence[Turns], judge: Judge) -> dict[str, floa
     on of each category; "unparsable", how many judgements name no rating, which are left out of the means. A mean over
     no ratings is missing. Raises InputError where the judge gives no answer, and asks no more then.
     """
-    failures: list[InputError] = []
-
-    def ask(messages: Sequence[Message]) -> str:
-        if failures:
-            raise failures[0]
-        try:
-            return judge.ask(messages)
-        except InputError as error:
-            failures.append(error)
-            raise
-
     asked = [
         message
         for question, grading, turns in zip(rows.inputs, rows.labels, answers, strict=True)
         for message in grading.messages(question, turns)
     ]
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        ratings = list(map(rating, pool.map(ask, asked)))
+    ratings = list(map(rating, ask_all(judge, asked)))
     groups: dict[str, list[float]] = {}
     for place, value in enumerate(ratings):
         if value is not None:

@@ -245,6 +245,15 @@ def test_of_claims_made_at_once_one_stays(home, monkeypatch):
             rival = run_of_the_other(start_time=future)
             assert record.start(parent, cell) is None
         assert len(waits) == 1
+
+        # One that neither claims it nor ends, as it was suspended: that is said, once, and then it has the cell.
+        record._client.delete_tag(rival, "basisadapt.claimed")
+        said = []
+        with monkeypatch.context() as suspended:
+            suspended.setattr(module, "NOTICED", 0.0)
+            suspended.setattr(module, "UNDECIDED", 0.3)
+            assert record.start(parent, cell, lambda: said.append("waiting")) is None
+        assert said == ["waiting"]
     finally:
         helper.communicate()
 

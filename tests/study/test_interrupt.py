@@ -128,6 +128,30 @@ def test_ctrl_c_ends_an_import_after_a_result(home, fake, study, runs, monkeypat
     assert states(runs()) == ["FINISHED"] * 3
 
 
+@pytest.mark.parametrize("moment", ["report_files", "report_on"])
+@pytest.mark.parametrize("way", ["run", "import"])
+def test_ctrl_c_while_no_cell_runs_ends_a_call_at_once(home, fake, study, runs, monkeypatch, moment, way):
+    from test_bad_content import results_of
+
+    from basisadapt.study.drive import engine, exchange
+
+    results_of(fake, study, SEED)
+    module = exchange if (moment, way) == ("report_on", "import") else engine
+    make = getattr(module, moment)
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return make(*arguments)
+
+    command = (*SEED, *(("--import", "results.jsonl") if way == "import" else ()))
+    with monkeypatch.context() as while_reporting:
+        while_reporting.setattr(module, moment, interrupted)
+        assert study(*command)[0] == 130
+    assert states(runs()) == ["FINISHED"] * 3
+    assert states(runs(parents=True)) == ["KILLED"]
+    assert study(*command)[0] == 0
+
+
 def test_an_import_that_fails_leaves_nothing_at_work(home, fake, study, runs, monkeypatch):
     from test_bad_content import results_of
 

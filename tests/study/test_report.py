@@ -6,6 +6,8 @@ import errno
 import io
 import json
 import os
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -399,13 +401,39 @@ def test_a_label_is_no_line_and_no_html(home, fake, study):
 
 
 def test_nothing_that_is_said_steers_the_terminal(capsys):
-    from basisadapt.command import complain, say
+    from basisadapt.command import complain, guarded, say
 
-    say("a\x1b[2Jb\x9b\r\tc\nd")
-    complain("e\x1b]0;f\x07")
+    @guarded
+    def main(arguments):
+        say("a\x1b[2Jb\x9b\r\tc\nd\u202ee")
+        complain("e\x1b]0;f\x07")
+        print("\rbar g\x1b[8m\rh\r", file=sys.stderr)
+        raise ValueError("i\x1b[2J")
+
+    main([])
     out, err = capsys.readouterr()
-    assert out == "a\\x1b[2Jb\\x9b\\x0d\tc\nd\n"
-    assert err == "basisadapt: error: e\\x1b]0;f\\x07\n"
+    assert out == "a\\x1b[2Jb\\x9b\\x0d\tc\nd\\u202ee\n"
+    assert err.startswith("basisadapt: error: e\\x1b]0;f\\x07\n\rbar g\\x1b[8m\\x0dh\r\nTraceback")
+    assert err.endswith("ValueError: i\\x1b[2J\n")
+
+
+def test_no_label_and_no_error_of_a_cell_steers_the_terminal(home, fake, study):
+    label, error = "a\x1b]0;b\x07", RuntimeError("c\x1b[2Jd\re")
+    (home / "tiny.yaml").write_text(
+        (home / "tiny.yaml").read_text().replace("LoRA", json.dumps(label)).replace("[sinc, fourier]", "[sinc]")
+    )
+
+    def score(config):
+        if config.method == "lora":
+            raise error
+        return 0.5
+
+    fake.score = score
+    code, out, err = study("tiny.yaml", "--seeds", "1")
+    assert code == 1
+    assert "[2/2] a\\x1b]0;b\\x07, seed 1: failed: RuntimeError: c\\x1b[2Jd" in err
+    for said in (out, err):
+        assert not re.search("[\0-\x08\x0b-\x1f\x7f-\x9f]", said)
 
 
 def test_a_server_that_is_not_there_is_not_waited_for(folder, monkeypatch, study):

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from basisadapt import InputError
+from basisadapt.tasks.asking import AT_ONCE, ask_all
 from basisadapt.tasks.judge import Judge
 from basisadapt.tasks.mt_bench import (
-    AT_ONCE,
     PROMPTS,
     QUESTIONS,
     REFERENCES,
@@ -117,6 +123,85 @@ def test_a_judge_that_fails_is_not_asked_on(tmp_path):
     with pytest.raises(InputError, match="has gone home"):
         judged(rows, [("a", "b")] * len(rows), Says(fail))
     assert len(asked) <= AT_ONCE
+
+
+class Hangs(Says):
+    """Answers so many at once, and then no more."""
+
+    def __init__(self, answers):
+        super().__init__(lambda _: "[[5]]")
+        self.left, self.never, self.turn = answers, threading.Event(), threading.Lock()
+
+    def ask(self, messages):
+        with self.turn:
+            self.left -= 1
+        if self.left < 0:
+            self.never.wait()
+        return super().ask(messages)
+
+
+def interrupted_after(seconds):
+    """A driver's handler, which puts the first Ctrl-C off, and a Ctrl-C to come. Returns what it was told."""
+    told = []
+    before = signal.signal(signal.SIGINT, lambda *_: told.append("finishing"))
+    threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
+    return told, before
+
+
+@pytest.mark.parametrize("answers", [0, 5])
+def test_one_ctrl_c_is_enough_where_the_judge_hangs(answers):
+    judge = Hangs(answers)
+    told, before = interrupted_after(0.2)
+    try:
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            ask_all(judge, [[{"content": "?"}]] * 9)
+        assert time.monotonic() - began < 30
+        assert told == ["finishing"]
+        assert signal.getsignal(signal.SIGINT).__name__ == "<lambda>"
+    finally:
+        signal.signal(signal.SIGINT, before)
+        judge.never.set()
+
+
+def test_a_judge_that_answers_is_waited_for_after_ctrl_c():
+    def slowly(_):
+        time.sleep(0.1)
+        return "[[7]]"
+
+    told, before = interrupted_after(0.2)
+    try:
+        assert ask_all(Says(slowly), [[{"content": "?"}]] * 40) == ["[[7]]"] * 40
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert told == ["finishing"]
+
+
+def test_no_process_waits_for_a_judge_that_hangs():
+    program = """if True:
+        import signal, time
+        from basisadapt.tasks.asking import ask_all
+        from basisadapt.tasks.judge import Judge
+
+        class Hangs(Judge):
+            def ask(self, messages):
+                print("asked", flush=True)
+                time.sleep(600)
+
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            ask_all(Hangs(), [[]])
+        except KeyboardInterrupt:
+            print("interrupted", flush=True)
+    """
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "asked\n"
+        process.send_signal(signal.SIGINT)
+        try:
+            assert process.communicate(timeout=60) == ("interrupted\n", None)
+        finally:
+            process.kill()
+    assert process.returncode == 0
 
 
 def test_answers_are_saved_in_fastchats_format(tmp_path):

@@ -20,7 +20,7 @@ from basisadapt.execution.executor import Ended, Executor, Job
 from basisadapt.redaction import redacted
 from basisadapt.study.drive.estimate import estimate_time
 from basisadapt.study.drive.interrupt import Interrupt
-from basisadapt.study.drive.progress import Progress
+from basisadapt.study.drive.progress import Progress, waiting_for
 from basisadapt.study.outcome import Outcome
 from basisadapt.study.plan.cells import Cell, Study
 from basisadapt.study.plan.spec import StudySpec
@@ -113,7 +113,7 @@ def check_place(place: Place) -> None:
 class Invocation:
     """One call of the command line: its parent run, closed whatever happens, and the cells run under it.
 
-    Inside, the first Ctrl-C ends run() after the cells that run, see `Interrupt`.
+    Inside, while cells run, the first Ctrl-C ends run() after them, see `Interrupt`.
     """
 
     def __init__(self, spec: StudySpec, place: Place, tags: Mapping[str, str], executor: Executor) -> None:
@@ -165,7 +165,7 @@ class Invocation:
         self._trials.follow(study.cells, outcomes)
         missing = missing_cells(study.cells, outcomes)
         total = len({cell.key for cell in study.cells})
-        with Progress(total, total - len(missing)) as progress:
+        with Progress(total, total - len(missing)) as progress, self._interrupt.patient():
             self._run_cells(missing, progress)
         self._close_orphans()
         return self._record.outcomes(study.cells)
@@ -177,19 +177,21 @@ class Invocation:
         """
         cells = []
         for one, drawn in results:
-            run_id = self._record.start(self.run_id, one.cell, one)
-            if run_id is not None:
-                try:
-                    with self._interrupt.held():
-                        self._record.finish(run_id, one.cell, one.result, drawn, one)
-                except Exception:
-                    with suppress(*store_errors()):
-                        self._record.close(run_id, "killed")
-                    raise
+            with self._interrupt.held():
+                self._enter(one, drawn)
             cells.append(one.cell)
-            if self._interrupt.asked:
-                raise KeyboardInterrupt
         self._trials.follow(cells, self.outcomes)
+
+    def _enter(self, one: Imported, drawn: Mapping[str, bytes]) -> None:
+        run_id = self._record.start(self.run_id, one.cell, lambda: tell(waiting_for(one.cell)), one)
+        if run_id is None:
+            return
+        try:
+            self._record.finish(run_id, one.cell, one.result, drawn, one)
+        except Exception:
+            with suppress(*store_errors()):
+                self._record.close(run_id, "killed")
+            raise
 
     def end(self, report: Report) -> None:
         """Keep the report, in the parent run and in the output folder."""
@@ -213,7 +215,7 @@ class Invocation:
                 # A slot is filled before the cell that left it is recorded, which takes a second.
                 while waiting and len(running) - len(over) < self._executor.slots and not self._interrupt.asked:
                     cell = waiting.popleft()
-                    started = self._start(cell)
+                    started = self._start(cell, progress)
                     if started is None:
                         elsewhere.append(cell)
                         continue
@@ -266,8 +268,8 @@ class Invocation:
     def _close_orphans(self) -> None:
         self._trials.close_orphans(self._record.close_orphans, self._record.outcomes)
 
-    def _start(self, cell: Cell) -> _Running | None:
-        run_id = self._record.start(self.run_id, cell)
+    def _start(self, cell: Cell, progress: Progress) -> _Running | None:
+        run_id = self._record.start(self.run_id, cell, lambda: progress.wait(cell))
         return None if run_id is None else _Running(cell, run_id, self._trials.ask(cell, run_id))
 
     def _finish(self, at: _Running, ended: Ended) -> str | None:

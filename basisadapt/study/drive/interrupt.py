@@ -13,16 +13,16 @@ from basisadapt.command import tell
 
 
 class Interrupt:
-    """A context manager, in which the first Ctrl-C asks for an end after the cells that run, and the next one, as any
-    SIGTERM, raises KeyboardInterrupt: at once, or at the end of what is `held`, unless another one comes until then.
+    """A context manager, in which Ctrl-C and SIGTERM raise KeyboardInterrupt: at once, or at the end of what is `held`,
+    unless another one comes until then. While cells run, which is `patient`, the first Ctrl-C asks for an end after them.
     Outside of the main thread, where Python lets no one listen, it changes nothing.
 
-    asked: whether the first has come.
+    asked: whether a patient one has come.
     """
 
     def __init__(self) -> None:
         self.asked = False
-        self._held = self._late = False
+        self._patient = self._held = self._late = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -38,6 +38,15 @@ class Interrupt:
             signal.signal(number, handler)
 
     @contextmanager
+    def patient(self) -> Iterator[None]:
+        """While cells run. Whoever runs them looks at `asked` and raises KeyboardInterrupt after them."""
+        self._patient = True
+        try:
+            yield
+        finally:
+            self._patient = False
+
+    @contextmanager
     def held(self) -> Iterator[None]:
         """What is to be one step: it is interrupted by no first signal. Raises KeyboardInterrupt at its end then."""
         self._held = True
@@ -50,11 +59,11 @@ class Interrupt:
             raise KeyboardInterrupt
 
     def _ctrl_c(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            self._now(number, frame)
-        else:
+        if self._patient and not self.asked:
             self.asked = True
             tell("\nfinishing the cells that run; Ctrl-C again stops now")
+        else:
+            self._now(number, frame)
 
     def _now(self, number: int, frame: FrameType | None) -> None:
         if self._late or not self._held:

@@ -61,8 +61,8 @@ class Progress:
         self._say(f"{_name(cell)}: another process took this one for dead, and the cell over")
 
     def wait(self, cell: Cell) -> None:
-        """Nothing is left but what other processes run."""
-        text = f"waiting for another process to finish {_name(cell)}"
+        """Nothing can be done until another process has a cell, has given it up or has finished it."""
+        text = waiting_for(cell)
         if self._bar.disable and text != self._waiting:
             self._say(text)
         self._waiting = text
@@ -94,6 +94,11 @@ class _Stderr:
 
     def flush(self) -> None:
         """It is told already."""
+
+
+def waiting_for(cell: Cell) -> str:
+    """What is said while another process is at a cell."""
+    return f"waiting for another process to finish {_name(cell)}"
 
 
 def _name(cell: Cell) -> str:

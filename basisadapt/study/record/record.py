@@ -11,7 +11,7 @@ import sqlite3
 import tempfile
 import time
 import urllib.parse
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -62,7 +62,7 @@ HOST = "basisadapt.imported_from"  # the machine that computed what is imported
 ACCUMULATE = "basisadapt.accumulate"  # how many smaller batches made up a batch, where memory asked for it
 
 BEAT, SILENCE = 20.0, 180.0  # seconds between two signs of life, and without one until a driver elsewhere is dead
-UNDECIDED = 10.0  # seconds that a claim waits for another one to be made
+UNDECIDED, NOTICED = 10.0, 1.0  # seconds that a claim waits for another one to be made, and after which that is said
 TEXT_LIMIT = 5000  # below every limit that MLflow sets for tags, parameters and notes
 NAME_LIMIT = 250  # of metrics, parameters and tags
 FEW = 20  # cells whose runs are sooner read one by one than in the whole record
@@ -202,8 +202,13 @@ class Record:
                 raise
             return str(found.experiment_id)
 
-    def start(self, parent: str, cell: Cell, imported: Imported | None = None) -> str | None:
-        """Start a cell's child run, with its parameters. None if it is done, or another process is at it."""
+    def start(
+        self, parent: str, cell: Cell, waits: Callable[[], None] = lambda: None, imported: Imported | None = None
+    ) -> str | None:
+        """Start a cell's child run, with its parameters. None if it is done, or another process is at it.
+
+        waits: is called when another process has to be waited for, which may want the cell too.
+        """
         tags = {"mlflow.parentRunId": parent, CELL: cell.key, ROW: _text(cell.row), **_signature()}
         began = None
         if imported is not None:
@@ -212,7 +217,7 @@ class Record:
         run = self._client.create_run(self.experiment_id, start_time=began, tags=tags, run_name=name)
         run_id = str(run.info.run_id)
         try:
-            if not self._claim(run, cell):
+            if not self._claim(run, cell, waits):
                 self.close(run_id, "killed")
                 self._client.delete_run(run_id)
                 return None
@@ -232,7 +237,7 @@ class Record:
             self._client.log_batch(run_id, params=batch)
         self._client.log_dict(run_id, cell.config.to_mapping(), "config.json")
 
-    def _claim(self, run: Any, cell: Cell) -> bool:
+    def _claim(self, run: Any, cell: Cell, waits: Callable[[], None] = lambda: None) -> bool:
         """Whether the new run has its cell for itself.
 
         Several processes may have found the cell free, and have a run each now. One that sees a claim, or an earlier
@@ -241,7 +246,7 @@ class Record:
         have been suspended: then it gives way too.
         """
         me = (run.info.start_time, run.info.run_id)
-        deadline = time.monotonic() + UNDECIDED
+        began, said = time.monotonic(), False
         while True:
             others = [(other, self._outcome(other)) for other in self._runs_of(cell) if other.info.run_id != me[1]]
             rivals = [(other, outcome) for other, outcome in others if outcome.done or outcome.busy]
@@ -251,8 +256,12 @@ class Record:
             if not rivals:
                 self._client.set_tag(me[1], CLAIMED, "true")
                 return True
-            if time.monotonic() > deadline:
+            waited = time.monotonic() - began
+            if waited > UNDECIDED:
                 return False
+            if waited > NOTICED and not said:
+                said = True
+                waits()
             time.sleep(0.05)
 
     def finish(
