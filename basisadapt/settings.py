@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 import types
 import typing
@@ -59,8 +60,13 @@ def with_seed(settings: S, run_seed: int) -> S:
 
 def checked(cls: type, values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     """`values` of fields of the dataclass `cls`, each in its field's type. Raises InputError."""
-    hints, prefix = typing.get_type_hints(cls), f"{where}." if where else ""
+    hints, prefix = _hints(cls), f"{where}." if where else ""
     return {key: _checked(value, hints[key], prefix + key) for key, value in values.items()}
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def _checked(value: Any, hint: Any, key: str) -> Any:

@@ -11,11 +11,9 @@ record takes, and a page of at most 10 MB. The exit code is 1 where one is misse
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import random
-import resource
 import sqlite3
 import subprocess
 import sys
@@ -65,14 +63,13 @@ def write_study(name: str, cells: int, seeds: int) -> list[Cell]:
     return list(resolve(read_spec(f"{name}.yaml")).cells)
 
 
-def fill(name: str, cells: Sequence[Cell], drawn: bool = True) -> None:
-    """Enter the result of the first cell as the engine does, with its pictures where they are to be `drawn`, and copy it
-    to the others."""
+def fill(name: str, cells: Sequence[Cell]) -> None:
+    """Enter the result of the first cell as the engine does, and copy it to the others."""
     record = Record("sqlite:///mlflow.db", name)
     parent = record.begin(read_spec(f"{name}.yaml"), {})
     run_id, result = record.start(parent, cells[0]), drawn_result(0)
     assert run_id is not None
-    record.finish(run_id, cells[0], result, pictures(cells[0].row, result.__dict__) if drawn else {})
+    record.finish(run_id, cells[0], result, pictures(cells[0].row, result.__dict__))
     with closing(sqlite3.connect("mlflow.db")) as database:
         database.execute("PRAGMA synchronous=OFF")
         copies = [(uuid.uuid4().hex, cell) for cell in cells[1:]]
@@ -88,9 +85,10 @@ def fill(name: str, cells: Sequence[Cell], drawn: bool = True) -> None:
     record.close(parent, "finished")
 
 
-def _copy(
-    database: sqlite3.Connection, table: str, run_id: str, copies: Sequence[tuple[str, dict[str, object]]], where: str = "1"
-) -> None:
+Copies = Sequence[tuple[str, dict[str, object]]]
+
+
+def _copy(database: sqlite3.Connection, table: str, run_id: str, copies: Copies, where: str = "1") -> None:
     """Copy a run's lines of a table to other runs. copies: the new run's id, and what is different in it."""
     columns = [name for _, name, *_ in database.execute(f"PRAGMA table_info({table})")]
     lines = database.execute(f"SELECT * FROM {table} WHERE run_uuid = ? AND {where}", (run_id,)).fetchall()
@@ -121,8 +119,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--cells", type=int, nargs="+", default=[1000, 10000], help="cells of the studies")
     options = parser.parse_args()
-    versions = {name: environment()[name] for name in ("git_commit", "mlflow", "matplotlib") if name in environment()}
-    print(f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}, {json.dumps(versions)}\n")
+    versions = {name: environment()[name] for name in ("git_commit", "mlflow")}
+    print(f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}\n")
     missed = False
     empty = cost_of("--dry-run", "ablate_basis")
     print(f"no cell: --dry-run {empty.seconds:.1f} s, {empty.memory:.0f} MB")

@@ -361,7 +361,7 @@ def _plans(tuning: Tuning, place: Place, executor: Executor) -> Answer:
     from basisadapt.study.record.record import Record
     from basisadapt.study.report.documents import plan_document
 
-    outcomes = Record.read(place.tracking_uri, tuning.spec.name)
+    outcomes = Record.read(place.tracking_uri, tuning.spec.name, tuning.spec.metrics)
     tuned = tuning.choose(outcomes)
     cells, outcomes = tuned.cells, tuned.seen(outcomes)
     plans = engine.plan_cells(cells, place.data_dir, dry=True)

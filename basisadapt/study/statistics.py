@@ -42,12 +42,12 @@ def std(values: Sequence[float]) -> float | None:
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
     """The confidence interval of the mean, mean ± t(n − 1) std / √n; None of fewer than two different values."""
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
     centre, spread = mean(values), std(values)
     if centre is None or not spread or spread < 1e-12 * abs(centre):
         return None
-    half = float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * spread / math.sqrt(len(values))
+    half = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)) * spread / math.sqrt(len(values))
     return centre - half, centre + half
 
 
@@ -56,7 +56,7 @@ K = TypeVar("K", bound=Hashable)
 
 def difference(row: Mapping[K, float], reference: Mapping[K, float]) -> Difference | None:
     """The paired difference of two mappings from seed (or task) to value; None if they share none."""
-    from scipy.stats import t
+    from scipy.special import stdtr
 
     shared = [row[key] - reference[key] for key in row if key in reference]
     centre, bounds = mean(shared), interval(shared)
@@ -65,7 +65,7 @@ def difference(row: Mapping[K, float], reference: Mapping[K, float]) -> Differen
     if bounds is None:
         return Difference(len(shared), centre)
     error = (std(shared) or 0.0) / math.sqrt(len(shared))
-    p = 2 * float(t.sf(abs(centre) / error, len(shared) - 1))
+    p = 2 * float(stdtr(len(shared) - 1, -abs(centre) / error))
     return Difference(len(shared), centre, *bounds, p, error)
 
 
@@ -83,13 +83,13 @@ class Equivalence:
 
 def equivalence(found: Difference, margin: float) -> Equivalence | None:
     """The tests of `found` against ±margin; None where it has no standard error."""
-    from scipy.stats import t
+    from scipy.special import stdtr, stdtrit
 
     if found.error is None:
         return None
     least = (margin - abs(found.mean)) / found.error
-    half = float(t.ppf(CONFIDENCE, found.n - 1)) * found.error
-    return Equivalence(float(t.sf(least, found.n - 1)), half)
+    half = float(stdtrit(found.n - 1, CONFIDENCE)) * found.error
+    return Equivalence(float(stdtr(found.n - 1, -least)), half)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

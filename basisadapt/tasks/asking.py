@@ -14,7 +14,7 @@ from basisadapt.tasks.judge import Judge, Message
 
 AT_ONCE = 8  # judgements asked for at the same time
 LOOK = 0.2  # seconds between two looks at whether Ctrl-C was pressed
-PATIENCE, TIMES = 1.0, 3.0  # a silence of so many seconds, and so many times the longest before it, is a judge that hangs
+PATIENCE, TIMES = 1.0, 3.0  # a judge hangs that is silent for so many seconds and so many times longer than before
 
 
 def ask_all(judge: Judge, asked: Sequence[Sequence[Message]]) -> list[str]:
@@ -73,8 +73,8 @@ def _empty(todo: queue.SimpleQueue[int]) -> None:
 
 @contextmanager
 def _presses() -> Iterator[list[int]]:
-    """Inside, a list that grows with every Ctrl-C, beside what that does anyway; outside of the main thread, where Python
-    lets no one listen, it stays empty."""
+    """Inside, a list that grows with every Ctrl-C, beside what that does anyway; outside of the main thread, where
+    Python lets no one listen, it stays empty."""
     pressed: list[int] = []
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):

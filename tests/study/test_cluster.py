@@ -196,6 +196,78 @@ def test_two_drivers_on_postgresql_and_a_server_share_the_work(home, faking, ser
     assert seconds[2] < 1.25 * seconds[1] / 2
 
 
+HOST_AND_CLOCK = """
+import os
+import socket
+import time
+
+if host := os.environ.get("TEST_HOST"):
+    now, nanoseconds, ahead = time.time, time.time_ns, int(os.environ["TEST_CLOCK"])
+    socket.gethostname = lambda: host
+    time.time = lambda: now() + ahead
+    time.time_ns = lambda: nanoseconds() + ahead * 10**9
+"""
+SILENT = 45.0  # seconds, instead of the SILENCE of minutes
+IMPATIENT = f"""
+from basisadapt.study.record import heartbeat, record
+
+heartbeat.BEAT, record.SILENCE = 3.0, {SILENT}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_two_hosts_with_clocks_ten_minutes_apart_one_suspended_one_killed(
+    home, faking, server, postgres, undisturbed, monkeypatch
+):
+    import mlflow
+
+    table, cells = undisturbed
+    (home / "site").mkdir()
+    (home / "site" / "sitecustomize.py").write_text(HOST_AND_CLOCK)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(home / "site"), os.environ.get("PYTHONPATH", "")]))
+    place = [*faking(seconds=6.0), "--tracking-uri", server.uri, "--storage", postgres]
+    with (home / "faking.py").open("a") as plugin:
+        plugin.write(IMPATIENT)
+    client = mlflow.MlflowClient(tracking_uri=server.uri)
+
+    def runs(host, *states):
+        """The cells' runs that a host has, or had, in such a state."""
+        experiment = client.get_experiment_by_name("tiny")
+        found = client.search_runs([experiment.experiment_id], max_results=1000) if experiment else []
+        cells_runs = [run for run in found if "basisadapt.cell" in run.data.tags]
+        return [r for r in cells_runs if r.data.tags["basisadapt.owner"].startswith(host) and r.info.status in states]
+
+    def on(host, ahead):
+        monkeypatch.setenv("TEST_HOST", host)
+        monkeypatch.setenv("TEST_CLOCK", str(ahead))
+        return driver(*place)
+
+    with on("early", -300) as early, on("late", 300) as late:
+        eventually(lambda: runs("early", "FINISHED") and runs("late", "FINISHED"))
+        times = [runs(host, "FINISHED")[0].info.end_time / 1000 - time.time() for host in ("early", "late")]
+        assert times[1] - times[0] > 500
+        # One is suspended in the middle of a cell, until the other one has waited for it and takes the cell over.
+        eventually(lambda: runs("early", "RUNNING"))
+        early.send_signal(signal.SIGSTOP)
+        (lost,) = runs("early", "RUNNING")
+        eventually(lambda: runs("late", "RUNNING") and runs("early", "KILLED"), 900)
+        assert client.get_run(lost.info.run_id).info.status == "KILLED"
+        # In the middle of that the other one is killed, which leaves the first to wait for it and to end the study.
+        late.kill()
+        early.send_signal(signal.SIGCONT)
+        out, _ = early.communicate()
+        assert early.returncode == 0, early.said.read_text()
+    assert table_of(out) == table
+    assert len(runs("late", "KILLED")) == 1
+    with on("late", 300) as again:
+        out, _ = again.communicate()
+        assert again.returncode == 0, again.said.read_text()
+    assert table_of(out) == table
+    ends = check_whole(server.uri, postgres, cells)
+    print(f"24 cells by two hosts, clocks {times[1] - times[0]:.0f} s apart; runs at the end: {dict(ends)}")
+
+
 def test_of_claims_made_at_once_one_stays(home, monkeypatch):
     """In every order in which two drivers can write their runs and look at the other's."""
     from basisadapt.study.plan.cells import resolve

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import json
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
 
     from basisadapt.training import Plan, RunResult
 
+# Settings that no model, no task and no data depend on.
+PACE = [f"train.{name}" for name in ("lr", "epochs", "max_steps", "schedule", "warmup_ratio", "weight_decay")]
 POLL_SECONDS = 2.0  # between looks at a cell that another process runs
 
 
@@ -82,7 +85,7 @@ def run_study(tuning: Tuning, place: Place, tags: Mapping[str, str], executor: E
     RecordError where nothing can be recorded any more.
     """
     check_place(place)
-    recorded = Record.read(place.tracking_uri, tuning.spec.name)
+    recorded = Record.read(place.tracking_uri, tuning.spec.name, tuning.spec.metrics)
     tuned = tuning.choose(recorded)
     for study in (tuning.trials, tuned.planned):
         _check_own_files(study, recorded, place.data_dir)
@@ -124,7 +127,7 @@ class Invocation:
         self._running: dict[str, _Running] = {}
         self._ended = False
         self._trials = Trials(place.optuna_url, spec.name)
-        self._record = Record(place.tracking_uri, spec.name)
+        self._record = Record(place.tracking_uri, spec.name, spec.metrics)
         try:
             self.run_id = self._record.begin(spec, tags)
             self._close_orphans()
@@ -326,19 +329,25 @@ class _Running:
 
 
 def plan_cells(cells: Sequence[Cell], data_dir: Path | None, dry: bool = False) -> dict[str, Plan]:
-    """Check every distinct configuration of `cells`, see `training.plan`. Returns row label to plan."""
+    """Check every distinct configuration of `cells`, see `training.plan`. Returns row label to plan.
+
+    Rows that differ in how long and how fast they learn alone share a plan, which takes a tenth of a second.
+    """
     from basisadapt import training
 
-    plans: dict[str, Plan] = {}
+    plans, alike = dict[str, Plan](), dict[str, Plan]()
     for cell in cells:
         if cell.row not in plans:
-            plans[cell.row] = training.plan(cell.config, data_dir, dry)
+            shape = json.dumps({key: value for key, value in cell.settings.items() if key not in PACE}, sort_keys=True)
+            if shape not in alike:
+                alike[shape] = training.plan(cell.config, data_dir, dry)
+            plans[cell.row] = alike[shape]
     return plans
 
 
 def read_report(tuning: Tuning, place: Place) -> Report:
     """The report from the record alone. Raises InputError if nothing is recorded."""
-    outcomes = Record.read(place.tracking_uri, tuning.spec.name)
+    outcomes = Record.read(place.tracking_uri, tuning.spec.name, tuning.spec.metrics)
     if not outcomes:
         raise InputError(f"nothing of study {tuning.spec.name!r} is recorded in {place.tracking_uri!r}")
     report = report_on(tuning.choose(outcomes), outcomes)

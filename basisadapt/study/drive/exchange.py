@@ -25,7 +25,7 @@ def export_cells(tuning: Tuning, place: Place, path: Path) -> int:
     Of a row that is still to be tuned these are its trials. Raises InputError if the file cannot be written, or holds
     something else.
     """
-    outcomes = Record.read(place.tracking_uri, tuning.spec.name)
+    outcomes = Record.read(place.tracking_uri, tuning.spec.name, tuning.spec.metrics)
     cells = missing_cells([*tuning.trials.cells, *tuning.choose(outcomes).chosen.cells], outcomes)
     lines = [CellLine(study=cell.study, row=cell.row, key=cell.key, config=cell.config.to_mapping()) for cell in cells]
     check_replaceable(path, "--export")
@@ -74,7 +74,7 @@ def import_results(
     if elsewhere:
         own = len(elsewhere) + len(results) + len(failed)
         tell(f"{len(elsewhere)} of {own} results are of this study with other options, and are passed over")
-    recorded = Record.read(place.tracking_uri, tuning.spec.name)
+    recorded = Record.read(place.tracking_uri, tuning.spec.name, tuning.spec.metrics)
     new = [one for key, one in results.items() if key not in recorded or not recorded[key].done]
     with TemporaryDirectory() as folder:
         drawn = [(one, _draw(one, Path(folder))) for one in new]

@@ -14,8 +14,8 @@ from basisadapt.command import tell
 
 class Interrupt:
     """A context manager, in which Ctrl-C and SIGTERM raise KeyboardInterrupt: at once, or at the end of what is `held`,
-    unless another one comes until then. While cells run, which is `patient`, the first Ctrl-C asks for an end after them.
-    Outside of the main thread, where Python lets no one listen, it changes nothing.
+    unless another one comes until then. While cells run, which is `patient`, the first Ctrl-C asks for an end after
+    them. Outside of the main thread, where Python lets no one listen, it changes nothing.
 
     asked: whether a patient one has come.
     """

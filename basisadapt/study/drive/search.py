@@ -115,7 +115,7 @@ def run_search(search: Search, place: Place, tags: Mapping[str, str], executor: 
 def read_search(search: Search, place: Place) -> Report:
     """The report of a search from the record alone. Raises InputError if nothing of it is recorded."""
     check_place(place)
-    outcomes = Record.read(place.tracking_uri, search.spec.name)
+    outcomes = Record.read(place.tracking_uri, search.spec.name, search.spec.metrics)
     hunt = Hunt(place.optuna_url, search) if outcomes else None
     if hunt is None or not hunt.ended:
         raise InputError(f"nothing of this search of {search.spec.name!r} is recorded in {place.optuna_url!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import hashlib
 import itertools
 import json
@@ -73,7 +74,7 @@ class Cell:
         parts = {name: config.pop(name) for name in list(config) if isinstance(config[name], dict)}
         return {**config, **{f"{part}.{key}": v for part, values in parts.items() for key, v in values.items()}}
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         """See `cell_key`."""
         return cell_key(self.study, self.config.to_mapping())
@@ -327,14 +328,22 @@ def _checked_seeds(seeds: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(seeds))
 
 
-def known_keys() -> list[str]:
+def known_keys() -> tuple[str, ...]:
     """Every key that a configuration may set, in full."""
+    from basisadapt.methods import METHODS
+
+    return _keys_with(tuple(METHODS[name].settings for name in METHODS))
+
+
+@functools.lru_cache(maxsize=2)
+def _keys_with(settings: tuple[type, ...]) -> tuple[str, ...]:
+    """known_keys() while methods have these settings: a large study asks tens of thousands of times."""
     from basisadapt.phi.settings import field_names
     from basisadapt.run_config import TrainSettings, adapter_keys
     from basisadapt.tasks import DataSettings
 
     groups = {"adapter": adapter_keys(), "train": field_names(TrainSettings), "data": field_names(DataSettings)}
-    return ["task", "backbone", "method", *(f"{group}.{name}" for group, names in groups.items() for name in names)]
+    return ("task", "backbone", "method", *(f"{group}.{name}" for group, names in groups.items() for name in names))
 
 
 def full_key(name: str) -> str:

@@ -162,6 +162,12 @@ class StudySpec:
     claims: tuple[Claim, ...] = ()
     search: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The recorded metrics that it names."""
+        claimed = (metric for claim in self.claims for metric in (claim.metric, claim.per) if metric is not None)
+        return (*self.columns, *self.against, *claimed)
+
 
 # --- reading ---
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from basisadapt.errors import InputError
 from basisadapt.execution.lines import check_score, is_number
 from basisadapt.study.outcome import Outcome
+from basisadapt.study.record.bulk import has_tables, read_runs
 from basisadapt.study.record.client import RedactingClient, impatient
 from basisadapt.study.record.owner import Owner
 from basisadapt.study.record.stores import (
@@ -89,9 +90,10 @@ class Record:
     """One study's part of an MLflow store.
 
     Opening it writes nothing, but makes a missing sqlite file, and finds the files of runs in a folder that was moved.
+    metrics: those with a slash in their names that outcomes() is to have, as it has all others.
     """
 
-    def __init__(self, tracking_uri: str, study: str) -> None:
+    def __init__(self, tracking_uri: str, study: str, metrics: Collection[str] = ()) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
@@ -103,6 +105,7 @@ class Record:
 
         self.tracking_uri = tracking_uri
         self.study = study
+        self._metrics = metrics
         try:
             url = absolute(tracking_uri)
             make_database(url, _make_tables)
@@ -122,6 +125,7 @@ class Record:
         if found is not None:
             self._find_files(found.artifact_location)
         self._seen: dict[str, tuple[str, float]] = {}  # a run's last sign of life, and when it was first seen
+        self._texts: dict[tuple[tuple[str, str], ...], dict[str, str]] = {}
         self._primary = ""  # the metric that the experiment's page shows first, as far as it was set here
 
     def _find_files(self, location: str) -> None:
@@ -139,13 +143,13 @@ class Record:
                 move_files(path, old, new)
 
     @staticmethod
-    def read(tracking_uri: str, study: str) -> dict[str, Outcome]:
+    def read(tracking_uri: str, study: str, metrics: Collection[str] = ()) -> dict[str, Outcome]:
         """outcomes() without making anything: empty where there is no record yet."""
         path = sqlite_file(tracking_uri)
         if path is not None and not path.exists():
             return {}
         check_sound(tracking_uri, "--tracking-uri")
-        return Record(tracking_uri, study).outcomes()
+        return Record(tracking_uri, study, metrics).outcomes()
 
     def outcomes(self, cells: Collection[Cell] | None = None) -> dict[str, Outcome]:
         """Cell key to what is known of it: its earliest done run, else one that runs, else its latest.
@@ -153,7 +157,7 @@ class Record:
         cells: those that are asked for, at least. The whole record of a long study takes seconds to read.
         """
         few = cells is not None and len(cells) <= FEW
-        runs = chain.from_iterable(map(self._runs_of, cells)) if cells is not None and few else self._runs()
+        runs = chain.from_iterable(map(self._runs_of, cells)) if cells is not None and few else self._every_run()
         found = sorted((self._outcome(run) for run in runs if CELL in run.data.tags), key=_precedence)
         return {outcome.key: outcome for outcome in reversed(found)}
 
@@ -357,6 +361,11 @@ class Record:
         query = {name: json.dumps(ids, separators=(",", ":")) for name, ids in lists.items()}
         return f"/#/compare-runs?{urllib.parse.urlencode(query, safe='[],')}"
 
+    def _every_run(self) -> Iterable[Any]:
+        if self.experiment_id is None or not has_tables(self.tracking_uri):
+            return self._runs()
+        return read_runs(self.tracking_uri, self.experiment_id, self._metrics)
+
     def _runs_of(self, cell: Cell) -> Iterable[Any]:
         return self._runs(f"tags.`{CELL}` = '{cell.key}'")
 
@@ -393,9 +402,13 @@ class Record:
             busy=status == "running" and owner not in (None, Owner.me()) and not orphan,
             claimed=CLAIMED in tags,
             orphan=orphan,
-            environment=_part(tags, ENVIRONMENT),
-            data=_part(tags, DATA),
+            environment=self._shared(_part(tags, ENVIRONMENT)),
+            data=self._shared(_part(tags, DATA)),
         )
+
+    def _shared(self, texts: dict[str, str]) -> Mapping[str, str]:
+        """The same mapping for equal ones: of a study's cells most have the same versions and data."""
+        return self._texts.setdefault(tuple(texts.items()), texts)
 
     def _is_gone(self, run: Any, owner: Owner) -> bool:
         """Whether a run's driver is dead: seen to be gone, or elsewhere and silent for SILENCE as seen from here.

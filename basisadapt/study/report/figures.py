@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from basisadapt.diagnostics.figures import verbatim
 from basisadapt.study import statistics
 from basisadapt.study.plan.cells import plain
+from basisadapt.study.report.table import by_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from basisadapt.study.report.report import Found
     from basisadapt.study.report.table import Line, Table
 
+MOST = 100  # rows in a figure; of more it shows those that matter, and says so
 NEAR = 0.12  # of a panel's width, within which two labels may meet
 
 
@@ -25,13 +27,14 @@ def comparison_figure(table: Table) -> Figure:
     """A panel a task: a row's seeds as dots, mean ± standard deviation over them, the reference's mean as a line."""
     from matplotlib.figure import Figure
 
-    tasks = list(dict.fromkeys(line.task for line in table.lines))
-    names = list(dict.fromkeys(line.name for line in table.lines))
+    shown = by_name(table.leading(MOST))
+    tasks, names = list(dict.fromkeys(line.task for line in table.lines)), list(shown)
     size = 4 + 3 * len(tasks), 1.2 + 0.4 * len(names)
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
     for task, axes in zip(tasks, panels, strict=True):
-        _compare(axes, [line for line in table.lines if line.task == task], names, 100 if table.percent else 1)
+        places = [(place, line) for place, same in enumerate(shown.values()) for line in same if line.task == task]
+        _compare(axes, places, 100 if table.percent else 1)
         if len(tasks) > 1:
             axes.set_title(verbatim(task), fontsize="medium")
     panels[0].set_yticks(range(len(names)), [verbatim(name) for name in names])
@@ -39,15 +42,22 @@ def comparison_figure(table: Table) -> Figure:
     figure.supxlabel(
         f"{verbatim(table.headline)}{', %' if table.percent else ''} (mean ± std over seeds)", fontsize="medium"
     )
-    figure.suptitle(verbatim(table.study.spec.title))
+    figure.suptitle(_title(table, names))
     return figure
 
 
-def _compare(axes: Axes, lines: Sequence[Line], names: Sequence[str], scale: float) -> None:
+def _title(table: Table, names: Collection[str]) -> str:
+    """The study's title, and how many of its rows are shown where that is not all."""
+    every = len(by_name(table.lines))
+    part = f" ({len(names)} of {every:,} rows)" if len(names) < every else ""
+    return verbatim(table.study.spec.title) + part
+
+
+def _compare(axes: Axes, places: Sequence[tuple[int, Line]], scale: float) -> None:
     """Draw the rows of one task, each at the place of its name."""
-    alone = sum(line.row.is_reference for line in lines) == 1
-    for line in lines:
-        place, values = names.index(line.name), [value * scale for value in line.values.values()]
+    alone = sum(line.row.is_reference for _, line in places) == 1
+    for place, line in places:
+        values = [value * scale for value in line.values.values()]
         centre, spread = statistics.mean(values), statistics.std(values)
         axes.plot(values, [place] * len(values), "o", color="0.7", markersize=4)
         if centre is not None:
@@ -66,10 +76,11 @@ def curves_figure(table: Table) -> Figure:
     """
     from matplotlib.figure import Figure
 
+    shown = table.leading(MOST)
     panels: dict[tuple[Any, ...], list[Line]] = {}
-    for line in table.lines:
+    for line in shown:
         panels.setdefault(line.row.group, []).append(line)
-    names = list(dict.fromkeys(_curve_name(table, line) for line in table.lines))
+    names = list(dict.fromkeys(_curve_name(table, line) for line in shown))
     columns = min(len(panels), 4)
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(1.6 + 3.4 * columns, 0.8 + 3.2 * rows), layout="constrained")
@@ -100,7 +111,7 @@ def curves_figure(table: Table) -> Figure:
     figure.supylabel(
         f"{verbatim(table.headline)}{', %' if table.percent else ''} (mean, 95 % interval)", fontsize="medium"
     )
-    figure.suptitle(verbatim(table.study.spec.title))
+    figure.suptitle(_title(table, by_name(shown)))
     return figure
 
 
@@ -149,12 +160,11 @@ def against_figure(table: Table) -> Figure:
     from matplotlib.figure import Figure
 
     scale, metrics = 100 if table.percent else 1, table.study.spec.against
-    tasks = len({line.task for line in table.lines})
+    tasks, shown = len({line.task for line in table.lines}), by_name(table.leading(MOST))
     figure = Figure(figsize=(1 + 5.5 * len(metrics), 5), layout="constrained")
     for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
         points = []
-        for name in dict.fromkeys(line.name for line in table.lines):
-            lines = [line for line in table.lines if line.name == name]
+        for name, lines in shown.items():
             costs, scores = _all_of(lines, metric), _all_of(lines, None)
             if not costs or not scores or min(costs) <= 0:
                 continue
@@ -170,7 +180,7 @@ def against_figure(table: Table) -> Figure:
         axes.grid(alpha=0.3)
     over = "mean ± std over seeds" if tasks == 1 else f"mean over {tasks} tasks"
     figure.axes[0].set_ylabel(f"{verbatim(table.headline)}{', %' if table.percent else ''} ({over})")
-    figure.suptitle(verbatim(table.study.spec.title))
+    figure.suptitle(_title(table, shown))
     return figure
 
 
@@ -210,7 +220,7 @@ def search_figure(found: Found, headline: str) -> Figure:
     figure = Figure(figsize=(9, 1.8 + 0.3 * max(5, len(found.importance))), layout="constrained")
     history, importance = figure.subplots(1, 2)
     finished = [(trial.number, trial.value) for trial in found.trials if trial.value is not None]
-    best = [max(value for _, value in finished[: n + 1]) for n in range(len(finished))]
+    best = list(itertools.accumulate((value for _, value in finished), max))
     history.plot([number for number, _ in finished], [value for _, value in finished], "o", color="0.6", label="trial")
     history.step([number for number, _ in finished], best, where="post", color="C0", label="best so far")
     history.set_xlabel("trial")

@@ -123,6 +123,8 @@ for (const table of document.querySelectorAll("table.sortable")) {
 }
 """
 
+PICTURED = 20  # rows of which the page has the pictures, some 150 kB each
+
 CAPTIONS = {
     "comparison.png": "Seeds as dots, mean ± standard deviation, the reference's mean as a line; a panel a task",
     "curves.png": "The headline metric over the tuned setting: means over seeds, bands of their 95 % intervals (t), a "
@@ -234,26 +236,36 @@ def _figure(name: str, content: bytes, of: str, kind: str = "coloured") -> str:
 
 
 def _diagnostics(table: Table, pictures: Callable[[str], dict[str, bytes]]) -> str:
-    """The pictures of one cell of every row, folded."""
-    folds = []
-    for line in table.lines:
+    """The pictures of one cell of every row, folded; of many rows, of those that matter."""
+    folds, tasks = [], len({line.task for line in table.lines})
+    shown = table.leading(max(1, PICTURED // tasks))
+    for line in shown:
         done = [(seed, outcome) for seed, outcome in line.outcomes.items() if outcome.done]
         for seed, outcome in done[:1]:
             cell = f"{line.label}, seed {seed}"
             drawn = [_figure(name, content, cell) for name, content in pictures(outcome.run_id).items()]
             if drawn:
                 folds.append(f"<details><summary>{escape(cell)}</summary>{''.join(drawn)}</details>")
-    return _section("Diagnostics of one cell a row", *folds) if folds else ""
+    note = (
+        f'<p class="states">Of {len(shown)} of {len(table.lines):,} rows: those that claims name and those with the '
+        "greatest means, with what they are compared with. The pictures of every cell are with its run in MLflow.</p>"
+    )
+    parts = folds if len(shown) == len(table.lines) else [note, *folds]
+    return _section("Diagnostics of one cell a row", *parts) if folds else ""
 
 
 def _configurations(table: Table) -> str:
     """What differs between the rows that have a setting as a table, and the others as a list."""
-    flat = {row.label: _settings(row) for row in table.study.rows}
-    keys = list(dict.fromkeys(key for settings in flat.values() for key in settings))
-    values = {key: list(dict.fromkeys(settings[key] for settings in flat.values() if key in settings)) for key in keys}
-    varying = [key for key in keys if len(values[key]) > 1]
-    rows = [[label, *(settings.get(key, text.DASH) for key in varying)] for label, settings in flat.items()]
-    shared = "".join(f"<dt>{escape(key)}</dt><dd>{escape(values[key][0])}</dd>" for key in keys if key not in varying)
+    values: dict[str, dict[str, None]] = {}
+    for row in table.study.rows:
+        for key, value in _settings(row).items():
+            values.setdefault(key, {})[value] = None
+    varying = [key for key, found in values.items() if len(found) > 1]
+    flat = ((row.label, _settings(row)) for row in table.study.rows)
+    rows = [[label, *(settings.get(key, text.DASH) for key in varying)] for label, settings in flat]
+    shared = "".join(
+        f"<dt>{escape(key)}</dt><dd>{escape(*found)}</dd>" for key, found in values.items() if len(found) == 1
+    )
     heads = ["row", *(key.removeprefix("adapter.") for key in varying)]
     return (
         _table("Settings that differ between rows", heads, rows, table.study.spec.reference)

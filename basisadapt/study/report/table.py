@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -133,7 +134,7 @@ class Table:
     across: tuple[Across, ...]
     at: Mapping[float, Table] = field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def every_line(self) -> list[Line]:
         """The lines, and those at values that share no cell with them."""
         own = {cell.key for line in self.lines for cell in line.row.cells}
@@ -145,7 +146,7 @@ class Table:
         """Whether a cell failed or diverged."""
         return any({"failed", "diverged"} & line.seeds_by_state().keys() for line in self.every_line)
 
-    @property
+    @functools.cached_property
     def percent(self) -> bool:
         """Whether the headline metric is read as a percentage."""
         values = [value for line in self.every_line for value in line.values.values()]
@@ -190,7 +191,7 @@ class Table:
 
     def curve(self, line: Line) -> dict[float, Line]:
         """A value of the tuned setting to the same row there."""
-        return {value: same for value, table in self.at.items() for same in table.lines if same.label == line.label}
+        return {value: table._labelled[line.label] for value, table in self.at.items() if line.label in table._labelled}
 
     def plateau(self, line: Line) -> Plateau | None:
         """How many octaves of the tuned setting lie within a point of the best of a row's curve.
@@ -251,8 +252,44 @@ class Table:
         return next((row.published[0] for row in printed if row.published), None)
 
     def _named(self, label: str) -> list[Line]:
-        exactly = [line for line in self.lines if line.label == label]
-        return exactly[:1] or [line for line in self.lines if line.name == label]
+        return [self._labelled[label]] if label in self._labelled else self._by_name.get(label, [])
+
+    @functools.cached_property
+    def _labelled(self) -> dict[str, Line]:
+        return {line.label: line for line in reversed(self.lines)}
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, list[Line]]:
+        return by_name(self.lines)
+
+    def leading(self, names: int) -> list[Line]:
+        """The lines, in their order, of at most so many names: of more, those that claims name and those with the
+        greatest means over their tasks, each before what it is compared with."""
+        if len(self._by_name) <= names:
+            return list(self.lines)
+        labels = (label for claim in self.study.spec.claims for label in claim.labels)
+        claimed = (line.name for label in labels for line in self._named(label))
+        references = {line.row.group: line.name for line in reversed(self.lines) if line.row.is_reference}
+        chosen: dict[str, None] = {}
+        for name in (*claimed, *sorted(self._by_name, key=self._worth, reverse=True)):
+            compared = (references.get(line.row.group, name) for line in self._by_name[name])
+            chosen.update(dict.fromkeys((name, *compared)))
+            if len(chosen) >= names:
+                break
+        kept = set(list(chosen)[:names])
+        return [line for line in self.lines if line.name in kept]
+
+    def _worth(self, name: str) -> float:
+        means = [mean for line in self._by_name[name] if (mean := line.mean_of(None)) is not None]
+        return math.fsum(means) / len(means) if means else -math.inf
+
+
+def by_name(lines: Iterable[Line]) -> dict[str, list[Line]]:
+    """The lines of each name, which differ in their task."""
+    found: dict[str, list[Line]] = {}
+    for line in lines:
+        found.setdefault(line.name, []).append(line)
+    return found
 
 
 def _scores(curve: Mapping[float, Line], seed: int) -> dict[float, float] | None:
@@ -310,8 +347,7 @@ def _across(
     if len({line.task for line in lines}) < 2:
         return ()
     found = []
-    for name in dict.fromkeys(line.name for line in lines):
-        same = [line for line in lines if line.name == name]
+    for name, same in by_name(lines).items():
         by_task = {line.task: line.mean_of(None) for line in same}
         gains = {line.task: line.difference.mean for line in same if line.difference is not None}
         difference = statistics.difference(gains, dict.fromkeys(gains, 0.0))

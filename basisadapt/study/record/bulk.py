@@ -1,0 +1,73 @@
+"""All runs of an experiment, read from MLflow's tables at once, for its client makes an object of every number.
+
+What is left out is what no table of a study shows: the numbers of single modules and curves, whose names have a slash,
+but for those that are asked for, and notes. MLflow's client gives the same where there is a server before the tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from basisadapt.study.record.stores import absolute
+
+ACTIVE = "run_uuid IN (SELECT run_uuid FROM runs WHERE experiment_id = :experiment AND lifecycle_stage = 'active')"
+RUNS = f"SELECT run_uuid, status, start_time, end_time FROM runs WHERE {ACTIVE} ORDER BY start_time DESC, run_uuid"
+TAGS = f"SELECT run_uuid, key, value FROM tags WHERE {ACTIVE} AND key != 'mlflow.note.content'"
+METRICS = f"SELECT run_uuid, key, value FROM latest_metrics WHERE {ACTIVE} AND is_nan = :no"
+
+
+@dataclass(frozen=True)
+class Info:
+    """As of MLflow's runs. Times are in milliseconds since 1970."""
+
+    run_id: str
+    status: str
+    start_time: int
+    end_time: int | None
+
+
+@dataclass(frozen=True)
+class Data:
+    """As of MLflow's runs, in part."""
+
+    tags: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """A run, in the form that MLflow's client gives."""
+
+    info: Info
+    data: Data
+
+
+def has_tables(tracking_uri: str) -> bool:
+    """Whether MLflow's tables are in a database that can be asked, rather than behind a server."""
+    return tracking_uri.startswith(("sqlite", "postgresql"))
+
+
+def read_runs(tracking_uri: str, experiment_id: str, metrics: Collection[str]) -> list[StoredRun]:
+    """The active runs of an experiment, latest first. metrics: names with a slash that are wanted too."""
+    from sqlalchemy import bindparam, create_engine, text
+    from sqlalchemy.pool import NullPool
+
+    engine = create_engine(absolute(tracking_uri), poolclass=NullPool)
+    shown = bindparam("wanted", expanding=True)
+    numbers = text(f"{METRICS} AND (key NOT LIKE '%/%' OR key IN :wanted)").bindparams(shown)
+    known: dict[Any, Any] = {}  # of equal texts, one is kept
+    of: Mapping[str, Any] = {"experiment": int(experiment_id)}
+    with engine.connect() as connection:
+        runs = {
+            run_id: StoredRun(Info(run_id, status, began, ended), Data())
+            for run_id, status, began, ended in connection.execute(text(RUNS), of)
+        }
+        for run_id, key, value in connection.execute(text(TAGS), of):
+            if run_id in runs:
+                runs[run_id].data.tags[known.setdefault(key, key)] = known.setdefault(value, value)
+        for run_id, key, value in connection.execute(numbers, {**of, "no": False, "wanted": [*metrics]}):
+            if run_id in runs:
+                runs[run_id].data.metrics[known.setdefault(key, key)] = value
+    return list(runs.values())

@@ -1,0 +1,147 @@
+"""A study of many rows: what its report takes grows as they do, its page and its figures do not."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+
+import pytest
+
+from basisadapt.study.drive import engine
+from basisadapt.study.outcome import Outcome
+from basisadapt.study.plan.cells import resolve
+from basisadapt.study.plan.spec import read_spec
+from basisadapt.study.plan.tuning import resolve_tuning
+from basisadapt.study.record import record as module
+from basisadapt.study.record.record import Record
+from basisadapt.study.report import figures, text
+from basisadapt.study.report.documents import report_document
+from basisadapt.study.report.html import PICTURED, to_html
+from basisadapt.study.report.report import make_report
+from basisadapt.study.report.table import build_table
+
+STUDY = """
+title: Many rows
+question: How many are too many?
+base: {{task: docstrings, backbone: minilm, method: phi, adapter: {{r: 4}}}}
+sweep: {{basis: [sinc, fourier], train.lr: {rates}}}
+reference: basis=sinc
+seeds: [1, 2]
+claims: [{{text: The first is better, better: "fourier, 0.001", than: "sinc, 0.001"}}]
+"""
+PICTURE = b"\x89PNG" + bytes(100_000)
+
+
+@pytest.fixture
+def many(folder):
+    """A study of so many rows; the later ones have the greater scores."""
+
+    def make(rows):
+        rates = [round(0.001 * (1 + number / 1000), 6) for number in range(rows // 2)]
+        (folder / "many.yaml").write_text(STUDY.format(rates=rates))
+        return resolve(read_spec("many.yaml"))
+
+    return make
+
+
+def reported(study):
+    """The report on a study with scores that grow row by row."""
+    outcomes = {
+        cell.key: Outcome(f"run {n}", cell.key, "finished", "accuracy", {"accuracy": 0.5 + n / 1e5}, (), "", n)
+        for n, cell in enumerate(study.cells)
+    }
+    return make_report(build_table(study, outcomes))
+
+
+def test_the_page_has_the_pictures_of_the_rows_that_matter(many):
+    asked = []
+
+    def pictures(run_id):
+        asked.append(run_id)
+        return {"phi.png": PICTURE}
+
+    pages = {rows: to_html(reported(many(rows)), {}, pictures) for rows in (PICTURED, 400)}
+    assert len(asked) == 2 * PICTURED
+    assert [page.count("<img ") for page in pages.values()] == [PICTURED] * 2
+    assert "rows: those that claims name" not in pages[PICTURED]
+    assert f"Of {PICTURED} of 400 rows" in pages[400]
+    assert "The pictures of every cell are with its run in MLflow." in pages[400]
+    assert len(pages[400]) < len(pages[PICTURED]) + 400 * 1000
+    shown = re.findall(r"<summary>(\w+, [\d.]+), seed 1</summary>", pages[400])
+    assert {"sinc, 0.001", "fourier, 0.001"} <= {*shown}  # which the claim names
+    best = [f"fourier, {0.001 * (1 + number / 1000):g}" for number in range(199, 191, -1)]
+    assert {*best} <= {*shown}
+    assert {name.replace("fourier", "sinc") for name in best} <= {*shown}  # with which they are compared
+
+
+def test_a_figure_has_the_rows_that_matter_and_says_so(many):
+    few, all_of_them = (reported(many(rows)).table for rows in (400, figures.MOST))
+    drawn = figures.comparison_figure(few)
+    assert drawn.get_suptitle() == f"Many rows ({figures.MOST} of 400 rows)"
+    names = [label.get_text() for label in drawn.axes[0].get_yticklabels()]
+    assert len(names) == figures.MOST
+    assert "fourier, 0.001199" in names
+    assert drawn.get_figheight() < 50
+    assert figures.comparison_figure(all_of_them).get_suptitle() == "Many rows"
+
+
+def test_what_a_report_takes_grows_as_its_rows_do(many):
+    def steps(rows):
+        """How many functions are called."""
+        study, count = many(rows), 0
+
+        def call(frame, event, _):
+            nonlocal count
+            count += event in ("call", "c_call")
+
+        sys.setprofile(call)
+        try:
+            report = reported(study)
+            for words in (text.to_text, text.to_markdown, lambda report: text.to_csv(report.table)):
+                words(report)
+            report_document(report, "here")
+            to_html(report, {}, lambda _: {})
+        finally:
+            sys.setprofile(None)
+        return count
+
+    assert steps(400) < 2.2 * steps(200)
+
+
+def test_rows_that_differ_in_their_pace_alone_are_planned_once(many, fake, monkeypatch):
+    planned, plan = [], fake.plan
+
+    def once(config, *arguments):
+        planned.append(config.adapter.basis)
+        return plan(config, *arguments)
+
+    monkeypatch.setattr("basisadapt.training.plan", once)
+    many(40)
+    cells = resolve_tuning(read_spec("many.yaml")).possible_cells
+    assert len(engine.plan_cells(cells, None, dry=True)) == 40
+    assert planned == ["sinc", "fourier"]
+
+
+def test_the_record_is_read_at_once_as_mlflow_reads_it(home, fake, study, monkeypatch):
+    fake.ways = {("sinc", 2): "raise", ("fourier", 1): "diverge"}
+    assert study("tiny.yaml", "--seeds", "1,2")[0] == 1
+    record = Record("sqlite:///mlflow.db", "tiny")
+    with monkeypatch.context() as from_here:
+        from_here.setattr(module.Owner, "me", lambda: module.Owner.of(1))
+        cell = resolve(read_spec("tiny.yaml"), seeds=[9]).cells[0]
+        record.start(record.begin(read_spec("tiny.yaml"), {}), cell)
+    named = "stable_rank/encoder.layer.0.output.dense"
+    at_once = Record("sqlite:///mlflow.db", "tiny", ["curve/accuracy", named]).outcomes()
+    monkeypatch.setattr(module, "has_tables", lambda _: False)
+    by_mlflow = record.outcomes()
+    assert len(at_once) == 7
+    for key, outcome in by_mlflow.items():
+        told = {name: v for name, v in outcome.metrics.items() if "/" not in name or name in ("curve/accuracy", named)}
+        found = at_once[key]
+        assert (found.metrics, found.run_id, found.status) == (told, outcome.run_id, outcome.status)
+        assert {**vars(found), "metrics": {}} == {**vars(outcome), "metrics": {}}
+    finished = [outcome for outcome in at_once.values() if outcome.status == "finished"]
+    assert {outcome.metrics[named] for outcome in finished} == {1.2}
+    assert json.dumps([*finished[0].environment]) == '["git_commit", "torch"]'
+    assert finished[0].environment is finished[1].environment
