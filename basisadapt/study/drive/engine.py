@@ -335,7 +335,8 @@ def plan_cells(cells: Sequence[Cell], data_dir: Path | None, dry: bool = False) 
     """
     from basisadapt import training
 
-    plans, alike = dict[str, Plan](), dict[str, Plan]()
+    plans: dict[str, Plan] = {}
+    alike: dict[str, Plan] = {}
     for cell in cells:
         if cell.row not in plans:
             shape = json.dumps({key: value for key, value in cell.settings.items() if key not in PACE}, sort_keys=True)

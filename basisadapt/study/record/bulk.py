@@ -49,13 +49,14 @@ def has_tables(tracking_uri: str) -> bool:
     return tracking_uri.startswith(("sqlite", "postgresql"))
 
 
-def read_runs(tracking_uri: str, experiment_id: str, metrics: Collection[str]) -> list[StoredRun]:
-    """The active runs of an experiment, latest first. metrics: names with a slash that are wanted too."""
-    from sqlalchemy import bindparam, create_engine, text
+def read_runs(tracking_uri: str, experiment_id: str, metrics: Collection[str], headline: str) -> list[StoredRun]:
+    """The active runs of an experiment, latest first. metrics: names with a slash that are wanted too, as are those
+    in the tag called `headline`."""
+    from sqlalchemy import BindParameter, bindparam, create_engine, text
     from sqlalchemy.pool import NullPool
 
     engine = create_engine(absolute(tracking_uri), poolclass=NullPool)
-    shown = bindparam("wanted", expanding=True)
+    shown: BindParameter[str] = bindparam("wanted", expanding=True)
     numbers = text(f"{METRICS} AND (key NOT LIKE '%/%' OR key IN :wanted)").bindparams(shown)
     known: dict[Any, Any] = {}  # of equal texts, one is kept
     of: Mapping[str, Any] = {"experiment": int(experiment_id)}
@@ -67,7 +68,8 @@ def read_runs(tracking_uri: str, experiment_id: str, metrics: Collection[str]) -
         for run_id, key, value in connection.execute(text(TAGS), of):
             if run_id in runs:
                 runs[run_id].data.tags[known.setdefault(key, key)] = known.setdefault(value, value)
-        for run_id, key, value in connection.execute(numbers, {**of, "no": False, "wanted": [*metrics]}):
+        wanted = {*metrics, *(run.data.tags.get(headline, "") for run in runs.values())}
+        for run_id, key, value in connection.execute(numbers, {**of, "no": False, "wanted": [*wanted]}):
             if run_id in runs:
                 runs[run_id].data.metrics[known.setdefault(key, key)] = value
     return list(runs.values())

@@ -364,7 +364,7 @@ class Record:
     def _every_run(self) -> Iterable[Any]:
         if self.experiment_id is None or not has_tables(self.tracking_uri):
             return self._runs()
-        return read_runs(self.tracking_uri, self.experiment_id, self._metrics)
+        return read_runs(self.tracking_uri, self.experiment_id, self._metrics, HEADLINE)
 
     def _runs_of(self, cell: Cell) -> Iterable[Any]:
         return self._runs(f"tags.`{CELL}` = '{cell.key}'")
