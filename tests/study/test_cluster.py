@@ -268,6 +268,18 @@ def test_two_hosts_with_clocks_ten_minutes_apart_one_suspended_one_killed(
     print(f"24 cells by two hosts, clocks {times[1] - times[0]:.0f} s apart; runs at the end: {dict(ends)}")
 
 
+def test_a_dead_drivers_trial_gets_no_value_that_another_run_has_found(home, fake, study, trials):
+    from basisadapt.study.plan.cells import resolve
+    from basisadapt.study.record.trials import Trials
+
+    assert study("tiny.yaml", "--seeds", "1")[0] == 0
+    cell = resolve(read_spec("tiny.yaml"), seeds=[1]).cells[0]
+    Trials("sqlite:///optuna.db", "tiny").ask(cell, "a run that was closed")
+    assert study("tiny.yaml", "--seeds", "1")[0] == 0
+    states = collections.Counter((trial.user_attrs["cell"] == cell.key, trial.state.name) for trial in trials())
+    assert states == {(True, "COMPLETE"): 1, (True, "FAIL"): 1, (False, "COMPLETE"): 2}
+
+
 def test_of_claims_made_at_once_one_stays(home, monkeypatch):
     """In every order in which two drivers can write their runs and look at the other's."""
     from basisadapt.study.plan.cells import resolve

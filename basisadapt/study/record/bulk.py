@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from basisadapt.study.record.stores import absolute
+
+if TYPE_CHECKING:
+    from sqlalchemy import BindParameter
 
 ACTIVE = "run_uuid IN (SELECT run_uuid FROM runs WHERE experiment_id = :experiment AND lifecycle_stage = 'active')"
 RUNS = f"SELECT run_uuid, status, start_time, end_time FROM runs WHERE {ACTIVE} ORDER BY start_time DESC, run_uuid"
@@ -52,7 +55,7 @@ def has_tables(tracking_uri: str) -> bool:
 def read_runs(tracking_uri: str, experiment_id: str, metrics: Collection[str], headline: str) -> list[StoredRun]:
     """The active runs of an experiment, latest first. metrics: names with a slash that are wanted too, as are those
     in the tag called `headline`."""
-    from sqlalchemy import BindParameter, bindparam, create_engine, text
+    from sqlalchemy import bindparam, create_engine, text
     from sqlalchemy.pool import NullPool
 
     engine = create_engine(absolute(tracking_uri), poolclass=NullPool)

@@ -57,9 +57,8 @@ class Trials:
     def close_orphans(
         self, running: Callable[[], Collection[str]], record: Callable[[], Mapping[str, Outcome]]
     ) -> None:
-        """Close the trials whose runs are not among those `running`, as the whole record has their cells.
-
-        Both are asked for where there are trials to close.
+        """Close the trials whose runs are not among those `running`, as the whole record has these: a cell's value belongs
+        to the trial of the run that found it alone. Both are asked for where there are trials to close.
         """
         from optuna.trial import TrialState
 
@@ -69,7 +68,8 @@ class Trials:
         outcomes = record() if orphans else {}
         for orphan in orphans:
             outcome = outcomes.get(orphan.user_attrs.get("cell", ""))
-            value = outcome.value if outcome else None
+            own = outcome is not None and orphan.user_attrs.get(RUN, outcome.run_id) == outcome.run_id
+            value = outcome.value if outcome is not None and own else None
             self._study.tell(orphan.number, value, state=_state(value), skip_if_finished=True)
 
     def follow(self, cells: Iterable[Cell], outcomes: Mapping[str, Outcome]) -> None:
