@@ -57,8 +57,8 @@ class Trials:
     def close_orphans(
         self, running: Callable[[], Collection[str]], record: Callable[[], Mapping[str, Outcome]]
     ) -> None:
-        """Close the trials whose runs are not among those `running`, as the whole record has these: a cell's value belongs
-        to the trial of the run that found it alone. Both are asked for where there are trials to close.
+        """Close the trials whose runs are not among those `running`, as the whole record has these runs: the value of a
+        cell is that of the trial whose run found it. Both are asked for where there are trials to close.
         """
         from optuna.trial import TrialState
 
