@@ -263,9 +263,8 @@ def _configurations(table: Table) -> str:
     varying = [key for key, found in values.items() if len(found) > 1]
     flat = ((row.label, _settings(row)) for row in table.study.rows)
     rows = [[label, *(settings.get(key, text.DASH) for key in varying)] for label, settings in flat]
-    shared = "".join(
-        f"<dt>{escape(key)}</dt><dd>{escape(*found)}</dd>" for key, found in values.items() if len(found) == 1
-    )
+    alike = {key: next(iter(found)) for key, found in values.items() if len(found) == 1}
+    shared = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in alike.items())
     heads = ["row", *(key.removeprefix("adapter.") for key in varying)]
     return (
         _table("Settings that differ between rows", heads, rows, table.study.spec.reference)
