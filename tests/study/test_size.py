@@ -75,6 +75,14 @@ def test_the_page_has_the_pictures_of_the_rows_that_matter(many):
     assert {name.replace("fourier", "sinc") for name in best} <= {*shown}  # with which they are compared
 
 
+@pytest.mark.parametrize("rows", [PICTURED, 400])
+def test_large_pictures_are_of_fewer_rows(many, rows):
+    page = to_html(reported(many(rows)), {}, lambda _: {"phi.png": 10 * PICTURE})
+    assert page.count("<img ") == 3
+    assert f"Of 3 of {rows} rows" in page
+    assert len(page) < 6e6
+
+
 def test_a_figure_has_the_rows_that_matter_and_says_so(many):
     few, all_of_them = (reported(many(rows)).table for rows in (400, figures.MOST))
     drawn = figures.comparison_figure(few)

@@ -9,6 +9,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from basisadapt.study.report import text
+from basisadapt.study.report.table import by_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -123,7 +124,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
 }
 """
 
-PICTURED = 20  # rows of which the page has the pictures, some 150 kB each
+PICTURED, LARGEST = 20, 5_000_000  # rows of which the page has the pictures, at most, and these pictures' bytes
 
 CAPTIONS = {
     "comparison.png": "Seeds as dots, mean ± standard deviation, the reference's mean as a line; a panel a task",
@@ -236,8 +237,8 @@ def _figure(name: str, content: bytes, of: str, kind: str = "coloured") -> str:
 
 
 def _diagnostics(table: Table, pictures: Callable[[str], dict[str, bytes]]) -> str:
-    """The pictures of one cell of every row, folded; of many rows, of those that matter."""
-    folds, tasks = [], len({line.task for line in table.lines})
+    """The pictures of one cell of every row, folded; of many rows, or large pictures, of the rows that matter."""
+    folds, tasks = dict[str, str](), len({line.task for line in table.lines})
     shown = table.leading(max(1, PICTURED // tasks))
     for line in shown:
         done = [(seed, outcome) for seed, outcome in line.outcomes.items() if outcome.done]
@@ -245,13 +246,17 @@ def _diagnostics(table: Table, pictures: Callable[[str], dict[str, bytes]]) -> s
             cell = f"{line.label}, seed {seed}"
             drawn = [_figure(name, content, cell) for name, content in pictures(outcome.run_id).items()]
             if drawn:
-                folds.append(f"<details><summary>{escape(cell)}</summary>{''.join(drawn)}</details>")
+                folds[line.label] = f"<details><summary>{escape(cell)}</summary>{''.join(drawn)}</details>"
+    size = sum(map(len, folds.values()))
+    if size > LARGEST:
+        shown = table.leading(max(1, len(by_name(shown)) * LARGEST // size))
+    parts = [folds[line.label] for line in shown if line.label in folds]
     note = (
         f'<p class="states">Of {len(shown)} of {len(table.lines):,} rows: those that claims name and those with the '
         "greatest means, with what they are compared with. The pictures of every cell are with its run in MLflow.</p>"
     )
-    parts = folds if len(shown) == len(table.lines) else [note, *folds]
-    return _section("Diagnostics of one cell a row", *parts) if folds else ""
+    whole = len(shown) == len(table.lines)
+    return _section("Diagnostics of one cell a row", *([] if whole else [note]), *parts) if parts else ""
 
 
 def _configurations(table: Table) -> str:
