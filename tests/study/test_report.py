@@ -241,7 +241,7 @@ def test_a_published_table_without_tasks_stands_beside_the_means_over_tasks():
     assert {line.published for line in table.lines} == {None}
     sinc, lora, paper, *controls = table.across
     assert {line.published for line in (lora, *controls)} == {None}
-    assert sinc.published == paper.published == published_values(study.spec.answers)["basis=sinc"]
+    assert sinc.published == paper.published == published_values(study.spec.answers)["basis=sinc",]
     rows, across = text.grids(report.make_report(table))[:2]
     assert "published" not in rows.header
     assert across.rows[0][2].startswith(sinc.published[0])

@@ -23,7 +23,7 @@ from basisadapt.study.drive.estimate import estimate_time
 from basisadapt.study.drive.interrupt import Interrupt
 from basisadapt.study.drive.progress import Progress, waiting_for
 from basisadapt.study.outcome import Outcome
-from basisadapt.study.plan.cells import Cell, Study
+from basisadapt.study.plan.cells import Cell
 from basisadapt.study.plan.spec import StudySpec
 from basisadapt.study.plan.tuning import Tuned, Tuning
 from basisadapt.study.record.heartbeat import Heartbeat
@@ -87,9 +87,9 @@ def run_study(tuning: Tuning, place: Place, tags: Mapping[str, str], executor: E
     check_place(place)
     recorded = Record.read(place.tracking_uri, tuning.spec.name, tuning.spec.metrics)
     tuned = tuning.choose(recorded)
-    for study in (tuning.trials, tuned.planned):
-        _check_own_files(study, recorded, place.data_dir)
-        missing = missing_cells(study.cells, recorded)
+    for cells in (tuning.trials, tuned.planned.cells):
+        _check_own_files(cells, recorded, place.data_dir)
+        missing = missing_cells(cells, recorded)
         plan_cells(missing, place.data_dir)
         if missing:
             executor.prepare()
@@ -97,7 +97,7 @@ def run_study(tuning: Tuning, place: Place, tags: Mapping[str, str], executor: E
         tell(str(estimate))
     with Invocation(tuning.spec, place, tags, executor) as invocation:
         tuned = tuning.choose(invocation.run(tuning.trials))
-        report = report_on(tuned, invocation.run(tuned.chosen))
+        report = report_on(tuned, invocation.run(tuned.chosen.cells))
         invocation.end(report)
     return report
 
@@ -162,16 +162,16 @@ class Invocation:
         """The ids of the runs that are at work, here and elsewhere."""
         return self._record.close_orphans()
 
-    def run(self, study: Study) -> dict[str, Outcome]:
-        """Run what the record lacks of the study's cells. Returns what it then holds of them, at least."""
-        outcomes = self._record.outcomes(study.cells)
-        self._trials.follow(study.cells, outcomes)
-        missing = missing_cells(study.cells, outcomes)
-        total = len({cell.key for cell in study.cells})
+    def run(self, cells: Sequence[Cell]) -> dict[str, Outcome]:
+        """Run what the record lacks of the cells. Returns what it then holds of them, at least."""
+        outcomes = self._record.outcomes(cells)
+        self._trials.follow(cells, outcomes)
+        missing = missing_cells(cells, outcomes)
+        total = len({cell.key for cell in cells})
         with Progress(total, total - len(missing)) as progress, self._interrupt.patient():
             self._run_cells(missing, progress)
         self._close_orphans()
-        return self._record.outcomes(study.cells)
+        return self._record.outcomes(cells)
 
     def enter(self, results: Iterable[tuple[Imported, Mapping[str, bytes]]]) -> None:
         """Record what was run elsewhere, with its pictures, as if it had been here; what is at work stays as it is.
@@ -369,11 +369,11 @@ def write_report(report: Report, place: Place) -> None:
         _write(report_files(report, record.pictures), place.output)
 
 
-def _check_own_files(study: Study, outcomes: Mapping[str, Outcome], data_dir: Path | None) -> None:
-    """Raise InputError if a file of the user's own has changed since cells of the study were run on it."""
+def _check_own_files(cells: Iterable[Cell], outcomes: Mapping[str, Outcome], data_dir: Path | None) -> None:
+    """Raise InputError if a file of the user's own has changed since some of the cells were run on it."""
     from basisadapt import tasks, training
 
-    for cell in study.cells:
+    for cell in cells:
         seen = outcomes[cell.key].data.get("fingerprint") if cell.key in outcomes else None
         if seen is None or not any(tasks.stamp(cell.config.task, cell.config.data)):
             continue

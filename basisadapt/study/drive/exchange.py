@@ -26,7 +26,7 @@ def export_cells(tuning: Tuning, place: Place, path: Path) -> int:
     something else.
     """
     outcomes = Record.read(place.tracking_uri, tuning.spec.name, tuning.spec.metrics)
-    cells = missing_cells([*tuning.trials.cells, *tuning.choose(outcomes).chosen.cells], outcomes)
+    cells = missing_cells([*tuning.trials, *tuning.choose(outcomes).chosen.cells], outcomes)
     lines = [CellLine(study=cell.study, row=cell.row, key=cell.key, config=cell.config.to_mapping()) for cell in cells]
     check_replaceable(path, "--export")
     beside = path.with_name(f"{path.name}.{os.getpid()}")

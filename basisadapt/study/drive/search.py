@@ -104,7 +104,7 @@ def run_search(search: Search, place: Place, tags: Mapping[str, str], executor: 
     with Invocation(search.spec, place, tags, executor) as invocation:
         hunt = Hunt(place.optuna_url, search)
         hunt.close_orphans(invocation.running())
-        invocation.run(search.study(search.reference()))
+        invocation.run([cell for row in search.reference() for cell in row.cells])
         while len(hunt.ended) < search.trials:
             hunt.step(invocation)
         report = _report(search, hunt, invocation.outcomes)
@@ -172,7 +172,7 @@ class Hunt:
             rows = {n: self._search.rows(f"trial {n}", trial.params) for n, trial in asked.items()}
             for number, trial in asked.items():
                 trial.set_user_attr("cells", [cell.key for row in rows[number] for cell in row.cells])
-            outcomes = invocation.run(self._search.study([row for same in rows.values() for row in same]))
+            outcomes = invocation.run([cell for same in rows.values() for row in same for cell in row.cells])
         except BaseException:
             for trial in asked.values():
                 self._tell(trial, "killed", None)

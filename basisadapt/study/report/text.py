@@ -17,6 +17,7 @@ from basisadapt.study.plan.cells import plain
 from basisadapt.study.report.table import Across, Line, Table
 
 if TYPE_CHECKING:
+    from basisadapt.study.plan.spec import Reference
     from basisadapt.study.plan.tuning import Choice, Tuned
     from basisadapt.study.report.report import Found, Report
     from basisadapt.study.statistics import Difference
@@ -60,7 +61,7 @@ def grids(report: Report) -> list[Grid]:
     made = [_main(table)]
     if len(table.at) > 1:
         made.append(_curves(table))
-    if tuned is not None and tuned.tuning.trials.rows:
+    if tuned is not None and tuned.tuning.trials:
         made.append(_tuning(tuned, table))
     if table.across:
         made.append(_across(table))
@@ -202,7 +203,7 @@ def _heads_beside(table: Table, score: str, heads: Sequence[str]) -> list[str]:
     return found
 
 
-def _compared_heads(reference: str | None) -> list[str]:
+def _compared_heads(reference: Reference | None) -> list[str]:
     return [] if reference is None else [f"difference to {reference} (95 % CI)", "p (Holm)"]
 
 
@@ -317,9 +318,9 @@ def _p(p: float | None) -> str:
     return DASH if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def reference_named(reference: str) -> str:
+def reference_named(reference: Reference) -> str:
     """LoRA; or, for method=lora, what that means."""
-    return f"the row with {reference} that is otherwise equal" if "=" in reference else reference
+    return reference.value if reference.axis is None else f"the row with {reference} that is otherwise equal"
 
 
 def _notes(table: Table) -> list[str]:
