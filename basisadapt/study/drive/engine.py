@@ -95,7 +95,7 @@ def run_study(tuning: Tuning, place: Place, tags: Mapping[str, str], executor: E
             executor.prepare()
     if estimate := estimate_time(tuned.cells, tuned.seen(recorded), executor):
         tell(str(estimate))
-    with Invocation(tuning.spec, place, tags, executor) as invocation:
+    with Invocation(tuning.spec, tuning.possible_cells, place, tags, executor) as invocation:
         tuned = tuning.choose(invocation.run(tuning.trials))
         report = report_on(tuned, invocation.run(tuned.chosen.cells))
         invocation.end(report)
@@ -116,17 +116,20 @@ def check_place(place: Place) -> None:
 class Invocation:
     """One call of the command line: its parent run, closed whatever happens, and the cells run under it.
 
-    Inside, while cells run, the first Ctrl-C ends run() after them, see `Interrupt`.
+    cells: that the study may come to have. Inside, while cells run, the first Ctrl-C ends run() after them, see
+    `Interrupt`.
     """
 
-    def __init__(self, spec: StudySpec, place: Place, tags: Mapping[str, str], executor: Executor) -> None:
+    def __init__(
+        self, spec: StudySpec, cells: Iterable[Cell], place: Place, tags: Mapping[str, str], executor: Executor
+    ) -> None:
         if place.output is not None:
             _make_folder(place.output)
         self._place, self._executor = place, executor
         self._interrupt = Interrupt()
         self._running: dict[str, _Running] = {}
         self._ended = False
-        self._trials = Trials(place.optuna_url, spec.name)
+        self._trials = Trials(place.optuna_url, spec.name, cells)
         self._record = Record(place.tracking_uri, spec.name, spec.metrics)
         try:
             self.run_id = self._record.begin(spec, tags)

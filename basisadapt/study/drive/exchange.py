@@ -78,7 +78,7 @@ def import_results(
     new = [one for key, one in results.items() if key not in recorded or not recorded[key].done]
     with TemporaryDirectory() as folder:
         drawn = [(one, _draw(one, Path(folder))) for one in new]
-        with Invocation(tuning.spec, place, tags, executor) as invocation:
+        with Invocation(tuning.spec, cells.values(), place, tags, executor) as invocation:
             invocation.enter((one, _pictures(at)) for one, at in drawn)
             outcomes = invocation.outcomes
             report = report_on(tuning.choose(outcomes), outcomes)

@@ -101,10 +101,11 @@ def run_search(search: Search, place: Place, tags: Mapping[str, str], executor: 
     rows = [row for label, settings in ends for row in search.rows(label, settings)]
     plan_cells([row.cells[0] for row in [*rows, *search.reference()]], place.data_dir)
     executor.prepare()
-    with Invocation(search.spec, place, tags, executor) as invocation:
+    reference = [cell for row in search.reference() for cell in row.cells]
+    with Invocation(search.spec, reference, place, tags, executor) as invocation:
         hunt = Hunt(place.optuna_url, search)
         hunt.close_orphans(invocation.running())
-        invocation.run([cell for row in search.reference() for cell in row.cells])
+        invocation.run(reference)
         while len(hunt.ended) < search.trials:
             hunt.step(invocation)
         report = _report(search, hunt, invocation.outcomes)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import collections
-import functools
 import hashlib
 import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
@@ -76,13 +75,15 @@ def label_of(point: Iterable[tuple[str, Any]], beside: str | None = None) -> str
 class Cell:
     """One run of a study; `key` identifies it in every record.
 
-    named: the settings, in full, that the study's rows or the command line set: what tells its cells apart.
+    named: the axes and settings, in full, that the study's rows or the command line set: what tells its cells apart.
+    point: its row's.
     """
 
     study: str
     row: str
     config: RunConfig
     named: tuple[str, ...] = ()
+    point: Point = ()
 
     @property
     def seed(self) -> int:
@@ -96,7 +97,13 @@ class Cell:
         parts = {name: config.pop(name) for name in list(config) if isinstance(config[name], dict)}
         return {**config, **{f"{part}.{key}": v for part, values in parts.items() for key, v in values.items()}}
 
-    @functools.cached_property
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Those of `named` that it has, with their values: the variant, and the settings of its method."""
+        known = {**{axis: value for axis, value in self.point if axis == VARIANT}, **self.settings}
+        return {key: known[key] for key in self.named if key in known}
+
+    @cached_property
     def key(self) -> str:
         """See `cell_key`."""
         return cell_key(self.study, self.config.to_mapping())
@@ -167,14 +174,14 @@ def resolve(
             raise InputError(f"study {spec.name!r} has two rows called {label!r}")
     if not rows:
         raise InputError(f"study {spec.name!r} has no rows: give it a sweep or rows beside it")
-    rows = [_grouped(_with_named(row, named), spec.reference, sweep) for row in rows]
+    rows = [_grouped(_told_apart(row, named), spec.reference, sweep) for row in rows]
     if spec.reference is not None and not any(row.is_reference for row in rows):
         raise unknown("reference row", str(spec.reference), labels)
     return Study(spec, tuple(rows))
 
 
-def _with_named(row: Row, named: tuple[str, ...]) -> Row:
-    return replace(row, cells=tuple(replace(cell, named=named) for cell in row.cells))
+def _told_apart(row: Row, named: tuple[str, ...]) -> Row:
+    return replace(row, cells=tuple(replace(cell, named=named, point=row.point) for cell in row.cells))
 
 
 def _grouped(row: Row, reference: Reference | None, axes: Iterable[str]) -> Row:
@@ -361,7 +368,7 @@ def known_keys() -> tuple[str, ...]:
     return _keys_with(tuple(METHODS[name].settings for name in METHODS))
 
 
-@functools.lru_cache(maxsize=2)
+@lru_cache(maxsize=2)
 def _keys_with(settings: tuple[type, ...]) -> tuple[str, ...]:
     """known_keys() while methods have these settings: a large study asks tens of thousands of times."""
     from basisadapt.phi.settings import field_names

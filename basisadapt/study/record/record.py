@@ -499,12 +499,11 @@ def _points(result: RunResult) -> Iterable[tuple[str, float, int]]:
 
 
 def _parameters(cell: Cell) -> dict[str, str]:
-    """Row, seed and the settings that tell a study's cells apart, those of the adapter without "adapter.".
+    """Row, seed and what tells a study's cells apart, settings of the adapter without "adapter.".
 
     The others would crowd out these where MLflow picks parameters to draw; `config.json` has all.
     """
-    settings = cell.settings
-    named = {key.removeprefix("adapter."): settings[key] for key in cell.named if key in settings}
+    named = {key.removeprefix("adapter."): value for key, value in cell.parameters.items()}
     flat = {"row": cell.row, "seed": cell.seed, **named}
     return {clean(name): value if isinstance(value, str) else json.dumps(value) for name, value in flat.items()}
 
