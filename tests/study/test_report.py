@@ -350,11 +350,11 @@ def test_a_file_that_no_report_has_written_is_not_overwritten(home, fake, study)
 
 
 def test_a_folder_that_cannot_be_written_is_not_blamed_on_the_record(home, fake, study, monkeypatch):
-    from basisadapt.study.drive import engine
+    from basisadapt.study.drive import place
 
     (home / "out").mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(engine.os, "access", lambda path, mode: path != Path("out"))
+        patch.setattr(place.os, "access", lambda path, mode: path != Path("out"))
         code, _, err = study("tiny.yaml", "--seeds", "1", "--output", "out")
     assert (code, fake.ran) == (2, [])
     assert "--output 'out' cannot be written" in err

@@ -12,7 +12,10 @@ from basisadapt.errors import InputError, one_line
 from basisadapt.execution.executor import Executor
 from basisadapt.execution.lines import CellLine, ResultLine, check_replaceable, parse_result, read_lines, to_line
 from basisadapt.run_config import RunConfig
-from basisadapt.study.drive.engine import Invocation, Place, check_place, draw, missing_cells, report_on
+from basisadapt.study.drive.book import draw, missing_cells
+from basisadapt.study.drive.engine import report_on
+from basisadapt.study.drive.invocation import Invocation
+from basisadapt.study.drive.place import Place, check_place
 from basisadapt.study.plan.cells import Cell, cell_key
 from basisadapt.study.plan.tuning import Tuning
 from basisadapt.study.record.record import Imported, Record

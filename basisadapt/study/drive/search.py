@@ -14,7 +14,9 @@ from basisadapt.command import tell
 from basisadapt.errors import InputError
 from basisadapt.execution.executor import Executor
 from basisadapt.study import statistics
-from basisadapt.study.drive.engine import Invocation, Place, check_place, plan_cells, write_report
+from basisadapt.study.drive.engine import plan_cells, write_report
+from basisadapt.study.drive.invocation import Invocation
+from basisadapt.study.drive.place import Place, check_place
 from basisadapt.study.outcome import Outcome
 from basisadapt.study.plan.cells import Row, Study, resolve, split_changes
 from basisadapt.study.plan.space import Space, distribution, edges, search_space
