@@ -349,7 +349,7 @@ def test_the_preset_for_a_language_model(name):
         assert rates == ({5e-5, 1e-4, 2e-4} if name == "ablate_robustness" else {1e-4})
     else:
         assert (list(tuning.at), rates) == ([1e-4], {1e-4, 2e-4, 4e-4, 8e-4})
-        assert {cell.config.train.validation for cell in tuning.trials.cells} == {0.1}
+        assert {cell.config.train.validation for cell in tuning.trials} == {0.1}
 
 
 def test_glue_on_an_encoder_of_the_papers_size():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 class Place:
     """Where a study's results and inputs lie.
 
-    tracking_uri: MLflow's store. storage: Optuna's; None is `optuna.db` beside MLflow's file. data_dir: the
-    tasks' data. output: a folder that also gets the report.
+    tracking_uri: MLflow's store, by default MLFLOW_TRACKING_URI or else mlflow.db in this folder. storage: Optuna's;
+    None is `optuna.db` beside MLflow's file. data_dir: the tasks' data. output: a folder that also gets the report.
     """
 
-    tracking_uri: str = "sqlite:///mlflow.db"
+    tracking_uri: str = field(default_factory=lambda: os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db")
     storage: str | None = None
     data_dir: Path | None = None
     output: Path | None = None
