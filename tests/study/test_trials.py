@@ -48,7 +48,7 @@ def test_other_choices_on_an_axis_are_an_optuna_study_of_their_own(home, fake, s
     assert study("tiny.yaml", "--set", "sweep.basis=sinc,bspline", "--seeds", "1")[0] == 0
     assert study("tiny.yaml", "--set", "sweep.basis=sinc,bspline", "--seeds", "1")[0] == 0
     names = sorted(optuna.get_all_study_names("sqlite:///optuna.db"))
-    assert names[:1] == ["tiny"]
+    assert "tiny" in names
     (other,) = [name for name in names if name.startswith("tiny grid ")]
     again = optuna.load_study(study_name=other, storage="sqlite:///optuna.db").get_trials()
     assert sorted(trial.user_attrs["row"] for trial in again) == ["LoRA", "bspline", "sinc"]
