@@ -28,7 +28,7 @@ class Book(Stub):
         super().__init__()
         self.running, self.elsewhere, self.lost = {}, dict(elsewhere), set(lost)
 
-    def start(self, cell):
+    def start(self, cell, waits):
         if cell.key in self.elsewhere or cell.key in self.lost:
             return False
         self.running[cell.key] = SimpleNamespace(cell=cell)
