@@ -10,6 +10,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 import basisadapt
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +38,7 @@ STUDY_LAYERS = [
     {"plan"},  # what shall run
     {"record", "report"},  # what has run, and what is said of it: neither knows the other
     {"drive"},  # what runs it
-    {"__main__"},
+    {"__main__", "result"},  # from the command line, and from Python
 ]
 
 
@@ -142,10 +144,11 @@ def test_only_the_study_room_knows_optuna_and_mlflow():
             assert room == "study", path
 
 
-def test_importing_the_package_is_quick_and_light():
+@pytest.mark.parametrize("name", ["basisadapt", "basisadapt.study"])
+def test_importing_the_package_is_quick_and_light(name):
     """Best of three: the machine may be busy."""
     program = (
-        "import time\nstart = time.perf_counter()\nimport basisadapt\nseconds = time.perf_counter() - start\n"
+        f"import time\nstart = time.perf_counter()\nimport {name}\nseconds = time.perf_counter() - start\n"
         "import sys\nassert not HEAVY & sys.modules.keys(), HEAVY & sys.modules.keys()\nprint(seconds)"
     ).replace("HEAVY", str(HEAVY))
     command = [sys.executable, "-c", program]

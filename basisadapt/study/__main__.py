@@ -22,7 +22,7 @@ from basisadapt.study.plan import spec as specs
 
 if TYPE_CHECKING:
     from basisadapt.execution.executor import Executor
-    from basisadapt.study.drive.engine import Place
+    from basisadapt.study.drive.place import Place
     from basisadapt.study.drive.search import Search
     from basisadapt.study.plan.tuning import Tuning
     from basisadapt.study.report.report import Report
@@ -204,12 +204,13 @@ def _run(options: argparse.Namespace, command: str) -> Answer:
         load_plugin(plugin)
 
     from basisadapt.study.drive import engine
+    from basisadapt.study.drive.place import Place
     from basisadapt.tasks.task import readable_folder
 
     if options.data_dir is not None:
         readable_folder(options.data_dir)
 
-    place = engine.Place(
+    place = Place(
         tracking_uri=options.tracking_uri,
         storage=options.storage,
         data_dir=options.data_dir,

@@ -12,7 +12,8 @@ import pytest
 from basisadapt import training
 from basisadapt.execution.lines import to_line
 from basisadapt.run_config import RunConfig
-from basisadapt.study.record.record import NAME_LIMIT, Record, clean
+from basisadapt.study.record.record import Record
+from basisadapt.study.record.texts import NAME_LIMIT, clean
 
 SEED = ("tiny.yaml", "--seeds", "1")
 

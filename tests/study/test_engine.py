@@ -187,7 +187,7 @@ def test_optuna_learns_what_mlflow_knows(home, fake, study, trials, empty_databa
 
 
 def test_the_cells_of_a_live_process_are_left_alone_and_awaited(home, fake, study, runs, monkeypatch):
-    from basisadapt.study.drive import engine
+    from basisadapt.study.drive import loop
 
     spec = read_spec("tiny.yaml")
     cell = resolve(spec, seeds=[1]).cells[0]
@@ -202,7 +202,7 @@ def test_the_cells_of_a_live_process_are_left_alone_and_awaited(home, fake, stud
         assert [run.info.status for run in runs()].count("RUNNING") == 1
         record.finish(run_id, cell, fake.run(cell.config, on_step=lambda *_: None), {})
 
-    monkeypatch.setattr(engine.time, "sleep", other_finishes)
+    monkeypatch.setattr(loop.time, "sleep", other_finishes)
     code, _, err = study("tiny.yaml", "--seeds", "1")
     other.communicate()
     assert code == 0
@@ -228,7 +228,7 @@ def test_of_two_processes_that_start_a_cell_the_later_gives_way(home, monkeypatc
 
 
 def test_a_cell_whose_process_dies_while_it_is_awaited_is_run(home, fake, study, runs, monkeypatch):
-    from basisadapt.study.drive import engine
+    from basisadapt.study.drive import loop
 
     spec = read_spec("tiny.yaml")
     record = Record("sqlite:///mlflow.db", "tiny")
@@ -237,7 +237,7 @@ def test_a_cell_whose_process_dies_while_it_is_awaited_is_run(home, fake, study,
     with monkeypatch.context() as as_other:
         as_other.setattr(Owner, "me", lambda: owner)
         record.start(record.begin(spec, {}), resolve(spec, seeds=[1]).cells[0])
-    monkeypatch.setattr(engine.time, "sleep", lambda _seconds: other.communicate())
+    monkeypatch.setattr(loop.time, "sleep", lambda _seconds: other.communicate())
     assert study("tiny.yaml", "--seeds", "1")[0] == 0
     assert fake.ran == [("fourier", 1), ("lora", 1), ("sinc", 1)]
     assert sorted(states(runs())) == ["FINISHED"] * 3 + ["KILLED"]

@@ -140,7 +140,7 @@ def test_the_same_cells_are_run_once(write):
     assert list(tuning.at) == RATES
     grid = {cell.key for candidates in tuning.candidates for one in candidates for cell in one.row.cells}
     assert {cell.key for row in tuning.rows_at for cell in row.cells} == grid, "what is chosen is a part of the curve"
-    known = {cell.key: outcome(cell, score(cell.config)) for cell in tuning.trials.cells}
+    known = {cell.key: outcome(cell, score(cell.config)) for cell in tuning.trials}
     cells = tuning.choose(known).cells
     assert len(cells) == len({cell.key for cell in cells}) == 4 * 4 + 4 * 4 * 3
     assert "LoRA, 4, train.lr=0.002" in {cell.row for cell in cells}
@@ -154,7 +154,7 @@ def test_a_preset_and_the_command_line_replace_the_rule(write):
     spec = write(presets={"gpu": {"tune.at": [2e-3], "tune.common": 8e-3, "tune.seeds": [9], "tune.validation": 0.1}})
     tuning = resolve_tuning(spec, preset="gpu", changes=["tune.common=4e-3"])
     assert list(tuning.at) == [2e-3, 4e-3]
-    assert {(cell.seed, cell.config.train.validation) for cell in tuning.trials.cells} == {(9, 0.1)}
+    assert {(cell.seed, cell.config.train.validation) for cell in tuning.trials} == {(9, 0.1)}
     assert resolve_tuning(spec, preset="gpu").spec.tune.common == 8e-3
 
 
@@ -361,7 +361,7 @@ def test_recorded_cells_of_the_study_that_came_before_are_cells_of_this_one():
     kept = Path(__file__).parents[2] / "studies/results/cells/learning_rate.jsonl.gz"
     with gzip.open(kept, "rt", encoding="utf-8") as file:
         lines = [json.loads(line) for line in file]
-    trials = {cell.key for cell in resolve_tuning(read_spec("ablate_rate"), preset="gpu").trials.cells}
+    trials = {cell.key for cell in resolve_tuning(read_spec("ablate_rate"), preset="gpu").trials}
     found = {Cell("ablate_rate", line["row"], RunConfig.from_mapping(line["config"])).key for line in lines}
     assert len(found) == len(lines) > 0
     assert found <= trials

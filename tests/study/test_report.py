@@ -241,7 +241,7 @@ def test_a_published_table_without_tasks_stands_beside_the_means_over_tasks():
     assert {line.published for line in table.lines} == {None}
     sinc, lora, paper, *controls = table.across
     assert {line.published for line in (lora, *controls)} == {None}
-    assert sinc.published == paper.published == published_values(study.spec.answers)["basis=sinc"]
+    assert sinc.published == paper.published == published_values(study.spec.answers)["basis=sinc",]
     rows, across = text.grids(report.make_report(table))[:2]
     assert "published" not in rows.header
     assert across.rows[0][2].startswith(sinc.published[0])
@@ -350,11 +350,11 @@ def test_a_file_that_no_report_has_written_is_not_overwritten(home, fake, study)
 
 
 def test_a_folder_that_cannot_be_written_is_not_blamed_on_the_record(home, fake, study, monkeypatch):
-    from basisadapt.study.drive import engine
+    from basisadapt.study.drive import place
 
     (home / "out").mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(engine.os, "access", lambda path, mode: path != Path("out"))
+        patch.setattr(place.os, "access", lambda path, mode: path != Path("out"))
         code, _, err = study("tiny.yaml", "--seeds", "1", "--output", "out")
     assert (code, fake.ran) == (2, [])
     assert "--output 'out' cannot be written" in err

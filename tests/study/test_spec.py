@@ -44,7 +44,7 @@ def test_ablate_basis_stands_beside_table_13():
 def test_rows_and_cells(spec):
     study = resolve(spec)
     assert [row.label for row in study.rows] == ["sinc", "fourier", "LoRA"]
-    assert [row.published for row in study.rows] == ["basis=sinc", "basis=fourier", None]
+    assert [row.published for row in study.rows] == [("basis=sinc",), ("basis=fourier",), None]
     assert [cell.seed for cell in study.rows[0].cells] == [1, 2, 3]
     assert settings(study.rows[0])["train"]["lr"] == 2e-3  # YAML 1.1 would make it text
     assert len({cell.key for cell in study.cells}) == 9
@@ -136,6 +136,23 @@ def test_published_rows_by_label_and_columns_by_method(folder):
     assert [published.get(row.published) for row in study.rows] == [("58.1", "0.3"), ("52.8", None), None]
 
 
+def test_rows_are_told_apart_by_their_values_and_not_by_their_labels(folder):
+    """A label or a value that looks like several, or like AXIS=VALUE, is one."""
+    path = folder / "tiny.yaml"
+    text = path.read_text().replace("label: LoRA", 'label: "LoRA, glue/rte, r=4"')
+    path.write_text(text.replace("reference: LoRA", 'reference: "LoRA, glue/rte, r=4"'))
+    study = resolve(read_spec("tiny.yaml"), changes=["sweep.task=docstrings,glue/rte"])
+    assert [row.point for row in study.rows[:2]] == [
+        (("basis", "sinc"), ("task", "docstrings")),
+        (("basis", "sinc"), ("task", "glue/rte")),
+    ]
+    beside = study.rows[-2:]
+    assert [row.point for row in beside] == [(("task", "docstrings"),), (("task", "glue/rte"),)]
+    assert {row.name for row in beside} == {"LoRA, glue/rte, r=4"}
+    assert [row.label for row in beside] == ["LoRA, glue/rte, r=4, docstrings", "LoRA, glue/rte, r=4, glue/rte"]
+    assert [row.is_reference for row in study.rows] == [False] * 4 + [True] * 2
+
+
 def test_seeds_come_from_study_preset_or_command_line(spec):
     assert len(resolve(spec).cells) == 9
     assert [cell.seed for cell in resolve(spec, preset="smoke").cells] == [1, 1, 1]
@@ -146,7 +163,7 @@ def test_sweep_axes_are_replaced_and_added(spec):
     study = resolve(spec, changes=["sweep.basis=bspline,sinc", "sweep.adapter.gain=1,1e1"])
     labels = ["bspline, 1", "bspline, 10.0", "sinc, 1", "sinc, 10.0", "LoRA"]
     assert [row.label for row in study.rows] == labels
-    assert study.rows[1].published == "basis=bspline,adapter.gain=10.0"
+    assert study.rows[1].published == ("basis=bspline,adapter.gain=10.0",)
     assert settings(study.rows[3])["adapter"]["gain"] == 10.0
 
 

@@ -213,14 +213,14 @@ def test_several_settings_are_combined_and_a_method_without_one_does_not_show_it
     sinc, _, lora = tuning.candidates
     assert [one.name for one in sinc][:2] == ["train.lr=0.001, omega_init=nyquist", "train.lr=0.001, omega_init=2"]
     assert len(sinc) == 6
-    known = {cell.key: outcome(cell, 0.5) for cell in tuning.trials.cells}
+    known = {cell.key: outcome(cell, 0.5) for cell in tuning.trials}
     choices = tuning.choose(known).choices
     assert len({cell.key for one in lora for cell in one.trials}) == 2, "omega is nothing to LoRA: no cell runs twice"
     assert choices[0].edges == ["train.lr"], "words have no order"
     path = folder / "tiny.yaml"
     path.write_text(path.read_text().replace("[nyquist, 2, 1]", "[3, 2, 1]"))
     tuning = resolve_tuning(read_spec("tiny.yaml"))
-    choices = tuning.choose({cell.key: outcome(cell, 0.5) for cell in tuning.trials.cells}).choices
+    choices = tuning.choose({cell.key: outcome(cell, 0.5) for cell in tuning.trials}).choices
     assert [choice.edges for choice in choices] == [["train.lr", "adapter.omega_init"]] * 2 + [["train.lr"]]
 
 
@@ -235,15 +235,15 @@ def test_a_preset_has_a_grid_of_its_own_and_the_command_line_comes_last(folder):
     path = folder / "tiny.yaml"
     path.write_text(path.read_text().replace("seeds: [1]}", "seeds: [1], tune.train.lr: [1, 2]}"))
     spec = read_spec("tiny.yaml")
-    assert len(resolve_tuning(spec).trials.cells) == 9
-    assert len(resolve_tuning(spec, preset="smoke").trials.cells) == 6
-    assert len(resolve_tuning(spec, preset="smoke", changes=["tune.train.lr=1,2,3,4"]).trials.cells) == 12
+    assert len(resolve_tuning(spec).trials) == 9
+    assert len(resolve_tuning(spec, preset="smoke").trials) == 6
+    assert len(resolve_tuning(spec, preset="smoke", changes=["tune.train.lr=1,2,3,4"]).trials) == 12
 
 
 def test_a_study_without_it_is_what_it_was(folder):
     spec = read_spec("tiny.yaml")
     tuning = resolve_tuning(spec, changes=["r=2"], seeds=[5])
-    assert tuning.trials.rows == ()
+    assert tuning.trials == ()
     assert tuning.choose({}).study == tuning.choose({}).chosen == resolve(spec, changes=["r=2"], seeds=[5])
 
 

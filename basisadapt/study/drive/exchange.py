@@ -12,7 +12,10 @@ from basisadapt.errors import InputError, one_line
 from basisadapt.execution.executor import Executor
 from basisadapt.execution.lines import CellLine, ResultLine, check_replaceable, parse_result, read_lines, to_line
 from basisadapt.run_config import RunConfig
-from basisadapt.study.drive.engine import Invocation, Place, check_place, draw, missing_cells, report_on
+from basisadapt.study.drive.book import draw, missing_cells
+from basisadapt.study.drive.engine import report_on
+from basisadapt.study.drive.invocation import Invocation
+from basisadapt.study.drive.place import Place, check_place
 from basisadapt.study.plan.cells import Cell, cell_key
 from basisadapt.study.plan.tuning import Tuning
 from basisadapt.study.record.record import Imported, Record
@@ -26,7 +29,7 @@ def export_cells(tuning: Tuning, place: Place, path: Path) -> int:
     something else.
     """
     outcomes = Record.read(place.tracking_uri, tuning.spec.name, tuning.spec.metrics)
-    cells = missing_cells([*tuning.trials.cells, *tuning.choose(outcomes).chosen.cells], outcomes)
+    cells = missing_cells([*tuning.trials, *tuning.choose(outcomes).chosen.cells], outcomes)
     lines = [CellLine(study=cell.study, row=cell.row, key=cell.key, config=cell.config.to_mapping()) for cell in cells]
     check_replaceable(path, "--export")
     beside = path.with_name(f"{path.name}.{os.getpid()}")
@@ -78,7 +81,7 @@ def import_results(
     new = [one for key, one in results.items() if key not in recorded or not recorded[key].done]
     with TemporaryDirectory() as folder:
         drawn = [(one, _draw(one, Path(folder))) for one in new]
-        with Invocation(tuning.spec, place, tags, executor) as invocation:
+        with Invocation(tuning.spec, cells.values(), place, tags, executor) as invocation:
             invocation.enter((one, _pictures(at)) for one, at in drawn)
             outcomes = invocation.outcomes
             report = report_on(tuning.choose(outcomes), outcomes)

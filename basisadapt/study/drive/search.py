@@ -14,7 +14,9 @@ from basisadapt.command import tell
 from basisadapt.errors import InputError
 from basisadapt.execution.executor import Executor
 from basisadapt.study import statistics
-from basisadapt.study.drive.engine import Invocation, Place, check_place, plan_cells, write_report
+from basisadapt.study.drive.engine import plan_cells, write_report
+from basisadapt.study.drive.invocation import Invocation
+from basisadapt.study.drive.place import Place, check_place
 from basisadapt.study.outcome import Outcome
 from basisadapt.study.plan.cells import Row, Study, resolve, split_changes
 from basisadapt.study.plan.space import Space, distribution, edges, search_space
@@ -101,10 +103,11 @@ def run_search(search: Search, place: Place, tags: Mapping[str, str], executor: 
     rows = [row for label, settings in ends for row in search.rows(label, settings)]
     plan_cells([row.cells[0] for row in [*rows, *search.reference()]], place.data_dir)
     executor.prepare()
-    with Invocation(search.spec, place, tags, executor) as invocation:
+    reference = [cell for row in search.reference() for cell in row.cells]
+    with Invocation(search.spec, reference, place, tags, executor) as invocation:
         hunt = Hunt(place.optuna_url, search)
         hunt.close_orphans(invocation.running())
-        invocation.run(search.study(search.reference()))
+        invocation.run(reference)
         while len(hunt.ended) < search.trials:
             hunt.step(invocation)
         report = _report(search, hunt, invocation.outcomes)
@@ -172,7 +175,7 @@ class Hunt:
             rows = {n: self._search.rows(f"trial {n}", trial.params) for n, trial in asked.items()}
             for number, trial in asked.items():
                 trial.set_user_attr("cells", [cell.key for row in rows[number] for cell in row.cells])
-            outcomes = invocation.run(self._search.study([row for same in rows.values() for row in same]))
+            outcomes = invocation.run([cell for same in rows.values() for row in same for cell in row.cells])
         except BaseException:
             for trial in asked.values():
                 self._tell(trial, "killed", None)

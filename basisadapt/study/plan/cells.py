@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import collections
-import functools
 import hashlib
 import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from basisadapt.errors import InputError, shown, unknown
-from basisadapt.study.plan.spec import RULE, SWEEP, TUNE, VARIANT, Factor, StudySpec, axes_in, parse_yaml
+from basisadapt.study.plan.spec import (
+    RULE,
+    SWEEP,
+    TUNE,
+    VARIANT,
+    Factor,
+    Name,
+    Reference,
+    StudySpec,
+    axes_in,
+    parse_yaml,
+)
 
 if TYPE_CHECKING:  # run configurations need torch, which --help and --list must not wait for
     from basisadapt.run_config import RunConfig
@@ -27,15 +38,15 @@ Point = tuple[tuple[str, Any], ...]  # one value on every axis: (axis' name, val
 class Row:
     """A row of the table: a configuration, run with every seed.
 
-    published: its key in `published_values`. point: its values on the axes, none of a row beside them. group: what it
-    shares with the row that it is compared with; is_reference: whether it is the one that the others of its group are
-    compared with.
+    point: its values on the axes; of a row beside them, which is called `beside`, the task's alone. published: its name
+    in `published_values`. group: what it shares with the row that it is compared with; is_reference: whether it is the
+    one that the others of its group are compared with.
     """
 
-    label: str
-    published: str | None
     cells: tuple[Cell, ...]
-    point: Point = ()
+    point: Point
+    beside: str | None = None
+    published: Name | None = None
     group: tuple[Any, ...] = ()
     is_reference: bool = False
 
@@ -44,23 +55,35 @@ class Row:
         """The task of its cells."""
         return self.cells[0].config.task
 
-    @property
+    @cached_property
+    def label(self) -> str:
+        """What it is called: the values, joined by ", "."""
+        return label_of(self.point, self.beside)
+
+    @cached_property
     def name(self) -> str:
         """The label without the task, which rows of other tasks share."""
-        return ", ".join(part for part in self.label.split(", ") if part != self.task) or self.label
+        return label_of([(axis, value) for axis, value in self.point if axis != "task"], self.beside) or self.label
+
+
+def label_of(point: Iterable[tuple[str, Any]], beside: str | None = None) -> str:
+    """What a row at a point is called, and one beside the axes."""
+    return ", ".join([*([] if beside is None else [beside]), *(plain(value) for _, value in point)])
 
 
 @dataclass(frozen=True)
 class Cell:
     """One run of a study; `key` identifies it in every record.
 
-    named: the settings, in full, that the study's rows or the command line set: what tells its cells apart.
+    named: the axes and settings, in full, that the study's rows or the command line set: what tells its cells apart.
+    point: its row's.
     """
 
     study: str
     row: str
     config: RunConfig
     named: tuple[str, ...] = ()
+    point: Point = ()
 
     @property
     def seed(self) -> int:
@@ -74,7 +97,13 @@ class Cell:
         parts = {name: config.pop(name) for name in list(config) if isinstance(config[name], dict)}
         return {**config, **{f"{part}.{key}": v for part, values in parts.items() for key, v in values.items()}}
 
-    @functools.cached_property
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Those of `named` that it has, with their values: the variant, and the settings of its method."""
+        known = {**{axis: value for axis, value in self.point if axis == VARIANT}, **self.settings}
+        return {key: known[key] for key in self.named if key in known}
+
+    @cached_property
     def key(self) -> str:
         """See `cell_key`."""
         return cell_key(self.study, self.config.to_mapping())
@@ -124,7 +153,8 @@ def resolve(
         sweep[_axis_key(name)] = (name, points)
     _check_variants(spec, sweep)
 
-    own = (name for values in (*spec.given.values(), *(beside.set for beside in spec.beside)) for name in values)
+    given = (values for of_axis in spec.given.values() for values in of_axis.values())
+    own = (name for values in (*given, *(beside.set for beside in spec.beside)) for name in values)
     named = tuple(dict.fromkeys([*sweep, *map(full_key, own), *split.overrides]))
     only_tasks = list(sweep) == ["task"] and not spec.sweep and bool(spec.beside)  # then it multiplies the rows beside
     swept = [] if only_tasks or not sweep else product(sweep.values())
@@ -135,8 +165,8 @@ def resolve(
         for point in [(("task", task),) for task in tasks] if "task" in sweep else [()]:
             base = _base(spec, above, point)
             config = {**base, **_scaled(base, _with_full_keys(beside.set)), **dict(point)}
-            label = ", ".join([beside.label, *(plain(task) for _, task in point)])
-            rows.append(_row(spec, label, beside.published, config, seeds))
+            published = None if beside.published is None else (beside.published,)
+            rows.append(_row(spec, Row((), point, beside.label, published), config, seeds))
 
     labels = [row.label for row in rows]
     for label, count in collections.Counter(labels).items():
@@ -144,28 +174,29 @@ def resolve(
             raise InputError(f"study {spec.name!r} has two rows called {label!r}")
     if not rows:
         raise InputError(f"study {spec.name!r} has no rows: give it a sweep or rows beside it")
-    rows = [_grouped(_with_named(row, named), spec.reference, sweep) for row in rows]
+    rows = [_grouped(_told_apart(row, named), spec.reference, sweep) for row in rows]
     if spec.reference is not None and not any(row.is_reference for row in rows):
-        raise unknown("reference row", spec.reference, labels)
+        raise unknown("reference row", str(spec.reference), labels)
     return Study(spec, tuple(rows))
 
 
-def _with_named(row: Row, named: tuple[str, ...]) -> Row:
-    return replace(row, cells=tuple(replace(cell, named=named) for cell in row.cells))
+def _told_apart(row: Row, named: tuple[str, ...]) -> Row:
+    return replace(row, cells=tuple(replace(cell, named=named, point=row.point) for cell in row.cells))
 
 
-def _grouped(row: Row, reference: str | None, axes: Iterable[str]) -> Row:
+def _grouped(row: Row, reference: Reference | None, axes: Iterable[str]) -> Row:
     """The row with its group; axes: in full."""
-    axis, equals, value = (reference or "").partition("=")
-    if not equals:
-        return replace(row, group=(row.task,), is_reference=reference in (row.name, row.label))
+    if reference is None or reference.axis is None:
+        is_called = reference is not None and reference.value in (row.name, row.label)
+        return replace(row, group=(row.task,), is_reference=is_called)
+    axis = _axis_key(reference.axis)
     flat = {**row.cells[0].settings, **{name: value for name, value in row.point if name == VARIANT}}
     others = dict.fromkeys(["task", *axes])
-    others.pop(_axis_key(axis), None)
+    others.pop(axis, None)
     return replace(
         row,
         group=tuple(flat.get(key) for key in others),
-        is_reference=_axis_key(axis) in axes and plain(flat.get(_axis_key(axis))) == value,
+        is_reference=axis in axes and plain(flat.get(axis)) == reference.value,
     )
 
 
@@ -197,7 +228,7 @@ def _given(spec: StudySpec, name: str, value: Any) -> dict[str, Any]:
     """What is given for an axis' value, by full keys; for a variant without anything, which a method's name may be, the
     method."""
     otherwise = {"method": value} if name == VARIANT else {}
-    return _with_full_keys(spec.given.get(f"{name}={plain(value)}", otherwise))
+    return _with_full_keys(spec.given.get(name, {}).get(plain(value), otherwise))
 
 
 def _set_by(spec: StudySpec, point: Point) -> dict[str, Any]:
@@ -214,37 +245,39 @@ def _check_variants(spec: StudySpec, sweep: Mapping[str, tuple[str, list[Any]]])
     from basisadapt.methods import METHODS
 
     _, variants = sweep.get(VARIANT, ("", []))
-    known = [name.partition("=")[2] for name in spec.given if name.startswith(f"{VARIANT}=")]
+    known = [*spec.given.get(VARIANT, {}), *METHODS]
     for value in map(plain, variants):
-        if value not in (*known, *METHODS):
-            raise unknown("variant", value, [*known, *METHODS])
+        if value not in known:
+            raise unknown("variant", value, known)
         for key in _given(spec, VARIANT, value):
             if key in sweep:
                 raise InputError(f"variant {value!r} sets {key}, which is an axis of its own")
 
 
 def _swept_row(spec: StudySpec, above: Mapping[str, Any], point: Point, seeds: Sequence[int]) -> Row:
-    label = ", ".join(plain(value) for _, value in point)
     # A task that a preset or the command line adds is none of the published table's.
     told = [(name, value) for name, value in point if name != "task" or "task" in spec.sweep]
     published = ",".join(f"{name}={plain(value)}" for name, value in told)
     if spec.answers is not None:
-        named = ", ".join(plain(value) for _, value in told)
-        published = {plain(row): name for row, name in spec.answers.rows.items()}.get(named, published)
-    row = _row(spec, label, published, {**_base(spec, above, point), **_set_by(spec, point)}, seeds)
-    return replace(row, point=point)
+        published = {plain(row): name for row, name in spec.answers.rows.items()}.get(label_of(told), published)
+    row = Row((), point, published=(published,))
+    return _row(spec, row, {**_base(spec, above, point), **_set_by(spec, point)}, seeds)
 
 
-def _row(spec: StudySpec, label: str, published: str | None, flat: Mapping[str, Any], seeds: Sequence[int]) -> Row:
+def _row(spec: StudySpec, row: Row, flat: Mapping[str, Any], seeds: Sequence[int]) -> Row:
+    """The row with its cells, and with the whole of its published name."""
     from basisadapt.run_config import RunConfig
 
     configs = (RunConfig.from_mapping({**_nested(flat), "seed": seed}) for seed in seeds)
-    cells = tuple(Cell(spec.name, label, config) for config in configs)
+    cells = tuple(Cell(spec.name, row.label, config) for config in configs)
+    published = row.published
     if spec.answers is not None and spec.answers.names:
-        published = ", ".join(spec.answers.names.get(part, part) for part in label.split(", "))
+        own = [] if row.beside is None else [row.beside]
+        parts = [*own, *(plain(value) for _, value in row.point)]
+        published = tuple(spec.answers.names.get(part, part) for part in parts)
     if published is not None and spec.answers is not None and isinstance(spec.answers.column, dict):
-        published = f"{published}, {cells[0].config.method}"
-    return Row(label, published, cells)
+        published = (*published, cells[0].config.method)
+    return replace(row, cells=cells, published=published)
 
 
 def _scaled(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -335,7 +368,7 @@ def known_keys() -> tuple[str, ...]:
     return _keys_with(tuple(METHODS[name].settings for name in METHODS))
 
 
-@functools.lru_cache(maxsize=2)
+@lru_cache(maxsize=2)
 def _keys_with(settings: tuple[type, ...]) -> tuple[str, ...]:
     """known_keys() while methods have these settings: a large study asks tens of thousands of times."""
     from basisadapt.phi.settings import field_names

@@ -6,7 +6,7 @@ import collections
 import csv
 import math
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any
@@ -23,17 +23,19 @@ SWEEP, TUNE = "sweep.", "tune."  # what the axes of the rows, and of what is tun
 VARIANT = "variant"  # the axis of the sweep whose values are names, each for what is `given` for it
 ALL = "all"  # tune.at: every value of the grid
 
+Name = tuple[str, ...]  # of a row in a published table: its parts, and the method that has the column
+
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
     """The published table that a study answers.
 
-    table: a file in `studies/paper/`. key, column, std: the columns with a row's name (several names are joined by
-    ", "), its value and the value's standard deviation; where methods have columns of their own, a method to its
+    table: a file in `studies/paper/`. key, column, std: the columns with a row's name (one, or several with a part of
+    it each), its value and the value's standard deviation; where methods have columns of their own, a method to its
     column. where: a column to the value that rows must have there. setting: on what it was measured.
-    rows: the label of a row of the sweep to its name in the table, where that is not "axis=value,...". names: what the
-    parts of labels, such as a method and a task, are called there; given it, a row's name is its label with these in
-    place.
+    rows: the label of a row of the sweep to its name in the table, where that is not "axis=value,...". names: what a
+    row's values on the axes, such as a method and a task, are called there; given it, a row's name is these, in the
+    order of the axes.
     """
 
     table: str
@@ -57,6 +59,18 @@ class Factor:
         """The factor that a text is; any other value as it is."""
         found = re.fullmatch(r"x(\d+(?:\.\d+)?)", value) if isinstance(value, str) else None
         return Factor(float(found[1])) if found else value
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What rows are compared with: the row that is called `value`; or, with an axis, each with the row that has this
+    value there and is otherwise equal."""
+
+    value: str
+    axis: str | None = None
+
+    def __str__(self) -> str:
+        return self.value if self.axis is None else f"{self.axis}={self.value}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,17 +142,17 @@ class StudySpec:
     """A study as its file states it.
 
     title, question: what is compared and how to read it. base: the configuration that all rows share. sweep:
-    an axis' name to its values; the rows are their product. given: an axis' value, such as method=vera, to what its
-    rows set over the base. An axis called `variant` sets what is given for its values, which are names, such as
-    variant=tuned, and as any axis does so over preset and command line; a method's name needs nothing given.
+    an axis' name to its values; the rows are their product. given: an axis, and a value on it, to what its rows set
+    over the base; in the file the two are one key, such as method=vera. An axis called `variant` sets what is given for
+    its values, which are names, such as variant=tuned, and as any axis does so over preset and command line; a method's
+    name needs nothing given.
     beside: further rows, which no axis changes.
-    reference: the label of the row that the others are compared with; or one axis' value, such as method=lora: then
-    each row's reference is the one that is equal on the other axes. answers: the published table. tune: what is chosen
-    for every row before it is run. presets: a name to dotted overrides of the base, `seeds`, and axes in full:
-    sweep.AXIS, tune.SETTING; also tune.NAME of `Tune`. columns: further recorded metrics to show, or
-    quotients of two, such as "bits / parameters.trainable". against: recorded metrics that the headline metric is drawn
-    against. claims: of the paper, each judged by the record. search: setting to its range in a search, see
-    `search_space`.
+    reference: see `Reference`; in the file the label of a row, or an axis' value, such as method=lora. answers: the
+    published table. tune: what is chosen for every row before it is run. presets: a name to dotted overrides of the
+    base, `seeds`, and axes in full: sweep.AXIS, tune.SETTING; also tune.NAME of `Tune`. columns: further recorded
+    metrics to show, or quotients of two, such as "bits / parameters.trainable". against: recorded metrics that the
+    headline metric is drawn against. claims: of the paper, each judged by the record. search: setting to its range in a
+    search, see `search_space`.
 
     A file that is `like` a shipped study takes over its base, presets and seeds, and states what differs; a preset that
     is null there is left out. An axis called `task` also multiplies the rows beside, and where a preset or the command
@@ -150,9 +164,9 @@ class StudySpec:
     question: str
     base: dict[str, Any] = field(default_factory=dict)
     sweep: dict[str, Any] = field(default_factory=dict)
-    given: dict[str, Any] = field(default_factory=dict)
+    given: dict[str, dict[str, Any]] = field(default_factory=dict)
     beside: tuple[Beside, ...] = ()
-    reference: str | None = None
+    reference: Reference | None = None
     answers: Answers | None = None
     seeds: tuple[int, ...] = (42, 123, 456)
     tune: Tune | None = None
@@ -333,15 +347,15 @@ def _spec(values: dict[str, Any]) -> StudySpec:
     presets = values.get("presets")
     if isinstance(presets, dict):
         values["presets"] = {name: overrides for name, overrides in presets.items() if overrides is not None}
+    if values.get("reference") is not None:
+        values["reference"] = _reference(values["reference"], _axes(values))
+    if isinstance(values.get("given"), dict):
+        sweep = values.get("sweep")
+        values["given"] = _by_axis(values["given"], sweep if isinstance(sweep, dict) else {})
     spec = from_mapping(StudySpec, values)
     _check_axes(spec.sweep)
     for claim in spec.claims:
         _check_claim(claim, spec.tune)
-    for name, overrides in spec.given.items():
-        if name.partition("=")[0] not in spec.sweep or not isinstance(overrides, dict):
-            raise InputError(
-                f"given.{name} must be AXIS=VALUE of the sweep with keys and values, got {shown(overrides)}"
-            )
     for preset, overrides in spec.presets.items():
         if preset not in PRESETS:
             raise unknown("preset", preset, PRESETS)
@@ -350,6 +364,40 @@ def _spec(values: dict[str, Any]) -> StudySpec:
         for kind in (SWEEP, TUNE):
             _check_axes({name: axis for name, axis in axes_in(overrides, kind).items() if name not in RULE}, kind)
     return spec
+
+
+def _axes(values: Mapping[str, Any]) -> list[str]:
+    """The axes of a file's sweep, and of its presets, as they are called there."""
+    sweep, presets = values.get("sweep"), values.get("presets")
+    parts = presets.values() if isinstance(presets, dict) else ()
+    named = [axes_in(part, SWEEP) for part in parts if isinstance(part, dict) and all(map(_is_text, part))]
+    return [name for axes in (sweep, *named) if isinstance(axes, dict) for name in axes]
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _reference(text: Any, axes: Sequence[str]) -> Reference:
+    """AXIS=VALUE of one of the axes, or else a label, which may hold a = as well."""
+    if not isinstance(text, str):
+        raise InputError(f"reference must be text or null, got {shown(text)}")
+    axis, equals, value = text.partition("=")
+    known = {str(name).removeprefix("adapter.") for name in axes}
+    return Reference(value, axis) if equals and axis.removeprefix("adapter.") in known else Reference(text)
+
+
+def _by_axis(given: Mapping[Any, Any], sweep: Mapping[Any, Any]) -> dict[str, dict[str, Any]]:
+    """What a file gives for AXIS=VALUE: axis, and value, to that."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, overrides in given.items():
+        axis, _, value = str(name).partition("=")
+        if axis not in sweep or not isinstance(overrides, dict):
+            raise InputError(
+                f"given.{name} must be AXIS=VALUE of the sweep with keys and values, got {shown(overrides)}"
+            )
+        found.setdefault(axis, {})[value] = overrides
+    return found
 
 
 def _check_claim(claim: Claim, tune: Tune | None) -> None:
@@ -391,10 +439,10 @@ def _parts(cls: type[Any], values: Any, where: str) -> list[Any]:
 # --- the published table ---
 
 
-def published_values(answers: Answers | None) -> dict[str, tuple[str, str | None]]:
+def published_values(answers: Answers | None) -> dict[Name, tuple[str, str | None]]:
     """A row's name -> (value, standard deviation) of the published table, as printed there.
 
-    Where methods have columns of their own, the key is "name, method".
+    Where methods have columns of their own, the name ends with the method.
     """
     if answers is None:
         return {}
@@ -406,8 +454,8 @@ def published_values(answers: Answers | None) -> dict[str, tuple[str, str | None
         keys = answers.key if isinstance(answers.key, list) else [answers.key]
         columns, stds = _by_method(answers.column), _by_method(answers.std)
         return {
-            ", ".join(row[key] for key in keys) + suffix: (row[column], row[stds[suffix]] if suffix in stds else None)
-            for suffix, column in columns.items()
+            (*(row[key] for key in keys), *method): (row[column], row[stds[method]] if method in stds else None)
+            for method, column in columns.items()
             for row in rows
         }
     except OSError as error:
@@ -416,8 +464,8 @@ def published_values(answers: Answers | None) -> dict[str, tuple[str, str | None
         raise InputError(f"published table {answers.table} has no column {error}") from error
 
 
-def _by_method(column: str | dict[str, str] | None) -> dict[str, str]:
-    """What a row's name ends with, to the column: ", phi" and ", lora", or nothing if methods share a column."""
+def _by_method(column: str | dict[str, str] | None) -> dict[Name, str]:
+    """What a row's name ends with, to the column: a method, or nothing if methods share a column."""
     if isinstance(column, dict):
-        return {f", {method}": name for method, name in column.items()}
-    return {} if column is None else {"": column}
+        return {(method,): name for method, name in column.items()}
+    return {} if column is None else {(): column}

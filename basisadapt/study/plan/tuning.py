@@ -117,10 +117,9 @@ class Tuning:
     at: Mapping[float, tuple[Row, ...]] = field(default_factory=dict)
 
     @property
-    def trials(self) -> Study:
-        """What is run before anything is chosen."""
-        every = [candidate for candidates in self.candidates for candidate in candidates if candidate.trials]
-        return Study(self.spec, tuple(Row(one.trials[0].row, None, one.trials) for one in every))
+    def trials(self) -> tuple[Cell, ...]:
+        """The cells that are run before anything is chosen."""
+        return tuple(cell for candidates in self.candidates for one in candidates for cell in one.trials)
 
     @property
     def rows_at(self) -> tuple[Row, ...]:
@@ -131,7 +130,7 @@ class Tuning:
     def possible_cells(self) -> list[Cell]:
         """Every cell that the study may come to have, whatever is chosen; some more than once."""
         rows = [candidate.row for candidates in self.candidates for candidate in candidates]
-        return [*self.trials.cells, *(cell for row in (*rows, *self.rows_at) for cell in row.cells)]
+        return [*self.trials, *(cell for row in (*rows, *self.rows_at) for cell in row.cells)]
 
     def choose(self, outcomes: Mapping[str, Outcome]) -> Tuned:
         """The choices that follow from the record."""
@@ -161,7 +160,7 @@ class Tuned:
     def cells(self) -> list[Cell]:
         """Every cell, once: the trials', then the others."""
         once: dict[str, Cell] = {}
-        for cell in (*self.tuning.trials.cells, *self.planned.cells):
+        for cell in (*self.tuning.trials, *self.planned.cells):
             once.setdefault(cell.key, cell)
         return list(once.values())
 

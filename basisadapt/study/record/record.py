@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
-import os
-import re
 import sqlite3
 import tempfile
 import time
@@ -18,26 +14,43 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from basisadapt.errors import InputError
 from basisadapt.execution.lines import check_score, is_number
 from basisadapt.study.outcome import Outcome
 from basisadapt.study.record.bulk import has_tables, read_runs
-from basisadapt.study.record.client import RedactingClient, impatient
+from basisadapt.study.record.client import open_client
+from basisadapt.study.record.content import parameters_of, points_of
+from basisadapt.study.record.notes import cell_note, guide
 from basisadapt.study.record.owner import Owner
+from basisadapt.study.record.runs import (
+    ACCUMULATE,
+    ALIVE,
+    CELL,
+    CLAIMED,
+    DATA,
+    ENVIRONMENT,
+    ERROR,
+    HEADLINE,
+    HOST,
+    ROW,
+    STATUS,
+    TERMINAL,
+    WARNINGS,
+    precedence,
+    read_run,
+    sign,
+    signature,
+)
 from basisadapt.study.record.stores import (
     FILES,
-    absolute,
     artifact_folder,
     check_sound,
     file_of,
-    make_database,
     move_files,
-    patiently,
     sqlite_file,
     storable,
     store_errors,
-    store_reason,
 )
+from basisadapt.study.record.texts import METRICS, PARAMETERS, batches, clean, limited, warnings_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,29 +59,10 @@ if TYPE_CHECKING:
     from basisadapt.study.plan.spec import StudySpec
     from basisadapt.training import RunResult
 
-TERMINAL = {
-    "finished": "FINISHED",
-    "diverged": "FINISHED",
-    "failed": "FAILED",
-    "killed": "KILLED",
-}  # MLflow's words
-
-# The tags that the engine reads back.
-CELL, ROW, STATUS, OWNER = "basisadapt.cell", "basisadapt.row", "status", "basisadapt.owner"
-HEADLINE, WARNINGS, ERROR = "basisadapt.headline", "basisadapt.warnings", "basisadapt.error"
-ENVIRONMENT, DATA = "environment.", "data."
-CLAIMED = "basisadapt.claimed"  # its driver knows that no other has the cell
-ALIVE = "basisadapt.alive"  # when its driver was last known to live, in seconds since 1970
-HOST = "basisadapt.imported_from"  # the machine that computed what is imported
-ACCUMULATE = "basisadapt.accumulate"  # how many smaller batches made up a batch, where memory asked for it
-
 BEAT, SILENCE = 20.0, 180.0  # seconds between two signs of life, and without one until a driver elsewhere is dead
 UNDECIDED, NOTICED = 10.0, 1.0  # seconds that a claim waits for another one to be made, and after which that is said
-TEXT_LIMIT = 5000  # below every limit that MLflow sets for tags, parameters and notes
-NAME_LIMIT = 250  # of metrics, parameters and tags
 FEW = 20  # cells whose runs are sooner read one by one than in the whole record
 COMPARED = 100  # runs that fit into an address, and onto the page that it leads to
-METRICS, PARAMETERS = 900, 90  # in one call, likewise
 
 
 @dataclass(frozen=True)
@@ -94,33 +88,10 @@ class Record:
     """
 
     def __init__(self, tracking_uri: str, study: str, metrics: Collection[str] = ()) -> None:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-        import mlflow
-
-        for name in ("mlflow", "alembic"):  # after the import, which sets them to INFO
-            logging.getLogger(name).setLevel(logging.WARNING)
-        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # an error is told here, in one line
-
         self.tracking_uri = tracking_uri
         self.study = study
         self._metrics = metrics
-        try:
-            url = absolute(tracking_uri)
-            make_database(url, _make_tables)
-            self._client = RedactingClient(patiently(url, lambda: mlflow.MlflowClient(tracking_uri=url)))
-            with impatient():
-                found = self._client.get_experiment_by_name(study)
-        except InputError:
-            raise
-        except Exception as error:  # SQLAlchemy's, MLflow's, a driver's: each has its own
-            raise InputError(f"--tracking-uri {tracking_uri!r} cannot be opened: {store_reason(error)}") from error
-        if found is not None and found.lifecycle_stage == "deleted":
-            raise InputError(
-                f"experiment {study!r} is deleted in MLflow; "
-                f"`mlflow experiments restore -x {found.experiment_id}` brings it back"
-            )
+        self._client, found = open_client(tracking_uri, study)
         self.experiment_id: str | None = found.experiment_id if found else None
         if found is not None:
             self._find_files(found.artifact_location)
@@ -158,7 +129,7 @@ class Record:
         """
         few = cells is not None and len(cells) <= FEW
         runs = chain.from_iterable(map(self._runs_of, cells)) if cells is not None and few else self._every_run()
-        found = sorted((self._outcome(run) for run in runs if CELL in run.data.tags), key=_precedence)
+        found = sorted((self._outcome(run) for run in runs if CELL in run.data.tags), key=precedence)
         return {outcome.key: outcome for outcome in reversed(found)}
 
     def close_orphans(self) -> set[str]:
@@ -174,7 +145,7 @@ class Record:
     def beat(self, run_ids: Iterable[str]) -> None:
         """Say that the driver of these runs lives."""
         for run_id in run_ids:
-            self._client.set_tag(run_id, ALIVE, _sign())
+            self._client.set_tag(run_id, ALIVE, sign())
 
     def begin(self, spec: StudySpec, tags: Mapping[str, str]) -> str:
         """Make the experiment if it is new, close orphans, and start the invocation's parent run."""
@@ -185,13 +156,13 @@ class Record:
             self.experiment_id = self._make_experiment(spec.name, place)
         for key, value in {
             "mlflow.experimentKind": "custom_model_development",
-            "mlflow.note.content": _guide(spec),
+            "mlflow.note.content": guide(spec),
         }.items():
             self._client.set_experiment_tag(self.experiment_id, key, value)
         self.close_orphans()
         name = f"{clean(spec.name)} {time.strftime('%Y-%m-%d %H:%M:%S')}"
-        texts = {name: _text(value) for name, value in tags.items()}
-        run = self._client.create_run(self.experiment_id, tags={**_signature(), **texts}, run_name=name)
+        texts = {name: limited(value) for name, value in tags.items()}
+        run = self._client.create_run(self.experiment_id, tags={**signature(), **texts}, run_name=name)
         return str(run.info.run_id)
 
     def _make_experiment(self, name: str, place: str | None) -> str:
@@ -213,10 +184,10 @@ class Record:
 
         waits: is called when another process has to be waited for, which may want the cell too.
         """
-        tags = {"mlflow.parentRunId": parent, CELL: cell.key, ROW: _text(cell.row), **_signature()}
+        tags = {"mlflow.parentRunId": parent, CELL: cell.key, ROW: limited(cell.row), **signature()}
         began = None
         if imported is not None:
-            tags[HOST], began = _text(imported.host), int(imported.began * 1000)
+            tags[HOST], began = limited(imported.host), int(imported.began * 1000)
         name = clean(f"{cell.row} seed {cell.seed}")
         run = self._client.create_run(self.experiment_id, start_time=began, tags=tags, run_name=name)
         run_id = str(run.info.run_id)
@@ -236,8 +207,8 @@ class Record:
         """Write a cell's parameters and configuration."""
         from mlflow.entities import Param
 
-        parameters = [Param(name, _text(value)) for name, value in _parameters(cell).items()]
-        for batch in _batches(parameters, PARAMETERS):
+        parameters = [Param(name, limited(value)) for name, value in parameters_of(cell).items()]
+        for batch in batches(parameters, PARAMETERS):
             self._client.log_batch(run_id, params=batch)
         self._client.log_dict(run_id, cell.config.to_mapping(), "config.json")
 
@@ -287,19 +258,19 @@ class Record:
         if self._client.get_run(run_id).info.status != "RUNNING":
             raise LostRunError(run_id)
         now = int(time.time() * 1000)
-        points = [(name, value, now, step) for name, value, step in _points(result)]
-        for batch in _batches([Metric(*point) for point in points if is_number(point[1])], METRICS):
+        points = [(name, value, now, step) for name, value, step in points_of(result)]
+        for batch in batches([Metric(*point) for point in points if is_number(point[1])], METRICS):
             self._client.log_batch(run_id, metrics=batch)
         tags = {
             HEADLINE: clean(result.headline),
-            WARNINGS: _warnings_text(result.warnings),
-            "mlflow.note.content": _cell_note(cell, result),
+            WARNINGS: warnings_text(result.warnings),
+            "mlflow.note.content": cell_note(cell, result),
             "mlflow.source.git.commit": result.environment.get("git_commit", "unknown"),
             **{f"{ENVIRONMENT}{name}": value for name, value in result.environment.items()},
             **{f"{DATA}{name}": str(value) for name, value in result.data.items()},
             **({ACCUMULATE: str(result.accumulate)} if result.accumulate > 1 else {}),
         }
-        self._client.log_batch(run_id, tags=[RunTag(clean(name), _text(value)) for name, value in tags.items()])
+        self._client.log_batch(run_id, tags=[RunTag(clean(name), limited(value)) for name, value in tags.items()])
         with tempfile.TemporaryDirectory() as folder:
             whole = json.dumps({"config": cell.config.to_mapping(), **asdict(result)})
             for name, content in {"result.json": whole.encode(), **pictures}.items():
@@ -314,7 +285,7 @@ class Record:
 
     def fail(self, run_id: str, error: str, traceback: str = "") -> None:
         """Record a cell that failed."""
-        self._client.set_tag(run_id, "mlflow.note.content", _text(f"Failed: {error}"))
+        self._client.set_tag(run_id, "mlflow.note.content", limited(f"Failed: {error}"))
         if traceback:
             self._client.log_text(run_id, storable(traceback), "traceback.txt")
         self.close(run_id, "failed", error)
@@ -326,13 +297,13 @@ class Record:
                 self._client.log_text(parent, storable(content), name)
             else:
                 self._client.log_figure(parent, content, name)
-        self._client.set_tag(parent, "mlflow.note.content", _text(note))
+        self._client.set_tag(parent, "mlflow.note.content", limited(note))
         self.close(parent, "finished")
 
     def close(self, run_id: str, status: str, error: str = "", ended: float | None = None) -> None:
         """Give a run its last status, with the reason of a bad one. ended: in seconds since 1970, None is now."""
         if error:
-            self._client.set_tag(run_id, ERROR, _text(error))
+            self._client.set_tag(run_id, ERROR, limited(error))
         self._client.set_tag(run_id, STATUS, status)
         self._client.set_terminated(run_id, TERMINAL[status], end_time=None if ended is None else int(ended * 1000))
 
@@ -379,32 +350,7 @@ class Record:
                 return
 
     def _outcome(self, run: Any) -> Outcome:
-        """What a run says, whoever wrote it: what cannot be read fails its own cell alone."""
-        tags, ended = run.data.tags, run.info.status in TERMINAL.values()
-        metrics = {name: value for name, value in run.data.metrics.items() if is_number(value)}
-        headline, error = tags.get(HEADLINE, ""), tags.get(ERROR, "")
-        status = tags.get(STATUS, "killed") if ended else "running"
-        if ended and TERMINAL.get(status) != run.info.status:
-            status = "killed"  # what the tag says was not confirmed by the run's end
-        if status == "finished" and headline not in metrics:
-            status, error = "failed", f"its record has no finite {headline!r}"
-        owner = _owner(tags.get(OWNER, ""))
-        orphan = status == "running" and owner is not None and self._is_gone(run, owner)
-        return Outcome(
-            run_id=run.info.run_id,
-            key=tags.get(CELL, ""),
-            status=status,
-            headline=headline,
-            metrics=metrics,
-            warnings=_warnings(tags.get(WARNINGS, "[]")),
-            error=error,
-            ended=run.info.end_time or 0,
-            busy=status == "running" and owner not in (None, Owner.me()) and not orphan,
-            claimed=CLAIMED in tags,
-            orphan=orphan,
-            environment=self._shared(_part(tags, ENVIRONMENT)),
-            data=self._shared(_part(tags, DATA)),
-        )
+        return read_run(run, self._is_gone, self._shared)
 
     def _shared(self, texts: dict[str, str]) -> Mapping[str, str]:
         """The same mapping for equal ones: of a study's cells most have the same versions and data."""
@@ -423,131 +369,3 @@ class Record:
             self._seen[run.info.run_id] = sign, now
             return False
         return now - since > SILENCE
-
-
-def _make_tables(url: str) -> None:
-    """MLflow's tables, in a sqlite file that it then lets go."""
-    from mlflow.store.tracking import DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
-    SqlAlchemyStore(url, DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH).engine.dispose()
-
-
-def _part(tags: Mapping[str, str], prefix: str) -> dict[str, str]:
-    return {name.removeprefix(prefix): value for name, value in tags.items() if name.startswith(prefix)}
-
-
-def _signature() -> dict[str, str]:
-    """The tags that say whose a run is."""
-    return {OWNER: str(Owner.me()), ALIVE: _sign()}
-
-
-def _sign() -> str:
-    """A sign of life, unlike the one before."""
-    return f"{time.time():.3f}"
-
-
-def _owner(text: str) -> Owner | None:
-    try:
-        return Owner.parse(text)
-    except ValueError:
-        return None
-
-
-def _text(text: str) -> str:
-    """What stores take of a text."""
-    return storable(text)[:TEXT_LIMIT]
-
-
-def _warnings_text(warnings: Sequence[str]) -> str:
-    """The first warnings, in a form that is whole and fits."""
-    kept = [storable(text)[:500] for text in warnings[:8]]
-    while len(text := json.dumps(kept, ensure_ascii=False)) > TEXT_LIMIT:
-        kept.pop()
-    return text
-
-
-def _warnings(text: str) -> tuple[str, ...]:
-    """What `_warnings_text` was given; of what was cut off once, the text as it is."""
-    try:
-        found = json.loads(text)
-    except ValueError:
-        return (text,)
-    return tuple(map(str, found)) if isinstance(found, list) else (text,)
-
-
-def _precedence(outcome: Outcome) -> tuple[int, int]:
-    """Sorts first the run that stands for its cell."""
-    if outcome.done:
-        return 0, outcome.ended
-    return (1, 0) if outcome.status == "running" else (2, -outcome.ended)
-
-
-def _points(result: RunResult) -> Iterable[tuple[str, float, int]]:
-    """Every number of a result as (name, value, step)."""
-    # Final numbers at step 0: MLflow draws a metric with later steps as a line, where rows compare best as
-    # bars. A curve of the same name would also hide the final number, which need not be the curve's last.
-    for name, value in result.metrics.items():
-        yield clean(name), float(value), 0
-    for name, points in result.curves.items():
-        curve = clean(f"curve/{name}" if name in result.metrics else name)
-        yield from ((curve, float(value), int(step)) for step, value in points)
-    for module, numbers in result.modules.items():
-        for name, value in numbers.items():
-            if isinstance(value, float):
-                yield clean(f"{name}/{module}"), value, 0
-
-
-def _parameters(cell: Cell) -> dict[str, str]:
-    """Row, seed and the settings that tell a study's cells apart, those of the adapter without "adapter.".
-
-    The others would crowd out these where MLflow picks parameters to draw; `config.json` has all.
-    """
-    settings = cell.settings
-    named = {key.removeprefix("adapter."): settings[key] for key in cell.named if key in settings}
-    flat = {"row": cell.row, "seed": cell.seed, **named}
-    return {clean(name): value if isinstance(value, str) else json.dumps(value) for name, value in flat.items()}
-
-
-_TUNING = """- Rows called "..., tuning ..." are trials of a setting's values, evaluated on training rows
-  (`train.validation`): not to be compared with the others.
-"""
-
-
-def _guide(spec: StudySpec) -> str:
-    return f"""**{spec.title}**
-
-{spec.question}
-
-How to compare: each invocation is a parent run, each cell (row and seed) a child run below it.
-- The newest finished parent run holds the report: `report.html` (one page with everything), `table.md`, `table.csv`
-  and `comparison.png`.
-- Runs table: expand the parents, or filter with ``tags.`{STATUS}` = 'finished'``; group by the parameter
-  `row` for means over seeds. Columns to show: the headline metric, `stable_rank.mean`, `dc_share.mean`,
-  `parameters.trainable`.
-- A cell's parameters are the settings that this study varies; `config.json` has every setting.
-- A cell's page holds its pictures (`phi.png`, `phi_evolution.png`, `stable_rank.png`, `spectrum.png`, `modules.png`,
-  `training.png`), `result.json`, its curves, and every layer's numbers under `stable_rank/`, `dc_share/` and so on.
-- Cells that diverged, failed or were killed say so in the tag `{STATUS}`.
-{_TUNING if spec.tune else ""}"""
-
-
-def _cell_note(cell: Cell, result: RunResult) -> str:
-    names = [result.headline, "stable_rank.mean", "dc_share.mean", "parameters.trainable"]
-    numbers = "\n".join(f"- {name}: {result.metrics[name]:.6g}" for name in names if name in result.metrics)
-    warnings = "\n".join(f"- Warning: {warning}" for warning in result.warnings)
-    return f"**{cell.row}, seed {cell.seed}**: {result.status}\n\n{numbers}\n{warnings}"
-
-
-def clean(name: str) -> str:
-    """`name` as MLflow allows it: letters, digits and _-. :/, a path without detours; another is cut and numbered."""
-    words = " ".join(re.sub(r"[^\w\-. :/]+", " ", name).split())
-    kept = "/".join(part for part in words.split("/") if part.strip() not in ("", ".", "..")).lstrip(".")
-    if 0 < len(kept) <= NAME_LIMIT:
-        return kept
-    number = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-    return f"{kept[: NAME_LIMIT - 9]} {number}".lstrip()
-
-
-def _batches(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
-    return (items[start : start + size] for start in range(0, len(items), size))

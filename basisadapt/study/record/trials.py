@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -15,6 +16,7 @@ from basisadapt.study.record.owner import Owner
 from basisadapt.study.record.stores import make_database, patiently, sqlite_file
 
 if TYPE_CHECKING:
+    from optuna.distributions import CategoricalDistribution
     from optuna.storages import BaseStorage
     from optuna.study import Study
     from optuna.trial import FrozenTrial, TrialState
@@ -25,23 +27,26 @@ RUN = "run"  # of a trial: the run in MLflow that lives as long
 
 
 class Trials:
-    """The Optuna study called `name`, made if it is new. What a trial stands for is in its user attributes.
+    """The trials of a study's cells, in the Optuna study of its name, made if it is new.
 
-    MLflow has the last word on what is done; trials follow it.
+    A trial's parameters are the axes and settings that tell the `cells` apart, each a choice among the values that they
+    have, so that Optuna's pages and importances show them; what else it stands for is in its user attributes. Optuna
+    keeps the choices of a parameter for good: where the study has others, these cells have one of their own, whose name
+    ends in a hash of its choices. MLflow has the last word on what is done; trials follow it.
     """
 
-    def __init__(self, storage: str, name: str) -> None:
-        self._study = open_study(storage, name)
+    def __init__(self, storage: str, name: str, cells: Iterable[Cell] = ()) -> None:
+        self._space = _space(cells)
+        self._study = _study_of(storage, name, self._space)
         self._storage: BaseStorage = self._study._storage
         self._study_id: int = self._study._study_id
 
     def ask(self, cell: Cell, run_id: str) -> int:
         """Start the trial of a cell's run, in one step. Returns its number."""
-        from optuna.trial import TrialState, create_trial
+        from optuna.trial import TrialState
 
-        attributes = {**_attributes(cell), RUN: run_id}
         # As optuna.Study.add_trial does, which does not say what number the trial gets.
-        started = create_trial(state=TrialState.RUNNING, user_attrs=attributes)
+        started = self._trial(cell, TrialState.RUNNING, None, {RUN: run_id})
         trial_id = self._storage.create_new_trial(self._study_id, template_trial=started)
         return self._storage.get_trial_number_from_id(trial_id)
 
@@ -74,7 +79,7 @@ class Trials:
 
     def follow(self, cells: Iterable[Cell], outcomes: Mapping[str, Outcome]) -> None:
         """Add the trials of done cells that Optuna does not know."""
-        from optuna.trial import TrialState, create_trial
+        from optuna.trial import TrialState
 
         known = {
             trial.user_attrs.get("cell")
@@ -84,9 +89,49 @@ class Trials:
         for cell in cells:
             outcome = outcomes.get(cell.key)
             if outcome is not None and outcome.done and cell.key not in known:
-                attributes = {**_attributes(cell), "status": outcome.status}
-                value = outcome.value
-                self._study.add_trial(create_trial(state=_state(value), value=value, user_attrs=attributes))
+                done = self._trial(cell, _state(outcome.value), outcome.value, {"status": outcome.status})
+                self._study.add_trial(done)
+
+    def _trial(self, cell: Cell, state: TrialState, value: float | None, attributes: Mapping[str, str]) -> FrozenTrial:
+        """A cell's trial. What is none of the choices, as a search's cells may have it, is no parameter of it."""
+        from optuna.trial import create_trial
+
+        values = {key: _choice(value) for key, value in cell.parameters.items() if key in self._space}
+        params = {key: value for key, value in values.items() if value in self._space[key].choices}
+        return create_trial(
+            state=state,
+            value=value,
+            params=params,
+            distributions={key: self._space[key] for key in params},
+            user_attrs={**_attributes(cell), **attributes},
+        )
+
+
+def _space(cells: Iterable[Cell]) -> dict[str, CategoricalDistribution]:
+    """What tells cells apart, each a choice among their values."""
+    from optuna.distributions import CategoricalDistribution
+
+    values: dict[str, list[Any]] = {}
+    for cell in {cell.row: cell for cell in cells}.values():
+        for key, value in cell.parameters.items():
+            if (choice := _choice(value)) not in (known := values.setdefault(key, [])):
+                known.append(choice)
+    return {key: CategoricalDistribution(choices) for key, choices in values.items()}
+
+
+def _choice(value: Any) -> Any:
+    """A setting's value as Optuna takes it."""
+    return value if isinstance(value, str | int | float | None) else json.dumps(value)
+
+
+def _study_of(storage: str, name: str, space: Mapping[str, CategoricalDistribution]) -> Study:
+    """The Optuna study called `name`, or one of its own for what has other choices there. Raises InputError."""
+    study = open_study(storage, name)
+    known = {key: where for trial in study.get_trials(deepcopy=False) for key, where in trial.distributions.items()}
+    if all(known.get(key, where) == where for key, where in space.items()):
+        return study
+    choices = json.dumps({key: where.choices for key, where in sorted(space.items())})
+    return open_study(storage, f"{name} grid {hashlib.sha256(choices.encode()).hexdigest()[:8]}")
 
 
 def open_study(storage: str, name: str) -> Study:

@@ -27,7 +27,7 @@ def report_document(report: Report, tracking_uri: str) -> Document:
     document = {
         **_heading(spec),
         "headline": table.headline,
-        "reference": spec.reference,
+        "reference": None if spec.reference is None else str(spec.reference),
         **_rows(table),
         "claims": [
             {"text": verdict.claim.text, "verdict": verdict.word, "because": list(verdict.because)}

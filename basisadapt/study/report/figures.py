@@ -143,13 +143,13 @@ def _panel_name(table: Table, line: Line) -> str:
 
 def _curve_name(table: Table, line: Line) -> str:
     """What tells a row from the others of its panel."""
-    return plain(dict(line.row.point).get(_compared_axis(table), line.name))
+    return next((plain(value) for axis, value in line.row.point if axis == _compared_axis(table)), line.name)
 
 
-def _compared_axis(table: Table) -> str:
-    """The axis on which rows are compared with each other; empty where they are with one row."""
-    axis, equals, _ = (table.study.spec.reference or "").partition("=")
-    return axis if equals else ""
+def _compared_axis(table: Table) -> str | None:
+    """The axis on which rows are compared with each other; None where they are with one row."""
+    reference = table.study.spec.reference
+    return None if reference is None else reference.axis
 
 
 def against_figure(table: Table) -> Figure:

@@ -145,17 +145,18 @@ CAPTIONS = {
 def to_html(report: Report, figures: Mapping[str, Figure], pictures: Callable[[str], dict[str, bytes]]) -> str:
     """The page. figures: file name to figure. pictures: the PNG files of the MLflow run with an id."""
     table, spec = report.table, report.table.study.spec
+    reference = None if spec.reference is None else str(spec.reference)
     alerts = set(text.trouble(table))
     grids = text.grids(report)
     drawn = {name: _figure(name, _png(figure), spec.title, "lines") for name, figure in figures.items()}
     search = drawn.pop("search.png", None)
     sections = [
-        _section("Result", _grid(grids[0], alerts, spec.reference), *drawn.values()),
+        _section("Result", _grid(grids[0], alerts, reference), *drawn.values()),
         *([_section("Claims of the paper", _verdicts(report.verdicts))] if report.verdicts else []),
-        *(_section(grid.title, _grid(grid, alerts, spec.reference)) for grid in grids[1:]),
+        *(_section(grid.title, _grid(grid, alerts, reference)) for grid in grids[1:]),
         *([_section("The search in pictures", search)] if search else []),
         _diagnostics(table, pictures),
-        _section("Configurations", _configurations(table)),
+        _section("Configurations", _configurations(table, reference)),
         _section("Versions", _versions(table)),
     ]
     return PAGE.format(
@@ -259,7 +260,7 @@ def _diagnostics(table: Table, pictures: Callable[[str], dict[str, bytes]]) -> s
     return _section("Diagnostics of one cell a row", *([] if whole else [note]), *parts) if parts else ""
 
 
-def _configurations(table: Table) -> str:
+def _configurations(table: Table, reference: str | None) -> str:
     """What differs between the rows that have a setting as a table, and the others as a list."""
     values: dict[str, dict[str, None]] = {}
     for row in table.study.rows:
@@ -272,7 +273,7 @@ def _configurations(table: Table) -> str:
     shared = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in alike.items())
     heads = ["row", *(key.removeprefix("adapter.") for key in varying)]
     return (
-        _table("Settings that differ between rows", heads, rows, table.study.spec.reference)
+        _table("Settings that differ between rows", heads, rows, reference)
         + f"\n<details><summary>Settings that every row with them shares</summary><dl>{shared}</dl></details>"
     )
 

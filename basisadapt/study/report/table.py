@@ -14,7 +14,7 @@ from basisadapt.study import statistics
 from basisadapt.study.outcome import NOT_RUN, Outcome
 from basisadapt.study.plan.cells import Study, plain
 from basisadapt.study.plan.claims import COMMON, PLATEAU
-from basisadapt.study.plan.spec import ALL, published_values
+from basisadapt.study.plan.spec import ALL, Name, published_values
 
 if TYPE_CHECKING:
     from basisadapt.study.plan.cells import Row
@@ -327,11 +327,11 @@ def tuned_table(tuned: Tuned, outcomes: Mapping[str, Outcome]) -> Table:
     return build_table(tuned.study, tuned.seen(outcomes), at)
 
 
-def _line(row: Row, outcomes: Mapping[str, Outcome], published: Mapping[str, tuple[str, str | None]]) -> Line:
+def _line(row: Row, outcomes: Mapping[str, Outcome], published: Mapping[Name, tuple[str, str | None]]) -> Line:
     return Line(
         row=row,
         outcomes={cell.seed: outcomes[cell.key] for cell in row.cells if cell.key in outcomes},
-        published=published.get(row.published or ""),
+        published=None if row.published is None else published.get(row.published),
     )
 
 
@@ -342,7 +342,7 @@ def _compared(line: Line, reference: Line | None) -> Line:
 
 
 def _across(
-    lines: list[Line], references: Mapping[tuple[Any, ...], Line], published: Mapping[str, tuple[str, str | None]]
+    lines: list[Line], references: Mapping[tuple[Any, ...], Line], published: Mapping[Name, tuple[str, str | None]]
 ) -> tuple[Across, ...]:
     if len({line.task for line in lines}) < 2:
         return ()
@@ -354,7 +354,7 @@ def _across(
         compared = [(line, references[line.row.group]) for line in same if line.difference is not None]
         ours, theirs = _by_task_and_seed(a for a, _ in compared), _by_task_and_seed(b for _, b in compared)
         means = {task: mean for task, mean in by_task.items() if mean is not None}
-        printed = published.get(same[0].row.published or "")
+        printed = None if same[0].row.published is None else published.get(same[0].row.published)
         found.append(Across(name, means, printed, difference, pairs=statistics.difference(ours, theirs)))
     adjusted = statistics.holm([line.difference.p if line.difference else None for line in found])
     return tuple(dataclasses.replace(line, p=p) for line, p in zip(found, adjusted, strict=True))

@@ -14,9 +14,11 @@ from basisadapt.ranges import Choices, Range
 from basisadapt.study import statistics
 from basisadapt.study.outcome import NOT_RUN
 from basisadapt.study.plan.cells import plain
+from basisadapt.study.report.records import row_records
 from basisadapt.study.report.table import Across, Line, Table
 
 if TYPE_CHECKING:
+    from basisadapt.study.plan.spec import Reference
     from basisadapt.study.plan.tuning import Choice, Tuned
     from basisadapt.study.report.report import Found, Report
     from basisadapt.study.statistics import Difference
@@ -60,7 +62,7 @@ def grids(report: Report) -> list[Grid]:
     made = [_main(table)]
     if len(table.at) > 1:
         made.append(_curves(table))
-    if tuned is not None and tuned.tuning.trials.rows:
+    if tuned is not None and tuned.tuning.trials:
         made.append(_tuning(tuned, table))
     if table.across:
         made.append(_across(table))
@@ -107,28 +109,12 @@ def _marked(text: str) -> str:
 
 def to_csv(table: Table) -> str:
     """The numbers behind the table, unrounded and unscaled; with values of the tuned setting, each row at these too."""
-    text = io.StringIO()
+    text, records = io.StringIO(), row_records(table)
     writer = csv.writer(text, lineterminator="\n")
-    compared = ["difference", "ci_low", "ci_high", "p", "p_holm"]
-    ours = ["row", "metric", "n", "mean", "std", "mean_ci_low", "mean_ci_high"]
-    curve = ["at", "plateau_octaves"] if table.at else []
-    writer.writerow([*ours, *compared, *table.columns, "states", "published", "published_std", *curve])
-    at = ((value, line) for value, same in table.at.items() for line in same.lines)
-    for value, line in (*((None, line) for line in table.lines), *at):
-        values, difference = list(line.values.values()), line.difference
-        numbers = (difference.mean, difference.low, difference.high, difference.p) if difference else (None,) * 4
-        states = "; ".join(f"{state}: {' '.join(map(str, seeds))}" for state, seeds in line.seeds_by_state().items())
-        plateau = table.plateau(line) if value is None else None
-        writer.writerow(
-            [
-                *(_inert(line.label), table.headline, len(values), statistics.mean(values), statistics.std(values)),
-                *(statistics.interval(values) or (None, None)),
-                *(*numbers, line.p),
-                *(line.mean_of(name) for name in table.columns),
-                *(states, *(line.published or (None, None))),
-                *((value, plateau.octaves if plateau else None) if curve else ()),
-            ]
-        )
+    writer.writerow(records[0])
+    for record in records:
+        label, *others = record.values()
+        writer.writerow([_inert(label), *others])
     return text.getvalue()
 
 
@@ -202,7 +188,7 @@ def _heads_beside(table: Table, score: str, heads: Sequence[str]) -> list[str]:
     return found
 
 
-def _compared_heads(reference: str | None) -> list[str]:
+def _compared_heads(reference: Reference | None) -> list[str]:
     return [] if reference is None else [f"difference to {reference} (95 % CI)", "p (Holm)"]
 
 
@@ -317,9 +303,9 @@ def _p(p: float | None) -> str:
     return DASH if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def reference_named(reference: str) -> str:
+def reference_named(reference: Reference) -> str:
     """LoRA; or, for method=lora, what that means."""
-    return f"the row with {reference} that is otherwise equal" if "=" in reference else reference
+    return reference.value if reference.axis is None else f"the row with {reference} that is otherwise equal"
 
 
 def _notes(table: Table) -> list[str]:

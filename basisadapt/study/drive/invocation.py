@@ -1,0 +1,124 @@
+"""One call of the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from types import TracebackType
+
+from basisadapt.command import tell
+from basisadapt.errors import InputError
+from basisadapt.execution.executor import Executor
+from basisadapt.study.drive.book import Book, missing_cells
+from basisadapt.study.drive.interrupt import Interrupt
+from basisadapt.study.drive.loop import Loop
+from basisadapt.study.drive.place import Place, make_folder, write_files
+from basisadapt.study.drive.progress import Progress, waiting_for
+from basisadapt.study.outcome import Outcome
+from basisadapt.study.plan.cells import Cell
+from basisadapt.study.plan.spec import StudySpec
+from basisadapt.study.record.heartbeat import Heartbeat
+from basisadapt.study.record.record import Imported, Record
+from basisadapt.study.record.stores import record_error, store_errors
+from basisadapt.study.record.trials import Trials
+from basisadapt.study.report.files import report_files
+from basisadapt.study.report.report import Report
+
+
+class Invocation:
+    """One call of the command line: its parent run, closed whatever happens, and the cells run under it.
+
+    cells: that the study may come to have. Inside, while cells run, the first Ctrl-C ends run() after them, see
+    `Interrupt`.
+    """
+
+    def __init__(
+        self, spec: StudySpec, cells: Iterable[Cell], place: Place, tags: Mapping[str, str], executor: Executor
+    ) -> None:
+        if place.output is not None:
+            make_folder(place.output)
+        self._place, self._executor = place, executor
+        self._interrupt = Interrupt()
+        self._ended = False
+        self._trials = Trials(place.optuna_url, spec.name, cells)
+        self._record = Record(place.tracking_uri, spec.name, spec.metrics)
+        try:
+            self.run_id = self._record.begin(spec, tags)
+            self._book = Book(self._record, self._trials, self.run_id)
+            self._book.close_orphans()
+        except store_errors() as error:
+            raise InputError(f"--tracking-uri {place.tracking_uri!r}: {record_error(error)}") from error
+        self._heartbeat = Heartbeat(self._record, lambda: self._book.run_ids)
+
+    def __enter__(self) -> Invocation:
+        self._interrupt.__enter__()
+        self._heartbeat.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        try:
+            with self._interrupt.held():
+                self._heartbeat.stop()
+                self._executor.stop()
+                if error is not None and not self._ended:
+                    with suppress(*store_errors()):
+                        self._record.close(self.run_id, "killed" if isinstance(error, KeyboardInterrupt) else "failed")
+        finally:
+            self._interrupt.__exit__(kind, error, at)
+        if isinstance(error, store_errors()):
+            raise record_error(error) from error
+
+    @property
+    def outcomes(self) -> dict[str, Outcome]:
+        """What the record holds: cell key to outcome."""
+        return self._record.outcomes()
+
+    def running(self) -> set[str]:
+        """The ids of the runs that are at work, here and elsewhere."""
+        return self._record.close_orphans()
+
+    def run(self, cells: Sequence[Cell]) -> dict[str, Outcome]:
+        """Run what the record lacks of the cells. Returns what it then holds of them, at least."""
+        outcomes = self._record.outcomes(cells)
+        self._trials.follow(cells, outcomes)
+        missing = missing_cells(cells, outcomes)
+        total = len({cell.key for cell in cells})
+        with Progress(total, total - len(missing)) as progress, self._interrupt.patient():
+            Loop(missing, self._book, self._executor, self._interrupt, progress).run()
+        self._book.close_orphans()
+        return self._record.outcomes(cells)
+
+    def enter(self, results: Iterable[tuple[Imported, Mapping[str, bytes]]]) -> None:
+        """Record what was run elsewhere, with its pictures, as if it had been here; what is at work stays as it is.
+
+        Ctrl-C ends it after a result, whole.
+        """
+        cells = []
+        for one, drawn in results:
+            with self._interrupt.held():
+                self._enter(one, drawn)
+            cells.append(one.cell)
+        self._trials.follow(cells, self.outcomes)
+
+    def _enter(self, one: Imported, drawn: Mapping[str, bytes]) -> None:
+        run_id = self._record.start(self.run_id, one.cell, lambda: tell(waiting_for(one.cell)), one)
+        if run_id is None:
+            return
+        try:
+            self._record.finish(run_id, one.cell, one.result, drawn, one)
+        except Exception:
+            with suppress(*store_errors()):
+                self._record.close(run_id, "killed")
+            raise
+
+    def end(self, report: Report) -> None:
+        """Keep the report, in the parent run and in the output folder."""
+        files = report_files(report, self._record.pictures)
+        # A long table may be cut off at MLflow's limit: the link comes first.
+        compared = self._record.compare_path(report.table.run_ids)
+        link = f"Compare its runs: `{compared}`\n\n" if compared else ""
+        with self._interrupt.held():
+            self._record.end(self.run_id, f"{link}{files['table.md']}", files)
+            self._ended = True
+        if self._place.output is not None:
+            write_files(files, self._place.output)

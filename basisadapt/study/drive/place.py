@@ -1,0 +1,82 @@
+"""Where a study's results and inputs lie."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from basisadapt.errors import InputError, RecordError
+from basisadapt.redaction import redacted
+from basisadapt.study.record.stores import (
+    artifact_folder,
+    check_database,
+    same_database,
+    sqlite_file,
+    sqlite_url,
+    storable,
+)
+from basisadapt.study.report.files import KEPT, MARK
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a study's results and inputs lie.
+
+    tracking_uri: MLflow's store, by default MLFLOW_TRACKING_URI or else mlflow.db in this folder. storage: Optuna's;
+    None is `optuna.db` beside MLflow's file. data_dir: the tasks' data. output: a folder that also gets the report.
+    """
+
+    tracking_uri: str = field(default_factory=lambda: os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db")
+    storage: str | None = None
+    data_dir: Path | None = None
+    output: Path | None = None
+
+    @property
+    def optuna_url(self) -> str:
+        """Optuna's storage."""
+        if self.storage is not None:
+            return self.storage
+        beside = sqlite_file(self.tracking_uri)
+        return sqlite_url("sqlite://", Path("optuna.db") if beside is None else beside.with_name("optuna.db"))
+
+
+def check_place(place: Place) -> None:
+    """Raise InputError unless results can be kept there."""
+    if same_database(place.optuna_url, place.tracking_uri):
+        raise InputError(f"--storage and --tracking-uri cannot share one database, {place.tracking_uri!r}")
+    check_database(place.tracking_uri, "--tracking-uri")
+    check_database(place.optuna_url, "--storage")
+    folder = artifact_folder(place.tracking_uri)
+    if folder is not None and folder.exists() and not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise InputError(f"{str(folder)!r}, where the files of runs go, cannot be written")
+
+
+def make_folder(output: Path) -> None:
+    """Make a folder for a report. Raises InputError where it cannot be, or holds what no report has written."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {str(output)!r} cannot be made: {error.strerror}") from error
+    if not os.access(output, os.W_OK | os.X_OK):
+        raise InputError(f"--output {str(output)!r} cannot be written")
+    others = [name for name in KEPT if (output / name).exists()]
+    if others and not (output / MARK).exists():
+        raise InputError(f"--output {str(output)!r} has a {others[0]} that no report has written; give another folder")
+
+
+def write_files(files: Mapping[str, str | Figure], output: Path) -> None:
+    """Write a report's files into its folder. Raises RecordError."""
+    try:
+        for name, content in files.items():
+            if isinstance(content, str):
+                (output / name).write_text(redacted(storable(content)), encoding="utf-8")
+            else:
+                content.savefig(output / name, dpi=150)
+    except OSError as error:
+        raise RecordError(f"--output {str(output)!r} cannot be written: {error.strerror}") from error

@@ -1,0 +1,38 @@
+"""A cell's numbers and parameters, as MLflow keeps them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from basisadapt.study.record.texts import clean
+
+if TYPE_CHECKING:
+    from basisadapt.study.plan.cells import Cell
+    from basisadapt.training import RunResult
+
+
+def points_of(result: RunResult) -> Iterable[tuple[str, float, int]]:
+    """Every number of a result as (name, value, step)."""
+    # Final numbers at step 0: MLflow draws a metric with later steps as a line, where rows compare best as
+    # bars. A curve of the same name would also hide the final number, which need not be the curve's last.
+    for name, value in result.metrics.items():
+        yield clean(name), float(value), 0
+    for name, points in result.curves.items():
+        curve = clean(f"curve/{name}" if name in result.metrics else name)
+        yield from ((curve, float(value), int(step)) for step, value in points)
+    for module, numbers in result.modules.items():
+        for name, value in numbers.items():
+            if isinstance(value, float):
+                yield clean(f"{name}/{module}"), value, 0
+
+
+def parameters_of(cell: Cell) -> dict[str, str]:
+    """Row, seed and what tells a study's cells apart, settings of the adapter without "adapter.".
+
+    The others would crowd out these where MLflow picks parameters to draw; `config.json` has all.
+    """
+    named = {key.removeprefix("adapter."): value for key, value in cell.parameters.items()}
+    flat = {"row": cell.row, "seed": cell.seed, **named}
+    return {clean(name): value if isinstance(value, str) else json.dumps(value) for name, value in flat.items()}

@@ -1,0 +1,43 @@
+"""What MLflow's pages say of a study and of a cell."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from basisadapt.study.record.runs import STATUS
+
+if TYPE_CHECKING:
+    from basisadapt.study.plan.cells import Cell
+    from basisadapt.study.plan.spec import StudySpec
+    from basisadapt.training import RunResult
+
+_TUNING = """- Rows called "..., tuning ..." are trials of a setting's values, evaluated on training rows
+  (`train.validation`): not to be compared with the others.
+"""
+
+
+def guide(spec: StudySpec) -> str:
+    """How to read an experiment."""
+    return f"""**{spec.title}**
+
+{spec.question}
+
+How to compare: each invocation is a parent run, each cell (row and seed) a child run below it.
+- The newest finished parent run holds the report: `report.html` (one page with everything), `table.md`, `table.csv`
+  and `comparison.png`.
+- Runs table: expand the parents, or filter with ``tags.`{STATUS}` = 'finished'``; group by the parameter
+  `row` for means over seeds. Columns to show: the headline metric, `stable_rank.mean`, `dc_share.mean`,
+  `parameters.trainable`.
+- A cell's parameters are the settings that this study varies; `config.json` has every setting.
+- A cell's page holds its pictures (`phi.png`, `phi_evolution.png`, `stable_rank.png`, `spectrum.png`, `modules.png`,
+  `training.png`), `result.json`, its curves, and every layer's numbers under `stable_rank/`, `dc_share/` and so on.
+- Cells that diverged, failed or were killed say so in the tag `{STATUS}`.
+{_TUNING if spec.tune else ""}"""
+
+
+def cell_note(cell: Cell, result: RunResult) -> str:
+    """What a cell's page says first."""
+    names = [result.headline, "stable_rank.mean", "dc_share.mean", "parameters.trainable"]
+    numbers = "\n".join(f"- {name}: {result.metrics[name]:.6g}" for name in names if name in result.metrics)
+    warnings = "\n".join(f"- Warning: {warning}" for warning in result.warnings)
+    return f"**{cell.row}, seed {cell.seed}**: {result.status}\n\n{numbers}\n{warnings}"
