@@ -49,7 +49,7 @@ class Recipe:
 
     def is_in(self, printed: str) -> bool:
         """Whether a table has the row."""
-        rows = printed.split("Claims of the paper")[0].splitlines()
+        rows = printed.split("\nClaims\n")[0].splitlines()
         labels = [re.split(r"\s{2,}", line)[0] for line in rows if "  " in line.strip()]
         return any(f", {self.row}, " in f", {label}, " for label in labels)
 

@@ -152,7 +152,7 @@ def to_html(report: Report, figures: Mapping[str, Figure], pictures: Callable[[s
     search = drawn.pop("search.png", None)
     sections = [
         _section("Result", _grid(grids[0], alerts, reference), *drawn.values()),
-        *([_section("Claims of the paper", _verdicts(report.verdicts))] if report.verdicts else []),
+        *([_section("Claims", _verdicts(report.verdicts))] if report.verdicts else []),
         *(_section(grid.title, _grid(grid, alerts, reference)) for grid in grids[1:]),
         *([_section("The search in pictures", search)] if search else []),
         _diagnostics(table, pictures),

@@ -78,7 +78,7 @@ def to_text(report: Report) -> str:
         body = [_aligned(grid), ""] if grid.rows else []
         parts.append("\n".join([grid.title, "", *body, *grid.notes]))
     if report.verdicts:
-        lines = ["Claims of the paper", ""]
+        lines = ["Claims", ""]
         for verdict in report.verdicts:
             lines += [f"{verdict.word}: {verdict.claim.text}", *(f"    {reason}" for reason in verdict.because)]
         parts.append("\n".join(lines))
@@ -95,7 +95,7 @@ def to_markdown(report: Report) -> str:
         notes = (f"- {_marked(note)}" for note in grid.notes)
         parts.append("\n".join([f"**{_marked(grid.title)}**", "", *body, *notes]))
     if report.verdicts:
-        lines = ["**Claims of the paper**", ""]
+        lines = ["**Claims**", ""]
         for verdict in report.verdicts:
             lines.append(f"- **{verdict.word}**: {_marked(verdict.claim.text)}. {_marked('; '.join(verdict.because))}.")
         parts.append("\n".join(lines))
