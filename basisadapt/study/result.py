@@ -83,7 +83,7 @@ def run(
 ) -> Result:
     """Run the cells of a study that the record lacks, as `python -m basisadapt.study NAME` does, and report.
 
-    name: of a shipped study, or the path of a YAML file. preset: smoke, quick, gpu, llm or paper, as far as the study
+    name: of a shipped study, or the path of a YAML file. preset: a name that `--preset` takes, as far as the study
     has it. changes: what `--set` takes, such as "adapter.r=8" or "sweep.basis=sinc,fourier". seeds: instead of the
     study's. plugins: files or modules with bases, tasks and so on of your own. workers: cells that run at once, each in
     its own process; None runs them one by one in this one. place: where results and inputs lie, by default as on the
