@@ -31,7 +31,8 @@ from basisadapt.diagnostics.figures import pictures
 from basisadapt.environment import environment
 from basisadapt.study.plan.cells import Cell, resolve
 from basisadapt.study.plan.spec import read_spec
-from basisadapt.study.record.record import CELL, ROW, Record
+from basisadapt.study.record.record import Record
+from basisadapt.study.record.runs import CELL, ROW
 
 STUDY = """
 title: The cost of a large study

@@ -133,10 +133,10 @@ def test_ctrl_c_ends_an_import_after_a_result(home, fake, study, runs, monkeypat
 def test_ctrl_c_while_no_cell_runs_ends_a_call_at_once(home, fake, study, runs, monkeypatch, moment, way):
     from test_bad_content import results_of
 
-    from basisadapt.study.drive import engine, exchange
+    from basisadapt.study.drive import engine, exchange, invocation
 
     results_of(fake, study, SEED)
-    module = exchange if (moment, way) == ("report_on", "import") else engine
+    module = invocation if moment == "report_files" else exchange if way == "import" else engine
     make = getattr(module, moment)
 
     def interrupted(*arguments):

@@ -15,7 +15,7 @@ from basisadapt.study.drive.loop import Loop
 from basisadapt.study.drive.place import Place, make_folder, write_files
 from basisadapt.study.drive.progress import Progress, waiting_for
 from basisadapt.study.outcome import Outcome
-from basisadapt.study.plan.cells import Cell
+from basisadapt.study.plan.cells import Cell, parameter_values
 from basisadapt.study.plan.spec import StudySpec
 from basisadapt.study.record.heartbeat import Heartbeat
 from basisadapt.study.record.record import Imported, Record
@@ -40,7 +40,7 @@ class Invocation:
         self._place, self._executor = place, executor
         self._interrupt = Interrupt()
         self._ended = False
-        self._trials = Trials(place.optuna_url, spec.name, cells)
+        self._trials = Trials(place.optuna_url, spec.name, parameter_values(spec, cells))
         self._record = Record(place.tracking_uri, spec.name, spec.metrics)
         try:
             self.run_id = self._record.begin(spec, tags)

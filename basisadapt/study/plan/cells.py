@@ -180,6 +180,24 @@ def resolve(
     return Study(spec, tuple(rows))
 
 
+def parameter_values(spec: StudySpec, cells: Iterable[Cell]) -> dict[str, list[Any]]:
+    """A parameter of the cells to its values: those of an axis in the study's file, under whichever preset, and then
+    those that cells have beside, so that a part of the study's own has the same values as the whole."""
+    found: dict[str, list[Any]] = {}
+    for axes in (spec.sweep, *(axes_in(overrides, SWEEP) for overrides in spec.presets.values())):
+        for name, values in axes.items():
+            _add(found, _axis_key(name), values)
+    for cell in {cell.row: cell for cell in cells}.values():
+        for key, value in cell.parameters.items():
+            _add(found, key, [value])
+    return found
+
+
+def _add(found: dict[str, list[Any]], key: str, values: Iterable[Any]) -> None:
+    known = found.setdefault(key, [])
+    known.extend(value for value in values if value not in known)
+
+
 def _told_apart(row: Row, named: tuple[str, ...]) -> Row:
     return replace(row, cells=tuple(replace(cell, named=named, point=row.point) for cell in row.cells))
 

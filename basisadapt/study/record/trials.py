@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -29,14 +29,14 @@ RUN = "run"  # of a trial: the run in MLflow that lives as long
 class Trials:
     """The trials of a study's cells, in the Optuna study of its name, made if it is new.
 
-    A trial's parameters are the axes and settings that tell the `cells` apart, each a choice among the values that they
-    have, so that Optuna's pages and importances show them; what else it stands for is in its user attributes. Optuna
-    keeps the choices of a parameter for good: where the study has others, these cells have one of their own, whose name
-    ends in a hash of its choices. MLflow has the last word on what is done; trials follow it.
+    A trial's parameters are the axes and settings that tell its cell from the others, each a choice among `values`, see
+    `parameter_values`, so that Optuna's pages and importances show them; what else it stands for is in its user
+    attributes. Optuna keeps the choices of a parameter for good: where the study has others, these trials have one of
+    their own, whose name ends in a hash of its choices. MLflow has the last word on what is done; trials follow it.
     """
 
-    def __init__(self, storage: str, name: str, cells: Iterable[Cell] = ()) -> None:
-        self._space = _space(cells)
+    def __init__(self, storage: str, name: str, values: Mapping[str, Sequence[Any]] | None = None) -> None:
+        self._space = _space(values or {})
         self._study = _study_of(storage, name, self._space)
         self._storage: BaseStorage = self._study._storage
         self._study_id: int = self._study._study_id
@@ -107,16 +107,10 @@ class Trials:
         )
 
 
-def _space(cells: Iterable[Cell]) -> dict[str, CategoricalDistribution]:
-    """What tells cells apart, each a choice among their values."""
+def _space(values: Mapping[str, Sequence[Any]]) -> dict[str, CategoricalDistribution]:
     from optuna.distributions import CategoricalDistribution
 
-    values: dict[str, list[Any]] = {}
-    for cell in {cell.row: cell for cell in cells}.values():
-        for key, value in cell.parameters.items():
-            if (choice := _choice(value)) not in (known := values.setdefault(key, [])):
-                known.append(choice)
-    return {key: CategoricalDistribution(choices) for key, choices in values.items()}
+    return {key: CategoricalDistribution([_choice(value) for value in known]) for key, known in values.items() if known}
 
 
 def _choice(value: Any) -> Any:
