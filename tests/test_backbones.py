@@ -52,7 +52,7 @@ PARAMETERS = {
     "clip-vit-b32": 151_277_313,
     "dinov2-base": 86_580_480,
 }
-ENCODERS = ("minilm", "roberta-base", "roberta-large")
+ENCODERS = ("minilm", "roberta-base", "roberta-large", "all-mpnet-base-v2")
 LANGUAGE_MODELS = (
     "smollm2-135m",
     "pythia-1.4b",
