@@ -29,8 +29,8 @@ class Checkpoint:
 
     def __init__(self, backbone: Backbone) -> None:
         self._backbone, self.name = backbone, backbone.name
-        check_beside(backbone, ask=True)
         with explained(backbone):
+            check_beside(backbone, ask=True)
             self._files = _files(backbone)
             self.shapes: dict[str, tuple[int, ...]] = {}
             for file in dict.fromkeys(self._files.values()):

@@ -47,6 +47,8 @@ def _reason(source: str, error: Exception) -> str:
 
     if caused_by(errors.GatedRepoError):
         return f"is gated: ask for access at https://huggingface.co/{source}, then `hf auth login`, or set HF_TOKEN"
+    if caused_by(errors.HFValidationError):
+        return "is neither a folder here nor an id of the hub: check the path"
     if caused_by(errors.RepositoryNotFoundError):
         return "is not on the hub, or is private: check the name; for a private one `hf auth login`, or set HF_TOKEN"
     if any(isinstance(cause, OSError) and cause.errno == errno.ENOSPC for cause in causes):
