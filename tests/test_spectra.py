@@ -143,12 +143,12 @@ def test_the_sine_says_whether_learning_pays(sine, what):
         (["base", "damaged"], "has a damaged safetensors file"),
         (["base", "broken"], "lacks model-0000.-of-0000..safetensors, which its model.safetensors.index.json names"),
         (["base", "minilm2"], "unknown backbone 'minilm2'; did you mean 'minilm'"),
-        (["base", "/no/such"], "backbone '/no/such' is neither a folder here nor an id of the hub: check the path"),
+        (["base", "/nowhere"], "backbone '/nowhere' is neither a folder here nor an id of the hub: check the path"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(folders, arguments, message, capsys, tmp_path):
     base, other, *rest = arguments
-    if other not in ("base", "tuned", "minilm2", "/no/such"):
+    if other not in ("base", "tuned", "minilm2", "/nowhere"):
         make(other, tmp_path)
         other = tmp_path
     elif other in ("base", "tuned"):
