@@ -9,20 +9,21 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from basisadapt.peft_hook import register_with_peft
+from basisadapt.core.peft_hook import register_with_peft
 
 if TYPE_CHECKING:
     from basisadapt.adapter import PhiConfig, PhiModel
     from basisadapt.adapter.learned import describe, plot
     from basisadapt.adapter.optimizing import PhiCallback, before_step, param_groups
     from basisadapt.adapter.placement import Placement
+    from basisadapt.core.errors import InputError
+    from basisadapt.core.ranges import Range
     from basisadapt.diagnostics.diagnostic import Diagnostic
-    from basisadapt.errors import InputError
     from basisadapt.phi.basis import TransferBasis
     from basisadapt.phi.grids import GridStrategy
     from basisadapt.phi.sharing import AdaptedModule, SharingPolicy
-    from basisadapt.run_config import RunConfig
-    from basisadapt.training import run
+    from basisadapt.training.config import RunConfig
+    from basisadapt.training.running import run
 
 __version__ = "0.1.0"
 
@@ -30,19 +31,20 @@ _PUBLIC = {
     "AdaptedModule": "basisadapt.phi.sharing",
     "Diagnostic": "basisadapt.diagnostics.diagnostic",
     "GridStrategy": "basisadapt.phi.grids",
-    "InputError": "basisadapt.errors",
+    "InputError": "basisadapt.core.errors",
     "PhiCallback": "basisadapt.adapter.optimizing",
     "PhiConfig": "basisadapt.adapter",
     "PhiModel": "basisadapt.adapter",
     "Placement": "basisadapt.adapter.placement",
-    "RunConfig": "basisadapt.run_config",
+    "Range": "basisadapt.core.ranges",
+    "RunConfig": "basisadapt.training.config",
     "SharingPolicy": "basisadapt.phi.sharing",
     "TransferBasis": "basisadapt.phi.basis",
     "before_step": "basisadapt.adapter.optimizing",
     "describe": "basisadapt.adapter.learned",
     "param_groups": "basisadapt.adapter.optimizing",
     "plot": "basisadapt.adapter.learned",
-    "run": "basisadapt.training",
+    "run": "basisadapt.training.running",
 }
 __all__ = [
     "AdaptedModule",
@@ -53,6 +55,7 @@ __all__ = [
     "PhiConfig",
     "PhiModel",
     "Placement",
+    "Range",
     "RunConfig",
     "SharingPolicy",
     "TransferBasis",

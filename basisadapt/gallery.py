@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from basisadapt.command import BAD_INPUT, DONE, Parser, complain, guarded
+from basisadapt.core.command import BAD_INPUT, DONE, Parser, complain, guarded
+from basisadapt.core.errors import InputError, one_line
+from basisadapt.core.registry import load_plugin
 from basisadapt.diagnostics.figures import Curve, bases_figure
-from basisadapt.errors import InputError, one_line
-from basisadapt.registry import load_plugin
 
 FORMATS = (".png", ".svg", ".pdf")
 FURTHEST, POINTS = 4.0, 801

@@ -8,9 +8,9 @@ import runpy
 import sys
 from collections.abc import Sequence
 
-from basisadapt.command import BAD_INPUT, Parser, complain
-from basisadapt.errors import InputError
-from basisadapt.registry import load_plugin
+from basisadapt.core.command import BAD_INPUT, Parser, complain
+from basisadapt.core.errors import InputError
+from basisadapt.core.registry import load_plugin
 
 EXAMPLES = """\
 Examples:

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from basisadapt.command import BAD_INPUT, DONE, INTERRUPTED, Parser, complain, guarded
-from basisadapt.errors import InputError
+from basisadapt.core.command import BAD_INPUT, DONE, INTERRUPTED, Parser, complain, guarded
+from basisadapt.core.errors import InputError
 
 
 @guarded

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from basisadapt.command import BAD_INPUT, DONE, INTERRUPTED, Parser, complain, guarded, say, tell
-from basisadapt.errors import InputError, shown
+from basisadapt.core.command import BAD_INPUT, DONE, INTERRUPTED, Parser, complain, guarded, say, tell
+from basisadapt.core.errors import InputError, shown
 
 if TYPE_CHECKING:
     from torch import Tensor

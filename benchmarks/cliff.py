@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from basisadapt.adapter import PhiConfig
-from basisadapt.environment import environment
+from basisadapt.core.environment import environment
 from basisadapt.phi.choice import VERIFY_EVERY
 from basisadapt.phi.evaluators import Direct, Series
 

@@ -13,7 +13,7 @@ import statistics
 from collections import Counter
 from pathlib import Path
 
-from basisadapt.errors import InputError
+from basisadapt.core.errors import InputError
 from basisadapt.tasks.lookup import find
 from basisadapt.tasks.settings import DataSettings
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from basisadapt import backbones
 from basisadapt.adapter import PhiConfig
-from basisadapt.environment import environment
+from basisadapt.core.environment import environment
 
 WAYS = ("exact", "fp8", "sketch:4", "sketch:16")
 BATCH, TOKENS, STATES, LAST = 8, 256, 64, 20

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from basisadapt import backbones, tasks
-from basisadapt.environment import environment
+from basisadapt.core.environment import environment
 from basisadapt.methods import METHODS
-from basisadapt.run_config import RunConfig
 from basisadapt.tasks import Task
 from basisadapt.training import attach
+from basisadapt.training.config import RunConfig
 
 Batch = dict[str, Tensor]
 UNTIMED = 2  # steps until memory is laid out

@@ -19,9 +19,9 @@ import pandas as pd
 
 from basisadapt import backbones
 from basisadapt.methods import METHODS
-from basisadapt.run_config import RunConfig
 from basisadapt.study.plan.spec import studies_dir
 from basisadapt.training import Plan, attach, count_parameters
+from basisadapt.training.config import RunConfig
 
 RANK = 16
 MODELS = {  # as the paper calls them: our name, and the form of its tasks

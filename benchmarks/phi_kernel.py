@@ -18,7 +18,7 @@ import torch
 from triton import cdiv, jit, testing
 from triton import language as tl
 
-from basisadapt.environment import environment
+from basisadapt.core.environment import environment
 from basisadapt.phi import kernels_triton, series
 from basisadapt.phi.bank import Transfer
 from basisadapt.phi.bases import Sinc

@@ -32,9 +32,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from basisadapt import PhiConfig, backbones
 from basisadapt.adapter.placement import PROJECTION
-from basisadapt.distributed.group import run_in_processes
-from basisadapt.distributed.shard import shard_frozen
-from basisadapt.environment import environment
+from basisadapt.core.environment import environment
+from basisadapt.training.distributed.group import run_in_processes
+from basisadapt.training.distributed.shard import shard_frozen
 
 TINY = {
     "model_type": "llama",

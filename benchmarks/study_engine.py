@@ -23,13 +23,12 @@ from pathlib import Path
 
 import numpy as np
 
-from basisadapt import training
-from basisadapt.environment import environment
+from basisadapt.core.environment import environment
 from basisadapt.study.__main__ import main as study
 from basisadapt.study.plan.cells import resolve
 from basisadapt.study.plan.spec import read_spec
 from basisadapt.study.record.record import Record
-from basisadapt.training import RunResult
+from basisadapt.training import RunResult, running
 
 STUDY = """
 title: The cost of a study
@@ -97,7 +96,7 @@ def cost_of_cells(recorded: int, measured: int) -> list[float]:
         ends.append(time.perf_counter())
         return result
 
-    result, training.run = drawn_result(0), run
+    result, running.run = drawn_result(0), run
     seeds = ",".join(str(seed) for seed in range((recorded + measured) // ROWS))
     quiet(["cost.yaml", "--seeds", seeds])
     # From the moment that one cell's training ends to that when the next one's begins, which here are one.

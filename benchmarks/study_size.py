@@ -27,8 +27,8 @@ from typing import NamedTuple
 
 from study_engine import drawn_result
 
+from basisadapt.core.environment import environment
 from basisadapt.diagnostics.figures import pictures
-from basisadapt.environment import environment
 from basisadapt.study.plan.cells import Cell, resolve
 from basisadapt.study.plan.spec import read_spec
 from basisadapt.study.record.record import Record

@@ -32,7 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from basisadapt import backbones
 from basisadapt.adapter import PhiConfig, PhiLinear
 from basisadapt.adapter.placement import PROJECTION
-from basisadapt.environment import environment
+from basisadapt.core.environment import environment
 from basisadapt.phi.choice import default_tolerance
 from basisadapt.phi.evaluators import Direct
 from basisadapt.phi.weight import delta_weight

@@ -38,7 +38,7 @@ def tiny(kind: str) -> torch.nn.Module:
 @pytest.fixture(autouse=True)
 def _no_plugins_of_other_tests(monkeypatch):
     """Processes that a test starts load the plug-ins of this process."""
-    from basisadapt import registry
+    from basisadapt.core import registry
 
     monkeypatch.setattr(registry, "_plugins", {})
 

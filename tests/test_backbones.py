@@ -24,9 +24,8 @@ from tokenizers import pre_tokenizers
 from basisadapt import InputError, backbones
 from basisadapt.adapter.placement import find_projections, target_pattern
 from basisadapt.backbones import BACKBONES, FORMS, QUANTISED, Backbone, Package, catalogue, gguf, gguf_header, packages
-from basisadapt.cache import cache_folder
+from basisadapt.core.cache import cache_folder
 from basisadapt.methods import METHODS
-from basisadapt.run_config import RunConfig
 from basisadapt.study.__main__ import main
 from basisadapt.study.outcome import Outcome
 from basisadapt.study.plan.cells import resolve
@@ -35,6 +34,7 @@ from basisadapt.study.report.report import make_report
 from basisadapt.study.report.table import build_table
 from basisadapt.study.report.text import grids
 from basisadapt.training import attach, plan, run
+from basisadapt.training.config import RunConfig
 
 SMOL = BACKBONES["smollm2-135m"]
 # Parameters, as published: of the whole model, and of an encoder with its pooler.

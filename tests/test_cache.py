@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from basisadapt.cache import cache_folder, kept
+from basisadapt.core.cache import cache_folder, kept
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from basisadapt.execution.lines import ResultLine
-from basisadapt.run_config import RunConfig
+from basisadapt.training.config import RunConfig
+from basisadapt.training.execution.lines import ResultLine
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "cells_at_once.py"
 

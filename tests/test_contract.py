@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from basisadapt import GridStrategy, InputError, SharingPolicy, TransferBasis
+from basisadapt.core.ranges import Range
 from basisadapt.phi.basis import BASES
 from basisadapt.phi.grids import GRIDS
 from basisadapt.phi.sharing import SHARING
-from basisadapt.ranges import Range
 from basisadapt.testing import check_basis, check_grid, check_sharing
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from basisadapt import cost as costs
-from basisadapt.cost import Cost
+from basisadapt.training import cost as costs
+from basisadapt.training.cost import Cost
 
 MEGABYTE = 2**20
 

@@ -16,11 +16,12 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from basisadapt import InputError, registry, training
-from basisadapt.distributed import group
-from basisadapt.distributed.group import run_in_processes, sum_over_group
+from basisadapt import InputError, training
+from basisadapt.core import registry
 from basisadapt.phi.basis import BASES
-from basisadapt.run_config import RunConfig
+from basisadapt.training.config import RunConfig
+from basisadapt.training.distributed import group
+from basisadapt.training.distributed.group import run_in_processes, sum_over_group
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="these processes meet on the CPU; benchmarks/several_gpus.py is for GPUs"

@@ -20,16 +20,16 @@ from safetensors.torch import load_file, save
 
 from basisadapt import InputError, PhiConfig
 from basisadapt.adapter.placement import target_pattern
-from basisadapt.execution.lines import CellLine, ResultLine, parse_result, read_lines
 from basisadapt.methods.abba import ABBAConfig
 from basisadapt.methods.aurora import AuroRAConfig
 from basisadapt.methods.dylora import DyLoRAConfig
 from basisadapt.methods.elalora import ElaLoRAConfig
 from basisadapt.methods.nola import NoLAConfig
-from basisadapt.run_config import RunConfig
 from basisadapt.study.plan.cells import known_keys, resolve
 from basisadapt.study.plan.spec import PRESETS, list_studies, parse_yaml, published_values, read_spec, studies_dir
 from basisadapt.study.plan.tuning import resolve_tuning
+from basisadapt.training.config import RunConfig
+from basisadapt.training.execution.lines import CellLine, ResultLine, parse_result, read_lines
 from tests.conftest import model_of
 from tests.tasks import test_fuzz as of_data
 

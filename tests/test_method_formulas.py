@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from basisadapt import InputError, PhiConfig
 from basisadapt.diagnostics.spectrum import singular_values, stable_rank
 from basisadapt.methods import METHODS
-from basisadapt.observation import adapted_layers
+from basisadapt.training.observation import adapted_layers
 from tests.conftest import tiny
 
 

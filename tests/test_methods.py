@@ -20,14 +20,14 @@ from torch import nn
 
 from basisadapt import InputError
 from basisadapt.backbones import is_head
+from basisadapt.core.registry import load_plugin
 from basisadapt.diagnostics.figures import figures
 from basisadapt.methods import METHODS
-from basisadapt.observation import adapted_layers, adapter_parameters, observe
-from basisadapt.registry import load_plugin
-from basisadapt.run_config import RunConfig
 from basisadapt.study.plan.cells import resolve
 from basisadapt.study.plan.spec import read_spec
 from basisadapt.training import count_parameters, plan, run
+from basisadapt.training.config import RunConfig
+from basisadapt.training.observation import adapted_layers, adapter_parameters, observe
 from tests.conftest import randomise, tiny
 
 RANK = 4

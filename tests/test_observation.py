@@ -11,7 +11,7 @@ import torch
 
 from basisadapt import PhiConfig
 from basisadapt.methods import METHODS
-from basisadapt.observation import Observer, adapted_layers, observe, summary
+from basisadapt.training.observation import Observer, adapted_layers, observe, summary
 from tests.conftest import randomise
 
 PHI = METHODS["phi"]()

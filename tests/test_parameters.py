@@ -5,9 +5,9 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from basisadapt.run_config import RunConfig
 from basisadapt.study.plan.spec import studies_dir
 from basisadapt.training import plan
+from basisadapt.training.config import RunConfig
 
 # Blocks, and (in, out) of every adapted projection in one block.
 SHAPES = {

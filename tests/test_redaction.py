@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from basisadapt import redaction
-from basisadapt.command import guarded
-from basisadapt.redaction import MARK, hide, hide_in, redacted
+from basisadapt.core import redaction
+from basisadapt.core.command import guarded
+from basisadapt.core.redaction import MARK, hide, hide_in, redacted
 
 SECRET = "Zq7-a\"b\\c/é'<&>x y 9k%+w"
 

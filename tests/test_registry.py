@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import pytest
 
 from basisadapt import InputError
-from basisadapt.registry import Registry, load_plugin
-from basisadapt.settings import from_mapping
+from basisadapt.core.registry import Registry, load_plugin
+from basisadapt.core.settings import from_mapping
 
 MORLET = """
 import torch
@@ -111,7 +111,7 @@ def test_settings_from_a_mapping():
 
 
 def test_of_two_plugins_with_one_name_both_travel(tmp_path):
-    from basisadapt.execution.on_ray import _load_plugins, _packed
+    from basisadapt.training.execution.on_ray import _load_plugins, _packed
 
     packed = []
     for folder in ("a", "b"):

@@ -6,8 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from basisadapt.execution.lines import CellLine, read_lines
-from basisadapt.run_config import RunConfig
+from basisadapt.training.config import RunConfig
+from basisadapt.training.execution.lines import CellLine, read_lines
 
 ROOT = Path(__file__).parents[1]
 

@@ -193,7 +193,7 @@ def test_the_page_for_practitioners_shows_the_command_as_it_is(monkeypatch):
     assert options.base == "minilm"
     (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     ran = []
-    monkeypatch.setattr("basisadapt.training.run", lambda config, **options: ran.append((config, options)))
+    monkeypatch.setattr("basisadapt.training.running.run", lambda config, **options: ran.append((config, options)))
     exec(program, {})
     ((config, settings),) = ran
     assert (config.method, config.backbone, str(settings["save_to"])) == ("full", options.base, options.tuned)

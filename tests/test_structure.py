@@ -1,5 +1,5 @@
-"""The floors: a module imports only from floors below its own, never in a circle, and only the study room knows Optuna
-and MLflow. The package is quick to import, and what the text says of it and its dependencies is so."""
+"""The layers: a module imports only from layers below its own, never in a circle, and only studies know Optuna and
+MLflow. The package is quick to import, and what the text says of it and its dependencies is so."""
 
 from __future__ import annotations
 
@@ -13,91 +13,128 @@ from pathlib import Path
 import pytest
 
 import basisadapt
+from basisadapt import training
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "basisadapt"
-# Rooms from the ground up; a room may import from every floor below, and from itself.
-FLOORS = [
-    {"cache", "errors", "peft_hook", "redaction"},
-    {"command", "registry", "ranges", "settings", "environment", "cost"},
-    {"phi", "tasks", "backbones", "distributed", "diagnostics"},
-    {"testing", "adapter", "mt_bench", "gallery", "launch"},
+# Packages, and what is loose beside them, from the ground up: each may import from every layer below, and from itself.
+LAYERS = [
+    {"core"},
+    {"phi", "tasks", "backbones", "diagnostics"},
+    {"adapter", "testing", "mt_bench", "gallery", "launch"},
     {"methods", "spectra"},
-    {"run_config", "observation"},
-    {"trainer"},
     {"training"},
-    {"execution"},
     {"study"},
     {"__main__"},
 ]
 HEAVY = {"torch", "transformers", "peft", "datasets", "mlflow", "optuna", "matplotlib", "pandas", "scipy", "sklearn"}
-LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
-# The same within basisadapt/study.
-STUDY_LAYERS = [
-    {"outcome", "statistics"},  # what became of a cell, and arithmetic
-    {"plan"},  # what shall run
-    {"record", "report"},  # what has run, and what is said of it: neither knows the other
-    {"drive"},  # what runs it
-    {"__main__", "result"},  # from the command line, and from Python
-]
+LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}
+# The same within packages: parts that lie in one layer know nothing of each other.
+WITHIN = {
+    "core": [
+        {"cache", "errors", "peft_hook", "redaction"},
+        {"command", "registry", "ranges", "settings", "environment"},
+    ],
+    "training": [
+        {"cost", "distributed", "result"},  # arithmetic and processes
+        {"config", "observation"},  # what decides a run's numbers, and what is seen of them
+        {"data", "planning", "trainer"},  # its rows, its model, its optimiser
+        {"loss_surface"},
+        {"running"},  # one run
+        {"execution"},  # where runs happen
+        {"__main__"},
+    ],
+    "study": [
+        {"outcome", "statistics"},  # what became of a cell, and arithmetic
+        {"plan"},  # what shall run
+        {"record", "report"},  # what has run, and what is said of it: neither knows the other
+        {"drive"},  # what runs it
+        {"__main__", "result"},  # from the command line, and from Python
+    ],
+}
 
 
 def imports():
-    """(file, room, imported module, or what is taken from one) of every import, also those inside functions."""
+    """(file, package, imported module, or what is taken from one) of every import, also those inside functions."""
     for path in sorted(PACKAGE.rglob("*.py")):
-        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        package = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.module:
-                yield from ((path, room, f"{node.module}.{alias.name}") for alias in node.names)
+                yield from ((path, package, f"{node.module}.{alias.name}") for alias in node.names)
             elif isinstance(node, ast.Import):
-                yield from ((path, room, alias.name) for alias in node.names)
+                yield from ((path, package, alias.name) for alias in node.names)
 
 
-def test_every_room_has_a_floor():
-    rooms = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
-    assert rooms - {"__init__", "__pycache__", "py.typed"} == set(LEVEL)
+def parts_of(folder):
+    """The packages and modules in a folder, without its own face."""
+    return {path.name.removesuffix(".py") for path in folder.iterdir()} - {"__init__", "__pycache__", "py.typed"}
+
+
+def test_every_package_has_a_layer():
+    assert parts_of(PACKAGE) == set(LEVEL)
 
 
 def test_no_arrow_points_upward():
-    for path, room, module in imports():
-        if module.startswith("basisadapt.") and room != "__init__":
+    for path, package, module in imports():
+        if module.startswith("basisadapt.") and package != "__init__":
             target = module.split(".")[1]
-            if target in LEVEL and target != room:
-                assert LEVEL[target] < LEVEL[room], f"{path.name} in {room} imports {module}"
+            if target in LEVEL and target != package:
+                assert LEVEL[target] < LEVEL[package], f"{path.name} in {package} imports {module}"
 
 
-def test_the_rooms_of_a_study_have_walls():
-    """A report is made of outcomes, wherever they come from; a plan of nothing that has run."""
-    study = PACKAGE / "study"
-    level = {room: level for level, rooms in enumerate(STUDY_LAYERS) for room in rooms}
-    assert {path.name.removesuffix(".py") for path in study.iterdir()} - {"__init__", "__pycache__"} == set(level)
-    found = set()
+@pytest.mark.parametrize(
+    ("package", "seen"),
+    [
+        ("core", {("registry", "errors"), ("command", "redaction")}),
+        ("training", {("execution", "running"), ("running", "trainer"), ("config", "distributed")}),
+        # A report is made of outcomes, wherever they come from; a plan of nothing that has run.
+        ("study", {("drive", "record"), ("drive", "report"), ("record", "plan"), ("report", "plan")}),
+    ],
+)
+def test_the_parts_of_a_package_have_walls(package, seen):
+    folder, found = PACKAGE / package, set()
+    level = {part: level for level, parts in enumerate(WITHIN[package]) for part in parts}
+    assert parts_of(folder) == set(level)
     for path, _, module in imports():
-        if study in path.parents and module.startswith("basisadapt.study."):
-            room, target = path.relative_to(study).parts[0].removesuffix(".py"), module.split(".")[2]
-            if room not in ("__init__", target):
-                assert level[target] < level[room], f"{path.name} in study/{room} imports {module}"
-                found.add((room, target))
-    assert {("drive", "record"), ("drive", "report"), ("record", "plan"), ("report", "plan")} <= found
+        if folder in path.parents and module.startswith(f"basisadapt.{package}."):
+            part, target = path.relative_to(folder).parts[0].removesuffix(".py"), module.split(".")[2]
+            if part not in ("__init__", target):
+                assert level[target] < level[part], f"{path.name} in {package}/{part} imports {module}"
+                found.add((part, target))
+    assert seen <= found
 
 
-def module_graph(faces=False):
-    """Module to the modules that it imports, for type checking included; with `faces`, of packages themselves too."""
-    modules = {
-        ".".join(("basisadapt", *p.relative_to(PACKAGE).with_suffix("").parts)): p for p in PACKAGE.rglob("*.py")
-    }
-    if faces:
-        modules = {name.removesuffix(".__init__"): path for name, path in modules.items()}
-    by_path = {path: name for name, path in modules.items()}
-    graph = {name: set() for name in modules}
+def test_cost_and_processes_know_the_ground_alone():
+    low = [PACKAGE / "training" / "cost.py", PACKAGE / "training" / "distributed"]
     for path, _, module in imports():
-        graph[by_path[path]] |= {module, module.rpartition(".")[0]} & (modules.keys() - {by_path[path]})
+        if module.startswith("basisadapt.") and any(path.is_relative_to(part) for part in low):
+            assert module.startswith(("basisadapt.core.", "basisadapt.training.distributed.")), (path, module)
+
+
+def test_no_module_imports_what_its_own_package_offers_to_others():
+    """It would be an arrow that no drawing shows."""
+    modules = module_graph().keys()
+    for path, _, module in imports():
+        within = [parent.relative_to(PACKAGE.parent).parts for parent in path.parents if parent.is_relative_to(PACKAGE)]
+        if path.name != "__init__.py" and module != "basisadapt.__version__":
+            taken = module if module in modules else module.rpartition(".")[0]
+            assert tuple(taken.split(".")) not in within, (path, module)
+
+
+def module_graph():
+    """Module to the modules that it imports, for type checking included; a package is its face."""
+    paths = {path: path.relative_to(PACKAGE.parent).with_suffix("").parts for path in PACKAGE.rglob("*.py")}
+    names = {path: ".".join(parts).removesuffix(".__init__") for path, parts in paths.items()}
+    graph = {name: set() for name in names.values()}
+    for path, _, module in imports():
+        taken = module if module in graph else module.rpartition(".")[0]
+        graph[names[path]] |= {taken} & (graph.keys() - {names[path]})
     return graph
 
 
 def shortest_way(start, end):
     """The modules from one to the other, each importing the next; the package's own face is none of them."""
-    graph, ways = module_graph(faces=True), {start: [start]}
+    graph, ways = module_graph(), {start: [start]}
     for module in (queue := [start]):
         for target in sorted(graph[module] - ways.keys() - {"basisadapt"}):
             ways[target] = [*ways[module], target]
@@ -106,27 +143,27 @@ def shortest_way(start, end):
 
 
 def picture():
-    """The rooms as a Mermaid graph: an arrow for each import that no longer way implies, and the shortest way from
+    """The packages as a Mermaid graph: an arrow for each import that no longer way implies, and the shortest way from
     command to kernel, module by module."""
-    below = {room: set() for room in LEVEL}
-    for _, room, module in imports():
-        if room in LEVEL and module.startswith("basisadapt."):
-            below[room] |= {module.split(".")[1]} & (LEVEL.keys() - {room})
+    below = {package: set() for package in LEVEL}
+    for _, package, module in imports():
+        if package in LEVEL and module.startswith("basisadapt."):
+            below[package] |= {module.split(".")[1]} & (LEVEL.keys() - {package})
     reached = {}
-    for room in sorted(LEVEL, key=LEVEL.get):
-        reached[room] = below[room].union(*(reached[target] for target in below[room]))
+    for package in sorted(LEVEL, key=LEVEL.get):
+        reached[package] = below[package].union(*(reached[target] for target in below[package]))
     lines = ["```mermaid", "flowchart TD"]
-    for room in sorted(LEVEL, key=lambda room: (-LEVEL[room], room)):
-        implied = set().union(*(reached[target] for target in below[room]))
-        if direct := sorted(below[room] - implied):
-            lines.append(f"    {room} --> {' & '.join(direct)}")
+    for package in sorted(LEVEL, key=lambda package: (-LEVEL[package], package)):
+        implied = set().union(*(reached[target] for target in below[package]))
+        if direct := sorted(below[package] - implied):
+            lines.append(f"    {package} --> {' & '.join(direct)}")
     way = shortest_way("basisadapt.study.__main__", "basisadapt.phi.kernels")
     names = (module.removeprefix("basisadapt.").replace(".__main__", "") for module in way)
     path = " → ".join(f"`{name}`" for name in names)
     return "\n".join([*lines, "```", "", f"From command to kernel, by the fewest imports: {path}."])
 
 
-def test_contributing_shows_the_rooms_as_they_are():
+def test_contributing_shows_the_packages_as_they_are():
     """`python -m tests.test_structure` prints what belongs there."""
     assert picture() in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
@@ -138,13 +175,13 @@ def test_no_circles():
     assert left == {}
 
 
-def test_only_the_study_room_knows_optuna_and_mlflow():
-    for path, room, module in imports():
+def test_only_studies_know_optuna_and_mlflow():
+    for path, package, module in imports():
         if module.split(".")[0] in ("optuna", "mlflow"):
-            assert room == "study", path
+            assert package == "study", path
 
 
-@pytest.mark.parametrize("name", ["basisadapt", "basisadapt.study"])
+@pytest.mark.parametrize("name", ["basisadapt", "basisadapt.training", "basisadapt.study"])
 def test_importing_the_package_is_quick_and_light(name):
     """Best of three: the machine may be busy."""
     program = (
@@ -176,7 +213,9 @@ for name in sys.argv[1:]:
         wrong.append(name)
 sys.exit(" ".join(wrong) or 0)
 """
-    names = sorted({*basisadapt._PUBLIC.values(), "basisadapt.methods", "basisadapt.methods.product"})
+    names = sorted(
+        {*basisadapt._PUBLIC.values(), *training._PUBLIC.values(), "basisadapt.methods", "basisadapt.methods.product"}
+    )
     run = subprocess.run([sys.executable, "-c", program, *names], capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stderr
 

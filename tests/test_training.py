@@ -15,18 +15,18 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from basisadapt import InputError
 from basisadapt.backbones import find, shape_only
+from basisadapt.core.settings import seed
 from basisadapt.diagnostics.diagnostic import DIAGNOSTICS, Diagnostic
 from basisadapt.diagnostics.figures import figures
 from basisadapt.methods import METHODS, Description, ParameterGroup, PeftMethod
 from basisadapt.methods.lora import lora_config
-from basisadapt.observation import Observer, observe
 from basisadapt.phi.settings import LowRankSettings
-from basisadapt.run_config import RunConfig
-from basisadapt.settings import seed
 from basisadapt.tasks import TASKS, CompletionTask, Rows, TaskData, TextTask
 from basisadapt.tasks.completion import Continuation, Probe, Question, response_loss, teacher_forced
-from basisadapt.trainer import MixedBatches, arithmetic, make_optimizer, make_watch
 from basisadapt.training import attach, count_parameters, plan, run
+from basisadapt.training.config import RunConfig
+from basisadapt.training.observation import Observer, observe
+from basisadapt.training.trainer import MixedBatches, arithmetic, make_optimizer, make_watch
 
 SHORT = {"max_steps": 3, "eval_rows": 24, "train_rows": 64, "batch_size": 8}
 

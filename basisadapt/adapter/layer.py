@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from basisadapt.adapter.config import PhiConfig
 from basisadapt.adapter.linear import AdaptedLinear
-from basisadapt.errors import InputError
+from basisadapt.core.errors import InputError
 from basisadapt.phi.choice import compute_dtype
 from basisadapt.phi.compiler import Compiler
 from basisadapt.phi.weight import Execution, Weight, adapted_linear, delta_weight

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from basisadapt.adapter.layer import PhiLinear
+from basisadapt.core.errors import InputError, unknown
 from basisadapt.diagnostics.linear import linear_fit
-from basisadapt.errors import InputError, unknown
 
 if TYPE_CHECKING:
     import pandas as pd

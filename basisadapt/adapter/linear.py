@@ -16,7 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 from transformers.pytorch_utils import Conv1D
 
-from basisadapt.errors import InputError
+from basisadapt.core.errors import InputError
 from basisadapt.phi.compiler import onload
 
 DEQUANTISED = ("Params4bit", "Int8Params")  # classes of weights that peft can dequantise

@@ -17,7 +17,7 @@ from basisadapt.adapter.honored import watch
 from basisadapt.adapter.layer import PhiLinear
 from basisadapt.adapter.linear import AdaptedModel
 from basisadapt.adapter.placement import describe, target_pattern
-from basisadapt.errors import InputError
+from basisadapt.core.errors import InputError
 from basisadapt.phi.bank import TransferBank
 from basisadapt.phi.compiler import Compiler
 

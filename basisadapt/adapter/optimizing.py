@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from basisadapt.adapter.honored import mark_served
 from basisadapt.adapter.layer import PhiLinear
 from basisadapt.adapter.model import PhiModel
-from basisadapt.errors import InputError
+from basisadapt.core.errors import InputError
 from basisadapt.phi.bank import TransferBank
 from basisadapt.phi.settings import PhiSettings
 

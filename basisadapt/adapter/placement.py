@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
-from basisadapt.errors import InputError, shown, unknown
+from basisadapt.core.errors import InputError, shown, unknown
+from basisadapt.core.registry import Registry
 from basisadapt.phi.sharing import AdaptedModule
-from basisadapt.registry import Registry
 
 PLACEMENTS: Registry[Placement] = Registry("placement")
 

@@ -14,8 +14,8 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from basisadapt.errors import InputError, one_line, shown, unknown
-from basisadapt.settings import checked
+from basisadapt.core.errors import InputError, one_line, shown, unknown
+from basisadapt.core.settings import checked
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 

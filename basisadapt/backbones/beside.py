@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from basisadapt.backbones.catalogue import Backbone
-from basisadapt.errors import InputError, shown
+from basisadapt.core.errors import InputError, shown
 
 INDEX, ADAPTER = "model.safetensors.index.json", "adapter_config.json"
 

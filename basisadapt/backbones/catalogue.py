@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from basisadapt.backbones import gguf
-from basisadapt.errors import InputError, unknown
-from basisadapt.registry import load_entry_points
+from basisadapt.core.errors import InputError, unknown
+from basisadapt.core.registry import load_entry_points
 
 OWN = "BASISADAPT_BACKBONES"  # names a folder of the user's: NAME/ or NAME.gguf in it are the weights of backbone NAME
 

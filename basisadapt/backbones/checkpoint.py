@@ -14,7 +14,7 @@ from basisadapt.backbones.beside import INDEX, check_beside, file_of
 from basisadapt.backbones.catalogue import Backbone
 from basisadapt.backbones.failures import NO_SAFETENSORS, explained
 from basisadapt.backbones.packages import place_of
-from basisadapt.errors import InputError
+from basisadapt.core.errors import InputError
 
 WEIGHTS = "model.safetensors"
 MATRIX = ".weight"

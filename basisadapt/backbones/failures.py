@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from basisadapt.backbones.catalogue import Backbone
-from basisadapt.errors import InputError
+from basisadapt.core.errors import InputError
 
 NO_SAFETENSORS = (
     "has no safetensors; pickled weights are not read, since they can run code. Where you trust them, load them and "

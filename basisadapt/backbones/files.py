@@ -6,7 +6,7 @@ import functools
 import hashlib
 from pathlib import Path
 
-from basisadapt.errors import InputError
+from basisadapt.core.errors import InputError
 
 
 def stamp(file: Path) -> tuple[int, ...]:

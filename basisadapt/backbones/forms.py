@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from basisadapt.backbones.catalogue import BACKBONES, Backbone
-from basisadapt.errors import InputError
+from basisadapt.core.errors import InputError
 
 
 @dataclass(frozen=True)

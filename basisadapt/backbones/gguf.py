@@ -11,8 +11,8 @@ import torch
 
 from basisadapt.backbones.files import sha256_of
 from basisadapt.backbones.gguf_header import Header, read_header
-from basisadapt.cache import cache_folder
-from basisadapt.errors import InputError
+from basisadapt.core.cache import cache_folder
+from basisadapt.core.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from basisadapt.backbones.files import stamp
-from basisadapt.errors import InputError, one_line
+from basisadapt.core.errors import InputError, one_line
 
 # Types of metadata, by number, as struct spells them; a text and a list come apart from these.
 NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}

@@ -10,7 +10,7 @@ from torch import nn
 from basisadapt.backbones.catalogue import Backbone
 from basisadapt.backbones.failures import explained
 from basisadapt.backbones.forms import FORMS
-from basisadapt.errors import InputError
+from basisadapt.core.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

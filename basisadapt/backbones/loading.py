@@ -18,7 +18,7 @@ from basisadapt.backbones.forms import check_form, is_head, model_class, process
 from basisadapt.backbones.inputs import check_tokenizer, most_tokens
 from basisadapt.backbones.packages import check_installed, place_of
 from basisadapt.backbones.precision import keep_head_exact, loading_options
-from basisadapt.errors import InputError
+from basisadapt.core.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

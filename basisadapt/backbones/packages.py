@@ -8,7 +8,7 @@ from pathlib import Path
 from basisadapt.backbones import gguf
 from basisadapt.backbones.catalogue import Backbone, Package
 from basisadapt.backbones.files import sha256_of
-from basisadapt.errors import InputError
+from basisadapt.core.errors import InputError
 
 
 def check_installed(backbone: Backbone) -> None:

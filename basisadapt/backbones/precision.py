@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from basisadapt.backbones.forms import HEADS
-from basisadapt.errors import InputError
+from basisadapt.core.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from basisadapt.registry import Registry
+from basisadapt.core.registry import Registry
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from basisadapt.adapter.saved import Shape
-from basisadapt.errors import InputError
+from basisadapt.core.errors import InputError
 from basisadapt.methods.product import ProductConfig, ProductLinear, ProductMethod, kaiming
 from basisadapt.phi.settings import LowRankSettings, require
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from basisadapt.adapter.placement import target_pattern
 from basisadapt.backbones import HEADS
+from basisadapt.core.errors import InputError
+from basisadapt.core.registry import Registry
+from basisadapt.core.settings import seed
 from basisadapt.diagnostics.diagnostic import means
-from basisadapt.errors import InputError
 from basisadapt.phi.settings import LowRankSettings
-from basisadapt.registry import Registry
-from basisadapt.settings import seed
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from basisadapt.backbones import is_head
-from basisadapt.errors import InputError
+from basisadapt.core.errors import InputError
 from basisadapt.methods.method import Method
 from basisadapt.phi.settings import LowRankSettings
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from basisadapt.adapter.linear import AdaptedLinear, AdaptedModel
 from basisadapt.adapter.peft_type import peft_type, register
 from basisadapt.adapter.saved import CheckedConfig
-from basisadapt.errors import InputError
+from basisadapt.core.errors import InputError
 from basisadapt.methods.method import PeftMethod
 from basisadapt.phi.choice import compute_dtype
 from basisadapt.phi.settings import LowRankSettings

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from basisadapt.errors import InputError
+from basisadapt.core.errors import InputError
 from basisadapt.phi.basis import BASES, TransferBasis
 from basisadapt.phi.grids import GRIDS
 from basisadapt.phi.notation import Amplitudes

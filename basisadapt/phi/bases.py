@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from basisadapt.core.ranges import Range
 from basisadapt.phi.basis import TransferBasis
-from basisadapt.ranges import Range
 
 TINY = 1e-300  # added to a float64 it changes zero alone
 

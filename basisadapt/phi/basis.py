@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from basisadapt.errors import unknown
-from basisadapt.ranges import Range
-from basisadapt.registry import Registry
+from basisadapt.core.errors import unknown
+from basisadapt.core.ranges import Range
+from basisadapt.core.registry import Registry
 
 BASES: Registry[TransferBasis] = Registry("basis")
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from basisadapt.errors import InputError
+from basisadapt.core.errors import InputError
 from basisadapt.phi import choice
 from basisadapt.phi.bank import Transfer, TransferBank
 from basisadapt.phi.choice import Choice, Work, default_tolerance, evaluator

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from basisadapt.errors import refused
+from basisadapt.core.errors import refused
 
 LARGEST_FP8 = 448.0  # of float8_e4m3fn
 FP8_MULTIPLE = 16  # sides of an 8-bit product

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from basisadapt.ranges import Range
-from basisadapt.registry import Registry
+from basisadapt.core.ranges import Range
+from basisadapt.core.registry import Registry
 
 GRIDS: Registry[GridStrategy] = Registry("grid")
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from basisadapt.errors import InputError
+from basisadapt.core.errors import InputError
 from basisadapt.phi.evaluators import Evaluator, Series, Split
 
 PIECE = {"cpu": 1 << 20}  # numbers held per piece: about what a core's cache holds

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from basisadapt.errors import refused
+from basisadapt.core.errors import refused
 
 LARGEST = 1e6  # beyond, a setting is a slip of the pen, and would be numbers that float32 has not
 MODERATE = "above 0, from 1e-6 to 1e6"

@@ -7,10 +7,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from basisadapt.errors import refused, unknown
+from basisadapt.core.errors import refused, unknown
+from basisadapt.core.settings import late, seed
 from basisadapt.phi.dense_gradient import DenseGradient
 from basisadapt.phi.notation import LARGEST, MODERATE, Amplitudes, Bandwidth, Gain, Rate, moderate
-from basisadapt.settings import late, seed
 
 PRESETS: dict[str, dict[str, Any]] = {
     # The published recipe, taken literally (paper, section 3.3 and Table 10).

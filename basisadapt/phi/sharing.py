@@ -7,8 +7,8 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from basisadapt.ranges import Range
-from basisadapt.registry import Registry
+from basisadapt.core.ranges import Range
+from basisadapt.core.registry import Registry
 
 SHARING: Registry[SharingPolicy] = Registry("sharing")
 

@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from basisadapt import __version__
-from basisadapt.command import BAD_INPUT, DONE, INTERRUPTED, UNSOUND, Parser, complain, guarded, say
-from basisadapt.errors import InputError, RecordError, shown
-from basisadapt.registry import load_plugin
+from basisadapt.core.command import BAD_INPUT, DONE, INTERRUPTED, UNSOUND, Parser, complain, guarded, say
+from basisadapt.core.errors import InputError, RecordError, shown
+from basisadapt.core.registry import load_plugin
 from basisadapt.study.plan import spec as specs
 
 if TYPE_CHECKING:
-    from basisadapt.execution.executor import Executor
     from basisadapt.study.drive.place import Place
     from basisadapt.study.drive.search import Search
     from basisadapt.study.plan.tuning import Tuning
     from basisadapt.study.report.report import Report
+    from basisadapt.training.execution.executor import Executor
 
 SAMPLERS = ("tpe", "random")
 EXAMPLES = """\
@@ -300,9 +300,9 @@ def _import(tuning: Tuning, place: Place, tags: dict[str, str], executor: Execut
 
 
 def _executor(options: argparse.Namespace) -> Executor:
-    from basisadapt.execution.executor import JobSettings
-    from basisadapt.execution.on_ray import OnRay, RaySettings
-    from basisadapt.execution.workers import local_executor
+    from basisadapt.training.execution.executor import JobSettings
+    from basisadapt.training.execution.on_ray import OnRay, RaySettings
+    from basisadapt.training.execution.workers import local_executor
 
     settings = JobSettings(
         data_dir=options.data_dir,

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from basisadapt.execution.executor import JobSettings
-from basisadapt.execution.workers import local_executor
-from basisadapt.registry import load_plugin
+from basisadapt.core.registry import load_plugin
 from basisadapt.study.drive import engine
 from basisadapt.study.drive.place import Place
 from basisadapt.study.plan.spec import read_spec
@@ -17,6 +15,8 @@ from basisadapt.study.report.figures import comparison_figure
 from basisadapt.study.report.records import cell_records, row_records
 from basisadapt.study.report.text import to_markdown, to_text
 from basisadapt.tasks.task import readable_folder
+from basisadapt.training.execution.executor import JobSettings
+from basisadapt.training.execution.workers import local_executor
 
 if TYPE_CHECKING:
     import pandas as pd

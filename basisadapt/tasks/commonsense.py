@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from basisadapt.errors import InputError, unknown
+from basisadapt.core.errors import InputError, unknown
 from basisadapt.tasks import commonsense_prompts as prompts
 from basisadapt.tasks.choice import ChoiceQuestion, ChoiceTask
 from basisadapt.tasks.commonsense_prompts import Asked, Layout

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from basisadapt.errors import InputError
+from basisadapt.core.errors import InputError
 from basisadapt.tasks.choice import ChoiceQuestion, Option
 from basisadapt.tasks.completion import alpaca_prompt
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from basisadapt.errors import InputError
+from basisadapt.core.errors import InputError
 from basisadapt.tasks.task import Example, Rows, Task
 
 IGNORED = -100  # torch's label for tokens that a loss leaves out

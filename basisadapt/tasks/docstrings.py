@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from basisadapt.cache import kept
+from basisadapt.core.cache import kept
 from basisadapt.tasks.split import split
 from basisadapt.tasks.task import Rows, TaskData
 from basisadapt.tasks.text import TextTask

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from basisadapt.errors import InputError
+from basisadapt.core.errors import InputError
 from basisadapt.tasks.image import ImageTask
 from basisadapt.tasks.task import Rows, TaskData, readable_folder
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from basisadapt.errors import InputError, unknown
+from basisadapt.core.errors import InputError, unknown
 from basisadapt.tasks.own_data import OwnData
 from basisadapt.tasks.settings import DataSettings
 from basisadapt.tasks.tables import SUFFIXES, Table, read_table

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from basisadapt.errors import InputError, unknown
+from basisadapt.core.errors import InputError, unknown
 from basisadapt.tasks import metrics
 from basisadapt.tasks.hub import ask_hub
 from basisadapt.tasks.split import split

@@ -7,8 +7,8 @@ import os
 import re
 from typing import Any
 
-from basisadapt.errors import InputError, unknown
-from basisadapt.redaction import redacted
+from basisadapt.core.errors import InputError, unknown
+from basisadapt.core.redaction import redacted
 from basisadapt.tasks.own_data import OwnData
 from basisadapt.tasks.settings import DataSettings
 from basisadapt.tasks.tables import Table, check_columns

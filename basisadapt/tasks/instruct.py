@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from basisadapt.errors import InputError
+from basisadapt.core.errors import InputError
 from basisadapt.tasks import judge, mt_bench
 from basisadapt.tasks.completion import (
     IGNORED,

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from basisadapt.errors import InputError
-from basisadapt.redaction import hide, hide_in, redacted
+from basisadapt.core.errors import InputError
+from basisadapt.core.redaction import hide, hide_in, redacted
 
 ATTEMPTS = 5
 LONGEST_PAUSE = 60.0  # seconds

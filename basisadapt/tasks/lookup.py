@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from basisadapt.errors import InputError
+from basisadapt.core.errors import InputError
 from basisadapt.tasks import commonsense, files
 from basisadapt.tasks.files import FileTask
 from basisadapt.tasks.hub import PREFIX, HubTask

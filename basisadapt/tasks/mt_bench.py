@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
-from basisadapt.errors import InputError, unknown
+from basisadapt.core.errors import InputError, unknown
 from basisadapt.tasks.asking import ask_all
 from basisadapt.tasks.judge import Judge, Message
 from basisadapt.tasks.task import Rows, readable_folder

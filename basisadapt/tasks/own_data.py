@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from basisadapt.errors import InputError, unknown
+from basisadapt.core.errors import InputError, unknown
 from basisadapt.tasks import metrics
 from basisadapt.tasks.split import divide, is_held_out, ordered
 from basisadapt.tasks.tables import Table, UnknownColumn

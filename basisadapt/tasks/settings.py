@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from basisadapt.errors import InputError, unknown
-from basisadapt.settings import late
+from basisadapt.core.errors import InputError, unknown
+from basisadapt.core.settings import late
 
 KINDS = ("classes", "numbers")
 SCORINGS = ("likelihood", "generation", "cloze")

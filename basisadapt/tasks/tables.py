@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from basisadapt.errors import LONGEST, MOST_COMPARED, InputError, unknown
+from basisadapt.core.errors import LONGEST, MOST_COMPARED, InputError, unknown
 
 CARRIAGE_RETURN = "a carriage return ends a line, where a line feed must, alone or after it"
 csv.field_size_limit(2**31 - 1)  # letters; a text may be as long as in the other formats

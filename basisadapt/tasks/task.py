@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor
 
-from basisadapt.errors import InputError
-from basisadapt.registry import Registry
+from basisadapt.core.errors import InputError
+from basisadapt.core.registry import Registry
 from basisadapt.tasks.settings import DataSettings
 
 TASKS: Registry[Task] = Registry("task")

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from basisadapt.errors import InputError, unknown
+from basisadapt.core.errors import InputError, unknown
 from basisadapt.tasks.hub import ask_hub
 from basisadapt.tasks.image import ImageTask, decode
 from basisadapt.tasks.tables import check_columns

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from basisadapt import InputError
 from basisadapt.adapter.placement import find_projections, target_pattern
 from basisadapt.methods import METHODS
-from basisadapt.observation import adapted_layers, adapter_parameters
+from basisadapt.training.observation import adapted_layers, adapter_parameters
 
 AUTO = {
     "AutoModel": "MODEL_MAPPING_NAMES",

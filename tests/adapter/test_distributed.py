@@ -10,11 +10,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from basisadapt import PhiConfig
 from basisadapt.adapter.placement import PROJECTION
-from basisadapt.distributed.group import run_in_processes
-from basisadapt.distributed.shard import gathered, shard_frozen
+from basisadapt.core.settings import with_seed
 from basisadapt.methods import METHODS
 from basisadapt.phi.sharing import SHARING
-from basisadapt.settings import with_seed
+from basisadapt.training.distributed.group import run_in_processes
+from basisadapt.training.distributed.shard import gathered, shard_frozen
 from tests.conftest import randomise, tiny
 
 pytestmark = pytest.mark.skipif(

@@ -41,7 +41,7 @@ wrong = []
 for order in sys.argv[1:]:
     if not (child := os.fork()):
         try:
-            from basisadapt import peft_hook
+            from basisadapt.core import peft_hook
             sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, peft_hook._PeftFinder)]
             del sys.modules["basisadapt"]
             peft_hook.METHODS = ("stand_in_method",)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.interpolate import BSpline
 
-from basisadapt.errors import InputError
+from basisadapt.core.errors import InputError
 from basisadapt.phi.bank import ONE, Transfer, TransferBank, inverse_softplus
 from basisadapt.phi.basis import BASES
 from basisadapt.phi.grids import GRIDS

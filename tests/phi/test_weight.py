@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from basisadapt import phi
-from basisadapt.errors import InputError
+from basisadapt.core.errors import InputError
 from basisadapt.phi import kernels
 from basisadapt.phi.choice import evaluator
 from basisadapt.phi.weight import Execution, adapted_linear, delta_weight

@@ -6,8 +6,8 @@ from pathlib import Path
 import fakes
 import pytest
 
-from basisadapt import training
 from basisadapt.study.__main__ import main
+from basisadapt.training import planning, running
 
 STUDY = """
 title: Two bases
@@ -55,8 +55,8 @@ def home(folder, empty_databases):
 def fake(monkeypatch):
     """Replaces training; `fake.ways` says how runs end, `fake.ran` what was run."""
     fake = fakes.Fakes()
-    monkeypatch.setattr(training, "run", fake.run)
-    monkeypatch.setattr(training, "plan", fake.plan)
+    monkeypatch.setattr(running, "run", fake.run)
+    monkeypatch.setattr(planning, "plan", fake.plan)
     return fake
 
 

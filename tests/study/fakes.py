@@ -11,9 +11,8 @@ from pathlib import Path
 
 import torch
 
-from basisadapt import training
-from basisadapt.errors import InputError
-from basisadapt.training import Plan, RunResult
+from basisadapt.core.errors import InputError
+from basisadapt.training import Plan, RunResult, planning, running
 
 MODULES = [f"encoder.layer.{depth}.{name}" for depth in range(2) for name in ("attention.self.query", "output.dense")]
 
@@ -87,7 +86,7 @@ class Fakes:
         return Plan(modules=36, factors=1000 * config.adapter.r, transfer=100, head=10, total=10**6)
 
     def install(self):
-        training.run, training.plan = self.run, self.plan
+        running.run, planning.plan = self.run, self.plan
 
 
 if __name__ == "__main__":  # python fakes.py HANGING_BASIS HANGING_SEED ARGUMENTS...

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from basisadapt import training
-from basisadapt.execution.lines import to_line
-from basisadapt.run_config import RunConfig
 from basisadapt.study.record.record import Record
 from basisadapt.study.record.texts import NAME_LIMIT, clean
+from basisadapt.training import running
+from basisadapt.training.config import RunConfig
+from basisadapt.training.execution.lines import to_line
 
 SEED = ("tiny.yaml", "--seeds", "1")
 
@@ -29,7 +29,7 @@ def of_sinc(fake, monkeypatch):
                 return result
             return dataclasses.replace(result, **{k: v(result) if callable(v) else v for k, v in values.items()})
 
-        monkeypatch.setattr(training, "run", run)
+        monkeypatch.setattr(running, "run", run)
 
     return change
 

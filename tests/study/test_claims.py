@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from test_report import SOUND, outcomes
 
-from basisadapt.errors import InputError
+from basisadapt.core.errors import InputError
 from basisadapt.study.plan.cells import resolve
 from basisadapt.study.plan.claims import Claim
 from basisadapt.study.plan.spec import list_studies, read_spec

@@ -131,12 +131,12 @@ def test_a_diverged_cell_counts_as_done(home, fake, study, runs, trials):
 def test_a_result_without_its_headline_metric_is_a_failure(home, fake, study, monkeypatch):
     import dataclasses
 
-    from basisadapt import training
+    from basisadapt.training import running
 
     def forgetful(*args, **options):
         return dataclasses.replace(fake.run(*args, **options), headline="f1")
 
-    monkeypatch.setattr(training, "run", forgetful)
+    monkeypatch.setattr(running, "run", forgetful)
     code, out, _ = study("tiny.yaml", "--seeds", "1")
     assert code == 1
     assert "the run gave no finite 'f1'" in out

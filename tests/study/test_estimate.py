@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from basisadapt.execution.compute import Inline
-from basisadapt.execution.executor import JobSettings
-from basisadapt.execution.workers import Workers
 from basisadapt.study.drive.estimate import Estimate, estimate_time
 from basisadapt.study.outcome import Outcome
 from basisadapt.study.plan.cells import resolve
 from basisadapt.study.plan.spec import read_spec
+from basisadapt.training.execution.compute import Inline
+from basisadapt.training.execution.executor import JobSettings
+from basisadapt.training.execution.workers import Workers
 
 ONE = Inline(JobSettings())
 TUNE = "tune: {grid: {train.lr: [1e-3, 1e-2]}, seeds: [9], validation: 0.2}\n"

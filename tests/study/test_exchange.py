@@ -52,12 +52,12 @@ def results(home, fake, study):
     """A file of results of every cell with seed 1, as the program writes it."""
     import dataclasses
 
-    from basisadapt.execution.lines import to_line
+    from basisadapt.training.execution.lines import to_line
 
     study(*SEED, "--export", "cells.jsonl")
     lines = []
     for cell in lines_of("cells.jsonl"):
-        from basisadapt.run_config import RunConfig
+        from basisadapt.training.config import RunConfig
 
         result = fake.run(RunConfig.from_mapping(cell["config"]), on_step=lambda *_: None)
         when = {"host": "another", "began": 1_700_000_000.0, "ended": 1_700_000_060.0}
@@ -180,7 +180,7 @@ def in_config(line):
 def test_a_line_that_is_none_of_the_studys_is_refused_and_nothing_is_entered(
     home, fake, study, results, runs, changed, message
 ):
-    from basisadapt.execution.lines import to_line
+    from basisadapt.training.execution.lines import to_line
 
     lines = [json.dumps(line) + "\n" for line in (results[0], changed(results[1]), results[2])]
     (home / "results.jsonl").write_text("".join(lines))
@@ -204,7 +204,7 @@ def test_a_line_that_is_no_json_is_refused(home, fake, study, text):
 
 
 def test_a_small_file_that_unpacks_to_a_large_one_is_refused(home, fake, study, monkeypatch):
-    monkeypatch.setattr("basisadapt.execution.lines.MOST_BYTES", 1000)
+    monkeypatch.setattr("basisadapt.training.execution.lines.MOST_BYTES", 1000)
     (home / "results.jsonl.gz").write_bytes(gzip.compress(bytes(100_000)))
     code, _, err = study(*SEED, "--import", "results.jsonl.gz")
     assert code == 2
@@ -212,7 +212,7 @@ def test_a_small_file_that_unpacks_to_a_large_one_is_refused(home, fake, study, 
 
 
 def test_a_result_that_cannot_be_drawn_leaves_no_record(home, fake, study, results, runs):
-    from basisadapt.execution.lines import to_line
+    from basisadapt.training.execution.lines import to_line
 
     odd = in_result(snapshots=[{"step": "first"}])(results[1])
     Path("results.jsonl").write_text("".join(map(to_line, (results[0], odd))))
@@ -270,8 +270,8 @@ def test_results_from_before_a_setting_was_there_are_read(home, fake, study, res
 
 def test_a_setting_that_came_late_changes_no_older_key():
     """The keys of results that are kept in the repository, made before `transfer_delay` and `smoothing` were there."""
-    from basisadapt.run_config import RunConfig
     from basisadapt.study.plan.cells import cell_key
+    from basisadapt.training.config import RunConfig
 
     with gzip.open(Path(__file__).parents[2] / "studies/results/cells/ablate_rank.jsonl.gz", "rt") as file:
         lines = [json.loads(line) for line in file]
@@ -329,7 +329,7 @@ def test_killed_the_program_goes_on(home, alone, study):
     ],
 )
 def test_bad_input_of_the_program_is_one_line(home, fake, study, monkeypatch, capsys, arguments, message):
-    from basisadapt.execution.__main__ import main
+    from basisadapt.training.__main__ import main
 
     study(*SEED, "--export", "cells.jsonl")
     capsys.readouterr()
@@ -345,8 +345,8 @@ def test_bad_input_of_the_program_is_one_line(home, fake, study, monkeypatch, ca
 
 
 def test_a_result_that_does_not_fit_on_the_disk_leaves_the_file_as_it_was(home, fake, study, monkeypatch, capsys):
-    from basisadapt.execution import lines
-    from basisadapt.execution.__main__ import main
+    from basisadapt.training.__main__ import main
+    from basisadapt.training.execution import lines
 
     def full(number):
         if len(fake.ran) == 2:

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from basisadapt.execution.executor import Died, Ended
 from basisadapt.study.drive import loop
+from basisadapt.training.execution.executor import Died, Ended
 
 
 class Stub:

@@ -13,8 +13,7 @@ import pytest
 import yaml
 from test_report import no_pictures, outcome
 
-from basisadapt.errors import InputError
-from basisadapt.run_config import RunConfig
+from basisadapt.core.errors import InputError
 from basisadapt.study.plan.cells import Cell, resolve
 from basisadapt.study.plan.spec import read_spec
 from basisadapt.study.plan.tuning import resolve_tuning
@@ -23,6 +22,7 @@ from basisadapt.study.report.files import report_files
 from basisadapt.study.report.report import make_report
 from basisadapt.study.report.table import tuned_table
 from basisadapt.study.report.verdicts import NOT_REPRODUCED, REPRODUCED, UNTESTABLE
+from basisadapt.training.config import RunConfig
 
 RATES = [1e-3, 2e-3, 4e-3, 8e-3]
 STUDY = {

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from basisadapt.core.errors import InputError
 from basisadapt.diagnostics.diagnostic import DIAGNOSTICS, Diagnostic
-from basisadapt.errors import InputError
 from basisadapt.study.outcome import Outcome
 from basisadapt.study.plan.cells import resolve
 from basisadapt.study.plan.spec import published_values, read_spec
@@ -401,7 +401,7 @@ def test_a_label_is_no_line_and_no_html(home, fake, study):
 
 
 def test_nothing_that_is_said_steers_the_terminal(capsys):
-    from basisadapt.command import complain, guarded, say
+    from basisadapt.core.command import complain, guarded, say
 
     @guarded
     def main(arguments):

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from basisadapt.errors import InputError
-from basisadapt.ranges import Range, parse_range
+from basisadapt.core.errors import InputError
+from basisadapt.core.ranges import Range, parse_range
 from basisadapt.study.drive.search import Search
 from basisadapt.study.plan.space import DECLARED, distribution
 from basisadapt.study.plan.spec import read_spec

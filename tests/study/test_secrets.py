@@ -161,7 +161,7 @@ def test_no_failed_cell_tells_a_secret(planted, fake, capfd, names):
         pytest.MonkeyPatch.context() as patch,
         Server(lambda path: REPLIES[urllib.parse.unquote(path).split("/")[1]]) as server,
     ):
-        patch.setattr("basisadapt.training.run", fake.run)
+        patch.setattr("basisadapt.training.running.run", fake.run)
         seeds = ",".join(map(str, range(len(names))))
         code = main(["tiny.yaml", "--seeds", seeds, "--set", "sweep.basis=sinc", "--output", "out"])
     out, err = capfd.readouterr()

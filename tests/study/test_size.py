@@ -124,7 +124,7 @@ def test_rows_that_differ_in_their_pace_alone_are_planned_once(many, fake, monke
         planned.append(config.adapter.basis)
         return plan(config, *arguments)
 
-    monkeypatch.setattr("basisadapt.training.plan", once)
+    monkeypatch.setattr("basisadapt.training.planning.plan", once)
     many(40)
     cells = resolve_tuning(read_spec("many.yaml")).possible_cells
     assert len(engine.plan_cells(cells, None, dry=True)) == 40

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import basisadapt
-from basisadapt.errors import InputError
+from basisadapt.core.errors import InputError
 from basisadapt.study.plan.cells import Changes, resolve, split_changes
 from basisadapt.study.plan.spec import list_studies, published_values, read_spec
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from basisadapt.errors import InputError
+from basisadapt.core.errors import InputError
 from basisadapt.study.record.record import Record
 from basisadapt.study.record.stores import patiently, same_database
 from basisadapt.study.record.trials import Trials

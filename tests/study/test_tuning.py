@@ -53,7 +53,7 @@ def tuned(home, fake):
 @pytest.fixture
 def ran(fake, monkeypatch):
     """The configurations that were run, in order."""
-    from basisadapt import training
+    from basisadapt.training import running
 
     configs = []
 
@@ -61,7 +61,7 @@ def ran(fake, monkeypatch):
         configs.append(config)
         return fake.run(config, **options)
 
-    monkeypatch.setattr(training, "run", run)
+    monkeypatch.setattr(running, "run", run)
     return configs
 
 

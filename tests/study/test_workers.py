@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from basisadapt.execution import workers
-from basisadapt.execution.executor import JobSettings
+from basisadapt.training.execution import workers
+from basisadapt.training.execution.executor import JobSettings
 
 SEED = ("tiny.yaml", "--seeds", "1")
 STUDY = [sys.executable, "-m", "basisadapt.study", "tiny.yaml"]

@@ -11,13 +11,13 @@ import pytest
 from transformers import AutoTokenizer
 
 from basisadapt import InputError
-from basisadapt.run_config import RunConfig
 from basisadapt.tasks import DataSettings, Rows, find
 from basisadapt.tasks import commonsense_prompts as prompts
 from basisadapt.tasks.choice import extract
 from basisadapt.tasks.commonsense import SOURCES, Commonsense15k
 from basisadapt.tasks.hub import ask_hub
 from basisadapt.training import plan, run
+from basisadapt.training.config import RunConfig
 
 TRUE_FALSE, SOLUTIONS, ANSWERS, ENDINGS, FILLINGS = prompts.LAYOUTS
 

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from basisadapt import InputError
-from basisadapt.cost import Cost
 from basisadapt.methods import METHODS
 from basisadapt.tasks import DataSettings, Rows
 from basisadapt.tasks import completion as module
@@ -33,6 +32,7 @@ from basisadapt.tasks.completion import (
     response_loss,
     teacher_forced,
 )
+from basisadapt.training.cost import Cost
 
 ROWS = Rows(
     [Question(alpaca_prompt("Name a colour.")), Question("Hi"), Question(alpaca_prompt("Which?", "red or blue"))],

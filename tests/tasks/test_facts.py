@@ -11,10 +11,10 @@ import transformers
 
 from basisadapt import InputError, backbones
 from basisadapt.backbones.parts import Below, LastFeedForward
-from basisadapt.run_config import RunConfig
 from basisadapt.tasks import DataSettings
 from basisadapt.tasks.facts import Facts
 from basisadapt.training import load_data, plan, run
+from basisadapt.training.config import RunConfig
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "##s", "17", *"abcdefghijklmnopqrst"]
 FIRST, LAST = 2, 3

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from basisadapt import tasks
-from basisadapt.errors import InputError
+from basisadapt.core.errors import InputError
 from basisadapt.tasks import DataSettings
 from basisadapt.tasks.tables import SUFFIXES
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from basisadapt import tasks
-from basisadapt.errors import InputError
-from basisadapt.run_config import RunConfig
+from basisadapt.core.errors import InputError
 from basisadapt.tasks import DataSettings
 from basisadapt.training import run
+from basisadapt.training.config import RunConfig
 
 # Rows of the public files; a header is not a row. QNLI's are those of its development set, split.
 ROWS = {

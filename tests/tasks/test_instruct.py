@@ -11,7 +11,6 @@ import torch
 
 from basisadapt import InputError, backbones
 from basisadapt.mt_bench import main
-from basisadapt.run_config import RunConfig
 from basisadapt.study.__main__ import main as study
 from basisadapt.tasks import find, instruct
 from basisadapt.tasks.completion import generate, pad_left
@@ -19,6 +18,7 @@ from basisadapt.tasks.instruct import converse
 from basisadapt.tasks.mt_bench import read_answers, read_bench
 from basisadapt.tasks.settings import DataSettings
 from basisadapt.training import plan, run
+from basisadapt.training.config import RunConfig
 from tests.tasks.endpoint import says
 from tests.tasks.files import write_alpaca, write_bench
 

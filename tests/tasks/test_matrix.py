@@ -10,11 +10,11 @@ import transformers
 from basisadapt import InputError, backbones
 from basisadapt.backbones.parts import LastQuery, QueryWeight
 from basisadapt.methods import METHODS
-from basisadapt.observation import adapted_layers
-from basisadapt.run_config import RunConfig
 from basisadapt.tasks import TASKS
 from basisadapt.tasks.matrix import MatrixTask
 from basisadapt.training import attach, plan, run
+from basisadapt.training.config import RunConfig
+from basisadapt.training.observation import adapted_layers
 
 TARGETS = sorted(name for name in TASKS if name.startswith("matrix/"))
 SIZE = 64

@@ -13,10 +13,10 @@ import pytest
 from pyarrow import parquet
 
 from basisadapt import tasks
-from basisadapt.errors import InputError
-from basisadapt.run_config import RunConfig
+from basisadapt.core.errors import InputError
 from basisadapt.tasks import DataSettings
 from basisadapt.training import plan, run
+from basisadapt.training.config import RunConfig
 
 ROWS = [(f"text, number {i}", "good" if i % 3 else "bad") for i in range(60)]
 

@@ -15,13 +15,13 @@ from PIL import Image
 
 from basisadapt import InputError, backbones, tasks
 from basisadapt.backbones.clip import ZeroShotCLIP, class_embeddings
-from basisadapt.run_config import RunConfig
 from basisadapt.tasks import DataSettings
 from basisadapt.tasks.fashion_mnist import FashionMNIST, read_idx
 from basisadapt.tasks.hub import ask_hub
 from basisadapt.tasks.image import decode
 from basisadapt.tasks.vision import Photographs
 from basisadapt.training import plan, run
+from basisadapt.training.config import RunConfig
 from tests.tasks.tiny_vision import EPS, save_tiny
 
 # --- image folders ---

@@ -7,14 +7,14 @@ from dataclasses import asdict, dataclass
 from traceback import format_exception
 from typing import TYPE_CHECKING
 
+from basisadapt.core.errors import one_line
 from basisadapt.diagnostics.figures import pictures
-from basisadapt.errors import one_line
-from basisadapt.execution.executor import Ended
 from basisadapt.study.outcome import Outcome
 from basisadapt.study.plan.cells import Cell
 from basisadapt.study.record.record import LostRunError, Record
 from basisadapt.study.record.stores import is_stores_fault
 from basisadapt.study.record.trials import Trials
+from basisadapt.training.execution.executor import Ended
 
 if TYPE_CHECKING:
     from basisadapt.training import RunResult

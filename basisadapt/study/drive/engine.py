@@ -7,9 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from basisadapt.command import tell
-from basisadapt.errors import InputError
-from basisadapt.execution.executor import Executor
+from basisadapt.core.command import tell
+from basisadapt.core.errors import InputError
 from basisadapt.study.drive.book import missing_cells
 from basisadapt.study.drive.estimate import estimate_time
 from basisadapt.study.drive.invocation import Invocation
@@ -21,6 +20,7 @@ from basisadapt.study.record.record import Record
 from basisadapt.study.report.files import report_files
 from basisadapt.study.report.report import Report, make_report
 from basisadapt.study.report.table import tuned_table
+from basisadapt.training.execution.executor import Executor
 
 if TYPE_CHECKING:
     from basisadapt.training import Plan

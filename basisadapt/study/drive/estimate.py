@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from basisadapt.study import statistics
 
 if TYPE_CHECKING:
-    from basisadapt.execution.executor import Executor
     from basisadapt.study.outcome import Outcome
     from basisadapt.study.plan.cells import Cell
+    from basisadapt.training.execution.executor import Executor
 
 SECONDS = ("seconds.train", "seconds.eval", "seconds.observe")  # what a cell's time is made of
 

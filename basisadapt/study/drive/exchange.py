@@ -7,11 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from basisadapt.command import tell
-from basisadapt.errors import InputError, one_line
-from basisadapt.execution.executor import Executor
-from basisadapt.execution.lines import CellLine, ResultLine, check_replaceable, parse_result, read_lines, to_line
-from basisadapt.run_config import RunConfig
+from basisadapt.core.command import tell
+from basisadapt.core.errors import InputError, one_line
 from basisadapt.study.drive.book import draw, missing_cells
 from basisadapt.study.drive.engine import report_on
 from basisadapt.study.drive.invocation import Invocation
@@ -20,6 +17,16 @@ from basisadapt.study.plan.cells import Cell, cell_key
 from basisadapt.study.plan.tuning import Tuning
 from basisadapt.study.record.record import Imported, Record
 from basisadapt.study.report.report import Report
+from basisadapt.training.config import RunConfig
+from basisadapt.training.execution.executor import Executor
+from basisadapt.training.execution.lines import (
+    CellLine,
+    ResultLine,
+    check_replaceable,
+    parse_result,
+    read_lines,
+    to_line,
+)
 
 
 def export_cells(tuning: Tuning, place: Place, path: Path) -> int:

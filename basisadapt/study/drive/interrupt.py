@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from basisadapt.command import tell
+from basisadapt.core.command import tell
 
 
 class Interrupt:

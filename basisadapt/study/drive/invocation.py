@@ -6,9 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 
-from basisadapt.command import tell
-from basisadapt.errors import InputError
-from basisadapt.execution.executor import Executor
+from basisadapt.core.command import tell
+from basisadapt.core.errors import InputError
 from basisadapt.study.drive.book import Book, missing_cells
 from basisadapt.study.drive.interrupt import Interrupt
 from basisadapt.study.drive.loop import Loop
@@ -23,6 +22,7 @@ from basisadapt.study.record.stores import record_error, store_errors
 from basisadapt.study.record.trials import Trials
 from basisadapt.study.report.files import report_files
 from basisadapt.study.report.report import Report
+from basisadapt.training.execution.executor import Executor
 
 
 class Invocation:

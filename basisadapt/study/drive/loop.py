@@ -8,12 +8,12 @@ from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
 
-from basisadapt.execution.executor import Ended, Executor, Job
 from basisadapt.study.drive.book import Book
 from basisadapt.study.drive.interrupt import Interrupt
 from basisadapt.study.drive.progress import Progress
 from basisadapt.study.plan.cells import Cell
 from basisadapt.study.record.stores import store_errors
+from basisadapt.training.execution.executor import Ended, Executor, Job
 
 POLL_SECONDS = 2.0  # between looks at a cell that another process runs
 

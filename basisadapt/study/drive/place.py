@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from basisadapt.errors import InputError, RecordError
-from basisadapt.redaction import redacted
+from basisadapt.core.errors import InputError, RecordError
+from basisadapt.core.redaction import redacted
 from basisadapt.study.record.stores import (
     artifact_folder,
     check_database,

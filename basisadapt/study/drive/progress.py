@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from basisadapt.command import tell
+from basisadapt.core.command import tell
 from basisadapt.study.plan.cells import Cell
 
 

@@ -10,9 +10,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from basisadapt.command import tell
-from basisadapt.errors import InputError
-from basisadapt.execution.executor import Executor
+from basisadapt.core.command import tell
+from basisadapt.core.errors import InputError
 from basisadapt.study import statistics
 from basisadapt.study.drive.engine import plan_cells, write_report
 from basisadapt.study.drive.invocation import Invocation
@@ -25,6 +24,7 @@ from basisadapt.study.record.record import Record
 from basisadapt.study.record.trials import RUN, is_orphan, open_study
 from basisadapt.study.report.report import Found, Report, Tried, make_report
 from basisadapt.study.report.table import build_table
+from basisadapt.training.execution.executor import Executor
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler

@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from basisadapt.errors import InputError, shown, unknown
+from basisadapt.core.errors import InputError, shown, unknown
 from basisadapt.study.plan.spec import (
     RULE,
     SWEEP,
@@ -28,7 +28,7 @@ from basisadapt.study.plan.spec import (
 )
 
 if TYPE_CHECKING:  # run configurations need torch, which --help and --list must not wait for
-    from basisadapt.run_config import RunConfig
+    from basisadapt.training.config import RunConfig
 
 
 Point = tuple[tuple[str, Any], ...]  # one value on every axis: (axis' name, value), ...
@@ -111,7 +111,7 @@ class Cell:
 
 def cell_key(study: str, config: Mapping[str, Any]) -> str:
     """A hash of study, configuration and seed: 16 hexadecimal digits. A setting that came late changes no older key."""
-    from basisadapt.run_config import identity
+    from basisadapt.training.config import identity
 
     settings = {name: value for name, value in identity(config).items() if name != "seed"}
     canonical = json.dumps({"study": study, "config": settings, "seed": config.get("seed")}, sort_keys=True)
@@ -284,7 +284,7 @@ def _swept_row(spec: StudySpec, above: Mapping[str, Any], point: Point, seeds: S
 
 def _row(spec: StudySpec, row: Row, flat: Mapping[str, Any], seeds: Sequence[int]) -> Row:
     """The row with its cells, and with the whole of its published name."""
-    from basisadapt.run_config import RunConfig
+    from basisadapt.training.config import RunConfig
 
     configs = (RunConfig.from_mapping({**_nested(flat), "seed": seed}) for seed in seeds)
     cells = tuple(Cell(spec.name, row.label, config) for config in configs)
@@ -361,8 +361,8 @@ def _read(option: str, key: str, text: str) -> Any:
 def _types(key: str) -> set[Any]:
     """The types that an axis or a setting may have, by its full key; of an adapter's in all methods."""
     from basisadapt.methods import METHODS
-    from basisadapt.run_config import RunConfig, TrainSettings
     from basisadapt.tasks import DataSettings
+    from basisadapt.training.config import RunConfig, TrainSettings
 
     if key == VARIANT:
         return {str}
@@ -390,8 +390,8 @@ def known_keys() -> tuple[str, ...]:
 def _keys_with(settings: tuple[type, ...]) -> tuple[str, ...]:
     """known_keys() while methods have these settings: a large study asks tens of thousands of times."""
     from basisadapt.phi.settings import field_names
-    from basisadapt.run_config import TrainSettings, adapter_keys
     from basisadapt.tasks import DataSettings
+    from basisadapt.training.config import TrainSettings, adapter_keys
 
     groups = {"adapter": adapter_keys(), "train": field_names(TrainSettings), "data": field_names(DataSettings)}
     return ("task", "backbone", "method", *(f"{group}.{name}" for group, names in groups.items() for name in names))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-from basisadapt.errors import InputError, shown
+from basisadapt.core.errors import InputError, shown
 
 COMMON = "common"  # at: the value that all rows have in common (`tune.common`)
 PLATEAU = "plateau"  # the metric of a row's curve: how many octaves of the tuned setting lie within a point of its best

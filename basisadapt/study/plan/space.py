@@ -8,16 +8,16 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from basisadapt.errors import InputError
-from basisadapt.ranges import Choices, Range, parse_range
+from basisadapt.core.errors import InputError
+from basisadapt.core.ranges import Choices, Range, parse_range
 from basisadapt.study.plan.cells import full_key
 from basisadapt.study.plan.spec import StudySpec
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
-    from basisadapt.registry import Registry
-    from basisadapt.run_config import RunConfig
+    from basisadapt.core.registry import Registry
+    from basisadapt.training.config import RunConfig
 
 DECLARED = {  # where to look for a setting, unless a plug-in in play or the study says otherwise
     "train.lr": Range(1e-4, 3e-2, log=True),
@@ -107,7 +107,7 @@ def _declared(key: str, plugins: Iterable[Iterable[Any]]) -> Range:
 def _is_whole(key: str) -> bool:
     """Whether a setting holds whole numbers only."""
     from basisadapt.methods import METHODS
-    from basisadapt.run_config import TrainSettings
+    from basisadapt.training.config import TrainSettings
 
     group, _, name = key.partition(".")
     owners = [TrainSettings] if group == "train" else [METHODS[method].settings for method in METHODS]

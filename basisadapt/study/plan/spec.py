@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from basisadapt.errors import InputError, one_line, shown, unknown
-from basisadapt.settings import WHOLE, from_mapping
+from basisadapt.core.errors import InputError, one_line, shown, unknown
+from basisadapt.core.settings import WHOLE, from_mapping
 from basisadapt.study.plan.claims import COMMON, PLATEAU, Claim
 
 PRESETS = ("smoke", "quick", "gpu", "llm", "encoder", "paper")

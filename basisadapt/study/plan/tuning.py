@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from basisadapt.errors import InputError
-from basisadapt.settings import from_mapping
+from basisadapt.core.errors import InputError
+from basisadapt.core.settings import from_mapping
 from basisadapt.study import statistics
 from basisadapt.study.outcome import NOT_RUN, Outcome
 from basisadapt.study.plan.cells import (

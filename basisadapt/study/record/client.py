@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from basisadapt.errors import InputError
-from basisadapt.redaction import redacted
+from basisadapt.core.errors import InputError
+from basisadapt.core.redaction import redacted
 from basisadapt.study.record.stores import absolute, make_database, patiently, store_reason
 
 

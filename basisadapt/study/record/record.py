@@ -14,7 +14,6 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from basisadapt.execution.lines import check_score, is_number
 from basisadapt.study.outcome import Outcome
 from basisadapt.study.record.bulk import has_tables, read_runs
 from basisadapt.study.record.client import open_client
@@ -51,6 +50,7 @@ from basisadapt.study.record.stores import (
     store_errors,
 )
 from basisadapt.study.record.texts import METRICS, PARAMETERS, batches, clean, limited, warnings_text
+from basisadapt.training.execution.lines import check_score, is_number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from basisadapt.execution.lines import is_number
 from basisadapt.study.outcome import Outcome
 from basisadapt.study.record.owner import Owner
 from basisadapt.study.record.texts import read_warnings
+from basisadapt.training.execution.lines import is_number
 
 TERMINAL = {
     "finished": "FINISHED",

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from basisadapt.errors import InputError, RecordError, one_line
+from basisadapt.core.errors import InputError, RecordError, one_line
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from basisadapt.errors import InputError, one_line
+from basisadapt.core.errors import InputError, one_line
 from basisadapt.study.outcome import Outcome
 from basisadapt.study.record.owner import Owner
 from basisadapt.study.record.stores import make_database, patiently, sqlite_file

@@ -14,7 +14,7 @@ import urllib.request
 from types import FrameType
 from typing import NoReturn
 
-from basisadapt.errors import InputError
+from basisadapt.core.errors import InputError
 from basisadapt.study.record.stores import check_sound, sqlite_file
 
 HOST, FIRST_PORT, PORTS = "127.0.0.1", 5000, 100

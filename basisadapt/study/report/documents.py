@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from basisadapt.ranges import Range
+from basisadapt.core.ranges import Range
 from basisadapt.study import statistics
 
 if TYPE_CHECKING:

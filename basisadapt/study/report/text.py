@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from basisadapt import backbones
-from basisadapt.ranges import Choices, Range
+from basisadapt.core.ranges import Choices, Range
 from basisadapt.study import statistics
 from basisadapt.study.outcome import NOT_RUN
 from basisadapt.study.plan.cells import plain

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from typing import Any, NoReturn, TextIO, cast
 
-from basisadapt.errors import InputError
-from basisadapt.redaction import hide_in, redacted
+from basisadapt.core.errors import InputError
+from basisadapt.core.redaction import hide_in, redacted
 
 # What steers a terminal: control characters, and marks that turn the direction of writing.
 CONTROLS = [code for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"]

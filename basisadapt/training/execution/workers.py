@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from basisadapt.command import tell
-from basisadapt.errors import InputError
-from basisadapt.execution.compute import Inline
-from basisadapt.execution.executor import Died, Ended, Executor, Job, JobSettings, OnStep
-from basisadapt.execution.lines import end_from_mapping, to_line
+from basisadapt.core.command import tell
+from basisadapt.core.errors import InputError
+from basisadapt.training.execution.compute import Inline
+from basisadapt.training.execution.executor import Died, Ended, Executor, Job, JobSettings, OnStep
+from basisadapt.training.execution.lines import end_from_mapping, to_line
 
 START_SECONDS = 120.0  # in which a process imports what it needs; longer where --timeout is
 END_SECONDS = 10.0  # in which one ends that has closed its stdout

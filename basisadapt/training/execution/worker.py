@@ -15,11 +15,11 @@ import sys
 import threading
 from typing import Any, NoReturn
 
-from basisadapt.execution.compute import compute
-from basisadapt.execution.executor import Job, JobSettings
-from basisadapt.execution.lines import end_to_mapping, to_line
-from basisadapt.registry import load_plugin
-from basisadapt.run_config import RunConfig
+from basisadapt.core.registry import load_plugin
+from basisadapt.training.config import RunConfig
+from basisadapt.training.execution.compute import compute
+from basisadapt.training.execution.executor import Job, JobSettings
+from basisadapt.training.execution.lines import end_to_mapping, to_line
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: which signal a process gets when its parent dies
 

@@ -10,12 +10,12 @@ from typing import Any
 
 from basisadapt import backbones, tasks
 from basisadapt.backbones import QUANTISED, WEIGHTS
-from basisadapt.distributed import PARALLEL
-from basisadapt.errors import InputError, unknown
+from basisadapt.core.errors import InputError, unknown
+from basisadapt.core.settings import from_mapping, late, without_late
 from basisadapt.methods import METHODS
 from basisadapt.phi.settings import LowRankSettings, field_names, require
-from basisadapt.settings import from_mapping, late, without_late
 from basisadapt.tasks import DataSettings
+from basisadapt.training.distributed import PARALLEL
 
 SCHEDULES = ("linear", "cosine", "constant")
 SEEDS = 2**32  # what numpy takes

@@ -19,8 +19,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import distributed as dist
 
-from basisadapt.errors import InputError
-from basisadapt.registry import load_plugin, loaded_plugins
+from basisadapt.core.errors import InputError
+from basisadapt.core.registry import load_plugin, loaded_plugins
 
 T = TypeVar("T")
 Report = Callable[[Any], None]

@@ -10,11 +10,11 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from basisadapt import training
-from basisadapt.errors import InputError
-from basisadapt.execution.executor import Ended, Executor, Job
-from basisadapt.execution.lines import CellLine, LineFile, ResultLine, brief, end_to_mapping, read_lines
-from basisadapt.run_config import RunConfig
+from basisadapt.core.errors import InputError
+from basisadapt.training import planning
+from basisadapt.training.config import RunConfig
+from basisadapt.training.execution.executor import Ended, Executor, Job
+from basisadapt.training.execution.lines import CellLine, LineFile, ResultLine, brief, end_to_mapping, read_lines
 
 
 def run_file(
@@ -52,7 +52,7 @@ def _checked(lines: Iterable[CellLine], data_dir: Path | None) -> list[Job]:
         try:
             config = RunConfig.from_mapping(line.config)
             if line.row not in rows:
-                training.plan(config, data_dir)
+                planning.plan(config, data_dir)
         except InputError as error:
             raise InputError(f"cell {line.key} ({line.row}): {error}") from error
         rows.add(line.row)

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Generic, TypeVar
 
-from basisadapt.errors import InputError, one_line, unknown
+from basisadapt.core.errors import InputError, one_line, unknown
 
 T = TypeVar("T")
 

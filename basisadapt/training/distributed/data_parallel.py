@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import distributed as dist
 
-from basisadapt.distributed.group import in_group
+from basisadapt.training.distributed.group import in_group
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader

@@ -8,9 +8,9 @@ import traceback
 
 import torch
 
-from basisadapt import training
-from basisadapt.errors import one_line
-from basisadapt.execution.executor import Ended, Executor, Job, JobSettings, OnStep
+from basisadapt.core.errors import one_line
+from basisadapt.training import running
+from basisadapt.training.execution.executor import Ended, Executor, Job, JobSettings, OnStep
 
 
 def compute(job: Job, settings: JobSettings, on_step: OnStep) -> Ended:
@@ -23,7 +23,7 @@ def compute(job: Job, settings: JobSettings, on_step: OnStep) -> Ended:
     while True:
         batch = job.config.train.batch_size // accumulate
         try:
-            result = training.run(
+            result = running.run(
                 job.config,
                 data_dir=settings.data_dir,
                 on_step=lambda step, total: on_step(job.key, step, total),

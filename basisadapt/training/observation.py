@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from basisadapt.backbones import is_head
+from basisadapt.core.errors import InputError
 from basisadapt.diagnostics.diagnostic import DIAGNOSTICS, means
 from basisadapt.diagnostics.path import Path
 from basisadapt.diagnostics.spectrum import dc_share, normalised, singular_values, stable_rank, stable_rank_of
-from basisadapt.distributed.shard import gathered
-from basisadapt.errors import InputError
 from basisadapt.methods import Description, Method, ParameterGroup
+from basisadapt.training.distributed.shard import gathered
 
 EARLY, MIDDLE = 0.1, 0.5  # of the steps; the paper looks at 5 %, 50 % and the end (appendix I.1)
 SPECTRUM = 128  # singular values kept of each update

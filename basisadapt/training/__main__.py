@@ -6,13 +6,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from basisadapt.command import BAD_INPUT, DONE, INTERRUPTED, UNSOUND, Parser, complain, guarded
-from basisadapt.errors import InputError, one_line
-from basisadapt.execution.executor import JobSettings
-from basisadapt.execution.file import run_file
-from basisadapt.execution.worker import serve
-from basisadapt.execution.workers import local_executor
-from basisadapt.registry import load_plugin
+from basisadapt.core.command import BAD_INPUT, DONE, INTERRUPTED, UNSOUND, Parser, complain, guarded
+from basisadapt.core.errors import InputError, one_line
+from basisadapt.core.registry import load_plugin
+from basisadapt.training.execution.executor import JobSettings
+from basisadapt.training.execution.file import run_file
+from basisadapt.training.execution.worker import serve
+from basisadapt.training.execution.workers import local_executor
 
 
 @guarded

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from basisadapt.errors import InputError, shown
+from basisadapt.core.errors import InputError, shown
 
 
 @dataclass(frozen=True)

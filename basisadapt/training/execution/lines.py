@@ -15,13 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from basisadapt.errors import InputError, one_line, unknown
-from basisadapt.redaction import redacted
-from basisadapt.settings import from_mapping
+from basisadapt.core.errors import InputError, one_line, unknown
+from basisadapt.core.redaction import redacted
+from basisadapt.core.settings import from_mapping
 
 if TYPE_CHECKING:
-    from basisadapt.execution.executor import Ended
-    from basisadapt.training import RunResult
+    from basisadapt.training.execution.executor import Ended
+    from basisadapt.training.result import RunResult
 
 L = TypeVar("L")
 
@@ -82,7 +82,7 @@ def brief(result: RunResult) -> RunResult:
 
 def end_from_mapping(key: str, values: dict[str, Any]) -> Ended:
     """What `end_to_mapping` gave; a result that no run gives is an error."""
-    from basisadapt.execution.executor import Ended
+    from basisadapt.training.execution.executor import Ended
 
     try:
         result = None if values["result"] is None else parse_result(values["result"])
@@ -104,7 +104,7 @@ def check_score(result: RunResult) -> None:
 
 def parse_result(values: dict[str, Any]) -> RunResult:
     """A RunResult from its fields in JSON types, without secrets. Raises InputError for what no run gives."""
-    from basisadapt.training import RunResult
+    from basisadapt.training.result import RunResult
 
     try:
         result = from_mapping(RunResult, redacted(values), "result")

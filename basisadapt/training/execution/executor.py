@@ -9,12 +9,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from basisadapt.errors import InputError
-from basisadapt.redaction import redacted
+from basisadapt.core.errors import InputError
+from basisadapt.core.redaction import redacted
 
 if TYPE_CHECKING:
-    from basisadapt.run_config import RunConfig
-    from basisadapt.training import RunResult
+    from basisadapt.training.config import RunConfig
+    from basisadapt.training.result import RunResult
 
 OnStep = Callable[[str, int, int], None]  # a job's key, how many steps are done, and of how many
 

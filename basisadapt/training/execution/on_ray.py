@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from basisadapt.errors import InputError, one_line
-from basisadapt.execution.compute import compute
-from basisadapt.execution.executor import Died, Ended, Executor, Job, JobSettings, OnStep
-from basisadapt.execution.lines import end_from_mapping, end_to_mapping
-from basisadapt.registry import load_plugin
-from basisadapt.run_config import RunConfig
+from basisadapt.core.errors import InputError, one_line
+from basisadapt.core.registry import load_plugin
+from basisadapt.training.config import RunConfig
+from basisadapt.training.execution.compute import compute
+from basisadapt.training.execution.executor import Died, Ended, Executor, Job, JobSettings, OnStep
+from basisadapt.training.execution.lines import end_from_mapping, end_to_mapping
 
 LOCAL = "local"
 RETRIES = 3  # of a job whose node or process is lost

@@ -10,7 +10,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from basisadapt.errors import InputError, shown, unknown
+from basisadapt.core.errors import InputError, shown, unknown
 
 S = TypeVar("S")
 

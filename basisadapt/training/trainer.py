@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from basisadapt.distributed.group import lowest_in_group, sum_over_group, world_size
 from basisadapt.methods import ParameterGroup
-from basisadapt.observation import CURVE_POINTS
-from basisadapt.run_config import RunConfig, TrainSettings
 from basisadapt.tasks import Task
 from basisadapt.tasks.completion import IGNORED, batch_loss
+from basisadapt.training.config import RunConfig, TrainSettings
+from basisadapt.training.distributed.group import lowest_in_group, sum_over_group, world_size
+from basisadapt.training.observation import CURVE_POINTS
 
 if TYPE_CHECKING:
     from peft import PeftModel

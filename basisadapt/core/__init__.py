@@ -1,0 +1,3 @@
+"""The ground: what every package may use, and which knows none of them."""
+
+from __future__ import annotations

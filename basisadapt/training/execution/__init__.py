@@ -1,0 +1,3 @@
+"""Execution: where cells run (in this process, in workers) and the files in which they travel."""
+
+from __future__ import annotations

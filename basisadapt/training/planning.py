@@ -1,0 +1,115 @@
+"""A run before it runs: its method in its model, checked and counted from shapes alone."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from basisadapt import backbones, tasks
+from basisadapt.backbones import FORMS, is_head
+from basisadapt.core.errors import InputError
+from basisadapt.core.settings import with_seed
+from basisadapt.methods import METHODS, Method, ParameterGroup
+from basisadapt.phi.settings import LowRankSettings
+from basisadapt.training.config import RunConfig
+from basisadapt.training.distributed.group import check_processes
+from basisadapt.training.observation import adapted_layers
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would be, from shapes alone: nothing is trained and no weight is loaded.
+
+    factors: what trains in the modules, such as A and B; transfer: in a learned function, such as φ's α, ω and learned
+    x; head: the task's head; modules: adapted modules; total: parameters of the whole model, adapter included.
+    """
+
+    modules: int
+    factors: int
+    transfer: int
+    head: int
+    total: int
+
+    @property
+    def trainable(self) -> int:
+        """factors + transfer + head."""
+        return self.factors + self.transfer + self.head
+
+
+def plan(config: RunConfig, data_dir: Path | None = None, dry: bool = False) -> Plan:
+    """Check `config` against the data's place and the model's shapes, and count. Raises InputError.
+
+    dry: count only; a run's machine and weights, and what they need, may be missing.
+    """
+    if not dry:
+        check_processes(config.train.processes)
+    if config.train.precision == "fp16" and not torch.cuda.is_available():
+        raise InputError("train.precision fp16 needs a GPU; on a CPU use fp32 or bf16")
+    task = tasks.find(config.task, config.data)
+    if config.train.group_by_length and task.form not in ("text", "completion"):
+        raise InputError(f"train.group_by_length is for texts, and task {config.task!r} has none; leave it at false")
+    if config.data.packed and config.train.processes > 1:
+        raise InputError("data.packed is for one process; set it to false, or train.processes to 1")
+    if config.train.validation is not None and not task.comparable:
+        raise InputError(f"train.validation measures a run on training rows, which task {config.task!r} cannot")
+    if task.form == "weight" and (config.train.precision, config.train.weights) != ("fp32", "fp32"):
+        raise InputError(
+            f"task {config.task!r} is a small change of a weight, which train.precision and weights must hold: fp32"
+        )
+    task.check(data_dir)
+    backbone = backbones.find(config.backbone)
+    if not dry:
+        backbones.check_weights(config.train.weights)
+        backbones.check_at_hand(backbone)
+    model = backbones.shape_only(backbone, task.form, task.num_labels)
+    if not dry:
+        backbones.check_inputs(backbone, task.form, model, config.train.max_length)
+    method = METHODS[config.method]()
+    adapted = attach(model, method, config, task.form)
+    return count_parameters(adapted, method.parameter_groups(adapted, adapter_settings(config), config.train.lr))
+
+
+def attach(model: PreTrainedModel, method: Method, config: RunConfig, form: str) -> PreTrainedModel | PeftModel:
+    """The model with the run's method in it. Raises InputError if no module matches or r is too large."""
+    r = config.adapter.r
+    with warnings.catch_warnings():
+        # peft asks transformers for this under a name that transformers is about to drop.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        adapted = method.attach(model, adapter_settings(config), FORMS[form].peft)
+    for name, layer in adapted_layers(adapted):
+        smaller = min(layer.in_features, layer.out_features)
+        if method.bounded and r > smaller:
+            raise InputError(f"adapter.r must be at most {smaller}, the smaller side of {name!r}, got {r}")
+    if config.train.parallel == "fsdp" and not hasattr(adapted, "peft_config"):
+        raise InputError(
+            f"train.parallel fsdp shards the weights below an adapter, and method {config.method!r} has none"
+        )
+    return adapted
+
+
+def adapter_settings(config: RunConfig) -> LowRankSettings:
+    """What a method is told: the adapter's settings, with the run's seed where they have none of their own."""
+    return with_seed(config.adapter, config.seed)
+
+
+def count_parameters(model: PreTrainedModel | PeftModel, groups: Sequence[ParameterGroup]) -> Plan:
+    """The counts, from the model itself and the groups of its method."""
+    trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    head = sum(count for name, count in trainable.items() if is_head(name))
+    transfer = sum(p.numel() for group in groups if group.transfer for p in group.parameters)
+    return Plan(
+        modules=sum(1 for _ in adapted_layers(model)),
+        factors=sum(trainable.values()) - head - transfer,
+        transfer=transfer,
+        head=head,
+        total=sum(p.numel() for p in model.parameters()),
+    )

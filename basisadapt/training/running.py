@@ -1,0 +1,269 @@
+"""One run, top to bottom."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from basisadapt import backbones, tasks
+from basisadapt.backbones import Backbone
+from basisadapt.core.environment import environment
+from basisadapt.core.errors import InputError
+from basisadapt.diagnostics.convergence import fit_power_law
+from basisadapt.methods import METHODS, Method, ParameterGroup
+from basisadapt.tasks import Example, Rows, Task, TaskData
+from basisadapt.tasks.completion import reads_rows_apart
+from basisadapt.training.config import RunConfig
+from basisadapt.training.cost import Cost
+from basisadapt.training.data import Encoded, Portion, encode, load_data, spread_places, spread_rows
+from basisadapt.training.distributed.data_parallel import spread
+from basisadapt.training.distributed.group import (
+    check_processes,
+    in_group,
+    in_the_first,
+    rank,
+    run_in_processes,
+    shared_folder,
+    sum_over_group,
+)
+from basisadapt.training.distributed.shard import shard_frozen
+from basisadapt.training.loss_surface import measure_landscape, measure_sharpness
+from basisadapt.training.observation import Observer
+from basisadapt.training.planning import Plan, adapter_settings, attach, count_parameters
+from basisadapt.training.result import RunResult
+from basisadapt.training.trainer import (
+    EVAL_BATCH,
+    arithmetic,
+    early_stopping,
+    logged_curves,
+    make_optimizer,
+    make_watch,
+    trainer_arguments,
+    trainer_for,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import Trainer
+
+PACKED_ROWS = 6  # by which it is seen whether a backbone tells packed rows apart
+SEEN_ROWS = 2 * EVAL_BATCH  # training rows that the generalisation gap is measured on
+
+
+def run(
+    config: RunConfig,
+    *,
+    data_dir: Path | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+    save_to: Path | None = None,
+    accumulate: int = 1,
+) -> RunResult:
+    """Train, unless the method trains nothing, and evaluate. `save_to` receives the adapter.
+
+    `on_step(step, total)` is called after each step.
+
+    accumulate: how many smaller batches make up a batch, which it must divide; they take less memory and more time.
+
+    Raises InputError for what plan() would have refused; a loss that is not finite is a result, status "diverged".
+    With several train.processes it starts them, see `distributed/group.py`, and returns what process 0 does.
+    """
+    if config.train.processes > 1 and not in_group():
+        check_processes(config.train.processes)
+        arguments = (config.to_mapping(), data_dir, save_to, accumulate)
+        report = None if on_step is None else lambda step: on_step(*step)
+        result: RunResult = run_in_processes(_in_group, arguments, config.train.processes, report)
+        return result
+    job = _prepare(config, data_dir)
+    with shared_folder() as checkpoints, arithmetic(config.train.precision):
+        trainer = _make_trainer(job, checkpoints, accumulate)
+        observer, reason, of_training = _train(job, trainer, on_step)
+        size = _save(job.model, save_to, checkpoints)
+        finite, of_answers = _evaluate(job, trainer, measured=not reason)
+        slice_of_loss = measure_landscape(trainer, job.ask(spread_rows(job.encoded.train, EVAL_BATCH)), config)
+    observer.end()
+    curves = {**logged_curves(trainer.state.log_history), **observer.curves(trainer.state.global_step)}
+    law = fit_power_law(curves.get("loss", []))
+    metrics = {
+        **of_answers,
+        **of_training,
+        **observer.metrics(),
+        "convergence_exponent": law.exponent if law else math.nan,
+        **{f"parameters.{part}": getattr(job.counts, part) for part in ("factors", "transfer", "head", "trainable")},
+        "adapter.bytes": size,
+        "seconds.observe": observer.seconds,
+    }
+    return RunResult(
+        status="finished" if finite and not reason else "diverged",
+        headline=job.task.headline,
+        metrics={name: float(value) for name, value in metrics.items() if math.isfinite(value)},
+        curves=curves,
+        modules=observer.modules,
+        phi=observer.phi,
+        snapshots=observer.snapshots,
+        landscape=slice_of_loss,
+        warnings=[
+            *_left_out(job.encoded),
+            *([reason] if reason else []),
+            *observer.warnings(job.method.why_constant(adapter_settings(config))),
+        ],
+        data=_about(job),
+        environment={**environment(), **job.task.notes},
+        accumulate=accumulate,
+    )
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a run works with. method: serves this run alone. model: with the method in it. groups: the method's."""
+
+    config: RunConfig
+    task: Task
+    data: TaskData
+    encoded: Encoded
+    backbone: Backbone
+    processor: Any
+    method: Method
+    model: Any
+    groups: Sequence[ParameterGroup]
+    counts: Plan
+
+    def ask(self, rows: Rows) -> Sequence[Example]:
+        """The rows as questions."""
+        return self.task.examples(rows, self.processor, self.config.train.max_length, training=False)
+
+    def measure(self, answers: np.ndarray, rows: Rows) -> dict[str, float]:
+        """The task's metrics; process 0 finds them, as it may ask a judge."""
+        return in_the_first(self.task.measure)(answers, rows, self.processor)
+
+
+def _prepare(config: RunConfig, data_dir: Path | None) -> _Job:
+    """Read the data, load the backbone and put the method into it."""
+    import transformers
+
+    task = tasks.find(config.task, config.data)
+    data = load_data(config, data_dir)
+    transformers.set_seed(config.seed)
+    backbone = backbones.find(config.backbone)
+    base, processor = backbones.load(backbone, task.form, task.num_labels, config.train.weights, data.prompts)
+    method = METHODS[config.method]()
+    model = attach(base, method, config, task.form)
+    groups = method.parameter_groups(model, adapter_settings(config), config.train.lr)
+    counts = count_parameters(model, groups)
+    encoded = encode(Portion.of(config, data, processor))
+    if config.train.parallel == "fsdp":
+        shard_frozen(model)
+    return _Job(config, task, data, encoded, backbone, processor, method, model, groups, counts)
+
+
+def _make_trainer(job: _Job, checkpoints: Path, accumulate: int) -> Trainer:
+    """The Trainer, and the model where it trains. Raises InputError for a backbone that cannot have packed rows."""
+    import transformers
+
+    config, task, examples = job.config, job.task, job.encoded.examples
+    trainer = spread(trainer_for(task), in_step=config.train.parallel == "fsdp")(
+        model=job.model,
+        args=trainer_arguments(config, len(examples), task.headline, checkpoints, accumulate),
+        train_dataset=examples,
+        eval_dataset=job.encoded.questions,
+        data_collator=task.collator(job.processor),
+        processing_class=job.processor,
+        compute_metrics=lambda output: job.measure(output.predictions, job.encoded.held_out),
+        optimizers=(make_optimizer(job.model, job.groups, config.train), None),
+        callbacks=early_stopping(config.train.patience),
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    if config.data.packed and task.form == "completion":
+        _check_packed(job.model, examples, job.processor, config.backbone)
+    return trainer
+
+
+def _train(
+    job: _Job, trainer: Trainer, on_step: Callable[[int, int], None] | None
+) -> tuple[Observer, str, dict[str, float]]:
+    """Train what trains. Returns who has watched, why it ended early, if it did, and metrics."""
+    observer, cost = Observer(job.model, job.method, job.groups), Cost(job.model)
+    own = job.model, adapter_settings(job.config)
+    watch = make_watch(
+        cost.aside(observer.step),
+        on_step,
+        functools.partial(job.method.before_step, *own),
+        functools.partial(job.method.after_step, *own),
+    )
+    trainer.add_callback(watch)
+    sharpness = measure_sharpness(trainer, job.encoded.examples, job.config)
+    with cost:
+        began = time.perf_counter()
+        loss = trainer.train().training_loss if job.counts.trainable else math.nan
+        seconds = time.perf_counter() - began - observer.seconds
+    metrics = {"train_loss": loss, "sharpness": sharpness, **cost.metrics(seconds), "seconds.train": seconds}
+    metrics["tokens_per_second"] = sum_over_group(metrics["tokens_per_second"])
+    return observer, watch.reason, metrics
+
+
+def _evaluate(job: _Job, trainer: Trainer, measured: bool) -> tuple[bool, dict[str, float]]:
+    """Ask the trained model the held-out rows and training rows. Returns whether its losses are finite, and metrics:
+    the task's, if it is to be `measured` and they are."""
+    trainer.compute_metrics = None  # which measures the held-out rows
+    began = time.perf_counter()
+    answers = trainer.predict(job.encoded.questions, metric_key_prefix="eval")
+    metrics = {"eval_loss": answers.metrics["eval_loss"], "seconds.eval": time.perf_counter() - began}
+    seen = spread_rows(job.encoded.train, SEEN_ROWS)
+    on_seen = trainer.predict(job.ask(seen), metric_key_prefix="seen")
+    # No training loss tells what the last update did; held-out rows that are not comparable may have no loss.
+    losses = [on_seen.metrics["seen_loss"], *([metrics["eval_loss"]] if job.task.comparable else [])]
+    finite = all(map(math.isfinite, losses))
+    if not (finite and measured):
+        return finite, metrics
+    scores = job.measure(answers.predictions, job.encoded.held_out)
+    if job.task.comparable:
+        on_seen_scores = job.measure(on_seen.predictions, seen)
+        metrics["generalisation_gap"] = on_seen_scores[job.task.headline] - scores[job.task.headline]
+    return finite, {**scores, **metrics}
+
+
+def _save(model: Any, save_to: Path | None, checkpoints: Path) -> float:
+    """Save the adapter; a whole model only where that is asked for. Returns the weights' bytes, NaN for none."""
+    if (save_to is None and not hasattr(model, "peft_config")) or rank() > 0:
+        return math.nan
+    folder = save_to or checkpoints
+    model.save_pretrained(folder)
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _left_out(encoded: Encoded) -> list[str]:
+    """What the user is told of training rows that were too long."""
+    rows, count = len(encoded.train), len(encoded.train) - len(encoded.examples)
+    reason = "have more tokens than train.max_length or the backbone allows, and were left out."
+    return [f"{count} of {rows} training rows {reason}"] if count else []
+
+
+def _about(job: _Job) -> dict[str, Any]:
+    """What is said of the data and the backbone."""
+    return {
+        "fingerprint": job.data.fingerprint(),
+        "train_rows": len(job.encoded.examples),
+        "eval_rows": len(job.encoded.held_out),
+        **job.data.about,
+        **({"backbone": job.backbone.note} if job.backbone.note else {}),
+    }
+
+
+def _in_group(
+    config: dict[str, Any], data_dir: Path | None, save_to: Path | None, accumulate: int, report: Callable[[Any], None]
+) -> RunResult:
+    """The run in one of several processes; process 0 reports the steps."""
+    chosen, on_step = RunConfig.from_mapping(config), lambda *step: report(step)
+    return run(chosen, data_dir=data_dir, on_step=on_step, save_to=save_to, accumulate=accumulate)
+
+
+def _check_packed(model: Any, examples: Sequence[Example], processor: Any, backbone: str) -> None:
+    """Raise InputError where the backbone would read packed rows into one another."""
+    few = [examples[place] for place in spread_places(len(examples), PACKED_ROWS)]
+    model.eval()
+    if not reads_rows_apart(model, few, processor.pad_token_id):
+        raise InputError(f"backbone {backbone!r} does not tell packed rows apart; set data.packed=false")
