@@ -36,7 +36,7 @@ WITHIN = {
         {"command", "registry", "ranges", "settings", "environment"},
     ],
     "training": [
-        {"cost", "distributed", "result"},  # arithmetic and processes
+        {"compiled", "cost", "distributed", "result"},  # arithmetic and processes
         {"config", "observation"},  # what decides a run's numbers, and what is seen of them
         {"data", "planning", "trainer"},  # its rows, its model, its optimiser
         {"loss_surface"},

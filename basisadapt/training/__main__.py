@@ -25,6 +25,7 @@ def main(arguments: list[str]) -> int:
             plugins=tuple(options.plugin),
             halve_batch=options.halve_batch,
             timeout=options.timeout,
+            compile=options.compile,
         )
         if options.cells == "-":
             serve(settings)
@@ -59,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, metavar="N", help="run so many cells at once, each in its own process")
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="a cell that takes longer fails")
     parser.add_argument("--halve-batch", action="store_true", help="as for a study")
+    parser.add_argument("--compile", action="store_true", help="as for a study")
     parser.add_argument("--brief", action="store_true", help="write results without arrays (phi, spectra): far smaller")
     return parser
 

@@ -18,6 +18,7 @@ from basisadapt.diagnostics.convergence import fit_power_law
 from basisadapt.methods import METHODS, Method, ParameterGroup
 from basisadapt.tasks import Example, Rows, Task, TaskData
 from basisadapt.tasks.completion import reads_rows_apart
+from basisadapt.training.compiled import compiled_blocks
 from basisadapt.training.config import RunConfig
 from basisadapt.training.cost import Cost
 from basisadapt.training.data import Encoded, Portion, encode, load_data, spread_places, spread_rows
@@ -62,26 +63,29 @@ def run(
     on_step: Callable[[int, int], None] | None = None,
     save_to: Path | None = None,
     accumulate: int = 1,
+    compiled: bool = False,
 ) -> RunResult:
     """Train, unless the method trains nothing, and evaluate. `save_to` receives the adapter.
 
     `on_step(step, total)` is called after each step.
 
     accumulate: how many smaller batches make up a batch, which it must divide; they take less memory and more time.
+    compiled: train with compiled blocks, whose numbers differ by rounding, see `compiled.compiled_blocks`.
 
     Raises InputError for what plan() would have refused; a loss that is not finite is a result, status "diverged".
     With several train.processes it starts them, see `distributed/group.py`, and returns what process 0 does.
     """
     if config.train.processes > 1 and not in_group():
         check_processes(config.train.processes)
-        arguments = (config.to_mapping(), data_dir, save_to, accumulate)
+        arguments = (config.to_mapping(), data_dir, save_to, accumulate, compiled)
         report = None if on_step is None else lambda step: on_step(*step)
         result: RunResult = run_in_processes(_in_group, arguments, config.train.processes, report)
         return result
     job = _prepare(config, data_dir)
     with shared_folder() as checkpoints, arithmetic(config.train.precision):
         trainer = _make_trainer(job, checkpoints, accumulate)
-        observer, reason, of_training = _train(job, trainer, on_step)
+        with compiled_blocks(job.model, compiled):
+            observer, reason, of_training = _train(job, trainer, on_step)
         size = _save(job.model, save_to, checkpoints)
         finite, of_answers = _evaluate(job, trainer, measured=not reason)
         slice_of_loss = measure_landscape(trainer, job.ask(spread_rows(job.encoded.train, EVAL_BATCH)), config)
@@ -112,7 +116,7 @@ def run(
             *observer.warnings(job.method.why_constant(adapter_settings(config))),
         ],
         data=_about(job),
-        environment={**environment(), **job.task.notes},
+        environment={**environment(), **({"compiled": "blocks"} if compiled else {}), **job.task.notes},
         accumulate=accumulate,
     )
 
@@ -254,11 +258,16 @@ def _about(job: _Job) -> dict[str, Any]:
 
 
 def _in_group(
-    config: dict[str, Any], data_dir: Path | None, save_to: Path | None, accumulate: int, report: Callable[[Any], None]
+    config: dict[str, Any],
+    data_dir: Path | None,
+    save_to: Path | None,
+    accumulate: int,
+    compiled: bool,
+    report: Callable[[Any], None],
 ) -> RunResult:
     """The run in one of several processes; process 0 reports the steps."""
     chosen, on_step = RunConfig.from_mapping(config), lambda *step: report(step)
-    return run(chosen, data_dir=data_dir, on_step=on_step, save_to=save_to, accumulate=accumulate)
+    return run(chosen, data_dir=data_dir, on_step=on_step, save_to=save_to, accumulate=accumulate, compiled=compiled)
 
 
 def _check_packed(model: Any, examples: Sequence[Example], processor: Any, backbone: str) -> None:

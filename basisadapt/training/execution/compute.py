@@ -28,6 +28,7 @@ def compute(job: Job, settings: JobSettings, on_step: OnStep) -> Ended:
                 data_dir=settings.data_dir,
                 on_step=lambda step, total: on_step(job.key, step, total),
                 accumulate=accumulate,
+                compiled=settings.compile,
             )
         except Exception as error:
             if not _is_out_of_memory(error):

@@ -33,13 +33,14 @@ class JobSettings:
 
     data_dir: the tasks' data. plugins: files and modules that a process loads before its first job. halve_batch: repeat
     a job that ran out of memory with half the batch and twice the accumulation. timeout: seconds that a job may take.
-    Raises InputError out of range.
+    compile: train with compiled blocks (`training.compiled`). Raises InputError out of range.
     """
 
     data_dir: Path | None = None
     plugins: tuple[str, ...] = ()
     halve_batch: bool = False
     timeout: float | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.timeout is not None and not self.timeout > 0:

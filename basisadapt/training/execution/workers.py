@@ -20,6 +20,7 @@ import torch
 
 from basisadapt.core.command import tell
 from basisadapt.core.errors import InputError
+from basisadapt.training.compiled import check_compiler
 from basisadapt.training.execution.compute import Inline
 from basisadapt.training.execution.executor import Died, Ended, Executor, Job, JobSettings, OnStep
 from basisadapt.training.execution.lines import end_from_mapping, to_line
@@ -181,6 +182,7 @@ def _start_process(count: int, place: int, folder: Path, settings: JobSettings) 
     arguments = ["-m", "basisadapt.training", "-", *(f"--plugin={plugin}" for plugin in settings.plugins)]
     arguments += [] if settings.data_dir is None else [f"--data-dir={settings.data_dir}"]
     arguments += ["--halve-batch"] if settings.halve_batch else []
+    arguments += ["--compile"] if settings.compile else []
     environment = {"OMP_NUM_THREADS": str(max(1, _cores() // count)), **os.environ, "TMPDIR": str(folder)}
     devices = _devices()
     if devices:
@@ -212,6 +214,8 @@ def local_executor(workers: int | None, settings: JobSettings) -> Executor:
     """This process, or so many others; one other where a job that takes too long has to be stopped."""
     if workers is not None and workers < 1:
         raise InputError(f"--workers must be at least 1, got {workers}")
+    if settings.compile:
+        check_compiler()
     if workers is None and settings.timeout is None:
         return Inline(settings)
     return Workers(workers or 1, settings)
