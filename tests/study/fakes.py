@@ -31,7 +31,7 @@ class Fakes:
         self.score = None
         self.costs = lambda config: {}
 
-    def run(self, config, *, data_dir=None, on_step=None, save_to=None, accumulate=1):
+    def run(self, config, *, data_dir=None, on_step=None, save_to=None, accumulate=1, compiled=False):
         name = getattr(config.adapter, "basis", config.method)
         self.ran.append((name, config.seed))
         for step in range(1, 4):
