@@ -11,17 +11,26 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from basisadapt.phi import series
-from basisadapt.phi.bank import Transfer
-from basisadapt.phi.cubics import FINE, Cubics, fit, reach
+from basisadapt.phi import series, together
+from basisadapt.phi.bank import Transfer, index_tensor
+from basisadapt.phi.cubics import FINE, Row, fit, reach
 from basisadapt.phi.evaluators import Direct, Evaluator, Series, Split
-from basisadapt.phi.extent import MEASURED_ROUNDING, ROUNDING, SMALLEST, Extent, bounds, largest, towering, without
+from basisadapt.phi.extent import (
+    MEASURED_ROUNDING,
+    ROUNDING,
+    SMALLEST,
+    Extent,
+    bounds,
+    largest,
+    towering,
+    without,
+)
 
 VERIFY_EVERY = 16  # compilations
 MOVED = 1.25  # and whenever R has changed by so much, up or down
@@ -53,6 +62,11 @@ class Work:
     tolerances: tuple[float, ...]
     slack: float = 1.0
 
+    @torch.no_grad()
+    def functions(self) -> Transfer:
+        """All M functions, in float64."""
+        return self.tables(*(p.double() for p in self.parameters))
+
     def entries(self, index: int) -> int:
         """Of BA."""
         A, B = self.pairs[index]
@@ -75,7 +89,8 @@ class Seen:
     """What was found of M modules when they were last looked at.
 
     apart: the rows of B that tower over the others. measured: whether R is max |BA| itself, since the bound by norms is
-    far off. radius, share: R then, and what part of it BA reached. served, by_series: whether a series does.
+    far off. radius, share: R then, and what part of it BA reached. served, by_series: whether a series does. far: how
+    far ω g R may go until a table that was made together with others is too coarse; infinite where there is none.
     """
 
     apart: list[Tensor | None]
@@ -84,6 +99,7 @@ class Seen:
     share: Tensor
     served: Tensor
     by_series: list[bool]
+    far: Tensor
 
 
 @dataclass(frozen=True)
@@ -93,7 +109,7 @@ class Fitted:
     half: cells on either side of zero. reach: ω g R then. price: see TERM.
     """
 
-    kind: type[Cubics] | None
+    kind: together.Kind | None
     half: int
     reach: float
     price: float
@@ -102,17 +118,40 @@ class Fitted:
     def to(cls, work: Work, index: int, radius: Tensor, before: Fitted | None) -> Fitted:
         """The first table that is accurate, from about the size on that `before` had, unless the direct sum is less."""
         transfer, dtype, entries = work.single(index), work.dtypes[index], work.entries(index)
-        count, far = transfer.grid.shape[-1], float(reach(transfer, radius))
-        direct = DIRECT * entries * count
+        far = float(reach(transfer, radius))
         table = None
         if math.isfinite(far):
-            most = int(min(direct / (CELL + VALUE * count / FINE), MOST_CELLS))
-            least = AGAIN * before.half * min(1.0, far / before.reach) if before and before.kind else 0
-            table = fit(transfer, radius, _tolerance(work.tolerances[index], dtype), dtype, most, int(least))
+            most, least = _most(work, index), _least(before, far)
+            table = fit(transfer, radius, _tolerance(work.tolerances[index], dtype), dtype, most, least)
         if table is None:
-            return cls(None, 0, far, direct)
+            return cls(None, 0, far, DIRECT * entries * transfer.grid.shape[-1])
         price = ANY + ENTRY * entries + CELL * table.cells + VALUE * table.evaluations
         return cls(type(table), table.half, far, price)
+
+    @classmethod
+    def together(cls, work: Work, indices: Sequence[int], radius: Tensor, before: Mapping[int, Fitted]) -> list[Fitted]:
+        """As `to`, of some modules at once."""
+        transfer = together.pick(work.functions(), tuple(indices))
+        radius = radius[index_tensor(tuple(indices), radius.device)]
+        far = reach(transfer, radius).tolist()
+        tolerances = [_tolerance(work.tolerances[index], work.dtypes[index]) for index in indices]
+        most = [_most(work, index) for index in indices]
+        least = [_least(before.get(index), reached) for index, reached in zip(indices, far, strict=True)]
+        found = together.fit(transfer, radius, tolerances, most, least)
+        return [cls(*(table or (None, 0)), reached, 0.0) for table, reached in zip(found, far, strict=True)]
+
+
+def _most(work: Work, index: int) -> int:
+    """The most cells for which a table may take less than the direct sum."""
+    count = work.parameters[0].shape[-1]
+    return int(min(DIRECT * work.entries(index) * count / (CELL + VALUE * count / FINE), MOST_CELLS))
+
+
+def _least(before: Fitted | None, far: float) -> int:
+    """From how many cells on a table is sought."""
+    if before is None or before.kind is None or not math.isfinite(far):
+        return 0
+    return int(AGAIN * before.half * min(1.0, far / before.reach))
 
 
 class Choice:
@@ -129,6 +168,7 @@ class Choice:
         self._points, self._count = series.POINTS[0], 0
         self._seen: Seen | None = None
         self._tables: dict[int, Fitted] = {}  # of modules without a series
+        self._together = False  # whether they are made at once, as is quicker on a GPU
         self._answer: tuple[Tensor, Callable[[], object]] | None = None
 
     def evaluators(self, work: Work) -> list[Evaluator | Split]:
@@ -141,6 +181,8 @@ class Choice:
         seen = self._seen
         extent = _extent(work, seen.apart, seen.measured, seen.share)
         steady = (extent.radius <= MOVED * seen.radius) & (extent.radius * MOVED >= seen.radius)
+        if self._together:
+            steady &= ~(reach(work.functions(), extent.radius) > seen.far)
         fine, batch = steady | ~extent.radius.isfinite(), None
         if any(seen.by_series):
             batch = series.compile_series(work.tables, work.parameters, extent, self._points, work.tolerance)
@@ -169,7 +211,9 @@ class Choice:
         # A table takes less the smaller its range is.
         measured = [far_off or not serves for far_off, serves in zip(measured, by_series, strict=True)]
         now = _extent(work, apart, measured, extent.share)
-        self._seen = Seen(apart, measured, now.radius, extent.share, served.new_tensor(by_series), by_series)
+        fitted = [self._tables.get(index) if self._together else None for index in range(len(apart))]
+        far = now.radius.new_tensor([REFIT * f.reach if f and f.kind else math.inf for f in fitted])
+        self._seen = Seen(apart, measured, now.radius, extent.share, served.new_tensor(by_series), by_series, far)
         return self._made(work, self._seen, batch, now.radius, degrees.tolist())
 
     def _fit_tables(
@@ -183,7 +227,11 @@ class Choice:
         tried = [not serves or is_long for serves, is_long in zip(served, long, strict=True)]
         radius = _extent(work, apart, [m or t for m, t in zip(measured, tried, strict=True)], extent.share).radius
         before, self._tables = self._tables, {}
-        for index in filter(tried.__getitem__, range(len(tried))):
+        chosen = [index for index, is_tried in enumerate(tried) if is_tried]
+        self._together = bool(chosen) and deferred(work.gains)
+        if self._together:
+            self._tables = dict(zip(chosen, Fitted.together(work, chosen, radius, before), strict=True))
+        for index in [] if self._together else chosen:
             fitted = Fitted.to(work, index, radius[index], before.get(index))
             if not served[index] or fitted.price < terms[index]:
                 self._tables[index] = fitted
@@ -207,11 +255,19 @@ class Choice:
             packed = series.pack(batch)
             rows = {dtype: packed.to(dtype).unbind() for dtype in set(dtypes)}
             coefficients = batch.coefficients.unbind()
+        at_once: dict[int, Row] = {}
+        if self._together:
+            fitted = {i: (f.kind, f.half, dtypes[i]) for i, f in self._tables.items() if f.kind}
+            at_once = together.rows(work.tables, work.parameters, radius, fitted)
         made: list[Evaluator | Split] = []
         for index, dtype in enumerate(dtypes):
             main: Evaluator
             if seen.by_series[index]:
                 main = Series(coefficients[index], rows[dtype][index], degrees[index])
+            elif index in at_once:
+                main = at_once[index]
+            elif self._together:
+                main = Direct(work.single(index))
             else:
                 main = self._fallback(index, work, radius[index], dtype)
             apart = seen.apart[index]
@@ -231,10 +287,11 @@ def _extent(work: Work, apart: Sequence[Tensor | None], measured: Sequence[bool]
     pairs = [(A, without(B, rows)) for (A, B), rows in zip(work.pairs, apart, strict=True)]
     radius = bounds(pairs) * work.slack
     zero = radius == 0
-    for index, pair in enumerate(pairs):
-        if measured[index]:
-            found = largest(*pair) * work.slack * ROUNDING + MEASURED_ROUNDING * radius[index]
-            radius[index] = torch.minimum(radius[index], found)
+    chosen = [index for index, is_measured in enumerate(measured) if is_measured]
+    if chosen:
+        at = index_tensor(tuple(chosen), radius.device)
+        found = largest([pairs[index] for index in chosen]) * work.slack * ROUNDING + MEASURED_ROUNDING * radius[at]
+        radius[at] = torch.minimum(radius[at], found)
     return Extent(radius.clamp_min(SMALLEST / work.gains.detach()), share, zero)
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 from abc import abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from basisadapt.phi.sums import Places, evaluations, sums, with_slopes
 
 SLOPE = 8  # a table's tolerance for F', as a multiple: its error sits in the few cells where F'' is steep
 FIXED_POINT = 1 << 36  # one unit of the largest gradient: room for 2^26 summands in 62 bits
+PACKED = 8  # numbers of a row that a kernel reads, see `Row`
 FINE = 12  # cells between neighbouring places where a smooth function is summed
 NEIGHBOURS = 24  # sums that make a cell: Lagrange's polynomial through them leaves out less than the cubic does
 WIDEST, CLOSER = 1.0, 2**0.25  # between sums, in widths of the narrowest function, and how much closer to try next
@@ -36,46 +38,38 @@ FEWEST_CELLS, IN_A_UNIT = 64, 10  # of a spline, on either side of zero, and in 
 MOST_RESTARTED = 1 << 23  # knots that are summed at such places: not in more memory than that takes
 
 
+@dataclass(frozen=True)
+class Cells:
+    """Where the cells of a function lie: one begins where BA is zero, so that float32 knows places near zero best.
+
+    step: their width, shape (), or (M,) of M functions at once, float64. half: C, how many lie on either side of zero.
+    They cover ±R, or as much of it as the functions of a compact basis reach: beyond, F less its path is constant.
+    """
+
+    step: Tensor
+    half: int
+
+    @classmethod
+    def of(cls, transfer: Transfer, radius: Tensor, half: int) -> Cells:
+        """C on either side of zero."""
+        return cls(covered(transfer, radius) / half, half)
+
+
 class Cubics(Evaluator):
     """F ≈ p_0 + p_1 s + p_2 s² + p_3 s³ + path in each of 2C cells and a few behind them, s in [0, 1] being the place
-    in it. A cell begins where BA is zero, so that float32 knows places near zero best.
-
-    The cells cover ±R, or as much of it as the functions of a compact basis reach: beyond, F less its path is constant.
-    """
+    in it."""
 
     width = 12
 
-    def __init__(self, transfer: Transfer, radius: Tensor, half: int, dtype: torch.dtype) -> None:
-        self.parameters = transfer.parameters
+    def __init__(self, cubics: Tensor, half: int, inverse: Tensor, most: Tensor, path: float) -> None:
+        """cubics: p_0 .. p_3 of every cell, (cells, 4). half: C. inverse: one over a cell's width. most: R in cells."""
         self.half = half
-        self._transfer = dataclasses.replace(transfer.double(), path=False)
-        self._path = transfer.scaling if transfer.path else 0.0
-        self._step = covered(transfer, radius) / half
-        with torch.no_grad():
-            self._columns = self._cubics(self._transfer).T.to(dtype).contiguous().unbind()
-        self._inverse, self._most = (1 / self._step).to(dtype), (radius / self._step).to(dtype)
+        self._cubics, self._inverse, self._most, self._path = cubics, inverse, most, path
 
     @property
     def cells(self) -> int:
         """How many cells there are."""
-        return len(self._columns[0])
-
-    @property
-    @abstractmethod
-    def evaluations(self) -> int:
-        """How many values of basis functions it is made from."""
-
-    @abstractmethod
-    def accurate(self, tolerance: float) -> bool:
-        """Whether F without its path and a probe, and their slopes, are within the tolerance in every cell.
-
-        As of a series, see `series.compile_series`: next to BA the part that trains may be small, or zero, and its
-        gradients have to be right all the same. Relative to the largest value of each; SLOPE times as much of a slope.
-        """
-
-    @abstractmethod
-    def _cubics(self, transfer: Transfer) -> Tensor:
-        """p_0 .. p_3 of every cell, (cells, 4), or (cells, k, 4) of k functions; differentiable in the parameters."""
+        return len(self._cubics)
 
     def _locate(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The cell of each element and the place in it, flat."""
@@ -94,7 +88,7 @@ class Cubics(Evaluator):
 
     def _of(self, cell: Tensor, s: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The cubics' values, and their coefficients."""
-        p = [column.index_select(0, cell) for column in self._columns]
+        p = [column.index_select(0, cell) for column in self._cubics.unbind(1)]
         value = torch.addcmul(p[2], p[3], s)
         torch.addcmul(p[1], value, s, out=value)
         return torch.addcmul(p[0], value, s, out=value), p
@@ -128,16 +122,68 @@ class Cubics(Evaluator):
             weighted = weighted * place
         return whole.double() / unit
 
+
+class Made(Cubics):
+    """One that is made for one module, and again where the gradients to α, ω, the grid and g are asked for."""
+
+    def __init__(self, transfer: Transfer, radius: Tensor, half: int, dtype: torch.dtype) -> None:
+        self.parameters = transfer.parameters
+        self._transfer = dataclasses.replace(transfer.double(), path=False)
+        self._cells = Cells.of(transfer, radius, half)
+        with torch.no_grad():
+            cubics = self.cubics(self._transfer, self._cells).T.to(dtype).contiguous().T
+        inverse, most = (1 / self._cells.step).to(dtype), (radius / self._cells.step).to(dtype)
+        super().__init__(cubics, half, inverse, most, transfer.scaling if transfer.path else 0.0)
+
+    @property
+    @abstractmethod
+    def evaluations(self) -> int:
+        """How many values of basis functions it is made from."""
+
+    @staticmethod
+    @abstractmethod
+    def cubics(transfer: Transfer, cells: Cells) -> Tensor:
+        """p_0 .. p_3 of every cell, (cells, 4), or (cells, k, 4) of k functions side by side; differentiable in the
+        parameters. Of M functions at once all shapes begin with M."""
+
+    @staticmethod
+    @abstractmethod
+    def close(transfer: Transfer, cells: Cells, tolerance: float | Tensor) -> Tensor:
+        """Whether F without its path and a probe, and their slopes, are within the tolerance in every cell: shape (),
+        or (M,).
+
+        As of a series, see `series.compile_series`: next to BA the part that trains may be small, or zero, and its
+        gradients have to be right all the same. Relative to the largest value of each; SLOPE times as much of a slope.
+        """
+
+    def accurate(self, tolerance: float) -> bool:
+        """See `close`."""
+        return bool(self.close(self._transfer, self._cells, tolerance))
+
     def gradients(self, sums: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Through the cubics to α, ω, the grid and g."""
         with torch.enable_grad():
             leaves = [p.detach().requires_grad_() for p in self._transfer.parameters]
-            cubics = self._cubics(self._transfer.with_parameters(*leaves))
+            cubics = self.cubics(self._transfer.with_parameters(*leaves), self._cells)
             grads = torch.autograd.grad(cubics, leaves, sums[0].T, allow_unused=True)
         return tuple(torch.zeros_like(p) if g is None else g for g, p in zip(grads, leaves, strict=True))
 
 
-class Table(Cubics):
+class Row(Cubics):
+    """One module's of those that were made at once, see `together`; its gradients are to the cubics themselves."""
+
+    def __init__(self, cubics: Tensor, half: int, packed: Tensor, path: float) -> None:
+        """cubics: (cells, 4), with gradients. packed: (PACKED,), in their dtype, what a kernel needs beside them: 1 / R,
+        R / step, path · R, 1 / step and the path."""
+        super().__init__(cubics.detach(), half, packed[3], packed[1], path)
+        self.parameters, self.packed = (cubics,), packed
+
+    def gradients(self, sums: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Those of the cubics."""
+        return (sums[0].T.to(self.parameters[0].dtype),)
+
+
+class Table(Made):
     """Of a smooth F: it is summed at every FINE-th cell's end, and between them interpolated by Lagrange's polynomials
     through the nearest NEIGHBOURS sums, whose values and slopes at the cells' ends Hermite's cubics meet."""
 
@@ -154,43 +200,56 @@ class Table(Cubics):
                 return table
         return None
 
+    @staticmethod
+    def fewest(basis: TransferBasis, tolerance: float, far: float) -> float:
+        """Cells on either side of zero that one function alone takes, at this `reach`: where to begin."""
+        return FINE * far / max(width(type(basis)), 1e-300) / _spacing(type(basis), tolerance)
+
     @property
     def evaluations(self) -> int:
         """How many values of basis functions it is made from."""
-        return evaluations(self._transfer.basis, self._places(self._transfer), *self._transfer.parameters[1:3])
+        places = _places(self._transfer, self._cells)
+        return evaluations(self._transfer.basis, places, *self._transfer.parameters[1:3])
 
-    def accurate(self, tolerance: float) -> bool:
-        """See `Cubics`; at CHECKED, for what is left out changes no faster than the sums do."""
-        both = series.with_probe(self._transfer)
+    @staticmethod
+    def close(transfer: Transfer, cells: Cells, tolerance: float | Tensor) -> Tensor:
+        """See `Made`; at CHECKED, for what is left out changes no faster than the sums do."""
+        both = series.with_probe(transfer)
         held = both.with_parameters(*(p.detach() for p in both.parameters))
+        fine = torch.ones_like(cells.step, dtype=torch.bool)
         with torch.no_grad():
-            cubics = self._cubics(held)
-            first, unit = -self.half // FINE, held.gain * self._step * FINE
+            cubics = Table.cubics(held, cells)
+            first, unit = -cells.half // FINE, held.gain * cells.step * FINE
             for after, s in CHECKED:
-                places = Places(unit, first + (after + s) / FINE, 2 * self.half // FINE)
+                places = Places(unit, first + (after + s) / FINE, 2 * cells.half // FINE)
                 phi, slope = with_slopes(held.basis, places, *held.parameters[:3])
-                made = cubics[after::FINE][: places.count]
+                made = cubics[..., after::FINE, :, :][..., : places.count, :, :]
                 value = made @ cubics.new_tensor([1, s, s**2, s**3])
-                rate = made @ cubics.new_tensor([0, 1, 2 * s, 3 * s**2]) / self._step
-                if not _within(value, _of_phi(held, phi), tolerance):
-                    return False
-                if not _within(rate, held.scaling * slope, SLOPE * tolerance):
-                    return False
-        return True
+                rate = made @ cubics.new_tensor([0, 1, 2 * s, 3 * s**2]) / _along(cells.step, value)
+                fine &= _within(value, _of_phi(held, phi), tolerance)
+                fine &= _within(rate, held.scaling * slope, SLOPE * tolerance)
+                if not bool(fine.any()):
+                    break
+        return fine
 
-    def _places(self, transfer: Transfer) -> Places:
-        spaces = 2 * self.half // FINE + 1
-        first = -self.half // FINE - (NEIGHBOURS // 2 - 1)
-        return Places(transfer.gain * self._step * FINE, first, spaces + NEIGHBOURS - 1)
-
-    def _cubics(self, transfer: Transfer) -> Tensor:
-        phi = sums(transfer.basis, self._places(transfer), *transfer.parameters[:3])
-        made = _of_phi(transfer, phi).unfold(0, NEIGHBOURS, 1) @ _lagrange(self._step.device)
-        made = made.reshape(*made.shape[:-1], FINE, 4)
-        return made.flatten(0, 1) if phi.dim() == 1 else made.transpose(1, 2).flatten(0, 1)
+    @staticmethod
+    def cubics(transfer: Transfer, cells: Cells) -> Tensor:
+        """See `Made`."""
+        phi = sums(transfer.basis, _places(transfer, cells), *transfer.parameters[:3])
+        at = transfer.grid.dim() - 1  # the dimension of places
+        made = _of_phi(transfer, phi).unfold(at, NEIGHBOURS, 1) @ _lagrange(cells.step.device)
+        made = made.unflatten(-1, (FINE, 4))
+        return (made.transpose(at + 1, at + 2) if made.dim() == at + 4 else made).flatten(at, at + 1)
 
 
-class Spline(Cubics):
+def _places(transfer: Transfer, cells: Cells) -> Places:
+    """Where a table's function is summed."""
+    spaces = 2 * cells.half // FINE + 1
+    first = -cells.half // FINE - (NEIGHBOURS // 2 - 1)
+    return Places(transfer.gain * cells.step * FINE, first, spaces + NEIGHBOURS - 1)
+
+
+class Spline(Made):
     """Of a cubic spline F: its values and slopes at the cells' ends add up from the jumps at its knots, and
     Hermite's cubic through them is F itself but in cells that hold a knot."""
 
@@ -208,87 +267,107 @@ class Spline(Cubics):
             half = half * 3 // 2
         return None
 
+    @staticmethod
+    def fewest(basis: TransferBasis, tolerance: float, far: float) -> float:
+        """As of a table."""
+        return IN_A_UNIT * far
+
     @property
     def evaluations(self) -> int:
         """None."""
         return 0
 
-    def accurate(self, tolerance: float) -> bool:
-        """See `Cubics`; by what a cubic is off in a cell where the third derivative jumps, and nowhere else."""
-        both = series.with_probe(self._transfer)
+    @staticmethod
+    def close(transfer: Transfer, cells: Cells, tolerance: float | Tensor) -> Tensor:
+        """See `Made`; by what a cubic is off in a cell where the third derivative jumps, and nowhere else."""
+        both = series.with_probe(transfer)
+        fine = torch.ones_like(cells.step, dtype=torch.bool)
         with torch.no_grad():
-            phi, slope = self._states(both)
-            place, jump = self._knots(both)
+            phi, slope = _states(both, cells)
+            count = phi.shape[-2] - 1
+            place, jump = _knots(both, cells)
             cell = place.floor().long()
-            inside = (cell >= 0) & (cell < self.cells)
-            cell, after, jump = cell[inside], (place - cell)[inside].unsqueeze(1), jump[inside]
-            phi = phi - both.phi(phi.new_zeros(1)) if both.centre else phi
+            inside = (cell >= 0) & (cell < count)
+            cell, after = cell.clamp(0, count - 1), (place - cell).masked_fill(~inside, 0.0).unsqueeze(-1)
+            jump = jump * inside.unsqueeze(-1)
+            phi = phi - _origin(both) if both.centre else phi
             for s in LOOKED_AT:
                 for of_knot, size, allowed in zip(_beside_a_knot(after, s), (phi, slope), (1, SLOPE), strict=True):
-                    error = phi.new_zeros(self.cells, 2).index_add_(0, cell, jump * of_knot).abs().amax(0)
-                    if not bool((MARGIN * error <= allowed * tolerance * size.abs().amax(0)).all()):
-                        return False
-        return True
+                    error = _added_up(cell, jump * of_knot, count).abs().amax(-2)
+                    allowance = allowed * _beside(tolerance, error) * size.abs().amax(-2)
+                    fine &= (MARGIN * error <= allowance).all(-1)
+        return fine
 
-    def _knots(self, transfer: Transfer) -> tuple[Tensor, Tensor]:
-        """In cells from the first on, where the knots of all functions lie and how the third derivative of φ jumps
-        there: (5N,), and (5N,) or (5N, k)."""
-        unit = transfer.gain * self._step
-        knots, jumps = (
-            transfer.grid.new_tensor(list(part)) for part in zip(*transfer.basis.jumps.items(), strict=True)
-        )
-        place = (transfer.grid.unsqueeze(1) + knots / transfer.omega.unsqueeze(1)) / unit + self.half
-        cubed = (transfer.omega * unit) ** 3
-        jump = torch.einsum("nk,n,j->njk", transfer.alpha.reshape(len(cubed), -1), cubed, jumps)
-        return place.flatten(), jump.flatten(0, 1)
-
-    def _states(self, transfer: Transfer) -> tuple[Tensor, Tensor]:
-        """φ and its slope in cells at the cells' ends, (cells + 1, k) each: sums of the knots' truncated powers, begun
-        anew now and then."""
-        place, jump = self._knots(transfer)
-        ends, knots = 2 * self.half + 2, len(transfer.basis.jumps)
-        blocks = -(-ends // RESTART)
-        start = RESTART * torch.arange(blocks, dtype=place.dtype, device=place.device)
-        covering = start.unsqueeze(1) <= place.detach().view(-1, knots)[:, -1]
-        behind = functional.relu(start.unsqueeze(1) - place) * covering.repeat_interleave(knots, 1)
-        powers = [(behind > 0).to(place.dtype), behind, behind**2 / 2, behind**3 / 6]
-        # A knot counts from the end of its cell on; where a block starts, it is among the sums begun anew.
-        end = place.detach().floor() + 1
-        counted = (end > 0) & (end < ends) & (end % RESTART != 0)
-        before, counted_jump = (end - place) * counted, jump * counted.unsqueeze(1)
-        end = end.clamp(0, ends - 1).long()
-        states: list[Tensor] = []
-        for power, factor in zip(powers, (torch.ones_like(before), before, before**2 / 2, before**3 / 6), strict=True):
-            added = jump.new_zeros(blocks * RESTART, jump.shape[1])
-            # Not index_add, whose order of summands is not fixed on a GPU.
-            added = added.index_put((end,), counted_jump * factor.unsqueeze(1), accumulate=True)
-            added = added.view(blocks, RESTART, -1)
-            added = torch.cat([(power @ jump).unsqueeze(1), added[:, 1:]], 1)
-            # What the derivatives of the end before add on the way to the next: Taylor's polynomial.
-            for order, state in enumerate(reversed(states), start=1):
-                added = added + functional.pad(state[:, :-1], (0, 0, 1, 0)) / math.factorial(order)
-            states.append(added.cumsum(1))
-        phi, slope = (state.flatten(0, 1)[:ends] for state in (states[3], states[2]))
-        return phi, slope
-
-    def _cubics(self, transfer: Transfer) -> Tensor:
-        phi, slope = self._states(transfer)
-        if transfer.alpha.dim() == 1:
+    @staticmethod
+    def cubics(transfer: Transfer, cells: Cells) -> Tensor:
+        """See `Made`."""
+        phi, slope = _states(transfer, cells)
+        if transfer.alpha.dim() == transfer.grid.dim():
             phi, slope = phi.squeeze(-1), slope.squeeze(-1)
-        return _hermite(_of_phi(transfer, phi), transfer.scaling * (slope / transfer.gain))
+        slope = transfer.scaling * (slope / _along(transfer.gain, slope))
+        return _hermite(_of_phi(transfer, phi), slope, transfer.grid.dim() - 1)
+
+
+def _knots(transfer: Transfer, cells: Cells) -> tuple[Tensor, Tensor]:
+    """In cells from the first on, where the knots of all functions lie and how the third derivative of φ jumps there:
+    (5N,) and (5N, k), k = 1 of one function."""
+    unit = (transfer.gain * cells.step).unsqueeze(-1)
+    knots, jumps = (transfer.grid.new_tensor(list(part)) for part in zip(*transfer.basis.jumps.items(), strict=True))
+    place = (transfer.grid.unsqueeze(-1) + knots / transfer.omega.unsqueeze(-1)) / unit.unsqueeze(-1) + cells.half
+    cubed = (transfer.omega * unit) ** 3
+    jump = torch.einsum("...nk,...n,j->...njk", transfer.alpha.reshape(*cubed.shape, -1), cubed, jumps)
+    return place.flatten(-2), jump.flatten(-3, -2)
+
+
+def _added_up(cell: Tensor, values: Tensor, count: int) -> Tensor:
+    """The sums of `values` (..., n, k) over the entries of each of `count` cells, (..., count, k); cell: (..., n)."""
+    leading = cell.shape[:-1]
+    first = count * torch.arange(math.prod(leading), device=cell.device).view(*leading, 1)
+    added = values.new_zeros(math.prod(leading) * count, values.shape[-1])
+    # Not index_add, whose order of summands is not fixed on a GPU.
+    added = added.index_put(((cell + first).flatten(),), values.flatten(0, -2), accumulate=True)
+    return added.view(*leading, count, -1)
+
+
+def _states(transfer: Transfer, cells: Cells) -> tuple[Tensor, Tensor]:
+    """φ and its slope in cells at the cells' ends, (cells + 1, k) each: sums of the knots' truncated powers, begun
+    anew now and then."""
+    place, jump = _knots(transfer, cells)
+    ends, knots = 2 * cells.half + 2, len(transfer.basis.jumps)
+    blocks = -(-ends // RESTART)
+    start = RESTART * torch.arange(blocks, dtype=place.dtype, device=place.device).unsqueeze(1)
+    covering = start <= place.detach().unflatten(-1, (-1, knots))[..., -1].unsqueeze(-2)
+    behind = functional.relu(start - place.unsqueeze(-2)) * covering.repeat_interleave(knots, -1)
+    powers = [(behind > 0).to(place.dtype), behind, behind**2 / 2, behind**3 / 6]
+    # A knot counts from the end of its cell on; where a block starts, it is among the sums begun anew.
+    end = place.detach().floor() + 1
+    counted = (end > 0) & (end < ends) & (end % RESTART != 0)
+    before, counted_jump = (end - place) * counted, jump * counted.unsqueeze(-1)
+    end = end.clamp(0, ends - 1).long()
+    states: list[Tensor] = []
+    for power, factor in zip(powers, (torch.ones_like(before), before, before**2 / 2, before**3 / 6), strict=True):
+        added = _added_up(end, counted_jump * factor.unsqueeze(-1), blocks * RESTART).unflatten(-2, (blocks, RESTART))
+        added = torch.cat([(power @ jump).unsqueeze(-2), added[..., 1:, :]], -2)
+        # What the derivatives of the end before add on the way to the next: Taylor's polynomial.
+        for order, state in enumerate(reversed(states), start=1):
+            added = added + functional.pad(state[..., :-1, :], (0, 0, 1, 0)) / math.factorial(order)
+        states.append(added.cumsum(-2))
+    phi, slope = (state.flatten(-3, -2)[..., :ends, :] for state in (states[3], states[2]))
+    return phi, slope
 
 
 def fit(
     transfer: Transfer, radius: Tensor, tolerance: float, dtype: torch.dtype, most: int, least: int
-) -> Cubics | None:
+) -> Spline | Table | None:
     """The first table that is accurate to `tolerance`, see `Cubics.accurate`, from `least` cells on either side of zero
     on; None where there is none of at most `most` cells."""
-    basis = transfer.basis
-    kinds: list[type[Spline | Table]] = [Table]
-    if basis.jumps and basis.argument == "shifted":
-        kinds.insert(0, Spline)
-    tables = (kind.fit(transfer, radius, tolerance, dtype, most, least) for kind in kinds)
+    tables = (kind.fit(transfer, radius, tolerance, dtype, most, least) for kind in kinds(transfer.basis))
     return next(filter(None, tables), None)
+
+
+def kinds(basis: TransferBasis) -> list[type[Spline | Table]]:
+    """Which tables may serve a basis, the better first."""
+    return [Spline, Table] if basis.jumps and basis.argument == "shifted" else [Table]
 
 
 def reach(transfer: Transfer, radius: Tensor) -> Tensor:
@@ -301,20 +380,36 @@ def covered(transfer: Transfer, radius: Tensor) -> Tensor:
     with torch.no_grad():
         if transfer.basis.argument != "shifted" or math.isinf(transfer.basis.support):
             return radius
-        reached = (transfer.grid.double().abs() + transfer.basis.support / transfer.omega.double()).amax()
+        reached = (transfer.grid.double().abs() + transfer.basis.support / transfer.omega.double()).amax(-1)
         return torch.minimum(radius, reached / transfer.gain.double())
+
+
+def _along(numbers: Tensor, values: Tensor) -> Tensor:
+    """A number of every module in a shape that multiplies `values`; as it is where there is one module."""
+    return numbers.reshape(*numbers.shape, *[1] * (values.dim() - numbers.dim()))
+
+
+def _beside(tolerance: float | Tensor, values: Tensor) -> float | Tensor:
+    """The same of tolerances."""
+    return _along(tolerance, values) if isinstance(tolerance, Tensor) else tolerance
+
+
+def _origin(transfer: Transfer) -> Tensor:
+    """φ(0), with one place."""
+    return transfer.phi(transfer.grid.new_zeros(*transfer.grid.shape[:-1], 1))
 
 
 def _of_phi(transfer: Transfer, phi: Tensor) -> Tensor:
     """F without its path, of φ."""
     if transfer.centre:
-        phi = phi - transfer.phi(transfer.grid.new_zeros(1))
-    return transfer.scaling * (phi / transfer.gain)
+        phi = phi - _origin(transfer)
+    return transfer.scaling * (phi / _along(transfer.gain, phi))
 
 
-def _within(found: Tensor, truth: Tensor, tolerance: float) -> bool:
-    """Whether the error of each column is below the tolerance, relative to its largest entry."""
-    return bool(((found - truth).abs().amax(0) <= tolerance * truth.abs().amax(0)).all())
+def _within(found: Tensor, truth: Tensor, tolerance: float | Tensor) -> Tensor:
+    """Whether the error of every column (..., n, k) is below the tolerance, relative to its largest entry."""
+    size = truth.abs().amax(-2)
+    return ((found - truth).abs().amax(-2) <= _beside(tolerance, size) * size).all(-1)
 
 
 def _beside_a_knot(after: Tensor, s: float) -> tuple[Tensor, Tensor]:
@@ -324,10 +419,12 @@ def _beside_a_knot(after: Tensor, s: float) -> tuple[Tensor, Tensor]:
     return of_value, value * (6 * s - 6 * s**2) + slope * (3 * s**2 - 2 * s) - beyond**2 / 2
 
 
-def _hermite(value: Tensor, slope: Tensor) -> Tensor:
-    """The cubics between neighbouring values (n + 1, ...) with these slopes, in powers of s: (n, ..., 4)."""
-    rise, first, last = value.diff(dim=0), slope[:-1], slope[1:]
-    return torch.stack([value[:-1], first, 3 * rise - 2 * first - last, first + last - 2 * rise], -1)
+def _hermite(value: Tensor, slope: Tensor, dim: int = 0) -> Tensor:
+    """The cubics between neighbouring values (..., n + 1, ...) with these slopes, in powers of s: (..., n, ..., 4)."""
+    count = slope.shape[dim] - 1
+    rise, first, last = value.diff(dim=dim), slope.narrow(dim, 0, count), slope.narrow(dim, 1, count)
+    start = value.narrow(dim, 0, count)
+    return torch.stack([start, first, 3 * rise - 2 * first - last, first + last - 2 * rise], -1)
 
 
 @functools.cache

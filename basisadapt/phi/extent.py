@@ -16,6 +16,7 @@ SMALLEST = 1e-2  # the smallest range, in units of φ's argument
 TOWER = 64.0  # times what most rows reach
 TOWERS = 16  # at most one row in so many towers over the others
 MEASURED_AT_ONCE = 1 << 22  # entries of BA
+MEASURED_AT_ONCE_ELSEWHERE = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,30 @@ def _largest_row(matrices: list[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def largest(A: Tensor, B: Tensor) -> Tensor:
-    """max |BA|, float64, some rows at a time."""
+def largest(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """max |BA| of every pair, shape (K,), float64; on a GPU equal shapes go through together."""
+    if pairs[0][0].device.type == "cpu":
+        return torch.stack([_largest(A, B, MEASURED_AT_ONCE) for A, B in pairs])
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for index, (A, B) in enumerate(pairs):
+        groups.setdefault((A.shape, B.shape, A.dtype), []).append(index)
+    found = torch.empty(len(pairs), dtype=torch.float64, device=pairs[0][0].device)
+    for members in groups.values():
+        A, B = pairs[members[0]]
+        step = max(1, MEASURED_AT_ONCE_ELSEWHERE // (len(B) * A.shape[1]))
+        for start in range(0, len(members), step):
+            some = tuple(members[start : start + step])
+            left, right = (torch.stack([pairs[i][side] for i in some]) for side in (1, 0))
+            found[index_tensor(some, found.device)] = _largest(right, left, MEASURED_AT_ONCE_ELSEWHERE // len(some))
+    return found
+
+
+def _largest(A: Tensor, B: Tensor, at_once: int) -> Tensor:
+    """max |BA|, float64, some rows at a time; of K pairs, (K, ...) each, (K,)."""
     wide = torch.float64 if A.dtype == torch.float64 else torch.float32
     A, B = A.to(wide), B.to(wide)
-    rows = max(1, MEASURED_AT_ONCE // A.shape[1])
-    return torch.stack([(some @ A).abs().amax() for some in torch.split(B, rows)]).amax().double()
+    rows = max(1, at_once // A.shape[-1])
+    return torch.stack([(some @ A).abs_().amax((-2, -1)) for some in torch.split(B, rows, dim=-2)]).amax(0).double()
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""W + F(BA) and its pullback: in pieces that fit a cache, on any device; on a GPU by fused kernels (kernels_triton).
+"""W + F(BA) and its pullback: in pieces that fit a cache, on any device; on a GPU by fused kernels (kernels_triton, kernels_cells).
 
 Nothing larger than one weight matrix is ever held.
 """
@@ -8,11 +8,13 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from basisadapt.core.errors import InputError
+from basisadapt.phi.cubics import Row
 from basisadapt.phi.evaluators import Evaluator, Series, Split
 
 PIECE = {"cpu": 1 << 20}  # numbers held per piece: about what a core's cache holds
@@ -35,8 +37,13 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     return backend
 
 
-def _fused(evaluator: Evaluator | Split, A: Tensor, backend: str) -> bool:
-    return backend == "triton" and isinstance(evaluator, Series) and A.dtype == torch.float32
+def _fused(evaluator: Evaluator, A: Tensor, backend: str) -> ModuleType | None:
+    """The kernels that evaluate it, if there are any."""
+    if backend != "triton" or A.dtype != torch.float32 or not isinstance(evaluator, Series | Row):
+        return None
+    from basisadapt.phi import kernels_cells, kernels_triton
+
+    return kernels_triton if isinstance(evaluator, Series) else kernels_cells
 
 
 def effective_weight(
@@ -49,11 +56,9 @@ def effective_weight(
         of_few = None if weight is None else weight[few]
         effective[few] = effective_weight(of_few, A, B[few], evaluator.apart, dtype, backend)
         return effective
-    if _fused(evaluator, A, backend):
-        from basisadapt.phi import kernels_triton
-
-        assert isinstance(evaluator, Series)
-        return kernels_triton.effective_weight(weight, A, B, evaluator, dtype)
+    if fused := _fused(evaluator, A, backend):
+        formed: Tensor = fused.effective_weight(weight, A, B, evaluator, dtype)
+        return formed
     effective = A.new_empty(len(B), A.shape[1], dtype=dtype)
     for rows, z, room in _pieces(A, B, evaluator):
         _place(effective, rows, weight, evaluator.value(z, room))
@@ -70,13 +75,10 @@ def pull_back(
     """
     if isinstance(evaluator, Split):
         return _pull_back_apart(dense, weight, A, B, evaluator, backend, form)
-    if _fused(evaluator, A, backend):
-        from basisadapt.phi import kernels_triton
-
-        assert isinstance(evaluator, Series)
+    if fused := _fused(evaluator, A, backend):
         # Two kernels: in one, too many numbers would be held at once.
-        made = kernels_triton.effective_weight(weight, A, B, evaluator, dense.dtype) if form else None
-        return made, *kernels_triton.pull_back(dense, A, B, evaluator)
+        made = fused.effective_weight(weight, A, B, evaluator, dense.dtype) if form else None
+        return made, *fused.pull_back(dense, A, B, evaluator)
     effective = torch.empty_like(dense) if form else None
     grad_a, grad_b = torch.zeros_like(A), torch.empty_like(B)
     totals: list[Tensor] = []

@@ -349,7 +349,7 @@ def _count(series: Series, dtype: torch.dtype) -> int:
     return max(FEWEST, series.expected + series.expected % 2)
 
 
-def _product_constants(r: int, dtype: torch.dtype, device: torch.device) -> tuple[int, bool, str]:
+def product_constants(r: int, dtype: torch.dtype, device: torch.device) -> tuple[int, bool, str]:
     """BR, ONE_BLOCK and PRECISION of a kernel."""
     block = min(BLOCK_R, max(16, triton.next_power_of_2(r)))
     # Three products of halves of the numbers are nearly one in float32; before Ampere there is no such unit.
@@ -364,7 +364,7 @@ def _form_plan(m: int, n: int, r: int, dtype: torch.dtype, device: torch.device)
     """The grid of programs of `_form`, and its constants from ROWS on."""
     rows, columns = triton.cdiv(m, FORM.rows), triton.cdiv(n, FORM.columns)
     tiles = ROWS_OF_TILES if rows * columns >= ROWS_OF_TILES * ENOUGH_PROGRAMS else 1
-    block, one_block, precision = _product_constants(r, dtype, device)
+    block, one_block, precision = product_constants(r, dtype, device)
     return (columns, triton.cdiv(rows, tiles), 1), (FORM.rows, FORM.columns, block, tiles, one_block, precision)
 
 
@@ -379,13 +379,13 @@ def _pull_plan(
     tiles = triton.cdiv(n, PULL.columns)
     total = triton.cdiv(m, PULL.rows) * tiles
     each = triton.cdiv(total, PULL.resident(device))
-    return tiles, each, triton.cdiv(total, each), (PULL.rows, PULL.columns, *_product_constants(r, dtype, device))
+    return tiles, each, triton.cdiv(total, each), (PULL.rows, PULL.columns, *product_constants(r, dtype, device))
 
 
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 
-def _launch(kernel: Any, grid: tuple[int, int, int], tiling: Tiling, tensors: tuple[Tensor, ...], *rest: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, int, int], tiling: Tiling, tensors: tuple[Tensor, ...], *rest: Any) -> None:
     """`kernel[grid](*tensors, *rest)`, without looking up again what was compiled for such arguments.
 
     Triton compiles per dtype, per alignment of pointers and per divisibility of numbers: the key holds all of them. Its
@@ -394,7 +394,7 @@ def _launch(kernel: Any, grid: tuple[int, int, int], tiling: Tiling, tensors: tu
     device = tensors[0].device
     if device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return _launch(kernel, grid, tiling, tensors, *rest)
+            return launch(kernel, grid, tiling, tensors, *rest)
     key = (kernel, device, rest, *((t.dtype, t.data_ptr() % 16 == 0) for t in tensors))
     compiled = _compiled.get(key)
     if compiled is None:
@@ -411,7 +411,7 @@ def effective_weight(weight: Tensor | None, A: Tensor, B: Tensor, series: Series
     out = torch.empty(m, n, dtype=dtype, device=A.device)
     grid, constants = _form_plan(m, n, r, dtype, A.device)
     W, strides = (out, (n, 1)) if weight is None else (weight, weight.stride())
-    _launch(
+    launch(
         _form, grid, FORM, (W, out, A, B, series.packed), m, n, r, *strides, _count(series, dtype),
         weight is not None, *constants,
     )  # fmt: skip
@@ -428,19 +428,19 @@ def pull_back(dense: Tensor, A: Tensor, B: Tensor, series: Series) -> tuple[Tens
     scratch = A.new_empty(SUMS * programs + parts * size)
     moments, grad_b = series.parameters[0].new_empty(SUMS), torch.empty_like(B)
     tensors = (dense, A, B, series.packed, scratch)
-    _launch(_pull, (programs, 1, 1), PULL, tensors, m, n, r, tiles, each, programs, count, *constants)
-    _launch(
+    launch(_pull, (programs, 1, 1), PULL, tensors, m, n, r, tiles, each, programs, count, *constants)
+    launch(
         _collect, (SUMS + triton.cdiv(size, COLLECT.columns), 1, 1), COLLECT,
         (series.packed, scratch, moments, grad_b), size, tiles, each, programs, parts, count, PULL.rows * r,
         COLLECT.columns,
     )  # fmt: skip
-    grad_a = _product_in_float32(B.T, dense)
+    grad_a = product_in_float32(B.T, dense)
     if not size:
-        grad_b = _product_in_float32(dense, A.T)
+        grad_b = product_in_float32(dense, A.T)
     return grad_a, grad_b, (moments,)
 
 
-def _product_in_float32(left: Tensor, right: Tensor) -> Tensor:
+def product_in_float32(left: Tensor, right: Tensor) -> Tensor:
     """left · right of matrices in one dtype and in float32; in float32, from operands in the narrower one."""
     narrow = left.dtype if left.element_size() < right.element_size() else right.dtype
     if narrow == torch.float32:

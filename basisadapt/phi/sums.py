@@ -23,7 +23,7 @@ AT_ONCE_ELSEWHERE = 1 << 22
 
 @dataclass(frozen=True)
 class Places:
-    """x_j = unit · (first + j), j = 0..count − 1. unit: shape (), float64, > 0."""
+    """x_j = unit · (first + j), j = 0..count − 1. unit: shape (), or (M,) for M functions at once; float64, > 0."""
 
     unit: Tensor
     first: float
@@ -31,24 +31,25 @@ class Places:
 
     def at(self, index: Tensor) -> Tensor:
         """x_j of these j."""
-        return self.unit * (index.double() + self.first)
+        return self.unit.unsqueeze(-1) * (index.double() + self.first)
 
 
 def sums(basis: TransferBasis, places: Places, alpha: Tensor, omega: Tensor, grid: Tensor) -> Tensor:
     """Σᵢ αᵢ b(ωᵢ, x_j, xᵢ) for all j, (count,), or (count, k) for α of shape (N, k); differentiable once in α, ω, the
-    grid and the places' unit. All of float64; omega and grid: (N,)."""
-    columns = alpha.unsqueeze(-1) if alpha.dim() == 1 else alpha
+    grid and the places' unit. All of float64; omega and grid: (N,). Of M functions at once all shapes begin with M."""
+    single = alpha.dim() == grid.dim()
+    columns = alpha.unsqueeze(-1) if single else alpha
     found: Tensor = _Sums.apply(  # type: ignore[no-untyped-call]
         basis, places.first, places.count, places.unit, columns, omega, grid
     )
-    return found.squeeze(-1) if alpha.dim() == 1 else found
+    return found.squeeze(-1) if single else found
 
 
 @torch.no_grad()
 def with_slopes(
     basis: TransferBasis, places: Places, alpha: Tensor, omega: Tensor, grid: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """φ and φ' at the places, (count, k) each; alpha: (N, k)."""
+    """φ and φ' at the places, (count, k) each; alpha: (N, k). Of M functions at once all shapes begin with M."""
     return _add_up(basis, places, alpha, omega, grid, slopes=True)
 
 
@@ -61,7 +62,7 @@ def evaluations(basis: TransferBasis, places: Places, omega: Tensor, grid: Tenso
 def _window(basis: TransferBasis, places: Places, omega: Tensor, grid: Tensor) -> tuple[Tensor, int]:
     """From which place on, and at how many, each function is evaluated: (N,), and one number for all."""
     # Elsewhere than on a CPU the host would wait for the number.
-    if omega.device.type == "cpu" and basis.argument == "shifted" and math.isfinite(basis.support):
+    if omega.device.type == "cpu" and omega.dim() == 1 and basis.argument == "shifted" and math.isfinite(basis.support):
         half = basis.support / (omega * places.unit)
         width = 2 * float(half.amax()) + 2  # the widest function's
         if width < places.count:
@@ -72,18 +73,24 @@ def _window(basis: TransferBasis, places: Places, omega: Tensor, grid: Tensor) -
 
 @dataclass(frozen=True)
 class _Some:
-    """Some of the functions, and the places at which they are evaluated: their numbers j, (n, width), or (width,) if
-    they are all."""
+    """Some of the functions, of each of M, and the places at which they are evaluated: their numbers j, (n, width), or
+    (width,) if they are all."""
 
     rows: slice
     index: Tensor
+
+    def at(self, places: Places) -> Tensor:
+        """x of each, to be held against ω: (n, width), or (1, width) or (M, 1, width) if they are all."""
+        x = places.at(self.index)
+        return x.unsqueeze(-2) if self.index.dim() == 1 else x
 
 
 def _some(basis: TransferBasis, places: Places, omega: Tensor, grid: Tensor) -> Iterator[_Some]:
     first, width = _window(basis, places, omega, grid)
     counted = torch.arange(width, device=omega.device)
-    step = max(1, AT_ONCE.get(omega.device.type, AT_ONCE_ELSEWHERE) // width)
-    for start in range(0, len(omega), step):
+    together = omega[..., 0].numel()
+    step = max(1, AT_ONCE.get(omega.device.type, AT_ONCE_ELSEWHERE) // (width * together))
+    for start in range(0, omega.shape[-1], step):
         rows = slice(start, start + step)
         yield _Some(rows, counted if width == places.count else first[rows].unsqueeze(1) + counted)
 
@@ -96,14 +103,14 @@ def _add_up(
     basis: TransferBasis, places: Places, alpha: Tensor, omega: Tensor, grid: Tensor, slopes: bool = False
 ) -> tuple[Tensor, Tensor]:
     """φ and, if `slopes`, φ' at the places."""
-    totals = alpha.new_zeros(1 + slopes, places.count, alpha.shape[1])
+    totals = alpha.new_zeros(1 + slopes, *alpha.shape[:-2], places.count, alpha.shape[-1])
     for some in _some(basis, places, omega, grid):
         of = some.rows
-        values = basis.values(_argument(basis, places.at(some.index), omega[of], grid[of]), slopes)
-        factors = alpha[of], alpha[of] * omega[of].unsqueeze(1)
+        values = basis.values(_argument(basis, some.at(places), omega[..., of], grid[..., of]), slopes)
+        factors = alpha[..., of, :], alpha[..., of, :] * omega[..., of].unsqueeze(-1)
         for total, value, factor in zip(totals, values, factors, strict=False):
             if some.index.dim() == 1:
-                total.addmm_(value.T, factor)
+                (total.addmm_ if total.dim() == 2 else total.baddbmm_)(value.mT, factor)
             else:
                 total.index_add_(0, some.index.flatten(), (value.unsqueeze(-1) * factor.unsqueeze(1)).flatten(0, 1))
     return totals[0], totals[-1]
@@ -130,23 +137,23 @@ class _Sums(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         basis, places, (gradient,) = ctx.basis, ctx.places, upstream
         alpha, omega, grid = ctx.saved_tensors
-        of_alpha, moments = torch.empty_like(alpha), alpha.new_empty(len(alpha), 2)
+        of_alpha, moments = torch.empty_like(alpha), alpha.new_empty(*omega.shape, 2)
         for some in _some(basis, places, omega, grid):
-            of, x = some.rows, places.at(some.index)
-            b, slope = basis.values(_argument(basis, x, omega[of], grid[of]), slopes=True)
+            of, x = some.rows, some.at(places)
+            b, slope = basis.values(_argument(basis, x, omega[..., of], grid[..., of]), slopes=True)
             if some.index.dim() == 1:
-                of_alpha[of] = b @ gradient
-                found = (slope @ torch.cat([gradient, gradient * x.unsqueeze(1)], 1)).view(len(b), 2, -1)
+                of_alpha[..., of, :] = b @ gradient
+                found = (slope @ torch.cat([gradient, gradient * x.mT], -1)).unflatten(-1, (2, -1))
             else:
                 there = gradient[some.index]
                 of_alpha[of] = torch.einsum("nw,nwk->nk", b, there)
                 found = torch.stack([torch.einsum("nw,nwk->nk", s, there) for s in (slope, slope * x)], 1)
-            moments[of] = (found * alpha[of].unsqueeze(1)).sum(-1)
+            moments[..., of, :] = (found * alpha[..., of, :].unsqueeze(-2)).sum(-1)
         # u is affine in x, so that two sums over the places, of α G b'(u) and of α G b'(u) x, say all of u's gradients.
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_() for t in (omega, grid)]
             start, end = (ARGUMENTS[basis.argument](x, *leaves) for x in (omega.new_zeros(()), omega.new_ones(())))
-            total = (moments[:, 0] * start + moments[:, 1] * (end - start)).sum()
+            total = (moments[..., 0] * start + moments[..., 1] * (end - start)).sum()
             of_omega, of_grid = torch.autograd.grad(total, leaves, allow_unused=True)
-        of_unit = (moments[:, 1] * (end - start).detach()).sum() / places.unit
+        of_unit = (moments[..., 1] * (end - start).detach()).sum(-1) / places.unit
         return None, None, None, of_unit, of_alpha, of_omega, of_grid

@@ -1,0 +1,146 @@
+"""The fused kernels of `kernels_triton` where F is a table: cubics in equal cells, gathered by every entry of BA.
+
+The gradient to a table, Σ G s^k over the entries of each cell, adds up by whole numbers, whose sum is the same in every
+order: the result repeats bit for bit. Entries of one cell would wait for each other, so that a small table's sums are
+kept in several copies. All the numbers that an entry reads, or adds to, lie in one sector of the cache.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from basisadapt.phi import cubics, kernels_triton
+from basisadapt.phi.cubics import Row
+from basisadapt.phi.kernels_triton import Tiling
+
+# Names of functions for a GPU have to be the module's own.
+_columns_of, _rows_of, _halves = kernels_triton._columns_of, kernels_triton._rows_of, kernels_triton._halves
+_factor_product = kernels_triton._factor_product
+
+FIXED_POINT = tl.constexpr(float(cubics.FIXED_POINT))  # units of the largest gradient
+TINY = tl.constexpr(1e-27)  # below which a gradient is zero: its unit is a number of float32 still
+CELLS = 1 << 15  # for which sums are kept, of one table or of its copies
+FORM, PULL = Tiling(16, 128, 4), Tiling(16, 64, 4)
+
+
+@triton.jit
+def _two(pair):
+    """The two float32 that lie side by side in 64 bits."""
+    return pair.to(tl.int32).to(tl.float32, bitcast=True), (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _gather(PAIRS, place, half):
+    """The number of each place's cell, the place in it, and the cell's cubic; place: in cells, from zero on."""
+    most = half.to(tl.float32)
+    near = tl.where(tl.abs(place) <= most, place, tl.where(place > 0, most, -most))
+    start = tl.floor(near)
+    cell = start.to(tl.int32) + half
+    p0, p1 = _two(tl.load(PAIRS + 2 * cell))
+    p2, p3 = _two(tl.load(PAIRS + 2 * cell + 1))
+    return cell, near - start, p0, p1, p2, p3
+
+
+@triton.jit
+def _form(
+    W, OUT, A, B, PAIRS, PACKED, half, m, n, r, stride_m, stride_n, HAS_WEIGHT: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BR: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """W + F(BA)."""
+    scale = tl.load(PACKED)
+    cols = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    inside = (rows < m)[:, None] & (cols < n)[None, :]
+    row = rows[:, None].to(tl.int64)
+    a = _halves(_columns_of(A, cols, n, r, 0, BR), PRECISION)
+    b = _halves(_rows_of(B, rows, m, r, 0, BR) * scale, PRECISION)
+    t = _factor_product(A, B, a, b, rows, cols, m, n, r, scale, BR, ONE_BLOCK, PRECISION)
+    cell, s, p0, p1, p2, p3 = _gather(PAIRS, t * tl.load(PACKED + 1), half)
+    value = ((p3 * s + p2) * s + p1) * s + p0 + t * tl.load(PACKED + 2)  # t: NaN stays NaN
+    if HAS_WEIGHT:
+        place = W + row * stride_m + cols[None, :].to(tl.int64) * stride_n
+        value += tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(OUT + row * n + cols[None, :], value.to(OUT.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _pull(
+    G, A, B, PAIRS, PACKED, LARGEST, SUMS, half, m, n, r, size, copies, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BR: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """G becomes G F'(BA), and the sums receive Σ G s^k of every cell, in units; size: numbers in one of the copies."""
+    scale = tl.load(PACKED)
+    cols = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    inside = (rows < m)[:, None] & (cols < n)[None, :]
+    place = G + rows[:, None].to(tl.int64) * n + cols[None, :]
+    gradient = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    a = _halves(_columns_of(A, cols, n, r, 0, BR), PRECISION)
+    b = _halves(_rows_of(B, rows, m, r, 0, BR) * scale, PRECISION)
+    t = _factor_product(A, B, a, b, rows, cols, m, n, r, scale, BR, ONE_BLOCK, PRECISION)
+    cell, s, p0, p1, p2, p3 = _gather(PAIRS, t * tl.load(PACKED + 1), half)
+    slope = ((3.0 * p3 * s + 2.0 * p2) * s + p1) * tl.load(PACKED + 3) + tl.load(PACKED + 4)
+    pulled = gradient * tl.where(t == t, slope, float("nan"))
+    tl.store(place, pulled.to(G.dtype.element_ty), mask=inside)
+    unit = FIXED_POINT / tl.maximum(tl.load(LARGEST).to(tl.float32), TINY)
+    power = tl.arange(0, 4)[None, None, :]
+    s = s[:, :, None]
+    powers = tl.where(power == 0, 1.0, tl.where(power == 1, s, tl.where(power == 2, s * s, s * s * s)))
+    weighted = (gradient * unit)[:, :, None] * powers
+    whole = tl.floor(tl.where(weighted == weighted, weighted, 0.0) + 0.5).to(tl.int64)
+    copy = (tl.program_id(0) + tl.program_id(1)) % copies
+    target = SUMS + copy.to(tl.int64) * size + (4 * cell)[:, :, None] + power
+    tl.atomic_add(target, whole, mask=inside[:, :, None] & (whole != 0), sem="relaxed")
+
+
+@functools.cache
+def _plan(m: int, n: int, r: int, device: torch.device, tiling: Tiling) -> tuple[Any, ...]:
+    """A kernel's grid, and its constants from ROWS on.
+
+    Places are products nearly as float32 knows them, whatever the weights' dtype: many cells to R, they would show less.
+    """
+    block, one_block, precision = kernels_triton.product_constants(r, torch.float32, device)
+    grid = triton.cdiv(n, tiling.columns), triton.cdiv(m, tiling.rows), 1
+    return grid, (tiling.rows, tiling.columns, block, one_block, precision)
+
+
+def _pairs(table: Row) -> Tensor:
+    """The cubics, two numbers at once: (cells, 2)."""
+    return table.parameters[0].detach().view(torch.int64)
+
+
+def effective_weight(weight: Tensor | None, A: Tensor, B: Tensor, table: Row, dtype: torch.dtype) -> Tensor:
+    """As `kernels.effective_weight`."""
+    A, B = A.contiguous(), B.contiguous()
+    (r, n), m = A.shape, B.shape[0]
+    out = torch.empty(m, n, dtype=dtype, device=A.device)
+    grid, constants = _plan(m, n, r, A.device, FORM)
+    W, strides = (out, (n, 1)) if weight is None else (weight, weight.stride())
+    kernels_triton.launch(
+        _form, grid, FORM, (W, out, A, B, _pairs(table), table.packed), table.half, m, n, r, *strides,
+        weight is not None, *constants,
+    )  # fmt: skip
+    return out
+
+
+def pull_back(dense: Tensor, A: Tensor, B: Tensor, table: Row) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """The gradients to A, B and the table's cubics; `dense` is overwritten."""
+    A, B, dense = A.contiguous(), B.contiguous(), dense.contiguous()
+    (r, n), m = A.shape, B.shape[0]
+    grid, constants = _plan(m, n, r, A.device, PULL)
+    copies = max(1, CELLS // table.cells)
+    largest = torch.linalg.vector_norm(dense, torch.inf)
+    sums = torch.zeros(copies, table.cells, 4, dtype=torch.int64, device=A.device)
+    kernels_triton.launch(
+        _pull, grid, PULL, (dense, A, B, _pairs(table), table.packed, largest, sums), table.half, m, n, r,
+        4 * table.cells, copies, *constants,
+    )  # fmt: skip
+    of_cubics = sums.sum(0) * (largest.float().clamp_min(TINY.value) / cubics.FIXED_POINT)
+    product = kernels_triton.product_in_float32
+    return product(B.T, dense), product(dense, A.T), (of_cubics,)

@@ -1,0 +1,117 @@
+"""Tables of many modules made at once, so that a GPU gets as many launches for all of them as for one.
+
+A table's size is one of SIZES, and modules whose tables have one size, and are of one kind, go together. The cubics are
+a linear image of the functions at equally spaced places, through which autograd carries the gradients to α, ω, the grid
+and the gain: one evaluation more for all modules.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from basisadapt.phi.bank import Transfer, index_tensor
+from basisadapt.phi.cubics import FEWEST, FINE, PACKED, Cells, Row, Spline, Table, kinds, reach
+from basisadapt.phi.series import Tables
+
+SIZES = tuple(FINE * FEWEST // 2 * number << k for k in range(12) for number in (2, 3))  # cells beside zero
+AT_ONCE = 1 << 22  # cells
+Kind = type[Table | Spline]
+
+
+def fit(
+    transfer: Transfer, radius: Tensor, tolerances: Sequence[float], most: Sequence[int], least: Sequence[int]
+) -> list[tuple[Kind, int] | None]:
+    """The kind and size of the first table of each of M functions that is accurate, as `cubics.fit` finds one; the host
+    waits for what it learns."""
+    found: list[tuple[Kind, int] | None] = [None] * len(radius)
+    far = reach(transfer, radius).tolist()
+    for kind in kinds(transfer.basis):
+        waiting: dict[int, list[int]] = {}
+        for index, has in enumerate(found):
+            if has is None and math.isfinite(far[index]):
+                cells = max(kind.fewest(transfer.basis, tolerances[index], far[index]), least[index])
+                waiting.setdefault(bisect.bisect_left(SIZES, cells), []).append(index)
+        while waiting and (size := min(waiting)) < len(SIZES):
+            half = SIZES[size]
+            for some in _some([index for index in waiting.pop(size) if 2 * half <= most[index]], half):
+                of_some, asked = pick(transfer, some), radius.new_tensor([tolerances[index] for index in some])
+                cells = Cells.of(of_some, radius[index_tensor(some, radius.device)], half)
+                for index, is_close in zip(some, kind.close(of_some, cells, asked).tolist(), strict=True):
+                    if is_close:
+                        found[index] = (kind, half)
+                    else:
+                        waiting.setdefault(size + 1, []).append(index)
+    return found
+
+
+def rows(
+    tables: Tables, parameters: tuple[Tensor, ...], radius: Tensor, fitted: dict[int, tuple[Kind, int, torch.dtype]]
+) -> dict[int, Row]:
+    """The tables of these modules, of those of `tables`, by their numbers; radius: (M,). Nothing waits for a GPU."""
+    groups: dict[tuple[Kind, int, torch.dtype], list[int]] = {}
+    for index, key in fitted.items():
+        groups.setdefault(key, []).append(index)
+    made: dict[int, Row] = {}
+    with torch.no_grad():
+        all_of_them = tables(*(p.double() for p in parameters))
+    for (kind, half, dtype), members in groups.items():
+        for some in _some(members, half):
+            with torch.no_grad():
+                transfer, ends = pick(all_of_them, some), radius[index_tensor(some, radius.device)]
+                cells, path = Cells.of(transfer, ends, half), transfer.scaling if transfer.path else 0.0
+                beside = (1 / ends, ends / cells.step, path * ends, 1 / cells.step, torch.full_like(ends, path))
+                packed = functional.pad(torch.stack(beside, 1), (0, PACKED - len(beside))).to(dtype)
+            cubics = _Cubics.apply(tables, some, kind, cells, dtype, *parameters)  # type: ignore[no-untyped-call]
+            for index, row, numbers in zip(some, cubics.unbind(), packed.unbind(), strict=True):
+                made[index] = Row(row, half, numbers, path)
+    return made
+
+
+def _some(members: Sequence[int], half: int) -> Iterator[tuple[int, ...]]:
+    """As many at a time as memory is meant for."""
+    step = max(1, AT_ONCE // (2 * half))
+    for start in range(0, len(members), step):
+        yield tuple(members[start : start + step])
+
+
+def pick(transfer: Transfer, modules: tuple[int, ...]) -> Transfer:
+    """The functions of these modules."""
+    if modules == tuple(range(len(transfer.gain))):
+        return transfer
+    index = index_tensor(modules, transfer.gain.device)
+    return transfer.with_parameters(*(p[index] for p in transfer.parameters))
+
+
+class _Cubics(torch.autograd.Function):
+    """p_0 .. p_3 of every cell of some modules, (m, cells, 4). The backward makes them again: it can run many times."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, tables: Tables, modules: tuple[int, ...], kind: Kind, cells: Cells, dtype: torch.dtype,
+        *parameters: Tensor,
+    ) -> Tensor:  # fmt: skip
+        ctx.inputs = tables, modules, kind, cells, [p.detach().double().clone() for p in parameters]
+        ctx.dtypes = [p.dtype for p in parameters]
+        return kind.cubics(pick(tables(*ctx.inputs[-1]), modules), cells).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        tables, modules, kind, cells, values = ctx.inputs
+        with torch.enable_grad():
+            leaves = [v.detach().requires_grad_(need) for v, need in zip(values, ctx.needs_input_grad[5:], strict=True)]
+            cubics = kind.cubics(pick(tables(*leaves), modules), cells)
+            trained = [leaf for leaf in leaves if leaf.requires_grad]
+            found = iter(torch.autograd.grad(cubics, trained, upstream[0].double(), allow_unused=True))
+        grads = [next(found) if leaf.requires_grad else None for leaf in leaves]
+        return None, None, None, None, None, *(
+            g if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True)
+        )
