@@ -15,7 +15,10 @@ import peft
 
 import basisadapt
 
-NEEDS = {"kernels_triton": "triton"}  # modules that cannot be imported everywhere, and so have no page there
+NEEDS = {
+    "kernels_triton": "triton",
+    "cells_triton": "triton",
+}  # modules that cannot be imported everywhere, and so have no page there
 
 for name in basisadapt.__all__:  # they are loaded when first used; pdoc only looks
     setattr(basisadapt, name, getattr(basisadapt, name))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from basisadapt.phi import series, together
 from basisadapt.phi.bank import Transfer, index_tensor
-from basisadapt.phi.cubics import FINE, Row, fit, reach
+from basisadapt.phi.cubics import FINE, Made, Row, fit, reach
 from basisadapt.phi.evaluators import Direct, Evaluator, Series, Split
 from basisadapt.phi.extent import (
     MEASURED_ROUNDING,
@@ -109,7 +109,7 @@ class Fitted:
     half: cells on either side of zero. reach: ω g R then. price: see TERM.
     """
 
-    kind: together.Kind | None
+    kind: type[Made] | None
     half: int
     reach: float
     price: float
@@ -138,7 +138,8 @@ class Fitted:
         most = [_most(work, index) for index in indices]
         least = [_least(before.get(index), reached) for index, reached in zip(indices, far, strict=True)]
         found = together.fit(transfer, radius, tolerances, most, least)
-        return [cls(*(table or (None, 0)), reached, 0.0) for table, reached in zip(found, far, strict=True)]
+        sizes = [table or (None, 0) for table in found]
+        return [cls(kind, half, reached, 0.0) for (kind, half), reached in zip(sizes, far, strict=True)]
 
 
 def _most(work: Work, index: int) -> int:

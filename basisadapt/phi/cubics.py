@@ -142,6 +142,18 @@ class Made(Cubics):
 
     @staticmethod
     @abstractmethod
+    def fit(
+        transfer: Transfer, radius: Tensor, tolerance: float, dtype: torch.dtype, most: int, least: int
+    ) -> Made | None:
+        """The first that is accurate, from `least` cells on either side of zero on; None beyond `most` cells."""
+
+    @staticmethod
+    @abstractmethod
+    def fewest(basis: TransferBasis, tolerance: float, far: float) -> float:
+        """Cells on either side of zero that one function alone takes, at this `reach`: where to begin."""
+
+    @staticmethod
+    @abstractmethod
     def cubics(transfer: Transfer, cells: Cells) -> Tensor:
         """p_0 .. p_3 of every cell, (cells, 4), or (cells, k, 4) of k functions side by side; differentiable in the
         parameters. Of M functions at once all shapes begin with M."""
@@ -173,7 +185,7 @@ class Row(Cubics):
     """One module's of those that were made at once, see `together`; its gradients are to the cubics themselves."""
 
     def __init__(self, cubics: Tensor, half: int, packed: Tensor, path: float) -> None:
-        """cubics: (cells, 4), with gradients. packed: (PACKED,), in their dtype, what a kernel needs beside them: 1 / R,
+        """cubics: (cells, 4), with gradients. packed: (PACKED,), in their dtype, what kernels need beside them: 1 / R,
         R / step, path · R, 1 / step and the path."""
         super().__init__(cubics.detach(), half, packed[3], packed[1], path)
         self.parameters, self.packed = (cubics,), packed
@@ -191,7 +203,7 @@ class Table(Made):
     def fit(
         transfer: Transfer, radius: Tensor, tolerance: float, dtype: torch.dtype, most: int, least: int
     ) -> Table | None:
-        """The first table that is accurate, from `least` cells on either side of zero on; None beyond `most` cells."""
+        """See `Made`."""
         widths = float(reach(transfer, radius)) / max(width(type(transfer.basis)), 1e-300)
         spacing = _spacing(type(transfer.basis), tolerance)
         while (half := FINE * max(FEWEST, math.ceil(min(widths / spacing, most)))) <= most // 2:
@@ -202,7 +214,7 @@ class Table(Made):
 
     @staticmethod
     def fewest(basis: TransferBasis, tolerance: float, far: float) -> float:
-        """Cells on either side of zero that one function alone takes, at this `reach`: where to begin."""
+        """See `Made`."""
         return FINE * far / max(width(type(basis)), 1e-300) / _spacing(type(basis), tolerance)
 
     @property
@@ -238,7 +250,7 @@ class Table(Made):
         phi = sums(transfer.basis, _places(transfer, cells), *transfer.parameters[:3])
         at = transfer.grid.dim() - 1  # the dimension of places
         made = _of_phi(transfer, phi).unfold(at, NEIGHBOURS, 1) @ _lagrange(cells.step.device)
-        made = made.unflatten(-1, (FINE, 4))
+        made = made.reshape(*made.shape[:-1], FINE, 4)
         return (made.transpose(at + 1, at + 2) if made.dim() == at + 4 else made).flatten(at, at + 1)
 
 
@@ -257,7 +269,7 @@ class Spline(Made):
     def fit(
         transfer: Transfer, radius: Tensor, tolerance: float, dtype: torch.dtype, most: int, least: int
     ) -> Spline | None:
-        """As of a table."""
+        """See `Made`."""
         half = max(FEWEST_CELLS, least, math.ceil(min(IN_A_UNIT * float(reach(transfer, radius)), most)))
         most = min(most, MOST_RESTARTED * RESTART // (len(transfer.grid) * len(transfer.basis.jumps)))
         while 2 * half <= most:
@@ -269,7 +281,7 @@ class Spline(Made):
 
     @staticmethod
     def fewest(basis: TransferBasis, tolerance: float, far: float) -> float:
-        """As of a table."""
+        """See `Made`."""
         return IN_A_UNIT * far
 
     @property
@@ -312,11 +324,19 @@ def _knots(transfer: Transfer, cells: Cells) -> tuple[Tensor, Tensor]:
     """In cells from the first on, where the knots of all functions lie and how the third derivative of φ jumps there:
     (5N,) and (5N, k), k = 1 of one function."""
     unit = (transfer.gain * cells.step).unsqueeze(-1)
-    knots, jumps = (transfer.grid.new_tensor(list(part)) for part in zip(*transfer.basis.jumps.items(), strict=True))
+    knots, jumps = _jumps(type(transfer.basis), unit.device)
     place = (transfer.grid.unsqueeze(-1) + knots / transfer.omega.unsqueeze(-1)) / unit.unsqueeze(-1) + cells.half
     cubed = (transfer.omega * unit) ** 3
     jump = torch.einsum("...nk,...n,j->...njk", transfer.alpha.reshape(*cubed.shape, -1), cubed, jumps)
     return place.flatten(-2), jump.flatten(-3, -2)
+
+
+@functools.cache
+def _jumps(basis: type[TransferBasis], device: torch.device) -> tuple[Tensor, Tensor]:
+    """A spline's knots and jumps on the device, sent there once: into a CUDA graph nothing can be sent."""
+    with torch.inference_mode(False):
+        knots, jumps = torch.tensor(list(basis.jumps.items()), dtype=torch.float64, device=device).unbind(1)
+    return knots, jumps
 
 
 def _added_up(cell: Tensor, values: Tensor, count: int) -> Tensor:
@@ -336,7 +356,7 @@ def _states(transfer: Transfer, cells: Cells) -> tuple[Tensor, Tensor]:
     ends, knots = 2 * cells.half + 2, len(transfer.basis.jumps)
     blocks = -(-ends // RESTART)
     start = RESTART * torch.arange(blocks, dtype=place.dtype, device=place.device).unsqueeze(1)
-    covering = start <= place.detach().unflatten(-1, (-1, knots))[..., -1].unsqueeze(-2)
+    covering = start <= place.detach()[..., knots - 1 :: knots].unsqueeze(-2)
     behind = functional.relu(start - place.unsqueeze(-2)) * covering.repeat_interleave(knots, -1)
     powers = [(behind > 0).to(place.dtype), behind, behind**2 / 2, behind**3 / 6]
     # A knot counts from the end of its cell on; where a block starts, it is among the sums begun anew.
@@ -346,7 +366,8 @@ def _states(transfer: Transfer, cells: Cells) -> tuple[Tensor, Tensor]:
     end = end.clamp(0, ends - 1).long()
     states: list[Tensor] = []
     for power, factor in zip(powers, (torch.ones_like(before), before, before**2 / 2, before**3 / 6), strict=True):
-        added = _added_up(end, counted_jump * factor.unsqueeze(-1), blocks * RESTART).unflatten(-2, (blocks, RESTART))
+        added = _added_up(end, counted_jump * factor.unsqueeze(-1), blocks * RESTART)
+        added = added.reshape(*place.shape[:-1], blocks, RESTART, -1)
         added = torch.cat([(power @ jump).unsqueeze(-2), added[..., 1:, :]], -2)
         # What the derivatives of the end before add on the way to the next: Taylor's polynomial.
         for order, state in enumerate(reversed(states), start=1):
@@ -356,16 +377,14 @@ def _states(transfer: Transfer, cells: Cells) -> tuple[Tensor, Tensor]:
     return phi, slope
 
 
-def fit(
-    transfer: Transfer, radius: Tensor, tolerance: float, dtype: torch.dtype, most: int, least: int
-) -> Spline | Table | None:
+def fit(transfer: Transfer, radius: Tensor, tolerance: float, dtype: torch.dtype, most: int, least: int) -> Made | None:
     """The first table that is accurate to `tolerance`, see `Cubics.accurate`, from `least` cells on either side of zero
     on; None where there is none of at most `most` cells."""
     tables = (kind.fit(transfer, radius, tolerance, dtype, most, least) for kind in kinds(transfer.basis))
     return next(filter(None, tables), None)
 
 
-def kinds(basis: TransferBasis) -> list[type[Spline | Table]]:
+def kinds(basis: TransferBasis) -> list[type[Made]]:
     """Which tables may serve a basis, the better first."""
     return [Spline, Table] if basis.jumps and basis.argument == "shifted" else [Table]
 

@@ -1,4 +1,5 @@
-"""W + F(BA) and its pullback: in pieces that fit a cache, on any device; on a GPU by fused kernels (kernels_triton, kernels_cells).
+"""W + F(BA) and its pullback: in pieces that fit a cache, on any device; on a GPU by fused kernels (kernels_triton and,
+of tables, cells_triton).
 
 Nothing larger than one weight matrix is ever held.
 """
@@ -41,9 +42,9 @@ def _fused(evaluator: Evaluator, A: Tensor, backend: str) -> ModuleType | None:
     """The kernels that evaluate it, if there are any."""
     if backend != "triton" or A.dtype != torch.float32 or not isinstance(evaluator, Series | Row):
         return None
-    from basisadapt.phi import kernels_cells, kernels_triton
+    from basisadapt.phi import cells_triton, kernels_triton
 
-    return kernels_triton if isinstance(evaluator, Series) else kernels_cells
+    return kernels_triton if isinstance(evaluator, Series) else cells_triton
 
 
 def effective_weight(

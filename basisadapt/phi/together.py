@@ -18,27 +18,26 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from basisadapt.phi.bank import Transfer, index_tensor
-from basisadapt.phi.cubics import FEWEST, FINE, PACKED, Cells, Row, Spline, Table, kinds, reach
+from basisadapt.phi.cubics import FEWEST, FINE, PACKED, Cells, Made, Row, kinds, reach
 from basisadapt.phi.series import Tables
 
 SIZES = tuple(FINE * FEWEST // 2 * number << k for k in range(12) for number in (2, 3))  # cells beside zero
 AT_ONCE = 1 << 22  # cells
-Kind = type[Table | Spline]
 
 
 def fit(
     transfer: Transfer, radius: Tensor, tolerances: Sequence[float], most: Sequence[int], least: Sequence[int]
-) -> list[tuple[Kind, int] | None]:
+) -> list[tuple[type[Made], int] | None]:
     """The kind and size of the first table of each of M functions that is accurate, as `cubics.fit` finds one; the host
     waits for what it learns."""
-    found: list[tuple[Kind, int] | None] = [None] * len(radius)
+    found: list[tuple[type[Made], int] | None] = [None] * len(radius)
     far = reach(transfer, radius).tolist()
     for kind in kinds(transfer.basis):
         waiting: dict[int, list[int]] = {}
         for index, has in enumerate(found):
             if has is None and math.isfinite(far[index]):
-                cells = max(kind.fewest(transfer.basis, tolerances[index], far[index]), least[index])
-                waiting.setdefault(bisect.bisect_left(SIZES, cells), []).append(index)
+                first = max(kind.fewest(transfer.basis, tolerances[index], far[index]), least[index])
+                waiting.setdefault(bisect.bisect_left(SIZES, first), []).append(index)
         while waiting and (size := min(waiting)) < len(SIZES):
             half = SIZES[size]
             for some in _some([index for index in waiting.pop(size) if 2 * half <= most[index]], half):
@@ -53,10 +52,13 @@ def fit(
 
 
 def rows(
-    tables: Tables, parameters: tuple[Tensor, ...], radius: Tensor, fitted: dict[int, tuple[Kind, int, torch.dtype]]
+    tables: Tables,
+    parameters: tuple[Tensor, ...],
+    radius: Tensor,
+    fitted: dict[int, tuple[type[Made], int, torch.dtype]],
 ) -> dict[int, Row]:
     """The tables of these modules, of those of `tables`, by their numbers; radius: (M,). Nothing waits for a GPU."""
-    groups: dict[tuple[Kind, int, torch.dtype], list[int]] = {}
+    groups: dict[tuple[type[Made], int, torch.dtype], list[int]] = {}
     for index, key in fitted.items():
         groups.setdefault(key, []).append(index)
     made: dict[int, Row] = {}
@@ -95,7 +97,7 @@ class _Cubics(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, tables: Tables, modules: tuple[int, ...], kind: Kind, cells: Cells, dtype: torch.dtype,
+        ctx: Any, tables: Tables, modules: tuple[int, ...], kind: type[Made], cells: Cells, dtype: torch.dtype,
         *parameters: Tensor,
     ) -> Tensor:  # fmt: skip
         ctx.inputs = tables, modules, kind, cells, [p.detach().double().clone() for p in parameters]
@@ -112,6 +114,11 @@ class _Cubics(torch.autograd.Function):
             trained = [leaf for leaf in leaves if leaf.requires_grad]
             found = iter(torch.autograd.grad(cubics, trained, upstream[0].double(), allow_unused=True))
         grads = [next(found) if leaf.requires_grad else None for leaf in leaves]
-        return None, None, None, None, None, *(
-            g if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True)
+        return (
+            None,
+            None,
+            None,
+            None,
+            None,
+            *(g if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True)),
         )

@@ -61,7 +61,7 @@ def _form(
     a = _halves(_columns_of(A, cols, n, r, 0, BR), PRECISION)
     b = _halves(_rows_of(B, rows, m, r, 0, BR) * scale, PRECISION)
     t = _factor_product(A, B, a, b, rows, cols, m, n, r, scale, BR, ONE_BLOCK, PRECISION)
-    cell, s, p0, p1, p2, p3 = _gather(PAIRS, t * tl.load(PACKED + 1), half)
+    _, s, p0, p1, p2, p3 = _gather(PAIRS, t * tl.load(PACKED + 1), half)
     value = ((p3 * s + p2) * s + p1) * s + p0 + t * tl.load(PACKED + 2)  # t: NaN stays NaN
     if HAS_WEIGHT:
         place = W + row * stride_m + cols[None, :].to(tl.int64) * stride_n
@@ -69,7 +69,7 @@ def _form(
     tl.store(OUT + row * n + cols[None, :], value.to(OUT.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "copies"])
 def _pull(
     G, A, B, PAIRS, PACKED, LARGEST, SUMS, half, m, n, r, size, copies, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     BR: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
@@ -84,7 +84,7 @@ def _pull(
     a = _halves(_columns_of(A, cols, n, r, 0, BR), PRECISION)
     b = _halves(_rows_of(B, rows, m, r, 0, BR) * scale, PRECISION)
     t = _factor_product(A, B, a, b, rows, cols, m, n, r, scale, BR, ONE_BLOCK, PRECISION)
-    cell, s, p0, p1, p2, p3 = _gather(PAIRS, t * tl.load(PACKED + 1), half)
+    cell, s, _, p1, p2, p3 = _gather(PAIRS, t * tl.load(PACKED + 1), half)
     slope = ((3.0 * p3 * s + 2.0 * p2) * s + p1) * tl.load(PACKED + 3) + tl.load(PACKED + 4)
     pulled = gradient * tl.where(t == t, slope, float("nan"))
     tl.store(place, pulled.to(G.dtype.element_ty), mask=inside)
@@ -103,7 +103,7 @@ def _pull(
 def _plan(m: int, n: int, r: int, device: torch.device, tiling: Tiling) -> tuple[Any, ...]:
     """A kernel's grid, and its constants from ROWS on.
 
-    Places are products nearly as float32 knows them, whatever the weights' dtype: many cells to R, they would show less.
+    BA is known nearly as in float32, whatever the weights' dtype: among so many cells less would show.
     """
     block, one_block, precision = kernels_triton.product_constants(r, torch.float32, device)
     grid = triton.cdiv(n, tiling.columns), triton.cdiv(m, tiling.rows), 1
