@@ -43,6 +43,7 @@ class Layers(nn.Module):
             self.layers.append(layer)
 
     def forward(self, inputs: dict[int, torch.Tensor]) -> list[torch.Tensor]:
+        """Every layer's output; inputs by their width."""
         return [layer(inputs[layer.in_features]) for layer in self.layers]
 
 
@@ -75,9 +76,11 @@ class Step:
 
     @property
     def adapted(self) -> list[PhiLinear]:
+        """The layers."""
         return [module for module in self.model.modules() if isinstance(module, PhiLinear)]
 
     def __call__(self) -> None:
+        """Forward, backward and AdamW."""
         torch.autograd.backward(self.model(self.inputs), self.upstream)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -85,6 +88,7 @@ class Step:
             x.grad = None
 
     def seconds(self) -> float:
+        """The time of a step, by the host's clock."""
         torch.cuda.synchronize()
         start = time.perf_counter()
         self()
@@ -103,6 +107,7 @@ class Step:
 
     @torch.no_grad()
     def evaluator_and_error(self) -> tuple[str, float]:
+        """What evaluates the first layer, and how far some rows of its ΔW are off."""
         layer = self.adapted[0]
         A, B = layer.phi_A["default"].double(), layer.phi_B["default"][:ROWS].double()
         truth = layer.phi_source["default"].transfer(layer.name).double()(B @ A)
@@ -111,6 +116,7 @@ class Step:
 
 
 def name_of(evaluator: Evaluator | Split) -> str:
+    """An evaluator in short."""
     if isinstance(evaluator, Split):
         return f"{name_of(evaluator.main)} and rows apart"
     if isinstance(evaluator, Series):
@@ -119,6 +125,7 @@ def name_of(evaluator: Evaluator | Split) -> str:
 
 
 def measured(weights: list[torch.Tensor], profile: bool, **settings: object) -> tuple[float, str]:
+    """The mean time of a step, and what stands in brackets."""
     torch.cuda.empty_cache()
     step = Step(weights, **settings)
     torch.cuda.reset_peak_memory_stats()

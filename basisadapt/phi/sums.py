@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from basisadapt.phi.basis import ARGUMENTS, TransferBasis
 
 AT_ONCE = {"cpu": 1 << 15}  # function values held at once: what a core's cache holds
-AT_ONCE_ELSEWHERE = 1 << 22
+AT_ONCE_ELSEWHERE = 1 << 24
 
 
 @dataclass(frozen=True)
