@@ -26,7 +26,7 @@ _factor_product = kernels_triton._factor_product
 FIXED_POINT = tl.constexpr(float(cubics.FIXED_POINT))  # units of the largest gradient
 TINY = tl.constexpr(1e-27)  # below which a gradient is zero: its unit is a number of float32 still
 CELLS = 1 << 15  # for which sums are kept, of one table or of its copies
-FORM, PULL = Tiling(16, 128, 4), Tiling(16, 64, 4)
+FORM, PULL, COLLECT = Tiling(16, 128, 4), Tiling(16, 64, 4), Tiling(1, 1024, 4)
 
 
 @triton.jit
@@ -42,8 +42,9 @@ def _gather(PAIRS, place, half):
     near = tl.where(tl.abs(place) <= most, place, tl.where(place > 0, most, -most))
     start = tl.floor(near)
     cell = start.to(tl.int32) + half
-    p0, p1 = _two(tl.load(PAIRS + 2 * cell))
-    p2, p3 = _two(tl.load(PAIRS + 2 * cell + 1))
+    first, second = tl.split(tl.load(PAIRS + (2 * cell)[:, :, None] + tl.arange(0, 2)[None, None, :]))
+    p0, p1 = _two(first)
+    p2, p3 = _two(second)
     return cell, near - start, p0, p1, p2, p3
 
 
@@ -99,6 +100,17 @@ def _pull(
     tl.atomic_add(target, whole, mask=inside[:, :, None] & (whole != 0), sem="relaxed")
 
 
+@triton.jit(do_not_specialize=["size"])
+def _collect(SUMS, LARGEST, GRADIENT, size, COPIES: tl.constexpr, BLOCK: tl.constexpr):
+    """Adds up the copies of the sums, and takes them out of their unit."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.int64)
+    for copy in range(COPIES):
+        total += tl.load(SUMS + copy * size + place, mask=place < size, other=0)
+    unit = tl.maximum(tl.load(LARGEST).to(tl.float32), TINY) / FIXED_POINT
+    tl.store(GRADIENT + place, total.to(tl.float32) * unit, mask=place < size)
+
+
 @functools.cache
 def _plan(m: int, n: int, r: int, device: torch.device, tiling: Tiling) -> tuple[Any, ...]:
     """A kernel's grid, and its constants from ROWS on.
@@ -108,6 +120,11 @@ def _plan(m: int, n: int, r: int, device: torch.device, tiling: Tiling) -> tuple
     block, one_block, precision = kernels_triton.product_constants(r, torch.float32, device)
     grid = triton.cdiv(n, tiling.columns), triton.cdiv(m, tiling.rows), 1
     return grid, (tiling.rows, tiling.columns, block, one_block, precision)
+
+
+def _copies(cells: int) -> int:
+    """In how many copies the sums are kept: a power of two."""
+    return 1 << (max(1, CELLS // cells).bit_length() - 1)
 
 
 def _pairs(table: Row) -> Tensor:
@@ -134,13 +151,17 @@ def pull_back(dense: Tensor, A: Tensor, B: Tensor, table: Row) -> tuple[Tensor, 
     A, B, dense = A.contiguous(), B.contiguous(), dense.contiguous()
     (r, n), m = A.shape, B.shape[0]
     grid, constants = _plan(m, n, r, A.device, PULL)
-    copies = max(1, CELLS // table.cells)
+    size, copies = 4 * table.cells, _copies(table.cells)
     largest = torch.linalg.vector_norm(dense, torch.inf)
-    sums = torch.zeros(copies, table.cells, 4, dtype=torch.int64, device=A.device)
+    sums = torch.zeros(copies * size, dtype=torch.int64, device=A.device)
+    of_cubics = torch.empty_like(table.parameters[0])
     kernels_triton.launch(
         _pull, grid, PULL, (dense, A, B, _pairs(table), table.packed, largest, sums), table.half, m, n, r,
-        4 * table.cells, copies, *constants,
+        size, copies, *constants,
     )  # fmt: skip
-    of_cubics = sums.sum(0) * (largest.float().clamp_min(TINY.value) / cubics.FIXED_POINT)
+    kernels_triton.launch(
+        _collect, (triton.cdiv(size, COLLECT.columns), 1, 1), COLLECT, (sums, largest, of_cubics), size, copies,
+        COLLECT.columns,
+    )  # fmt: skip
     product = kernels_triton.product_in_float32
     return product(B.T, dense), product(dense, A.T), (of_cubics,)

@@ -65,17 +65,22 @@ def largest(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """max |BA| of every pair, shape (K,), float64; on a GPU equal shapes go through together."""
     if pairs[0][0].device.type == "cpu":
         return torch.stack([_largest(A, B, MEASURED_AT_ONCE) for A, B in pairs])
+    return _at_once(pairs, MEASURED_AT_ONCE_ELSEWHERE)
+
+
+def _at_once(pairs: Sequence[tuple[Tensor, Tensor]], entries: int) -> Tensor:
+    """The same, some entries of BA at a time."""
     groups: dict[tuple[object, ...], list[int]] = {}
     for index, (A, B) in enumerate(pairs):
         groups.setdefault((A.shape, B.shape, A.dtype), []).append(index)
     found = torch.empty(len(pairs), dtype=torch.float64, device=pairs[0][0].device)
     for members in groups.values():
         A, B = pairs[members[0]]
-        step = max(1, MEASURED_AT_ONCE_ELSEWHERE // (len(B) * A.shape[1]))
+        step = max(1, entries // (len(B) * A.shape[1]))
         for start in range(0, len(members), step):
             some = tuple(members[start : start + step])
             left, right = (torch.stack([pairs[i][side] for i in some]) for side in (1, 0))
-            found[index_tensor(some, found.device)] = _largest(right, left, MEASURED_AT_ONCE_ELSEWHERE // len(some))
+            found[index_tensor(some, found.device)] = _largest(right, left, entries // len(some))
     return found
 
 

@@ -2,7 +2,7 @@
 
 A table's size is one of SIZES, and modules whose tables have one size, and are of one kind, go together. The cubics are
 a linear image of the functions at equally spaced places, through which autograd carries the gradients to α, ω, the grid
-and the gain: one evaluation more for all modules.
+and the gain, for all modules at once.
 """
 
 from __future__ import annotations
@@ -93,27 +93,31 @@ def pick(transfer: Transfer, modules: tuple[int, ...]) -> Transfer:
 
 
 class _Cubics(torch.autograd.Function):
-    """p_0 .. p_3 of every cell of some modules, (m, cells, 4). The backward makes them again: it can run many times."""
+    """p_0 .. p_3 of every cell of some modules, (m, cells, 4).
+
+    What was evaluated is kept for the backward, which can run many times: with gradient accumulation one table serves
+    several.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, tables: Tables, modules: tuple[int, ...], kind: type[Made], cells: Cells, dtype: torch.dtype,
         *parameters: Tensor,
     ) -> Tensor:  # fmt: skip
-        ctx.inputs = tables, modules, kind, cells, [p.detach().double().clone() for p in parameters]
-        ctx.dtypes = [p.dtype for p in parameters]
-        return kind.cubics(pick(tables(*ctx.inputs[-1]), modules), cells).to(dtype)
+        wanted = ctx.needs_input_grad[5:]
+        # Copies, not saved tensors, which the first backward pass would free.
+        leaves = [p.detach().double().clone().requires_grad_(w) for p, w in zip(parameters, wanted, strict=True)]
+        with torch.set_grad_enabled(any(wanted)):
+            cubics = kind.cubics(pick(tables(*leaves), modules), cells).to(dtype)
+        ctx.cubics, ctx.leaves, ctx.dtypes = cubics, leaves, [p.dtype for p in parameters]
+        return cubics.detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        tables, modules, kind, cells, values = ctx.inputs
-        with torch.enable_grad():
-            leaves = [v.detach().requires_grad_(need) for v, need in zip(values, ctx.needs_input_grad[5:], strict=True)]
-            cubics = kind.cubics(pick(tables(*leaves), modules), cells)
-            trained = [leaf for leaf in leaves if leaf.requires_grad]
-            found = iter(torch.autograd.grad(cubics, trained, upstream[0].double(), allow_unused=True))
-        grads = [next(found) if leaf.requires_grad else None for leaf in leaves]
+        trained = [leaf for leaf in ctx.leaves if leaf.requires_grad]
+        found = iter(torch.autograd.grad(ctx.cubics, trained, upstream[0], retain_graph=True, allow_unused=True))
+        grads = [next(found) if leaf.requires_grad else None for leaf in ctx.leaves]
         return (
             None,
             None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from basisadapt.phi import choice, together
+from basisadapt.phi import choice, extent, together
 from basisadapt.phi.choice import Choice, Fitted, Work
 from basisadapt.phi.cubics import Cells, Row, Spline, Table
 from basisadapt.phi.evaluators import Direct, Series
@@ -109,6 +109,29 @@ def test_memory_for_few_cells_makes_some_modules_at_a_time(monkeypatch):
         found.append([*(rows[i].parameters[0] for i in range(3)), *torch.autograd.grad(total, parameters)])
     for again in found[1:]:
         torch.testing.assert_close(again, found[0], rtol=1e-11, atol=1e-9)
+
+
+def test_one_table_serves_several_backward_passes():
+    """Of what it was made of: that its parameters have moved since, without a new version, changes nothing."""
+    of_all, parameters = stacked(*three("sinc"))
+    row = together.rows(of_all, parameters, RADII, {1: (Table, 192, torch.float32)})[1].parameters[0]
+    upstream = torch.randn(row.shape, generator=torch.Generator().manual_seed(0))
+    first = torch.autograd.grad(row, parameters, upstream, retain_graph=True)
+    for parameter in parameters:
+        parameter.data.mul_(1.5)
+    again = torch.autograd.grad(row, parameters, upstream)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert first[0].any()
+
+
+def test_the_largest_entries_of_many_pairs_are_those_of_each():
+    shapes = [(30, 20, 3), (20, 30, 3), (30, 20, 3), (1, 7, 1), (30, 20, 3), (30, 20, 5)]
+    pairs = [factors(*shape, radius) for shape, radius in zip(shapes, (1.0, 2.0, 0.1, 3.0, 5.0, 7.0), strict=True)]
+    pairs.append((torch.full((2, 4), float("nan")), torch.ones(3, 2)))
+    expected = torch.tensor([(B.double() @ A.double()).abs().max() for A, B in pairs])
+    torch.testing.assert_close(extent.largest(pairs), expected, rtol=1e-5, atol=0, equal_nan=True)
+    for entries in (1 << 20, 1300, 40):
+        torch.testing.assert_close(extent._at_once(pairs, entries), expected, rtol=1e-5, atol=0, equal_nan=True)
 
 
 @pytest.fixture
