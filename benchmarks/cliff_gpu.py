@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from basisadapt.adapter import PhiConfig, PhiLinear
-from basisadapt.environment import environment
+from basisadapt.core.environment import environment
 from basisadapt.phi.choice import VERIFY_EVERY
 from basisadapt.phi.evaluators import Direct, Evaluator, Series, Split
 
