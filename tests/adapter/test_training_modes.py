@@ -220,9 +220,10 @@ def test_four_bit_weights(bert, tokens):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_cuda_graph(bert, tokens):
+@pytest.mark.parametrize("settings", [{}, {"basis": "bspline", "omega_init": 3.0}], ids=["series", "table"])
+def test_cuda_graph(bert, tokens, settings):
     """A captured step trains as an eager one does, the degrees of its series with it."""
-    models = [adapted(bert).cuda() for _ in range(2)]
+    models = [adapted(bert, **settings).cuda() for _ in range(2)]
     optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.05) for m in models]
     inputs = {"input_ids": tokens.cuda(), "attention_mask": torch.ones_like(tokens).cuda(), "labels": LABELS.cuda()}
 
