@@ -65,7 +65,8 @@ def test_values_and_gradients_are_those_of_the_direct_sum(basis, omega, shape):
     direct = Direct(transfer)
     exact, slope, truth = direct.pullback(z, upstream.double().cpu(), z)
     on_range = torch.linspace(-1.5, 1.5, 1001, dtype=torch.float64).requires_grad_()
-    (steep,) = torch.autograd.grad(transfer(on_range).sum(), on_range)
+    (steep,) = torch.autograd.grad(transfer(on_range).sum(), on_range, create_graph=True)
+    (curved,) = torch.autograd.grad(steep.sum(), on_range)
     size = exact.abs().max() + 1.5 * steep.abs().max()  # and what rounding BA does to F
     torch.full((4 * m * n,), float("nan"), device=DEVICE)  # what is not written is seen
     for base in (None, weight, weight.T.contiguous().T):
@@ -74,8 +75,10 @@ def test_values_and_gradients_are_those_of_the_direct_sum(basis, omega, shape):
         assert (formed.double().cpu() - expected).abs().max() <= 3e-6 * (size + expected.abs().max())
     effective, grad_a, grad_b, (of_cubics,) = pull_back(upstream.clone(), weight, A, B, row, "triton")
     torch.testing.assert_close(effective, effective_weight(weight, A, B, row, torch.float32, "triton"), rtol=0, atol=0)
-    for found, expected in ((grad_a, B.double().cpu().T @ slope), (grad_b, slope @ A.double().cpu().T)):
-        assert (found.double().cpu() - expected).norm() <= 2e-5 * expected.norm()
+    rounded = 1e-6 * 1.5 * curved.abs().max() * upstream.abs().max().cpu()  # of F', by what rounding BA does to it
+    for found, factor, expected in ((grad_a, B, B.double().cpu().T @ slope), (grad_b, A, slope @ A.double().cpu().T)):
+        bound = 2e-5 * expected.norm() + rounded * factor.norm().cpu()
+        assert (found.double().cpu() - expected).norm() <= bound
     grads = torch.autograd.grad(row.parameters, parameters, of_cubics)
     for found, expected in zip(grads, truth, strict=True):
         assert (found[0].cpu() - expected).abs().max() <= 3e-5 * expected.abs().max() + 1e-9
@@ -132,7 +135,7 @@ def test_beyond_its_range_a_table_is_not_a_number():
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
 @pytest.mark.parametrize(
-    ("basis", "omega"), [("sinc", 20.0), ("gaussian_rbf", 40.0), ("bspline", 8.0), ("fourier", 25.0)]
+    ("basis", "omega"), [("sinc", 20.0), ("gaussian_rbf", 40.0), ("bspline", 8.0), ("fourier", 80.0)]
 )
 def test_a_layers_gradients_by_kernels_are_those_of_torch_and_of_the_direct_sum(basis, omega):
     A, B = factors(300, 200, 8, 1.5)
@@ -151,7 +154,8 @@ def test_a_layers_gradients_by_kernels_are_those_of_torch_and_of_the_direct_sum(
 def test_a_table_holds_no_dense_numbers():
     """Beside W's size: what a table takes by torch's operations was many times as much."""
     A, B = (t.cuda() for t in factors(2048, 2048, 8, 1.5))
-    chosen = evaluator(make("sinc", 20, 20.0), A, B, "triton")
+    transfer = make("sinc", 20, 40.0)
+    chosen = evaluator(transfer.with_parameters(*(p.cuda() for p in transfer.parameters)), A, B, "triton")
     assert isinstance(chosen, Row)
     dense = torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
     torch.cuda.reset_peak_memory_stats()
