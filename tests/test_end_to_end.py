@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -68,7 +69,8 @@ def test_killed_and_resumed_the_table_is_that_of_an_undisturbed_study(tmp_path):
 
 
 def test_the_basis_of_the_readme_becomes_a_row(tmp_path):
-    example = README.read_text(encoding="utf-8").split("```python\n")[1].partition("```")[0]
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
+    (example,) = (block for block in blocks if "TransferBasis" in block)
     (tmp_path / "my_bases.py").write_text(example, encoding="utf-8")
     done = study(tmp_path, "--plugin", "my_bases.py", "--set", "sweep.basis=sinc,morlet")
     assert done.returncode == 0, done.stderr

@@ -387,8 +387,8 @@ def test_a_configuration_keeps_its_own_settings_and_checks_the_others(name):
         RunConfig.from_mapping({"method": name, "adapter": {"basis": "sink"}})
 
 
-def test_the_readmes_method_is_one_file(tokens, tmp_path):
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+def test_the_guides_method_is_one_file(tokens, tmp_path):
+    text = (Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
     (code,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "PeftMethod" in block)
     (tmp_path / "loha.py").write_text(code, encoding="utf-8")
     load_plugin(str(tmp_path / "loha.py"))

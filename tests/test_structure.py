@@ -234,9 +234,9 @@ def test_the_lowest_versions_are_those_of_pyproject():
     assert dict(line.split("==") for line in lines if not line.startswith("#")) == requirements()[0]
 
 
-def test_the_licence_of_every_direct_dependency_is_listed():
+def test_the_license_of_every_direct_dependency_is_listed():
     lowest, extras = requirements()
-    table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("\n| licence | packages |")[2]
+    table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("\n| license | packages |")[2]
     assert sorted(re.findall("`(.+?)`", table)) == sorted({*lowest, *extras})
 
 
