@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import sys
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import get_type_hints
@@ -15,15 +16,14 @@ import peft
 
 import basisadapt
 
-NEEDS = {
-    "kernels_triton": "triton",
-    "cells_triton": "triton",
-}  # modules that cannot be imported everywhere, and so have no page there
+warnings.filterwarnings("ignore", message="Cannot determine where .*BaseWeight._is_param")  # torch declares it nowhere
+# Modules that cannot be imported everywhere, and so have no page there.
+NEEDS = {"kernels_triton": "triton", "cells_triton": "triton"}
 
-for name in basisadapt.__all__:  # they are loaded when first used; pdoc only looks
-    setattr(basisadapt, name, getattr(basisadapt, name))
 modules = pkgutil.walk_packages(basisadapt.__path__, "basisadapt.")
 for package in [basisadapt, *(importlib.import_module(module.name) for module in modules if module.ispkg)]:
+    for name in getattr(package, "__all__", ()):  # some are loaded when first used; pdoc only looks
+        setattr(package, name, getattr(package, name))
     children = [module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "__main__"]
     # Modules that `__all__` does not name are private to pdoc.
     package.__all__ = [

@@ -32,12 +32,16 @@ def main(arguments: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m basisadapt.gallery",
-        description=f"Draw the functions b(u) of bases, for |u| up to {FURTHEST:g}, into a picture.",
+        description=f"Draw the functions b(u) of bases for |u| up to {FURTHEST:g}.",
     )
     parser.add_argument("file", type=Path, metavar="FILE", help=f"the picture: {', '.join(FORMATS)}")
-    parser.add_argument("bases", nargs="*", metavar="BASIS", help="a registered basis; none means all")
+    parser.add_argument("bases", nargs="*", metavar="BASIS", help="a registered basis (default: all)")
     parser.add_argument(
-        "--plugin", action="append", default=[], metavar="FILE_OR_MODULE", help="Python file or module with more bases"
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="FILE_OR_MODULE",
+        help="a Python file or module with more bases",
     )
     return parser
 

@@ -17,7 +17,7 @@ Examples:
   python -m basisadapt.launch lm_eval --model hf --model_args pretrained=MODEL,peft=ADAPTER --tasks arc_easy
   accelerate launch -m basisadapt.launch lm_eval ...      on several GPUs; torchrun: --module basisadapt.launch
 
-Where a program imports basisadapt itself, nothing of this is needed."""
+A program that imports basisadapt itself needs none of this."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m basisadapt.launch",
-        description="Run a Python module, as `python -m MODULE` does, in which peft loads our adapters.",
+        description="Run a Python module as `python -m MODULE` does, with peft able to load this package's adapters.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -51,10 +51,10 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="FILE_OR_MODULE",
-        help="Python file or module with the basis, grid or sharing policy that an adapter was trained with",
+        help="a Python file or module with the basis, grid or sharing policy that an adapter was trained with",
     )
-    parser.add_argument("module", metavar="MODULE", help="what to run, such as lm_eval")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its own arguments")
+    parser.add_argument("module", metavar="MODULE", help="the module to run, such as lm_eval")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the module's own arguments")
     return parser
 
 

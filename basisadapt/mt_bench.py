@@ -29,14 +29,18 @@ def main(arguments: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m basisadapt.mt_bench",
-        description="Have saved answers to MT-Bench judged by the judge that BASISADAPT_JUDGE_URL, _MODEL and _KEY "
-        "name, and print their scores. Judgements in BASISADAPT_JUDGE_DIR are not asked for again.",
+        description="Judge saved answers to MT-Bench with the model that BASISADAPT_JUDGE_URL, _MODEL and _KEY name, "
+        "and print the scores. Judgments that BASISADAPT_JUDGE_DIR holds are not requested again.",
     )
     parser.add_argument(
-        "answers", nargs="+", type=Path, metavar="FILE", help="answers that a run saved, or others in FastChat's format"
+        "answers",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="answers that a run saved, or other answers in FastChat's format",
     )
     parser.add_argument(
-        "--data-dir", type=Path, required=True, metavar="DIR", help="its folder instruct/ has MT-Bench's files"
+        "--data-dir", type=Path, required=True, metavar="DIR", help="folder whose instruct/ has MT-Bench's files"
     )
     return parser
 

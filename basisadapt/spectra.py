@@ -93,25 +93,25 @@ def main(arguments: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m basisadapt.spectra",
-        description="Look at the update that full fine-tuning has made, matrix by matrix: its size, how its singular "
-        "values fall, and how much of it BA of one rank captures, and phi(BA) of the same rank. Prints whether phi "
-        "helps there. Only safetensors are read.",
+        description="Examine the update that full fine-tuning made, matrix by matrix: its size, the decay of its "
+        "singular values, and how much of it BA and phi(BA) of one rank capture. The verdict says whether phi helps. "
+        "Only safetensors are read.",
     )
     parser.add_argument("base", metavar="BASE", help="the pretrained model: a folder, a hub id or a backbone's name")
     parser.add_argument("tuned", metavar="TUNED", help="the same model, fine-tuned")
-    parser.add_argument("--rank", type=int, default=4, metavar="R", help="of BA and phi(BA) (default: 4)")
+    parser.add_argument("--rank", type=int, default=4, metavar="R", help="the rank of BA and phi(BA) (default: 4)")
     parser.add_argument(
         "--modules",
         metavar="REGEX",
-        help="the modules to look at, by their full names in BASE (default: all projections of the blocks)",
+        help="the modules to examine, by their full names in BASE (default: all projections of the blocks)",
     )
     parser.add_argument(
         "--fit",
         type=int,
         default=12,
         metavar="K",
-        help="fit phi and the sine to K of them, evenly spread (default: 12); a matrix of 384 x 384 takes some ten "
-        "seconds of a core, and time grows with its entries",
+        help="fit phi and the sine to K of them, evenly spread (default: 12); a matrix of 384 x 384 takes about ten "
+        "seconds of one core, and the time grows with the number of entries",
     )
     return parser
 

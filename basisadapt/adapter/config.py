@@ -15,8 +15,8 @@ class PhiConfig(PhiSettings, CheckedConfig):
     """The configuration of a φ(BA) adapter for `peft.get_peft_model`; the formula and its settings: `PhiSettings`.
 
     `target_modules` left out is filled from `placement` when the adapter is put into a model. exclude_modules,
-    modules_to_save: as everywhere in peft; a classification head goes into modules_to_save by itself where `task_type`
-    is given. Dropout acts on the adapter's input while training; merging takes the evaluation form, without dropout, so
+    modules_to_save: as everywhere in peft; a classification head goes into modules_to_save by itself if task_type is
+    given. Dropout acts on the adapter's input while training; merging takes the evaluation form, without dropout, so
     a merged model equals the adapter in evaluation mode, not the average over dropout masks (f is not linear).
 
     Example: PhiConfig(preset="residual", r=4, basis="sinc", target_modules=["query", "value"]).

@@ -37,7 +37,8 @@ Examples:
   python -m basisadapt.study ablate_basis --search tpe --trials 30
   python -m basisadapt.study --report ablate_basis --json
 
-Exit codes: 0 done; 1 done, but a cell failed or diverged; 2 bad input; 130 interrupted: the same command goes on."""
+Exit codes: 0 done; 1 a cell failed or diverged, or the record could not be written; 2 bad input; 130 interrupted (the
+same command resumes)."""
 
 
 class Answer(NamedTuple):
@@ -88,17 +89,17 @@ def main(arguments: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m basisadapt.study",
-        description="Run what a study has not recorded yet, then print its table beside the published one\n"
+        description="Run the cells that a study has not recorded yet. Then print its table beside the published one,\n"
         "and a verdict on each of the paper's claims.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", nargs="?", metavar="NAME", help="a study of --list, or the path of a YAML file")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="a study that --list shows, or the path of a YAML file")
     parser.add_argument("--list", action="store_true", help="list the studies")
     parser.add_argument(
         "--report",
         metavar="NAME",
-        help="print a study's report from the record, that of a search with --search; runs nothing",
+        help="print a study's report from the record (with --search, the search's); runs nothing",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print the cells and their parameter counts; runs nothing"
@@ -106,67 +107,71 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--json",
         action="store_true",
-        help="print one JSON document, and nothing else on stdout: with --list, --dry-run or --report, or after a run",
+        help="print one JSON document on stdout, and nothing else: after a run, or with --list, --dry-run or --report",
     )
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="change a setting, such as adapter.r=8 or train.lr=1e-3, or an axis: sweep.basis=sinc,fourier, "
-        "tune.train.lr=1e-3,1e-2",
+        help="change a setting, such as adapter.r=8 or train.lr=1e-3; an axis, such as sweep.basis=sinc,fourier; or "
+        "the values that are tuned, such as tune.train.lr=1e-3,1e-2",
     )
-    parser.add_argument("--preset", choices=specs.PRESETS, default="quick", help="size of the runs (default: quick)")
-    parser.add_argument("--seeds", metavar="N,N,...", help="seeds, instead of the study's")
+    parser.add_argument(
+        "--preset", choices=specs.PRESETS, default="quick", help="the size of the runs (default: quick)"
+    )
+    parser.add_argument("--seeds", metavar="N,N,...", help="seeds to use instead of the study's")
     parser.add_argument(
         "--plugin",
         action="append",
         default=[],
         metavar="FILE_OR_MODULE",
-        help="Python file or module that defines bases, grids, sharing policies, placements, tasks, backbones or "
-        "methods; CONTRIBUTING.md has a recipe for each",
+        help="a Python file or module that defines bases, grids, sharing policies, placements, tasks, backbones, "
+        "methods or diagnostics; CONTRIBUTING.md has a recipe for each",
     )
     parser.add_argument(
         "--search",
         choices=SAMPLERS,
         help="search instead of running the grid: over the ranges in the study's `search`, or else over its axes and "
-        "every setting with a declared range. A trial is run on every task with every seed and its value is the mean; "
-        "the first seed drives the sampler",
+        "every setting with a declared range. Each trial runs on every task with every seed, and its value is the "
+        "mean. The first seed drives the sampler",
     )
-    parser.add_argument("--trials", type=int, metavar="T", help="trials of the search, finished ones included")
+    parser.add_argument("--trials", type=int, metavar="T", help="number of trials, finished ones included")
     parser.add_argument(
         "--at-once",
         type=int,
         metavar="K",
-        help="propose K trials together (1), so that their cells can run at once; the sampler learns of all K when all "
-        "have ended",
+        help="propose K trials together (default: 1), so that their cells can run at once; the sampler sees their "
+        "values when all K have ended",
     )
-    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where the tasks' data lie")
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="folder with the tasks' data")
     parser.add_argument(
         "--output",
         type=Path,
         metavar="DIR",
-        help="also write the report there: one HTML page, Markdown, CSV, figures",
+        help="also write the report to this folder: one HTML page, Markdown, CSV, figures",
     )
     parser.add_argument(
         "--tracking-uri",
         default=os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db",
         metavar="URI",
-        help="MLflow's store (default: MLFLOW_TRACKING_URI where it is set, else sqlite:///mlflow.db)",
+        help="MLflow's store (default: MLFLOW_TRACKING_URI if it is set, else sqlite:///mlflow.db)",
     )
     parser.add_argument("--storage", metavar="URL", help="Optuna's store (default: optuna.db beside MLflow's file)")
-    parser.add_argument("--workers", type=int, metavar="N", help="run so many cells at once, each in its own process")
+    parser.add_argument("--workers", type=int, metavar="N", help="run N cells at once, each in its own process")
     parser.add_argument(
         "--ray",
         metavar="ADDRESS",
-        help="run the cells as tasks of the Ray cluster there, or on this machine alone with `--ray local`",
-    )
-    parser.add_argument("--cpus-per-cell", type=float, metavar="C", help="of a Ray cluster, 1 where it is not given")
-    parser.add_argument(
-        "--gpus-per-cell", type=float, metavar="G", help="likewise, 0; 0.25 lets four cells share a GPU"
+        help="run the cells as tasks of the Ray cluster at ADDRESS, or with `--ray local` on this machine",
     )
     parser.add_argument(
-        "--timeout", type=float, metavar="SECONDS", help="a cell that takes longer fails; the others go on"
+        "--cpus-per-cell", type=float, metavar="C", help="CPUs that a cell takes on a Ray cluster (default: 1)"
+    )
+    parser.add_argument(
+        "--gpus-per-cell", type=float, metavar="G", help="GPUs likewise (default: 0); 0.25 lets four cells share one"
+    )
+    parser.add_argument(
+        "--timeout", type=float, metavar="SECONDS", help="fail a cell that takes longer; the others continue"
     )
     parser.add_argument(
         "--halve-batch",
@@ -183,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
         "--export",
         type=Path,
         metavar="FILE",
-        help="write the cells that the record lacks, for `python -m basisadapt.training FILE` on another machine",
+        help="write the cells that the record lacks, to be run by `python -m basisadapt.training FILE` elsewhere",
     )
     parser.add_argument(
         "--import",
@@ -191,11 +196,11 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         type=Path,
         metavar="FILE",
-        help="enter the results of such cells into the record, and report; runs nothing. A result of another study "
-        "serves where a cell here has its configuration",
+        help="enter the results of exported cells into the record, and report; runs nothing. Results of other studies "
+        "also count for cells of the same configuration",
     )
     parser.add_argument(
-        "--ui", action="store_true", help="serve the record's pages at 127.0.0.1, until Ctrl-C; needs no NAME"
+        "--ui", action="store_true", help="serve MLflow's pages of the record at 127.0.0.1 until Ctrl-C; needs no NAME"
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an input error")
     parser.add_argument("--version", action="version", version=f"basisadapt {__version__}")

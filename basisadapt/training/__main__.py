@@ -48,20 +48,27 @@ def main(arguments: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m basisadapt.training",
-        description="Run the cells that `python -m basisadapt.study NAME --export cells.jsonl` has written, without "
-        "Optuna and MLflow, and append their results to a file for `--import`. What is in the file already is not "
-        "run again.",
-        epilog="Exit codes: 0 done; 1 done, but a cell failed or diverged; 2 bad input; 130 interrupted.",
+        description="Run the cells that `python -m basisadapt.study NAME --export cells.jsonl` wrote, without Optuna "
+        "and MLflow, and append their results to a file for `--import`. Cells with results in the file are not run "
+        "again.",
+        epilog="Exit codes: 0 done; 1 a cell failed or diverged, or the results could not be written; 2 bad input; "
+        "130 interrupted (the same command resumes).",
     )
-    parser.add_argument("cells", metavar="CELLS", help="a file of --export; - is a worker, which is told its cells")
-    parser.add_argument("--output", type=Path, default=Path("results.jsonl"), metavar="FILE", help="%(default)s")
+    parser.add_argument(
+        "cells", metavar="CELLS", help="a file that --export wrote; - makes a worker, which reads cells from stdin"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("results.jsonl"), metavar="FILE", help="(default: %(default)s)"
+    )
     parser.add_argument("--plugin", action="append", default=[], metavar="FILE_OR_MODULE", help="as for a study")
-    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where the tasks' data lie")
-    parser.add_argument("--workers", type=int, metavar="N", help="run so many cells at once, each in its own process")
-    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="a cell that takes longer fails")
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="folder with the tasks' data")
+    parser.add_argument("--workers", type=int, metavar="N", help="run N cells at once, each in its own process")
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="fail a cell that takes longer")
     parser.add_argument("--halve-batch", action="store_true", help="as for a study")
     parser.add_argument("--compile", action="store_true", help="as for a study")
-    parser.add_argument("--brief", action="store_true", help="write results without arrays (phi, spectra): far smaller")
+    parser.add_argument(
+        "--brief", action="store_true", help="write results without arrays (phi, spectra), which are far smaller"
+    )
     return parser
 
 
