@@ -14,6 +14,7 @@ from basisadapt.phi.grids import GRIDS
 from basisadapt.phi.settings import PRESETS
 from basisadapt.phi.sharing import SHARING
 from basisadapt.registry import Registry
+from basisadapt.study.plan.spec import list_studies, read_spec
 from basisadapt.tasks import TASKS
 
 HEAD = """\
@@ -37,7 +38,7 @@ def page() -> str:
     described = (section(title, where, _of_registry(registry)) for title, *where, registry in SECTIONS)
     presets = section("Presets", ["adapter.preset", "basisadapt/phi/settings.py"], map(_preset, PRESETS))
     backbones = section("Backbones", ["backbone", "basisadapt/backbones/catalogue.py"], map(_backbone, BACKBONES))
-    return "\n\n".join([HEAD, *described, backbones, presets])
+    return "\n\n".join([HEAD, *described, backbones, presets, _studies()])
 
 
 def section(title: str, where: Sequence[str], rows: Iterable[tuple[str, str]]) -> str:
@@ -61,6 +62,22 @@ def _backbone(name: str) -> tuple[str, str]:
     backbone: Backbone = BACKBONES[name]
     origin = f"`{backbone.source}`" if backbone.package is None else f"`{backbone.package.install}`"
     return name, f"{backbone.shapes['model_type']}, from {origin}{backbone.note and f'; {backbone.note}'}"
+
+
+def _studies() -> str:
+    lines = [
+        "## Studies",
+        "",
+        "`python -m basisadapt.study NAME`.",
+        "",
+        "| name | | published numbers |",
+        "|---|---|---|",
+    ]
+    for name in list_studies():
+        spec = read_spec(name)
+        table = f"[{spec.answers.table}](../../studies/paper/{spec.answers.table})" if spec.answers else "-"
+        lines.append(f"| [`{name}`](../../studies/{name}.yaml) | {_cell(spec.title)} | {table} |")
+    return "\n".join(lines)
 
 
 def _cell(text: str) -> str:
