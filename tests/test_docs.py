@@ -3,6 +3,8 @@ up to date. The API reference is written without a warning and has every public 
 
 from __future__ import annotations
 
+import ast
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -27,6 +29,7 @@ FENCED = re.compile(r"^```.*?^```", flags=re.M | re.S)
 CODE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 HEADING = re.compile(r"^#{1,6} +(.+?)\s*$", flags=re.M)
+NAME = re.compile(r"basisadapt(?:\.\w+)+")
 PATH = re.compile(r"`((?:[\w.-]+/)+[\w-]+\.(?:py|md|yaml|csv|toml|txt|yml))`")
 
 
@@ -92,6 +95,25 @@ def test_every_path_exists(page):
 def test_every_guide_is_in_the_contents():
     contents = {(ROOT / "docs" / link).resolve() for link in links(ROOT / "docs" / "README.md")}
     assert {page for page in GUIDES if ROOT / "docs" in page.parents} - contents == {ROOT / "docs" / "README.md"}
+
+
+def python_names():
+    """What the Python of a guide imports from this package, and the dotted names in its text."""
+    for page in GUIDES:
+        text = page.read_text(encoding="utf-8")
+        for block in re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S):
+            for node in ast.walk(ast.parse(block)):
+                if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "basisadapt":
+                    yield from (f"{node.module}:{alias.name}" for alias in node.names)
+        yield from (span[0] for span in map(NAME.match, CODE.findall(prose(page))) if span)
+        yield from re.findall(r"python -m (basisadapt[\w.]*)", text)
+
+
+def test_every_python_name_exists():
+    names = set(python_names()) - {"basisadapt.plugins"}  # the entry-point group
+    assert len(names) > 15
+    for name in sorted(names):
+        pkgutil.resolve_name(name)
 
 
 def commands():
