@@ -8,12 +8,12 @@ from collections.abc import Iterable, Sequence
 
 from basisadapt.adapter.placement import PLACEMENTS
 from basisadapt.backbones import BACKBONES, Backbone
+from basisadapt.core.registry import Registry
 from basisadapt.methods import METHODS
 from basisadapt.phi.basis import BASES
 from basisadapt.phi.grids import GRIDS
 from basisadapt.phi.settings import PRESETS
 from basisadapt.phi.sharing import SHARING
-from basisadapt.registry import Registry
 from basisadapt.study.plan.spec import list_studies, read_spec
 from basisadapt.tasks import TASKS
 
