@@ -36,4 +36,11 @@ for config in configs:  # their constructors are generated, from fields whose ty
     if config.__module__.startswith("basisadapt."):
         hints = get_type_hints(config)
         config.__init__.__annotations__ = {name: hints.get(name) for name in config.__init__.__annotations__}
+inherited = pdoc.doc.Namespace.inherited_members.func
+# Pages of subclasses list a constructor of an abstract class, whose own page does not show it: a dead link.
+pdoc.doc.Class.inherited_members = property(
+    lambda cls: {
+        origin: [one for one in members if one.name != "__init__"] for origin, members in inherited(cls).items()
+    }
+)
 pdoc.pdoc("basisadapt", output_directory=Path(sys.argv[1]))

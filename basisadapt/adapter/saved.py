@@ -70,7 +70,7 @@ class CheckedConfig(PeftConfig, ABC):  # type: ignore[misc]
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> Any:
-        """The configuration of the class that `peft_type` names. Raises InputError if that is none of this package."""
+        """The configuration of the class that peft_type names. Raises InputError if that is none of this package."""
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
         known = [name.value for name, kind in PEFT_TYPE_TO_CONFIG_MAPPING.items() if issubclass(kind, CheckedConfig)]

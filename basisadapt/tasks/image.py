@@ -41,7 +41,6 @@ class ImageTask(Task):
     templates: ClassVar[tuple[str, ...]] = ("a photo of a {}.",)
 
     def __init__(self, settings: DataSettings | None = None) -> None:
-        """settings: of the data; None takes their defaults."""
         super().__init__(settings)
         self.form = "zero_shot" if self.settings.head == "zero_shot" else "image"
 

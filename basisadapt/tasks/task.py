@@ -105,7 +105,6 @@ class Task(ABC):
             TASKS.add(name, cls)
 
     def __init__(self, settings: DataSettings | None = None) -> None:
-        """settings: of the data; None takes their defaults."""
         self.settings = settings or DataSettings()
         self.notes: dict[str, str] = {}
 
