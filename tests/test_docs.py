@@ -134,6 +134,12 @@ def test_a_command_shown_is_understood(arguments):
     assert options.name is None or options.name in {*list_studies(), "NAME", "my_study.yaml"}
 
 
+def test_every_option_is_in_a_guide():
+    text = "".join(page.read_text(encoding="utf-8") for page in GUIDES)
+    options = {option for action in command_line._parser()._actions for option in action.option_strings} - {"-h"}
+    assert sorted(option for option in options if not re.search(rf"{option}\b", text)) == []
+
+
 def test_the_page_of_the_registries_is_up_to_date():
     """A process of its own, in which no test has registered anything."""
     done = subprocess.run([sys.executable, ".ci/registries.py"], cwd=ROOT, capture_output=True, text=True, timeout=300)
