@@ -58,6 +58,11 @@ def test_an_error_leaves_no_compiled_block(monkeypatch):
     assert not any("forward" in vars(module) for module in decoder.modules())
 
 
+def test_a_model_without_blocks_is_refused():
+    with pytest.raises(InputError, match="no block"), compiled_blocks(torch.nn.Linear(2, 2)):
+        pass
+
+
 def test_without_a_compiler_nothing_starts(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -29,10 +29,13 @@ def compiled_blocks(model: nn.Module, wanted: bool = True) -> Iterator[None]:
     """While it lasts, every block of a transformers model runs compiled, if that is `wanted`.
 
     A block is what transformers would checkpoint. All of one class are one compilation; so are all shapes of a batch.
+    Raises InputError for a model without blocks.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     blocks: list[Any] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if wanted else []
+    if wanted and not blocks:
+        raise InputError("--compile is for backbones of transformers, and this task's has no block of theirs")
     for block in blocks:
         # Dropout draws as it does uncompiled.
         block.forward = torch.compile(block.forward, dynamic=True, options={"fallback_random": True})
