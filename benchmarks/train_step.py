@@ -3,8 +3,10 @@
     python benchmarks/train_step.py minilm                      # on a CPU: against LoRA and the direct path
     python benchmarks/train_step.py qwen2-0.5b --rank 16 32 --checkpointing no yes      # on a GPU, random weights
     python benchmarks/train_step.py llama3-8b --batch 4 16 --checkpointing yes --methods "phi, N = 50;fp8;sketch"
+    python benchmarks/train_step.py qwen2-0.5b --batch 4x128 16x512 --compile no regional whole --rounds 1 --no-busy
 
-Several values of an option are several tables. The methods take turns; each turn begins with steps that are not timed.
+Several values of an option are several tables; those of --compile are rows of one: as it is, each block of the model by
+itself, the whole model. The methods take turns; each turn begins with steps that are not timed, in which torch compiles.
 The figure is the median over rounds of the ratio to LoRA's step in the same round; on a GPU also tokens per second, the
 time in which the GPU computes, and the peak of allocated memory. A and B are set to the size that training gives them,
 φ's amplitudes are drawn. Before anything is timed, ΔW of every module is held against the direct sum: where they differ
@@ -27,7 +29,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from basisadapt import backbones
 from basisadapt.adapter import PhiConfig, PhiLinear
@@ -43,7 +47,10 @@ UNTIMED = 4  # steps until memory is laid out
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained: a backbone, batch × tokens, rank."""
+    """What is trained: a backbone, batch × tokens, rank.
+
+    autocast: its weights in float32 and its products in bfloat16, instead of both in bfloat16.
+    """
 
     backbone: str
     batch: int
@@ -51,6 +58,7 @@ class Case:
     rank: int
     checkpointing: bool = False
     graph: bool = False
+    autocast: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
     def base(self) -> PreTrainedModel:
@@ -61,7 +69,8 @@ class Case:
         else:
             config = AutoConfig.for_model(**(backbones.find(self.backbone).shapes or {}))
             with self.device:
-                model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+                dtype = torch.float32 if self.autocast else torch.bfloat16
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
@@ -75,12 +84,14 @@ class Case:
         # The states of random numbers cannot be read while a graph is captured; without dropout nobody needs them.
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": not self.graph})
 
-    def inputs(self) -> dict[str, Tensor]:
+    def inputs(self) -> dict[str, Any]:
         """Random tokens and labels."""
         generator = torch.Generator().manual_seed(1)
         tokens = torch.randint(1000, 30000, (self.batch, self.tokens), generator=generator).to(self.device)
         labels = torch.randint(0, LABELS, (self.batch,), generator=generator).to(self.device)
-        return {"input_ids": tokens, "labels": labels if self.backbone == "minilm" else tokens}
+        if self.backbone == "minilm":
+            return {"input_ids": tokens, "labels": labels}
+        return {"input_ids": tokens, "labels": tokens, "use_cache": False}
 
 
 def rivals(case: Case) -> dict[str, Any]:
@@ -96,6 +107,7 @@ def rivals(case: Case) -> dict[str, Any]:
         "phi, N = 8": PhiConfig(**phi, num_basis=8),
         "phi, N = 50": PhiConfig(**phi, num_basis=50),
         "phi, N = 512": PhiConfig(**phi, num_basis=512),
+        "phi, Nyquist, N = 50": PhiConfig(**phi, num_basis=50, preset="nyquist"),
     }
     if case.device.type == "cpu":
         return {**methods, "phi direct, N = 50": PhiConfig(**phi, num_basis=50, backend="direct")}
@@ -111,10 +123,15 @@ def rivals(case: Case) -> dict[str, Any]:
     }
 
 
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a transformer."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
 class Step:
     """A model with a method's adapter, and one training step of it."""
 
-    def __init__(self, case: Case, base: PreTrainedModel, method: Any) -> None:
+    def __init__(self, case: Case, base: PreTrainedModel, method: Any, compiling: str) -> None:
         import peft
 
         self.model: nn.Module = base
@@ -128,6 +145,13 @@ class Step:
         self.count = sum(p.numel() for p in trainable)
         self.optimizer = torch.optim.AdamW(trainable, lr=1e-6, foreach=True, capturable=case.graph)
         self.inputs = case.inputs()
+        self.call: Callable[..., Any] = self.model
+        self.autocast = torch.autocast(case.device.type, torch.bfloat16, enabled=case.autocast)
+        if compiling == "regional":
+            for block in blocks(base):
+                block.compile()
+        if compiling == "whole":
+            self.call = torch.compile(self.model)
 
     @torch.no_grad()
     def _as_after_training(self) -> None:
@@ -141,7 +165,8 @@ class Step:
 
     def __call__(self) -> Tensor:
         """Forward, backward, AdamW; the loss."""
-        loss: Tensor = self.model(**self.inputs).loss
+        with self.autocast:
+            loss: Tensor = self.call(**self.inputs).loss
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -176,6 +201,13 @@ class Result:
     peak: float = 0.0
     trainable: int = 0
     loss: float = 0.0
+    graphs: int = 0  # that torch compiled for the first step, and for later ones
+    late: int = 0
+
+
+def compiled_graphs() -> int:
+    """How many graphs torch has compiled in this process."""
+    return int(counters["stats"]["unique_graphs"])
 
 
 def timed(step: Callable[[], object], device: torch.device, steps: int) -> float:
@@ -184,6 +216,7 @@ def timed(step: Callable[[], object], device: torch.device, steps: int) -> float
         step()
     if device.type == "cuda":
         torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     for _ in range(steps):
         step()
@@ -201,14 +234,17 @@ def busy(step: Callable[[], object]) -> float:
 
 
 @contextlib.contextmanager
-def attached(case: Case, base: PreTrainedModel, method: Any) -> Iterator[Step]:
+def attached(case: Case, base: PreTrainedModel, method: Any, compiling: str = "no") -> Iterator[Step]:
     """A step of the shared base model; the adapter is gone afterwards, the base as before."""
     for parameter in base.parameters():
         parameter.requires_grad_(method is None)
-    step = Step(case, base, method)
+    step = Step(case, base, method, compiling)
     try:
         yield step
     finally:
+        for block in blocks(base):
+            block._compiled_call_impl = None
+        torch.compiler.reset()
         if method is not None:
             step.model.unload()
         del step
@@ -232,39 +268,47 @@ def check(case: Case, base: PreTrainedModel) -> float:
     return worst
 
 
-def measure(case: Case, base: PreTrainedModel, only: list[str], rounds: int, steps: int) -> dict[str, Result]:
+Results = dict[tuple[str, str], Result]  # by method and way to compile
+
+
+def measure(
+    case: Case, base: PreTrainedModel, only: list[str], modes: list[str], rounds: int, steps: int
+) -> Results:
     """The methods in turn, `rounds` times; the base model is shared, so that its weights are there once."""
     error = check(case, base)
     print(f"largest error of ΔW against the direct sum, relative to its largest value: {error:.1e}")
     if not error <= 2 * default_tolerance(base.dtype):
         raise SystemExit("wrong value: nothing is timed")
-    results = {name: Result() for name in rivals(case) if any(word in name for word in ["LoRA (peft)", *only])}
+    names = [name for name in rivals(case) if any(word in name for word in ["LoRA (peft)", *only])]
+    results = {(name, compiling): Result() for compiling in modes for name in names}
     for _ in range(rounds):
-        for name, result in results.items():
-            method = rivals(case)[name]
-            if case.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
+        for (name, compiling), result in results.items():
+            method, before = rivals(case)[name], compiled_graphs()
             try:
-                with attached(case, base, method) as step:
+                with attached(case, base, method, compiling) as step:
                     run = captured(step) if case.graph else step
+                    run()
+                    first = compiled_graphs()
                     result.seconds.append(timed(run, case.device, steps))
+                    result.graphs, result.late = first - before, compiled_graphs() - first
                     result.trainable, result.loss = step.count, run().item()
                     if case.device.type == "cuda":
                         result.peak = max(result.peak, torch.cuda.max_memory_allocated() / 2**30)
                     del run  # a graph keeps all the memory of its step
             except (torch.OutOfMemoryError, ValueError, RuntimeError) as problem:
                 print(f"{name}: {type(problem).__name__}: {str(problem).splitlines()[0]}")
-                results[name].seconds.append(float("nan"))
+                result.seconds.append(float("nan"))
     return results
 
 
-def measure_busy(case: Case, base: PreTrainedModel, results: dict[str, Result]) -> None:
+def measure_busy(case: Case, base: PreTrainedModel, results: Results) -> None:
     """Last of all: once a profiler has run in a process, every launch costs the host more. Without a graph, for the
     kernels are the same, and memory did not suffice for the next graph after a profiled one."""
-    for name, result in results.items():
+    for (name, compiling), result in results.items():
         if math.isfinite(result.seconds[-1]):
-            with attached(case, base, rivals(case)[name]) as step:
-                step()
+            with attached(case, base, rivals(case)[name], compiling) as step:
+                for _ in range(UNTIMED if compiling != "no" else 1):
+                    step()
                 result.busy = busy(step)
 
 
@@ -278,39 +322,48 @@ def products_bound(case: Case, rate: float) -> float:
     return 2 * case.batch * case.tokens * adapted * passes / rate
 
 
-def report(case: Case, results: dict[str, Result]) -> None:
+def ratios(result: Result, other: Result) -> list[float]:
+    """Of the steps of each round."""
+    return [a / b for a, b in zip(result.seconds, other.seconds, strict=True)]
+
+
+def report(case: Case, results: Results) -> None:
     """The table."""
-    lora = results["LoRA (peft)"]
     on_gpu = case.device.type == "cuda"
-    more = " tokens/s | peak GiB | trainable |" if on_gpu else ""
-    print(f"\n| method | step / LoRA's step, median | min | max |{more}")
-    print("|---|---:|---:|---:|" + ("---:|---:|---:|" if on_gpu else ""))
-    for name, result in results.items():
-        ratios = [a / b for a, b in zip(result.seconds, lora.seconds, strict=True)]
-        rate = case.batch * case.tokens / statistics.median(result.seconds)
-        more = f" {rate:,.0f} | {result.peak:.2f} | {result.trainable:,} |" if on_gpu else ""
-        numbers = f"{statistics.median(ratios):.2f} | {min(ratios):.2f} | {max(ratios):.2f}"
-        print(f"| {name} | {numbers} |{more}", flush=True)
-    if {"phi, N = 512", "phi, N = 8"} <= set(results):
-        pairs = zip(results["phi, N = 512"].seconds, results["phi, N = 8"].seconds, strict=True)
-        print(f"\nN = 512 / N = 8: {statistics.median(a / b for a, b in pairs):.3f}")
-    if "phi direct, N = 50" in results:
-        pairs = zip(results["phi direct, N = 50"].seconds, results["phi, N = 50"].seconds, strict=True)
-        print(f"direct / compiled at N = 50: {statistics.median(a / b for a, b in pairs):.1f}")
+    modes = list(dict.fromkeys(compiling for _, compiling in results))
+    beside = [f"/ LoRA's, {mode} compile |" for mode in modes] if len(modes) > 1 else ["step / LoRA's step, median |"]
+    more = ["tokens/s |", "peak GiB |", "trainable |"] if on_gpu else []
+    graphs = ["graphs | later |"] if modes != ["no"] else []
+    columns = ["| method | compile | step, ms |", *beside, "min | max |", *graphs, *more]
+    print("\n" + " ".join(columns))
+    print("|---|---|" + "---:|" * (sum(column.count("|") for column in columns) - 3))
+    for (name, compiling), result in results.items():
+        own = ratios(result, results["LoRA (peft)", compiling])
+        seconds = statistics.median(result.seconds)
+        row = [name, compiling, f"{seconds * 1e3:.1f}"]
+        row += [f"{statistics.median(ratios(result, results['LoRA (peft)', mode])):.2f}" for mode in modes]
+        row += [f"{min(own):.2f}", f"{max(own):.2f}"]
+        row += [str(result.graphs), str(result.late)] if graphs else []
+        if on_gpu:
+            row += [f"{case.batch * case.tokens / seconds:,.0f}", f"{result.peak:.2f}", f"{result.trainable:,}"]
+        print(f"| {' | '.join(row)} |", flush=True)
+    for many, few in (("phi, N = 512", "phi, N = 8"), ("phi direct, N = 50", "phi, N = 50")):
+        if {(many, "no"), (few, "no")} <= set(results):
+            found = statistics.median(ratios(results[many, "no"], results[few, "no"]))
+            print(f"\n{many} / {few}: {found:.3f}")
 
 
-def report_busy(case: Case, results: dict[str, Result], rate: float) -> None:
+def report_busy(case: Case, results: Results, rate: float) -> None:
     """The time in which the GPU computes, and what the products alone take at `rate`."""
-    print("\n| method | GPU at work, ms |\n|---|---:|")
-    for name, result in results.items():
-        print(f"| {name} | {result.busy * 1e3:.0f} |")
+    print("\n| method | compile | GPU at work, ms |\n|---|---|---:|")
+    for (name, compiling), result in results.items():
+        print(f"| {name} | {compiling} | {result.busy * 1e3:.0f} |")
     bound = products_bound(case, rate)
-    phi = statistics.median(results["phi, N = 50"].seconds if "phi, N = 50" in results else [math.nan])
-    print(
-        f"\nproducts of the adapted layers at the measured {rate / 1e12:.0f} TFLOP/s: {bound * 1e3:.0f} ms, "
-        f"{bound / phi:.0%} of phi's step",
-        flush=True,
-    )
+    print(f"\nproducts of the adapted layers at the measured {rate / 1e12:.0f} TFLOP/s: {bound * 1e3:.0f} ms")
+    for (name, compiling), result in results.items():
+        if name == "phi, N = 50":
+            share = bound / statistics.median(result.seconds)
+            print(f"{share:.0%} of φ's step, {compiling} compile", flush=True)
 
 
 def merged_inference(case: Case, base: PreTrainedModel) -> None:
@@ -357,11 +410,14 @@ def main() -> None:
     """Check, then time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("backbone", choices=["minilm", "qwen2-0.5b", "llama3-8b"])
-    parser.add_argument("--batch", type=int, nargs="+", default=[16])
+    parser.add_argument("--batch", nargs="+", default=["16"], help="16, or with its tokens 16x512")
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--rank", type=int, nargs="+")
     parser.add_argument("--checkpointing", choices=["no", "yes"], nargs="+", default=["no"])
     parser.add_argument("--graph", action="store_true", help="every method's step as one CUDA graph")
+    parser.add_argument("--autocast", action="store_true", help="weights in float32, products in bfloat16")
+    parser.add_argument("--compile", choices=["no", "regional", "whole"], nargs="+", default=["no"])
+    parser.add_argument("--busy", action=argparse.BooleanOptionalAction, default=True, help="how long the GPU works")
     parser.add_argument("--methods", default="", help="parts of names, separated by semicolons; LoRA is always there")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4)
@@ -370,18 +426,22 @@ def main() -> None:
     for name, value in environment().items():
         print(f"{name}: {value}")
     axes = itertools.product(given.batch, given.rank or [4 if small else 16], given.checkpointing)
-    cases = [
-        Case(given.backbone, batch, given.tokens or (32 if small else 512), rank, checkpointing == "yes", given.graph)
-        for batch, rank, checkpointing in axes
-    ]
+    cases = []
+    for shape, rank, checkpointing in axes:
+        batch, _, tokens = shape.partition("x")
+        length = int(tokens or given.tokens or (32 if small else 512))
+        way = checkpointing == "yes", given.graph, given.autocast
+        cases.append(Case(given.backbone, int(batch), length, rank, *way))
     base = cases[0].base()
     rate = gemm_rate() if cases[0].device.type == "cuda" else math.nan
     tables = []
     for case in cases:
         print(f"\n{case}", flush=True)
         case.prepare(base)
-        tables.append(measure(case, base, given.methods.split(";"), given.rounds, given.steps))
+        tables.append(measure(case, base, given.methods.split(";"), given.compile, given.rounds, given.steps))
         report(case, tables[-1])
+    if not given.busy:
+        return
     cases[0].prepare(base)
     merged_inference(cases[0], base)
     if cases[0].device.type == "cuda":

@@ -17,6 +17,7 @@ from basisadapt.adapter.linear import AdaptedLinear
 from basisadapt.core.errors import InputError
 from basisadapt.phi.choice import compute_dtype
 from basisadapt.phi.compiler import Compiler
+from basisadapt.phi.operators import Link, linked_linear
 from basisadapt.phi.weight import Execution, Weight, adapted_linear, delta_weight
 
 
@@ -29,7 +30,7 @@ class PhiLinear(AdaptedLinear):
     """
 
     adapter_layer_names = ("phi_A", "phi_B")
-    other_param_names = ("phi_dropout", "phi_settings", "phi_source")
+    other_param_names = ("phi_dropout", "phi_settings", "phi_source", "phi_link")
 
     title = "φ(BA)"
 
@@ -41,6 +42,7 @@ class PhiLinear(AdaptedLinear):
         self.phi_settings: dict[str, PhiConfig] = {}
         # By adapters with φ here. Not a submodule: φ's tables belong to the model, one bank for all layers.
         self.phi_source: dict[str, Compiler] = {}
+        self.phi_link: dict[str, Link] = {}
 
     def update_layer(self, adapter: str, config: PhiConfig) -> None:
         """Add an adapter. Raises InputError if r exceeds the smaller side of the weight."""
@@ -103,8 +105,20 @@ class PhiLinear(AdaptedLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The adapted layer. Several active adapters add their ΔW. Raises InputError for a batch of mixed adapters."""
-        run = self._outside_graphs if torch.compiler.is_compiling() else self._forward
-        return cast(Tensor, run(x, *args, **kwargs))
+        if torch.compiler.is_compiling() and not self._in_graphs():
+            return cast(Tensor, self._outside_graphs(x, *args, **kwargs))
+        return self._forward(x, *args, **kwargs)
+
+    def _in_graphs(self) -> bool:
+        """Whether a compiler can take the forward pass as it is; read by it too, so that nothing differs by layer."""
+        if torch.compiler.is_exporting():
+            raise InputError(
+                "a model with φ(BA) is not exported, since φ is compiled anew whenever it changes: export the plain "
+                "model that merge_and_unload() gives"
+            )
+        linked = all(self.phi_link[name].row is not None for name in self.active_adapters if name in self.phi_link)
+        unmerges = self.disable_adapters and self.merged
+        return linked and not unmerges and not self._quantised and self._is_plain()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _outside_graphs(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -152,12 +166,16 @@ class PhiLinear(AdaptedLinear):
         return self.phi_settings[adapter].scaling * F.linear(F.linear(x.to(A.dtype), A), B)
 
     def _adapted(self, adapter: str, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+        A, B = self.phi_A[adapter], self.phi_B[adapter]
+        if torch.compiler.is_compiling():
+            link = self.phi_link[adapter]
+            assert link.row is not None and link.key is not None and not callable(weight)
+            return linked_linear(x, weight, bias, A, B, link.row, link.key)
         if "_is_replica" in self.__dict__:
             raise InputError(
                 "φ(BA) does not work under nn.DataParallel, whose copies of the layers lie apart from φ's tables; use "
                 "DistributedDataParallel (torchrun or accelerate launch), or one GPU (CUDA_VISIBLE_DEVICES=0)"
             )
         source = self.phi_source[adapter]
-        A, B = self.phi_A[adapter], self.phi_B[adapter]
         execution = Execution(source.backend(A.device), self.phi_settings[adapter].dense)
         return adapted_linear(x, weight, bias, A, B, source.evaluator(self.name, A, B), execution)

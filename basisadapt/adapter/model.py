@@ -65,9 +65,10 @@ class PhiModel(AdaptedModel):
         self.phi_bank[adapter_name] = bank
         watch(bank, config)
         modules = {layer.name: (layer.phi_A, layer.phi_B, layer.base_layer) for layer in layers}
-        compiler = Compiler(bank, adapter_name, modules, config.backend, config.tolerance)
+        compiler = Compiler(bank, adapter_name, modules, config.backend, config.tolerance, config.dense)
         for layer in layers:
             layer.phi_source[adapter_name] = compiler
+            layer.phi_link[adapter_name] = compiler.links[layer.name]
         layers[0]._move_adapter_to_device_of_base_layer(adapter_name)
         for layer in self._layers():
             layer.train_tables()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -16,8 +17,11 @@ from basisadapt.core.errors import InputError
 from basisadapt.phi import choice
 from basisadapt.phi.bank import Transfer, TransferBank
 from basisadapt.phi.choice import Choice, Work, default_tolerance, evaluator
+from basisadapt.phi.dense_gradient import EXACT, DenseGradient
 from basisadapt.phi.evaluators import Direct, Evaluator, Split
 from basisadapt.phi.kernels import resolve_backend
+from basisadapt.phi.operators import LEAST_LENGTH, Function, Link, rows_and_keys
+from basisadapt.phi.weight import Execution
 
 HALF_ROUNDING = 1 + 2**-7  # A and B may each be rounded to bfloat16 for their layer
 Adapted = tuple[nn.ParameterDict, nn.ParameterDict, nn.Module]  # what holds A, what holds B, and the frozen layer
@@ -29,7 +33,7 @@ class Compiled:
 
     differentiable: whether gradients were asked for; one that is serves passes of both kinds. tables: copies of the
     bank's, and whether each trained. tolerances: of every module. factors: copies of A and B of each; None where FSDP
-    shards them.
+    shards them. functions, rows_and_keys: the same evaluators for torch.compile, see `operators`.
     """
 
     evaluators: Mapping[str, Evaluator | Split]
@@ -38,6 +42,8 @@ class Compiled:
     trained: tuple[bool, ...]
     tolerances: tuple[float, ...]
     factors: Mapping[str, tuple[Tensor, Tensor]] | None
+    functions: Mapping[str, Function]
+    rows_and_keys: Sequence[tuple[Tensor, Tensor]]
 
     def made_of(self, module: str, A: Tensor, B: Tensor, tables: tuple[Tensor, ...]) -> bool:
         """Whether they are still what these give.
@@ -60,17 +66,21 @@ class Compiler:
     """Keeps every module's evaluator in step with A, B and the bank's tables.
 
     modules: of every module of the bank, by name, the dictionaries that hold A and B under the adapter's name, and the
-    frozen layer. tolerance: None takes what each weight's dtype hides, see `default_tolerance`.
+    frozen layer. tolerance: None takes what each weight's dtype hides, see `default_tolerance`. dense: see `Execution`.
+
+    links: what torch.compile reads of every module's function; filled by `compiled`, before the first layer is called.
 
     Where FSDP shards A and B, a layer computes with copies, which are there only while the layer is at work and tell
     nothing of updates. So all modules are compiled from the shards before the first layer, by `PhiModel`.
     """
 
     def __init__(
-        self, bank: TransferBank, adapter: str, modules: Mapping[str, Adapted], backend: str, tolerance: float | None
-    ) -> None:
-        self.bank = bank
+        self, bank: TransferBank, adapter: str, modules: Mapping[str, Adapted], backend: str, tolerance: float | None,
+        dense: DenseGradient = EXACT,
+    ) -> None:  # fmt: skip
+        self.bank, self.links = bank, {name: Link() for name in modules}
         self._adapter, self._modules, self._setting, self._tolerance = adapter, modules, backend, tolerance
+        self._dense = dense
         self._forget()
 
     def _forget(self) -> None:
@@ -78,11 +88,13 @@ class Compiler:
         self._chosen_for: tuple[Any, ...] = ()  # the device, the dtypes and the loaded state that it was made for
         self._kept: list[Compiled] = []  # the newest first: at most one of each kind
         self._in_call = threading.local()  # of the model, in this thread: what was compiled when it began
+        self._linked: Compiled | None = None  # what the links are of
+        self._length = LEAST_LENGTH  # of rows: grows where a function has more parameters, and then a graph is traced anew
         self._one_at_a_time = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle keeps: not the compiled functions, which are of this moment."""
-        kept = ("bank", "_adapter", "_modules", "_setting", "_tolerance")
+        kept = ("bank", "links", "_adapter", "_modules", "_setting", "_tolerance", "_dense")
         return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -121,12 +133,36 @@ class Compiler:
     def compiled(self) -> Iterator[None]:
         """Compile where anything has changed, and hold that for true meanwhile: to look again costs every layer
         microseconds."""
-        before = getattr(self._in_call, "compiled", None)
+        before: Compiled | None = getattr(self._in_call, "compiled", None)
         self._in_call.compiled = self._current()
+        self._link(self._in_call.compiled)
         try:
             yield
         finally:
             self._in_call.compiled = before
+            if before is not None:
+                self._link(before)
+
+    def _link(self, compiled: Compiled) -> None:
+        if self._linked is not compiled:
+            self._linked = compiled
+            for name, (row, key) in zip(compiled.functions, compiled.rows_and_keys, strict=True):
+                link = self.links[name]
+                link.row, link.key, link.function = row, key, compiled.functions[name]
+
+    def _check(self, module: str, function: Function, A: Tensor, B: Tensor) -> None:
+        """Raises InputError where a compiled graph uses a function that is not, or no longer, that of these factors."""
+        held: Compiled | None = getattr(self._in_call, "compiled", None)
+        if held is not None and held.functions[module] is function:
+            return
+        for compiled in self._kept:
+            if compiled.functions[module] is function:
+                if (A.is_cuda and _in_backward()) or compiled.made_of(module, A, B, self.bank.tables):
+                    return
+        raise InputError(
+            f"a compiled part of the model, with {module!r} in it, was called by itself after φ had changed: call the "
+            "peft model, which brings φ up to date, or leave that part uncompiled"
+        )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _current(self) -> Compiled:
@@ -218,7 +254,16 @@ class Compiler:
         factors = [(A.detach().clone(), B.detach().clone()) for A, B in pairs]
         kept = None if sharded else dict(zip(names, factors, strict=True))
         trained = tuple(table.requires_grad for table in tables)
-        return Compiled(dict(zip(names, evaluators, strict=True)), wanted, copies, trained, tolerances, kept)
+        execution = Execution(self.backend(device), self._dense)
+        functions = [
+            Function(evaluator, execution, functools.partial(self._check, name))
+            for name, evaluator in zip(names, evaluators, strict=True)
+        ]
+        self._length = max(self._length, *(function.size for function in functions))
+        return Compiled(
+            dict(zip(names, evaluators, strict=True)), wanted, copies, trained, tolerances, kept,
+            dict(zip(names, functions, strict=True)), rows_and_keys(functions, self._length),
+        )  # fmt: skip
 
 
 def _in_backward() -> bool:

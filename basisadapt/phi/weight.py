@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,6 +72,54 @@ def _tokens(x: Tensor) -> Tensor:
     return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
 
 
+def product_dtype(x: Tensor, weight: Tensor | None) -> torch.dtype:
+    """What a layer's product is made in: autocast's dtype, or W's, or without W that of x."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return (x if weight is None else weight).dtype
+
+
+def product(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, evaluator: Evaluator | Split,
+    execution: Execution,
+) -> Tensor:  # fmt: skip
+    """x (W + F(BA))ᵀ + b, all of it in the dtype of x."""
+    dtype = compute_dtype(A)
+    with _no_autocast(x):
+        effective = kernels.effective_weight(
+            weight, _as(A, dtype), _as(B, dtype), evaluator, x.dtype, execution.backend
+        )
+        return F.linear(x, effective, None if bias is None else _as(bias, x.dtype))
+
+
+class Gradients(NamedTuple):
+    """Of `product`, in the dtypes of x, W, A and B; the evaluator's in its own. None is what nobody asked for."""
+
+    x: Tensor | None
+    weight: Tensor | None
+    A: Tensor
+    B: Tensor
+    parameters: tuple[Tensor, ...]
+
+
+def pull_back(
+    upstream: Tensor, x: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, evaluator: Evaluator | Split,
+    execution: Execution, form: bool, trains: bool,
+) -> Gradients:  # fmt: skip
+    """The gradients of `product`; to x if `form`, and to a weight that `trains`. upstream: in the dtype of x."""
+    dtype = compute_dtype(A)
+    with _no_autocast(x):
+        gradient = _tokens(upstream)
+        dense = dense_gradient(gradient, _tokens(x), execution.dense_gradient)
+        grad_weight = dense.to(weight.dtype, copy=True) if trains and weight is not None else None
+        effective, grad_a, grad_b, grads = kernels.pull_back(
+            dense, weight, _as(A, dtype), _as(B, dtype), evaluator, execution.backend, form
+        )
+        grad_x = None if effective is None else (gradient @ effective).view(x.shape)
+    return Gradients(grad_x, grad_weight, _as(grad_a, A.dtype), _as(grad_b, B.dtype), grads)
+
+
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -91,34 +139,19 @@ class _AdaptedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, A, B, None if ctx.frozen is not None else weight)
         ctx.made, ctx.evaluator, ctx.execution, ctx.has_bias = made, evaluator, execution, bias is not None
         weight = made() if made else weight
-        autocast = torch.is_autocast_enabled(x.device.type)
-        ctx.dtype = torch.get_autocast_dtype(x.device.type) if autocast else (x if weight is None else weight).dtype
-        dtype = compute_dtype(A)
-        with _no_autocast(x):
-            effective = kernels.effective_weight(
-                weight, _as(A, dtype), _as(B, dtype), evaluator, ctx.dtype, execution.backend
-            )
-            return F.linear(_as(x, ctx.dtype), effective, None if bias is None else _as(bias, ctx.dtype))
+        ctx.dtype = product_dtype(x, weight)
+        return product(_as(x, ctx.dtype), weight, bias, A, B, evaluator, execution)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        with _no_autocast(upstream[0]):
-            return _AdaptedLinear._gradients(ctx, upstream[0])
-
-    @staticmethod
-    def _gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, weight = ctx.saved_tensors
-        dtype = compute_dtype(A)
-        gradient = _tokens(_as(upstream, ctx.dtype))
-        dense = dense_gradient(gradient, _tokens(_as(x, ctx.dtype)), ctx.execution.dense_gradient)
-        grad_weight = dense.to(weight.dtype, copy=True) if ctx.needs_input_grad[1] else None
-        form = ctx.needs_input_grad[0]
+        form, trains, *_ = ctx.needs_input_grad
         base = ctx.made() if ctx.made and form else weight if ctx.frozen is None else ctx.frozen
-        effective, grad_a, grad_b, grads = kernels.pull_back(
-            dense, base, _as(A, dtype), _as(B, dtype), ctx.evaluator, ctx.execution.backend, form
+        found = pull_back(
+            _as(upstream[0], ctx.dtype), _as(x, ctx.dtype), base, A, B, ctx.evaluator, ctx.execution, form, trains
         )
-        grad_x = None if effective is None else _as((gradient @ effective).view(x.shape), x.dtype)
-        grad_bias = gradient.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
-        rest = [_as(g, p.dtype) for g, p in zip(grads, ctx.evaluator.parameters, strict=True)]
-        return grad_x, grad_weight, grad_bias, _as(grad_a, A.dtype), _as(grad_b, B.dtype), None, None, None, *rest
+        grad_x = None if found.x is None else _as(found.x, x.dtype)
+        grad_bias = _tokens(_as(upstream[0], ctx.dtype)).sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
+        rest = [_as(g, p.dtype) for g, p in zip(found.parameters, ctx.evaluator.parameters, strict=True)]
+        return grad_x, found.weight, grad_bias, found.A, found.B, None, None, None, *rest

@@ -1,0 +1,184 @@
+"""The adapted layer as operators that torch.compile takes as they are: `basisadapt::linear` and its pullback.
+
+A compiled graph must not depend on what changes from step to step: degrees, tables, the evaluators themselves. So the
+operators get two tensors whose shapes stay. `key`, a number on the CPU, says which module's function of which moment
+is meant; it is looked up when the operator runs. `row`, whose values nobody reads, is where the gradient to the
+function's parameters leaves the graph: all of them, flat, one behind the other, and zeros up to a common length.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from basisadapt.phi import series
+from basisadapt.phi.evaluators import Evaluator, Split
+from basisadapt.phi.weight import Execution, product, product_dtype, pull_back
+
+LEAST_LENGTH = series.POINTS[-1] + series.POWER_COUNT  # of a row: what the longest series needs
+
+
+class Function:
+    """One module's function at one moment. check: raises InputError if A and B are no longer those it was made for."""
+
+    def __init__(
+        self, evaluator: Evaluator | Split, execution: Execution, check: Callable[[Function, Tensor, Tensor], None]
+    ) -> None:
+        self.evaluator, self.execution, self.check = evaluator, execution, check
+
+    @property
+    def size(self) -> int:
+        """How many numbers its parameters are."""
+        return sum(parameter.numel() for parameter in self.evaluator.parameters)
+
+
+class Link:
+    """What a compiled graph reads of a module's function: `row` and `key`; None while there is no function.
+
+    function: kept alive for the key. A copy or a pickle has none.
+    """
+
+    def __init__(self) -> None:
+        self.row: Tensor | None = None
+        self.key: Tensor | None = None
+        self.function: Function | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing."""
+        return {"row": None, "key": None, "function": None}
+
+
+_known: WeakValueDictionary[int, Function] = WeakValueDictionary()
+_next_key = itertools.count()
+
+
+def rows_and_keys(functions: Sequence[Function], length: int) -> list[tuple[Tensor, Tensor]]:
+    """A row of `length` and a key for every function. A graph that hangs on a row keeps its function known."""
+    first = next(_next_key)
+    for key, function in enumerate(functions, start=first):
+        _known[key] = function
+    for _ in functions[1:]:
+        next(_next_key)
+    parameters = [parameter for function in functions for parameter in function.evaluator.parameters]
+    rows = _Rows.apply(functions, length, *parameters)  # type: ignore[no-untyped-call]
+    return list(zip(rows, torch.arange(first, first + len(functions)).unbind(), strict=True))
+
+
+class _Rows(torch.autograd.Function):
+    """Rows without values, from whose gradients those of the parameters are cut."""
+
+    @staticmethod
+    def forward(ctx: Any, functions: Sequence[Function], length: int, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.functions, ctx.shapes = functions, [(p.shape, p.dtype) for p in parameters]
+        ctx.set_materialize_grads(False)
+        return parameters[0].new_empty(len(functions), length, dtype=torch.float64).unbind()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *rows: Tensor | None) -> tuple[Tensor | None, ...]:
+        shapes, found = iter(ctx.shapes), []
+        for function, row in zip(ctx.functions, rows, strict=True):
+            start = 0
+            for shape, dtype in itertools.islice(shapes, len(function.evaluator.parameters)):
+                end = start + math.prod(shape)
+                found.append(None if row is None else row[start:end].view(shape).to(dtype))
+                start = end
+        return None, None, *found
+
+
+def linked_linear(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, row: Tensor, key: Tensor
+) -> Tensor:
+    """`weight.adapted_linear` for a compiler, with the function that `row` and `key` stand for.
+
+    What the product needs of x in another dtype is left to the compiler, which makes it where it makes x.
+    """
+    y: Tensor = torch.ops.basisadapt.linear(x.to(product_dtype(x, weight)), weight, bias, A, B, row, key)
+    return y
+
+
+# Plain definitions: what `torch.library.custom_op` puts around a function takes longer than a small layer's work.
+_library = torch.library.Library("basisadapt", "DEF")
+# A graph of CUDA launches would keep the functions of the step that it was captured in.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout, torch.Tag.cudagraph_unsafe)
+_library.define(
+    "linear(Tensor x, Tensor? weight, Tensor? bias, Tensor A, Tensor B, Tensor row, Tensor key) -> Tensor", tags=_TAGS
+)
+_library.define(
+    "linear_backward(Tensor upstream, Tensor x, Tensor? weight, Tensor A, Tensor B, Tensor key, int length, "
+    "bool form, bool trains) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+
+
+def _linear(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, row: Tensor, key: Tensor
+) -> Tensor:
+    function = _known[int(key)]
+    function.check(function, A, B)
+    return product(x, weight, bias, A, B, function.evaluator, function.execution).contiguous()
+
+
+def _linear_backward(
+    upstream: Tensor, x: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, key: Tensor, length: int, form: bool,
+    trains: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The gradients to x, W, A, B and the row; an empty tensor for what nobody asked for."""
+    function = _known[int(key)]
+    found = pull_back(upstream, x, weight, A, B, function.evaluator, function.execution, form, trains)
+    row = _flat(found.parameters, length)
+    grad_x, grad_weight = (x.new_empty(0) if g is None else g for g in (found.x, found.weight))
+    return grad_x, grad_weight, found.A.contiguous(), found.B.contiguous(), row
+
+
+def _flat(parts: tuple[Tensor, ...], length: int) -> Tensor:
+    if len(parts) == 1 and parts[0].shape == (length,):
+        return parts[0]
+    flat = torch.cat([part.double().flatten() for part in parts])
+    return F.pad(flat, (0, length - len(flat)))
+
+
+def _linear_shape(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, row: Tensor, key: Tensor
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], B.shape[0])
+
+
+def _linear_backward_shapes(
+    upstream: Tensor, x: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, key: Tensor, length: int, form: bool,
+    trains: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    grad_x = x.new_empty(x.shape if form else (0,))
+    grad_weight = weight.new_empty(weight.shape) if trains and weight is not None else x.new_empty(0)
+    return grad_x, grad_weight, A.new_empty(A.shape), B.new_empty(B.shape), A.new_empty(length, dtype=torch.float64)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, A, B, row, key = inputs
+    ctx.save_for_backward(x, weight, A, B, key)
+    ctx.length, ctx.bias_dtype = row.shape[0], None if bias is None else bias.dtype
+
+
+def _differentiate(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, A, B, key = ctx.saved_tensors
+    form, trains, of_bias, *_ = ctx.needs_input_grad
+    grad_x, grad_weight, grad_a, grad_b, row = torch.ops.basisadapt.linear_backward(
+        upstream, x, weight, A, B, key, ctx.length, form, trains
+    )
+    grad_bias = upstream.reshape(-1, upstream.shape[-1]).sum(0).to(ctx.bias_dtype) if of_bias else None
+    return grad_x if form else None, grad_weight if trains else None, grad_bias, grad_a, grad_b, row, None
+
+
+_library.impl("linear", _linear, "CompositeExplicitAutograd")
+_library.impl("linear_backward", _linear_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("basisadapt::linear", _linear_shape, lib=_library)
+torch.library.register_fake("basisadapt::linear_backward", _linear_backward_shapes, lib=_library)
+torch.library.register_autograd("basisadapt::linear", _differentiate, setup_context=_save, lib=_library)
