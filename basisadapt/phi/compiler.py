@@ -89,7 +89,7 @@ class Compiler:
         self._kept: list[Compiled] = []  # the newest first: at most one of each kind
         self._in_call = threading.local()  # of the model, in this thread: what was compiled when it began
         self._linked: Compiled | None = None  # what the links are of
-        self._length = LEAST_LENGTH  # of rows: grows where a function has more parameters, and then a graph is traced anew
+        self._length = LEAST_LENGTH  # of rows; grows with the functions' parameters, and graphs are then traced anew
         self._one_at_a_time = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -156,9 +156,9 @@ class Compiler:
         if held is not None and held.functions[module] is function:
             return
         for compiled in self._kept:
-            if compiled.functions[module] is function:
-                if (A.is_cuda and _in_backward()) or compiled.made_of(module, A, B, self.bank.tables):
-                    return
+            again = A.is_cuda and _in_backward()
+            if compiled.functions[module] is function and (again or compiled.made_of(module, A, B, self.bank.tables)):
+                return
         raise InputError(
             f"a compiled part of the model, with {module!r} in it, was called by itself after φ had changed: call the "
             "peft model, which brings φ up to date, or leave that part uncompiled"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -20,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from basisadapt.phi import series
-from basisadapt.phi.evaluators import Evaluator, Split
+from basisadapt.phi.evaluators import Evaluator, Series, Split
 from basisadapt.phi.weight import Execution, product, product_dtype, pull_back
 
 LEAST_LENGTH = series.POINTS[-1] + series.POWER_COUNT  # of a row: what the longest series needs
@@ -69,7 +70,7 @@ def rows_and_keys(functions: Sequence[Function], length: int) -> list[tuple[Tens
         next(_next_key)
     parameters = [parameter for function in functions for parameter in function.evaluator.parameters]
     rows = _Rows.apply(functions, length, *parameters)  # type: ignore[no-untyped-call]
-    return list(zip(rows, torch.arange(first, first + len(functions)).unbind(), strict=True))
+    return list(zip(rows, torch.arange(first, first + len(functions), device="cpu").unbind(), strict=True))
 
 
 class _Rows(torch.autograd.Function):
@@ -109,6 +110,7 @@ def linked_linear(
 _library = torch.library.Library("basisadapt", "DEF")
 # A graph of CUDA launches would keep the functions of the step that it was captured in.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout, torch.Tag.cudagraph_unsafe)
+_AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
 _library.define(
     "linear(Tensor x, Tensor? weight, Tensor? bias, Tensor A, Tensor B, Tensor row, Tensor key) -> Tensor", tags=_TAGS
 )
@@ -133,7 +135,10 @@ def _linear_backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The gradients to x, W, A, B and the row; an empty tensor for what nobody asked for."""
     function = _known[int(key)]
-    found = pull_back(upstream, x, weight, A, B, function.evaluator, function.execution, form, trains)
+    # Tables and direct sums use autograd themselves, which a mode of torch's dispatcher switches off below it.
+    by_autograd = not isinstance(function.evaluator, Series)
+    with torch._C._SetExcludeDispatchKeyGuard(_AUTOGRAD, False) if by_autograd else nullcontext():
+        found = pull_back(upstream, x, weight, A, B, function.evaluator, function.execution, form, trains)
     row = _flat(found.parameters, length)
     grad_x, grad_weight = (x.new_empty(0) if g is None else g for g in (found.x, found.weight))
     return grad_x, grad_weight, found.A.contiguous(), found.B.contiguous(), row

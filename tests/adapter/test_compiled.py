@@ -1,0 +1,299 @@
+"""torch.compile of a model with φ(BA): what the eager model gives, in few graphs that serve every step.
+
+By `aot_eager`, which traces and differentiates as inductor does and compiles nothing; inductor's own test is slow.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch._dynamo.utils import counters
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from basisadapt import InputError, PhiConfig
+from basisadapt.adapter import PhiLinear
+from tests.adapter.toys import X, draw, two
+from tests.adapter.toys import adapted as toy
+
+TOKENS = torch.randint(0, 60, (2, 9), generator=torch.Generator().manual_seed(1))
+INPUTS = {"input_ids": TOKENS, "labels": TOKENS, "use_cache": False}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled():
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def model(**settings):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "qwen2", vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    base = AutoModelForCausalLM.from_config(config)
+    settings = {"num_basis": 10, "gain": 20.0, "target_modules": ["q_proj", "down_proj"], **settings}
+    adapted = get_peft_model(base, PhiConfig(task_type="CAUSAL_LM", r=3, **settings)).train()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "phi_B" in name or "alpha" in name:
+                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+    return adapted
+
+
+def regional(adapted, backend="aot_eager"):
+    # So that the first layer's input needs a gradient as the others' does: else it takes a graph of its own.
+    adapted.enable_input_require_grads()
+    for layer in adapted.base_model.model.model.layers:
+        layer.compile(backend=backend, fullgraph=True)
+    return adapted
+
+
+def whole(adapted, backend="aot_eager"):
+    return torch.compile(adapted, backend=backend)
+
+
+def degrees(adapted):
+    found = []
+    for layer in (module for module in adapted.modules() if isinstance(module, PhiLinear)):
+        found.append(getattr(layer.phi_link["default"].function.evaluator, "expected", None))
+    return found
+
+
+def trained(adapted, call, steps=20):
+    """Losses, the gradients of every step, and every layer's degree, step by step."""
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=2e-2)
+    losses, gradients, seen = [], [], []
+    for _ in range(steps):
+        loss = call(**INPUTS).loss
+        loss.backward()
+        losses.append(loss.detach())
+        seen.append(degrees(adapted))
+        gradients.append([p.grad.clone() for p in adapted.parameters() if p.requires_grad])
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, gradients, seen
+
+
+def assert_same(found, truth):
+    torch.testing.assert_close(found[0], truth[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[1], truth[1], rtol=1e-3, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def eager():
+    adapted = model()
+    return trained(adapted, adapted)
+
+
+@pytest.mark.parametrize("way", [regional, whole])
+def test_twenty_steps_are_the_eager_ones_and_take_one_graph(way, eager):
+    adapted = model()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        found = trained(adapted, way(adapted))
+    assert_same(found, eager)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert len({tuple(step) for step in eager[2]}) > 2  # the degrees have changed, and the graph has not
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [regional, whole])
+def test_by_inductor(way, eager):
+    adapted = model()
+    assert_same(trained(adapted, way(adapted, "inductor")), eager)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def compiled(adapted, **options):
+    """A toy whose base model is compiled: the peft model around it brings φ up to date."""
+    adapted.base_model.model.compile(backend="aot_eager", **{"fullgraph": True, **options})
+    return adapted
+
+
+def gradients(adapted):
+    adapted.zero_grad()
+    adapted(X).square().sum().backward()
+    return {name: p.grad.clone() for name, p in adapted.named_parameters() if p.grad is not None}
+
+
+def step(adapted, seed):
+    draw(adapted, seed)
+
+
+def load(adapted, seed):
+    other = toy()
+    draw(other, seed)
+    adapted.load_state_dict(other.state_dict())
+
+
+def without_gradients(adapted, seed):
+    with torch.no_grad():
+        adapted(X)
+
+
+def inference(adapted, seed):
+    with torch.inference_mode():
+        adapted(X)
+
+
+def merge(adapted, seed):
+    adapted.merge_adapter()
+    adapted(X)
+    adapted.unmerge_adapter()
+
+
+def disable(adapted, seed):
+    with adapted.disable_adapter():
+        adapted(X)
+
+
+HISTORIES = [
+    [without_gradients, step, without_gradients],
+    [inference, step, step, inference],
+    [load, without_gradients, load],
+    [step, merge, step],
+    [step, disable, without_gradients, load],
+]
+
+
+@pytest.mark.parametrize("history", HISTORIES, ids=lambda history: " ".join(event.__name__ for event in history))
+def test_histories(history):
+    ours, eager = compiled(toy()), toy()
+    for seed, event in enumerate(history):
+        event(ours, seed)
+        event(eager, seed)
+        torch.testing.assert_close(gradients(ours), gradients(eager))
+        assert torch.equal(ours(X), eager(X))
+
+
+@pytest.mark.parametrize("case", ["Conv1D", "Blocks", "MLP, two layers", "MLP without bias"])
+def test_other_layers(case):
+    torch.testing.assert_close(gradients(compiled(toy(case))), gradients(toy(case)))
+
+
+@pytest.mark.parametrize("settings", [{"backend": "direct"}, {"gain": 300.0, "omega_init": 3.0}, {"dropout": 0.5}])
+def test_other_evaluators_and_paths(settings):
+    ours, eager = compiled(toy(**settings)), toy(**settings)
+    torch.testing.assert_close(gradients(ours), gradients(eager))
+
+
+def test_two_adapters():
+    models = [two("lin0", "lin0") for _ in range(2)]
+    for adapted in models:
+        adapted.base_model.set_adapter(["default", "other"])
+    torch.testing.assert_close(gradients(compiled(models[0])), gradients(models[1]))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_around_a_compiled_part(reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    ours, eager = toy(), toy()
+    ours.base_model.model.lin0.compile(backend="aot_eager", fullgraph=True)
+    model = ours.base_model.model
+
+    def forward(x):
+        x = checkpoint(model.lin0, x, use_reentrant=reentrant)
+        return model.head(torch.relu(model.lin1(torch.relu(x))))
+
+    model.forward = forward
+    x = X.clone().requires_grad_()
+    ours(x).square().sum().backward()
+    found = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(found, gradients(eager))
+
+
+def test_a_longer_row_is_traced_anew_once():
+    """A direct sum of many functions has more parameters than the longest series."""
+    ours = compiled(toy(num_basis=100))
+    gradients(ours)
+    assert counters["stats"]["unique_graphs"] == 1
+    source = ours.base_model.model.lin0.phi_source["default"]
+    source._setting = "direct"
+    draw(ours, 1)
+    found = gradients(ours)
+    assert counters["stats"]["unique_graphs"] == 2
+    ours.base_model.model._compiled_call_impl = None
+    torch.testing.assert_close(found, gradients(ours))
+    assert len(ours.base_model.model.lin0.phi_link["default"].row) == 301
+
+
+def test_a_compiled_part_called_by_itself_is_right_or_refused():
+    ours = toy()
+    part = ours.base_model.model
+    part.compile(backend="aot_eager")
+    first = part(X)  # nothing is compiled of φ: the layer is left out of the graph
+    assert torch.equal(first, ours(X))
+    assert torch.equal(first, part(X))
+    draw(ours, 1)
+    with pytest.raises(InputError, match="call the peft model"):
+        part(X)
+    assert torch.equal(ours(X), toy_at(1)(X))
+
+
+def toy_at(seed):
+    adapted = toy()
+    draw(adapted, seed)
+    return adapted
+
+
+def test_a_copy_has_its_own_functions():
+    ours = compiled(toy())
+    ours(X)
+    other = copy.deepcopy(ours)
+    draw(ours, 1)
+    torch.testing.assert_close(gradients(other), gradients(toy()))
+
+
+def test_export_is_refused_and_the_merged_model_exported():
+    adapted = toy()
+    with pytest.raises(InputError, match="merge_and_unload"):
+        torch.export.export(adapted.base_model.model, (X,))
+    expected = adapted(X)
+    exported = torch.export.export(adapted.merge_and_unload(), (X,))
+    torch.testing.assert_close(exported.module()(X), expected)
+
+
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@on_cuda
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("way", [regional, whole])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, "autocast"])
+@pytest.mark.parametrize("settings", [{}, {"preset": "nyquist", "num_basis": 50, "gain": None}], ids=["few", "nyquist"])
+def test_on_a_gpu(settings, weights, way, mode):
+    """Five steps by inductor are those of the eager model."""
+    results = []
+    dtype = torch.float32 if weights == "autocast" else weights
+    for compiling in (False, True):
+        adapted = model(**settings).to(dtype).cuda()
+        call = adapted
+        if compiling and way is whole:
+            call = torch.compile(adapted, mode=mode)
+        elif compiling:
+            adapted.enable_input_require_grads()
+            for layer in adapted.base_model.model.model.layers:
+                layer.compile(mode=mode, fullgraph=True)
+        optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-3)
+        losses, found = [], []
+        for number in range(5):
+            with torch.autocast("cuda", torch.bfloat16, enabled=weights == "autocast"):
+                loss = call(input_ids=TOKENS.cuda(), labels=TOKENS.cuda(), use_cache=False).loss
+            loss.backward()
+            losses.append(loss.detach().clone())
+            if number == 0:
+                found = [p.grad.float().clone() for p in adapted.parameters() if p.requires_grad]
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append((torch.stack(losses).float(), found))
+    (losses, truth), (ours, found) = results
+    exact = weights is torch.float32
+    torch.testing.assert_close(ours, losses, rtol=1e-4 if exact else 2e-2, atol=0)
+    for gradient, expected in zip(found, truth, strict=True):
+        assert (gradient - expected).norm() <= (1e-3 if exact else 0.1) * expected.norm() + 1e-6

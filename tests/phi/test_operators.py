@@ -1,0 +1,110 @@
+"""The operators behind torch.compile: `opcheck`, and what the eager function gives."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from basisadapt.phi import operators
+from basisadapt.phi.choice import evaluator
+from basisadapt.phi.dense_gradient import DenseGradient
+from basisadapt.phi.evaluators import Direct, Series, Split
+from basisadapt.phi.operators import LEAST_LENGTH, Function, linked_linear, rows_and_keys
+from basisadapt.phi.weight import Execution, adapted_linear
+from tests.phi.test_evaluators import factors, make
+
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def function(A, B, kind=Series):
+    """A function of the factors, by an evaluator of that kind, and its tables."""
+    transfer = make("sinc", 50)
+    leaves = [p.detach().clone().requires_grad_() for p in transfer.parameters]
+    transfer = transfer.with_parameters(*leaves)
+    made = Direct(transfer) if kind is Direct else evaluator(transfer, A.detach(), B.detach(), "torch")
+    assert isinstance(made, kind)
+    return Function(made, Execution("torch", DenseGradient()), lambda *_: None), leaves
+
+
+def inputs(kind=Series, weight=True, bias=True, dtype=torch.float64):
+    """x, W, b, A, B, the function and its tables, a row and a key."""
+    A, B = (t.to(dtype).requires_grad_() for t in factors(9, 7, 2, 0.3))
+    if kind is Split:
+        A, B = (t.to(dtype) for t in factors(40, 7, 2, 0.3))
+        B[3] *= 1e4
+        A, B = A.requires_grad_(), B.requires_grad_()
+    W, b, x = (torch.randn(*s, generator=GENERATOR).to(dtype) for s in ((len(B), 7), (len(B),), (2, 3, 7)))
+    found, leaves = function(A, B, kind)
+    ((row, key),) = rows_and_keys([found], max(LEAST_LENGTH, found.size))
+    layer = x.requires_grad_(), W if weight else None, b.requires_grad_() if bias else None, A, B
+    return layer, found, leaves, row, key
+
+
+@pytest.mark.parametrize("kind", [Series, Direct, Split])
+@pytest.mark.parametrize(("weight", "bias"), [(True, True), (False, False)])
+def test_values_and_gradients_are_those_of_the_eager_function(kind, weight, bias):
+    layer, found, leaves, row, key = inputs(kind, weight, bias)
+    x, W, b, A, B = layer
+    wanted = [t for t in (x, b, A, B, *leaves) if t is not None and t.requires_grad]
+    results = []
+    for y in (adapted_linear(*layer, found.evaluator, found.execution), linked_linear(*layer, row, key)):
+        results.append([y, *torch.autograd.grad(y.square().sum(), wanted, retain_graph=True, allow_unused=True)])
+    for eager, operator in zip(*results, strict=True):
+        assert (eager is None) == (operator is None)
+        if eager is not None:
+            assert torch.equal(eager, operator)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [(Series, torch.float64), (Direct, torch.float32), (Series, torch.bfloat16)])
+def test_opcheck(kind, dtype):
+    (x, W, b, A, B), _, _, row, key = inputs(kind, dtype=dtype)
+    W.requires_grad_(dtype == torch.float64)
+    torch.library.opcheck(torch.ops.basisadapt.linear.default, (x, W, b, A, B, row, key))
+    torch.library.opcheck(torch.ops.basisadapt.linear.default, (x.detach(), None, None, A, B, row, key))
+    upstream = torch.randn(2, 3, len(B), generator=GENERATOR).to(dtype)
+    plain = [t.detach() for t in (x, W, A, B)]
+    for form, trains in ((True, False), (False, True)):
+        given = (upstream, *plain, key, row.shape[0], form, trains)
+        torch.library.opcheck(torch.ops.basisadapt.linear_backward.default, given)
+
+
+def test_autocast_casts_x_in_the_graph():
+    layer, found, _, row, key = inputs(dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = linked_linear(*layer, row, key)
+        assert torch.equal(y, adapted_linear(*layer, found.evaluator, found.execution))
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert layer[0].grad.dtype == layer[3].grad.dtype == torch.float32
+
+
+def test_a_function_is_known_as_long_as_a_graph_hangs_on_its_row():
+    layer, found, leaves, row, key = inputs()
+    number, y = int(key), linked_linear(*layer, row, key)
+    del found, row
+    gc.collect()
+    y.sum().backward()
+    assert leaves[0].grad.abs().sum() > 0
+    del y
+    gc.collect()
+    assert number not in operators._known
+
+
+def test_rows_of_several_functions_and_one_that_nobody_used():
+    A, B = (t.double().requires_grad_() for t in factors(9, 7, 2, 0.3))
+    (one, of_one), (other, of_other) = function(A, B), function(A, B, Direct)
+    length = LEAST_LENGTH + 100
+    (row, key), _ = rows_and_keys([other, one], length)
+    linked_linear(torch.ones(3, 7, dtype=torch.float64), None, None, A, B, row, key).sum().backward()
+    assert of_other[0].grad.abs().sum() > 0
+    assert not of_one[0].grad.any()
+
+
+def test_gradients_of_gradients_are_refused():
+    layer, _, _, row, key = inputs()
+    y = linked_linear(*layer, row, key)
+    (gradient,) = torch.autograd.grad(y.square().sum(), layer[3], create_graph=True)
+    with pytest.raises(RuntimeError, match="linear_backward"):
+        gradient.sum().backward()
