@@ -5,8 +5,8 @@
     python benchmarks/train_step.py llama3-8b --batch 4 16 --checkpointing yes --methods "phi, N = 50;fp8;sketch"
     python benchmarks/train_step.py qwen2-0.5b --batch 4x128 16x512 --compile no regional whole --rounds 1 --no-busy
 
-Several values of an option are several tables; those of --compile are rows of one: not compiled, each block of the model
-by itself, the whole model. The methods take turns; each turn begins with steps that are not timed, and are compiled in.
+Several values of an option are several tables; those of --compile are rows of one: not compiled, each block by itself,
+the whole model. The methods take turns; each turn begins with steps that are not timed, and that compile.
 The figure is the median over rounds of the ratio to LoRA's step in the same round; on a GPU also tokens per second, the
 time in which the GPU computes, and the peak of allocated memory. A and B are set to the size that training gives them,
 φ's amplitudes are drawn. Before anything is timed, ΔW of every module is held against the direct sum: where they differ

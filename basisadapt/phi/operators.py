@@ -182,8 +182,13 @@ def _differentiate(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x if form else None, grad_weight if trains else None, grad_bias, grad_a, grad_b, row, None
 
 
+def _refuse(ctx: Any, *upstream: Tensor) -> None:
+    raise RuntimeError("φ(BA) has gradients, and no gradients of gradients")
+
+
 _library.impl("linear", _linear, "CompositeExplicitAutograd")
 _library.impl("linear_backward", _linear_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("basisadapt::linear", _linear_shape, lib=_library)
 torch.library.register_fake("basisadapt::linear_backward", _linear_backward_shapes, lib=_library)
 torch.library.register_autograd("basisadapt::linear", _differentiate, setup_context=_save, lib=_library)
+torch.library.register_autograd("basisadapt::linear_backward", _refuse, lib=_library)

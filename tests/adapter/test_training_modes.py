@@ -187,14 +187,6 @@ def test_an_unknown_dense_gradient_is_refused(method):
         PhiConfig(dense_gradient=method)
 
 
-def test_torch_compile_leaves_the_layers_out(bert, tokens, expected):
-    """φ's layers break the graph: the rest is compiled around them."""
-    model = adapted(bert)
-    compiled = torch.compile(model, backend="aot_eager")
-    compiled(input_ids=tokens, labels=LABELS).loss.backward()
-    assert_close(gradients(model), expected)
-
-
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 def test_four_bit_weights(bert, tokens):
     """Training over quantised weights is training over the weights that they stand for."""
