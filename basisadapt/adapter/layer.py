@@ -18,7 +18,7 @@ from basisadapt.core.errors import InputError
 from basisadapt.phi.choice import compute_dtype
 from basisadapt.phi.compiler import Compiler
 from basisadapt.phi.operators import Link, linked_linear
-from basisadapt.phi.weight import Execution, Weight, adapted_linear, delta_weight
+from basisadapt.phi.weight import Weight, adapted_linear, delta_weight
 
 
 class PhiLinear(AdaptedLinear):
@@ -166,9 +166,8 @@ class PhiLinear(AdaptedLinear):
         return self.phi_settings[adapter].scaling * F.linear(F.linear(x.to(A.dtype), A), B)
 
     def _adapted(self, adapter: str, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-        A, B = self.phi_A[adapter], self.phi_B[adapter]
         if torch.compiler.is_compiling():
-            link = self.phi_link[adapter]
+            A, B, link = self.phi_A[adapter], self.phi_B[adapter], self.phi_link[adapter]
             assert link.row is not None and link.key is not None and not callable(weight)
             return linked_linear(x, weight, bias, A, B, link.row, link.key)
         if "_is_replica" in self.__dict__:
@@ -176,6 +175,8 @@ class PhiLinear(AdaptedLinear):
                 "φ(BA) does not work under nn.DataParallel, whose copies of the layers lie apart from φ's tables; use "
                 "DistributedDataParallel (torchrun or accelerate launch), or one GPU (CUDA_VISIBLE_DEVICES=0)"
             )
-        source = self.phi_source[adapter]
-        execution = Execution(source.backend(A.device), self.phi_settings[adapter].dense)
-        return adapted_linear(x, weight, bias, A, B, source.evaluator(self.name, A, B), execution)
+        # Asked as dictionaries, what holds them takes microseconds.
+        A: Any = self.phi_A._parameters[adapter]
+        B: Any = self.phi_B._parameters[adapter]
+        function = self.phi_source[adapter].function(self.name, A, B)
+        return adapted_linear(x, weight, bias, A, B, function.evaluator, function.execution)

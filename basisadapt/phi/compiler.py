@@ -29,20 +29,19 @@ Adapted = tuple[nn.ParameterDict, nn.ParameterDict, nn.Module]  # what holds A, 
 
 @dataclass(frozen=True)
 class Compiled:
-    """The evaluators of all modules, and what they were made of.
+    """The functions of all modules, and what they were made of.
 
     differentiable: whether gradients were asked for; one that is serves passes of both kinds. tables: copies of the
     bank's, and whether each trained. tolerances: of every module. factors: copies of A and B of each; None where FSDP
-    shards them. functions, rows_and_keys: the same evaluators for torch.compile, see `operators`.
+    shards them. rows_and_keys: of the functions, for torch.compile, see `operators`.
     """
 
-    evaluators: Mapping[str, Evaluator | Split]
+    functions: Mapping[str, Function]
     differentiable: bool
     tables: tuple[Tensor, ...]
     trained: tuple[bool, ...]
     tolerances: tuple[float, ...]
     factors: Mapping[str, tuple[Tensor, Tensor]] | None
-    functions: Mapping[str, Function]
     rows_and_keys: Sequence[tuple[Tensor, Tensor]]
 
     def made_of(self, module: str, A: Tensor, B: Tensor, tables: tuple[Tensor, ...]) -> bool:
@@ -117,20 +116,20 @@ class Compiler:
         layer: Any = self._modules[module][2]
         return self._tolerance or default_tolerance(layer.weight.dtype)
 
-    def evaluator(self, module: str, A: Tensor, B: Tensor) -> Evaluator | Split:
-        """The evaluator of one module with these factors; compiles all where something has changed since."""
+    def function(self, module: str, A: Tensor, B: Tensor) -> Function:
+        """The function of one module with these factors; compiles all where something has changed since."""
         wanted = torch.is_grad_enabled()
         held: Compiled | None = getattr(self._in_call, "compiled", None)
         if held is not None and (held.differentiable or not wanted):
-            return held.evaluators[module]
+            return held.functions[module]
         for place, compiled in enumerate(self._kept):
             if compiled.differentiable or not wanted:
                 # A checkpointed layer's second forward pass belongs to the first; on a GPU a look would make it wait.
                 again = place == 0 and A.is_cuda and _in_backward()
                 if again or compiled.made_of(module, A, B, self.bank.tables):
-                    return compiled.evaluators[module]
+                    return compiled.functions[module]
         made: Compiled = self.refresh()
-        return made.evaluators[module]
+        return made.functions[module]
 
     @contextmanager
     def compiled(self) -> Iterator[None]:
@@ -260,15 +259,15 @@ class Compiler:
                 evaluators = self._choice.evaluators(work)
         kept = None if sharded else dict(zip(names, zip(held, held, strict=True), strict=True))
         trained = tuple(table.requires_grad for table in tables)
-        execution = Execution(self.backend(device), self._dense)
+        ways = {where: Execution(self.backend(where), self._dense) for where in {A.device for A, _ in pairs}}
         functions = [
-            Function(evaluator, execution, functools.partial(self._check, name))
-            for name, evaluator in zip(names, evaluators, strict=True)
+            Function(evaluator, ways[A.device], functools.partial(self._check, name))
+            for name, evaluator, (A, _) in zip(names, evaluators, pairs, strict=True)
         ]
         self._length = max(self._length, *(function.size for function in functions))
         return Compiled(
-            dict(zip(names, evaluators, strict=True)), wanted, copies, trained, tolerances, kept,
-            dict(zip(names, functions, strict=True)), rows_and_keys(functions, self._length),
+            dict(zip(names, functions, strict=True)), wanted, copies, trained, tolerances, kept,
+            rows_and_keys(functions, self._length),
         )  # fmt: skip
 
 

@@ -50,7 +50,7 @@ def dense_gradient(upstream: Tensor, x: Tensor, how: DenseGradient) -> Tensor:
         return _fp8(upstream, x)
     if how.kind == "sketch":
         upstream, x = _sketch(upstream, x, how.tokens)
-    return upstream.T @ x
+    return torch.mm(upstream.t(), x)
 
 
 def _fp8(upstream: Tensor, x: Tensor) -> Tensor:

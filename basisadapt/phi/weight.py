@@ -51,7 +51,7 @@ def adapted_linear(
     """
     made, tensor = (weight, None) if callable(weight) else (None, weight)
     result: Tensor = _AdaptedLinear.apply(  # type: ignore[no-untyped-call]
-        x, tensor, bias, A, B, made, evaluator, execution, *evaluator.parameters
+        x, tensor, bias, A, B, (made, evaluator, execution), *evaluator.parameters
     )
     return result
 
@@ -116,7 +116,7 @@ def pull_back(
         effective, grad_a, grad_b, grads = kernels.pull_back(
             dense, weight, _as(A, dtype), _as(B, dtype), evaluator, execution.backend, form
         )
-        grad_x = None if effective is None else (gradient @ effective).view(x.shape)
+        grad_x = None if effective is None else torch.mm(gradient, effective).view(x.shape)
     return Gradients(grad_x, grad_weight, _as(grad_a, A.dtype), _as(grad_b, B.dtype), grads)
 
 
@@ -129,15 +129,14 @@ class _AdaptedLinear(torch.autograd.Function):
         bias: Tensor | None,
         A: Tensor,
         B: Tensor,
-        made: Callable[[], Tensor] | None,
-        evaluator: Evaluator | Split,
-        execution: Execution,
+        how: tuple[Callable[[], Tensor] | None, Evaluator | Split, Execution],
         *parameters: Tensor,
     ) -> Tensor:
         # A frozen weight is kept outside: checkpointing would pack and unpack it, layer after layer, for nothing.
         ctx.frozen = None if weight is None or weight.requires_grad else weight
         ctx.save_for_backward(x, A, B, None if ctx.frozen is not None else weight)
-        ctx.made, ctx.evaluator, ctx.execution, ctx.has_bias = made, evaluator, execution, bias is not None
+        ctx.how, ctx.has_bias = how, bias is not None
+        made, evaluator, execution = how
         weight = made() if made else weight
         ctx.dtype = product_dtype(x, weight)
         return product(_as(x, ctx.dtype), weight, bias, A, B, evaluator, execution)
@@ -146,12 +145,12 @@ class _AdaptedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, weight = ctx.saved_tensors
-        form, trains, *_ = ctx.needs_input_grad
-        base = ctx.made() if ctx.made and form else weight if ctx.frozen is None else ctx.frozen
-        found = pull_back(
-            _as(upstream[0], ctx.dtype), _as(x, ctx.dtype), base, A, B, ctx.evaluator, ctx.execution, form, trains
-        )
+        made, evaluator, execution = ctx.how
+        form, trains, of_bias, *_ = ctx.needs_input_grad
+        base = made() if made and form else weight if ctx.frozen is None else ctx.frozen
+        gradient = _as(upstream[0], ctx.dtype)
+        found = pull_back(gradient, _as(x, ctx.dtype), base, A, B, evaluator, execution, form, trains)
         grad_x = None if found.x is None else _as(found.x, x.dtype)
-        grad_bias = _tokens(_as(upstream[0], ctx.dtype)).sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
-        rest = [_as(g, p.dtype) for g, p in zip(found.parameters, ctx.evaluator.parameters, strict=True)]
-        return grad_x, found.weight, grad_bias, found.A, found.B, None, None, None, *rest
+        grad_bias = _tokens(gradient).sum(0) if ctx.has_bias and of_bias else None
+        rest = [_as(g, p.dtype) for g, p in zip(found.parameters, evaluator.parameters, strict=True)]
+        return grad_x, found.weight, grad_bias, found.A, found.B, None, *rest
