@@ -167,9 +167,9 @@ class PhiLinear(AdaptedLinear):
 
     def _adapted(self, adapter: str, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling():
-            A, B, link = self.phi_A[adapter], self.phi_B[adapter], self.phi_link[adapter]
+            link = self.phi_link[adapter]
             assert link.row is not None and link.key is not None and not callable(weight)
-            return linked_linear(x, weight, bias, A, B, link.row, link.key)
+            return linked_linear(x, weight, bias, self.phi_A[adapter], self.phi_B[adapter], link.row, link.key)
         if "_is_replica" in self.__dict__:
             raise InputError(
                 "φ(BA) does not work under nn.DataParallel, whose copies of the layers lie apart from φ's tables; use "
