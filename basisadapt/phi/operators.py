@@ -115,7 +115,7 @@ _library.define(
     "linear(Tensor x, Tensor? weight, Tensor? bias, Tensor A, Tensor B, Tensor row, Tensor key) -> Tensor", tags=_TAGS
 )
 _library.define(
-    "linear_backward(Tensor upstream, Tensor x, Tensor? weight, Tensor A, Tensor B, Tensor key, int length, "
+    "linear_backward(Tensor upstream, Tensor x, Tensor? weight, Tensor A, Tensor B, Tensor key, SymInt length, "
     "bool form, bool trains) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )

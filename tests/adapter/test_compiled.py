@@ -54,6 +54,14 @@ def regional(adapted, backend="aot_eager"):
     return adapted
 
 
+def as_trained(adapted, backend="aot_eager"):
+    """As `training.compiled` compiles blocks: one graph for all shapes of a batch."""
+    adapted.enable_input_require_grads()
+    for layer in adapted.base_model.model.model.layers:
+        layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)
+    return adapted
+
+
 def whole(adapted, backend="aot_eager"):
     return torch.compile(adapted, backend=backend)
 
@@ -91,7 +99,7 @@ def eager():
     return trained(adapted, adapted)
 
 
-@pytest.mark.parametrize("way", [regional, whole])
+@pytest.mark.parametrize("way", [regional, as_trained, whole])
 def test_twenty_steps_are_the_eager_ones_and_take_one_graph(way, eager):
     adapted = model()
     with torch._dynamo.config.patch(error_on_recompile=True):
