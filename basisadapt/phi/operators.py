@@ -63,14 +63,11 @@ _next_key = itertools.count()
 
 def rows_and_keys(functions: Sequence[Function], length: int) -> list[tuple[Tensor, Tensor]]:
     """A row of `length` and a key for every function. A graph that hangs on a row keeps its function known."""
-    first = next(_next_key)
-    for key, function in enumerate(functions, start=first):
-        _known[key] = function
-    for _ in functions[1:]:
-        next(_next_key)
+    keys = list(itertools.islice(_next_key, len(functions)))
+    _known.update(zip(keys, functions, strict=True))
     parameters = [parameter for function in functions for parameter in function.evaluator.parameters]
     rows = _Rows.apply(functions, length, *parameters)  # type: ignore[no-untyped-call]
-    return list(zip(rows, torch.arange(first, first + len(functions), device="cpu").unbind(), strict=True))
+    return [(row, torch.tensor(key, device="cpu")) for row, key in zip(rows, keys, strict=True)]
 
 
 class _Rows(torch.autograd.Function):
@@ -80,7 +77,8 @@ class _Rows(torch.autograd.Function):
     def forward(ctx: Any, functions: Sequence[Function], length: int, *parameters: Tensor) -> tuple[Tensor, ...]:
         ctx.functions, ctx.shapes = functions, [(p.shape, p.dtype) for p in parameters]
         ctx.set_materialize_grads(False)
-        return parameters[0].new_empty(len(functions), length, dtype=torch.float64).unbind()
+        # Not parts of one tensor: a compiler with dynamic shapes would tell them by where they begin in it.
+        return tuple(parameters[0].new_empty(length, dtype=torch.float64) for _ in functions)
 
     @staticmethod
     @once_differentiable
