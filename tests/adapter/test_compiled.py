@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from basisadapt import InputError, PhiConfig
@@ -265,6 +266,43 @@ def test_export_is_refused_and_the_merged_model_exported():
     expected = adapted(X)
     exported = torch.export.export(adapted.merge_and_unload(), (X,))
     torch.testing.assert_close(exported.module()(X), expected)
+
+
+def test_derivatives_of_derivatives_are_refused():
+    ours = toy()
+    factors = {name: p for name, p in ours.named_parameters() if "phi_A" in name}
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(lambda given: torch.func.functional_call(ours, given, (X,)).sum())(factors)
+    (gradient,) = torch.autograd.grad(compiled(ours)(X).square().sum(), list(factors.values()), create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        gradient.sum().backward()
+
+
+def test_compiling_phi_takes_as_many_launches_however_many_layers():
+    """What is made for every layer is room that nobody fills, and a number on the CPU."""
+    counts = []
+    for number in (2, 6):
+        layers = torch.nn.Sequential(*(torch.nn.Linear(10, 10) for _ in range(number)))
+        ours = get_peft_model(layers, PhiConfig(r=2, num_basis=5, target_modules=r"\d"))
+        with torch.no_grad():
+            for layer in layers:
+                layer.phi_B["default"].fill_(0.1)
+        ours(X.float())
+        seen = []
+
+        class Recorded(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None, seen=seen):
+                if function.overloadpacket not in NO_LAUNCH:
+                    seen.append(str(function))
+                return function(*args, **(kwargs or {}))
+
+        with Recorded():
+            ours.base_model.model[0].phi_source["default"].refresh()
+        counts.append(sorted(seen))
+    assert counts[0] == counts[1]
+
+
+NO_LAUNCH = (torch.ops.aten.detach, torch.ops.aten.new_empty, torch.ops.aten.lift_fresh, torch.ops.aten.permute)
 
 
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
