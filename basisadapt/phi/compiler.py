@@ -20,7 +20,7 @@ from basisadapt.phi.choice import Choice, Work, default_tolerance, evaluator
 from basisadapt.phi.dense_gradient import EXACT, DenseGradient
 from basisadapt.phi.evaluators import Direct, Evaluator, Split
 from basisadapt.phi.kernels import resolve_backend
-from basisadapt.phi.operators import LEAST_LENGTH, Function, Link, rows_and_keys
+from basisadapt.phi.operators import Function, Link, rows_and_keys
 from basisadapt.phi.weight import Execution
 
 HALF_ROUNDING = 1 + 2**-7  # A and B may each be rounded to bfloat16 for their layer
@@ -88,7 +88,6 @@ class Compiler:
         self._kept: list[Compiled] = []  # the newest first: at most one of each kind
         self._in_call = threading.local()  # of the model, in this thread: what was compiled when it began
         self._linked: Compiled | None = None  # what the links are of
-        self._length = LEAST_LENGTH  # of rows; grows with the functions' parameters, and graphs are then traced anew
         self._one_at_a_time = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -264,10 +263,9 @@ class Compiler:
             Function(evaluator, ways[A.device], functools.partial(self._check, name))
             for name, evaluator, (A, _) in zip(names, evaluators, pairs, strict=True)
         ]
-        self._length = max(self._length, *(function.size for function in functions))
         return Compiled(
             dict(zip(names, functions, strict=True)), wanted, copies, trained, tolerances, kept,
-            rows_and_keys(functions, self._length),
+            rows_and_keys(functions),
         )  # fmt: skip
 
 

@@ -2,14 +2,14 @@
 
 A compiled graph must not depend on what changes from step to step: degrees, tables, the evaluators themselves. So the
 operators get two tensors whose shapes stay. `key`, a number on the CPU, says which module's function of which moment
-is meant; it is looked up when the operator runs. `row`, whose values nobody reads, is where the gradient to the
-function's parameters leaves the graph: all of them, flat, one behind the other, and zeros up to a common length.
+is meant; it is looked up when the operator runs. `row`, whose values nobody reads, is where the gradient to a series'
+coefficients leaves the graph. Tables have more numbers, and not always as many: their gradients wait with the function
+until that of its row, zeros, arrives behind the graph.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -24,7 +24,7 @@ from basisadapt.phi import series
 from basisadapt.phi.evaluators import Evaluator, Series, Split
 from basisadapt.phi.weight import Execution, product, product_dtype, pull_back
 
-LEAST_LENGTH = series.POINTS[-1] + series.POWER_COUNT  # of a row: what the longest series needs
+LENGTH = series.POINTS[-1] + series.POWER_COUNT  # of a row: what the longest series needs
 
 
 class Function:
@@ -34,11 +34,27 @@ class Function:
         self, evaluator: Evaluator | Split, execution: Execution, check: Callable[[Function, Tensor, Tensor], None]
     ) -> None:
         self.evaluator, self.execution, self.check = evaluator, execution, check
+        self._waiting: dict[int, tuple[Tensor, ...]] = {}  # by backward passes, of which one may run within another
 
-    @property
-    def size(self) -> int:
-        """How many numbers its parameters are."""
-        return sum(parameter.numel() for parameter in self.evaluator.parameters)
+    def leave(self, gradients: tuple[Tensor, ...]) -> Tensor:
+        """The gradient to the row; what has no place in it waits for `take` in the same backward pass."""
+        if isinstance(self.evaluator, Series):
+            (moments,) = gradients
+            return moments if len(moments) == LENGTH else F.pad(moments, (0, LENGTH - len(moments)))
+        task = torch._C._current_graph_task_id()
+        before = self._waiting.get(task)
+        added = gradients if before is None else tuple(map(torch.add, before, gradients))
+        self._waiting[task] = added
+        return gradients[0].new_zeros(LENGTH, dtype=torch.float64)
+
+    def take(self, row: Tensor | None) -> Sequence[Tensor | None]:
+        """The gradients to the parameters, from the row's."""
+        if row is None:
+            return [None] * len(self.evaluator.parameters)
+        if isinstance(self.evaluator, Series):
+            return [row[: len(self.evaluator.parameters[0])]]
+        waiting = self._waiting.pop(torch._C._current_graph_task_id())
+        return [g.to(p.dtype) for g, p in zip(waiting, self.evaluator.parameters, strict=True)]
 
 
 class Link:
@@ -61,36 +77,30 @@ _known: WeakValueDictionary[int, Function] = WeakValueDictionary()
 _next_key = itertools.count()
 
 
-def rows_and_keys(functions: Sequence[Function], length: int) -> list[tuple[Tensor, Tensor]]:
-    """A row of `length` and a key for every function. A graph that hangs on a row keeps its function known."""
+def rows_and_keys(functions: Sequence[Function]) -> list[tuple[Tensor, Tensor]]:
+    """A row and a key for every function. A graph that hangs on a row keeps its function known."""
     keys = list(itertools.islice(_next_key, len(functions)))
     _known.update(zip(keys, functions, strict=True))
     parameters = [parameter for function in functions for parameter in function.evaluator.parameters]
-    rows = _Rows.apply(functions, length, *parameters)  # type: ignore[no-untyped-call]
+    rows = _Rows.apply(functions, *parameters)  # type: ignore[no-untyped-call]
     return [(row, torch.tensor(key, device="cpu")) for row, key in zip(rows, keys, strict=True)]
 
 
 class _Rows(torch.autograd.Function):
-    """Rows without values, from whose gradients those of the parameters are cut."""
+    """Rows without values, whose gradients bring those of the parameters."""
 
     @staticmethod
-    def forward(ctx: Any, functions: Sequence[Function], length: int, *parameters: Tensor) -> tuple[Tensor, ...]:
-        ctx.functions, ctx.shapes = functions, [(p.shape, p.dtype) for p in parameters]
+    def forward(ctx: Any, functions: Sequence[Function], *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.functions = functions
         ctx.set_materialize_grads(False)
         # Not parts of one tensor: a compiler with dynamic shapes would tell them by where they begin in it.
-        return tuple(parameters[0].new_empty(length, dtype=torch.float64) for _ in functions)
+        return tuple(parameters[0].new_empty(LENGTH, dtype=torch.float64) for _ in functions)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *rows: Tensor | None) -> tuple[Tensor | None, ...]:
-        shapes, found = iter(ctx.shapes), []
-        for function, row in zip(ctx.functions, rows, strict=True):
-            start = 0
-            for shape, dtype in itertools.islice(shapes, len(function.evaluator.parameters)):
-                end = start + math.prod(shape)
-                found.append(None if row is None else row[start:end].view(shape).to(dtype))
-                start = end
-        return None, None, *found
+        taken = (function.take(row) for function, row in zip(ctx.functions, rows, strict=True))
+        return None, *itertools.chain.from_iterable(taken)
 
 
 def linked_linear(
@@ -113,8 +123,8 @@ _library.define(
     "linear(Tensor x, Tensor? weight, Tensor? bias, Tensor A, Tensor B, Tensor row, Tensor key) -> Tensor", tags=_TAGS
 )
 _library.define(
-    "linear_backward(Tensor upstream, Tensor x, Tensor? weight, Tensor A, Tensor B, Tensor key, SymInt length, "
-    "bool form, bool trains) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "linear_backward(Tensor upstream, Tensor x, Tensor? weight, Tensor A, Tensor B, Tensor key, bool form, "
+    "bool trains) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
 
@@ -128,25 +138,17 @@ def _linear(
 
 
 def _linear_backward(
-    upstream: Tensor, x: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, key: Tensor, length: int, form: bool,
-    trains: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    upstream: Tensor, x: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, key: Tensor, form: bool, trains: bool
+) -> tuple[Tensor, ...]:
     """The gradients to x, W, A, B and the row; an empty tensor for what nobody asked for."""
     function = _known[int(key)]
     # Tables and direct sums use autograd themselves, which a mode of torch's dispatcher switches off below it.
     by_autograd = not isinstance(function.evaluator, Series)
     with torch._C._SetExcludeDispatchKeyGuard(_AUTOGRAD, False) if by_autograd else nullcontext():
         found = pull_back(upstream, x, weight, A, B, function.evaluator, function.execution, form, trains)
-    row = _flat(found.parameters, length)
+    row = function.leave(found.parameters)
     grad_x, grad_weight = (x.new_empty(0) if g is None else g for g in (found.x, found.weight))
     return grad_x, grad_weight, found.A.contiguous(), found.B.contiguous(), row
-
-
-def _flat(parts: tuple[Tensor, ...], length: int) -> Tensor:
-    if len(parts) == 1 and parts[0].shape == (length,):
-        return parts[0]
-    flat = torch.cat([part.double().flatten() for part in parts])
-    return F.pad(flat, (0, length - len(flat)))
 
 
 def _linear_shape(
@@ -156,25 +158,24 @@ def _linear_shape(
 
 
 def _linear_backward_shapes(
-    upstream: Tensor, x: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, key: Tensor, length: int, form: bool,
-    trains: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    upstream: Tensor, x: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, key: Tensor, form: bool, trains: bool
+) -> tuple[Tensor, ...]:
     grad_x = x.new_empty(x.shape if form else (0,))
     grad_weight = weight.new_empty(weight.shape) if trains and weight is not None else x.new_empty(0)
-    return grad_x, grad_weight, A.new_empty(A.shape), B.new_empty(B.shape), A.new_empty(length, dtype=torch.float64)
+    return grad_x, grad_weight, A.new_empty(A.shape), B.new_empty(B.shape), A.new_empty(LENGTH, dtype=torch.float64)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, A, B, row, key = inputs
+    x, weight, bias, A, B, _, key = inputs
     ctx.save_for_backward(x, weight, A, B, key)
-    ctx.length, ctx.bias_dtype = row.shape[0], None if bias is None else bias.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _differentiate(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, A, B, key = ctx.saved_tensors
     form, trains, of_bias, *_ = ctx.needs_input_grad
     grad_x, grad_weight, grad_a, grad_b, row = torch.ops.basisadapt.linear_backward(
-        upstream, x, weight, A, B, key, ctx.length, form, trains
+        upstream, x, weight, A, B, key, form, trains
     )
     grad_bias = upstream.reshape(-1, upstream.shape[-1]).sum(0).to(ctx.bias_dtype) if of_bias else None
     return grad_x if form else None, grad_weight if trains else None, grad_bias, grad_a, grad_b, row, None

@@ -11,7 +11,7 @@ from basisadapt.phi import operators
 from basisadapt.phi.choice import evaluator
 from basisadapt.phi.dense_gradient import DenseGradient
 from basisadapt.phi.evaluators import Direct, Series, Split
-from basisadapt.phi.operators import LEAST_LENGTH, Function, linked_linear, rows_and_keys
+from basisadapt.phi.operators import Function, linked_linear, rows_and_keys
 from basisadapt.phi.weight import Execution, adapted_linear
 from tests.phi.test_evaluators import factors, make
 
@@ -37,7 +37,7 @@ def inputs(kind=Series, weight=True, bias=True, dtype=torch.float64):
         A, B = A.requires_grad_(), B.requires_grad_()
     W, b, x = (torch.randn(*s, generator=GENERATOR).to(dtype) for s in ((len(B), 7), (len(B),), (2, 3, 7)))
     found, leaves = function(A, B, kind)
-    ((row, key),) = rows_and_keys([found], max(LEAST_LENGTH, found.size))
+    ((row, key),) = rows_and_keys([found])
     layer = x.requires_grad_(), W if weight else None, b.requires_grad_() if bias else None, A, B
     return layer, found, leaves, row, key
 
@@ -68,7 +68,7 @@ def test_opcheck(kind, dtype):
     upstream = torch.randn(2, 3, len(B), generator=GENERATOR).to(dtype)
     plain = [t.detach() for t in (x, W, A, B)]
     for form, trains in ((True, False), (False, True)):
-        given = (upstream, *plain, key, row.shape[0], form, trains)
+        given = (upstream, *plain, key, form, trains)
         torch.library.opcheck(torch.ops.basisadapt.linear_backward.default, given)
 
 
@@ -97,8 +97,7 @@ def test_a_function_is_known_as_long_as_a_graph_hangs_on_its_row():
 def test_rows_of_several_functions_and_one_that_nobody_used():
     A, B = (t.double().requires_grad_() for t in factors(9, 7, 2, 0.3))
     (one, of_one), (other, of_other) = function(A, B), function(A, B, Direct)
-    length = LEAST_LENGTH + 100
-    (row, key), _ = rows_and_keys([other, one], length)
+    (row, key), _ = rows_and_keys([other, one])
     linked_linear(torch.ones(3, 7, dtype=torch.float64), None, None, A, B, row, key).sum().backward()
     assert of_other[0].grad.abs().sum() > 0
     assert not of_one[0].grad.any()
@@ -110,3 +109,15 @@ def test_gradients_of_gradients_are_refused():
     (gradient,) = torch.autograd.grad(y.square().sum(), layer[3], create_graph=True)
     with pytest.raises(RuntimeError, match="no gradients of gradients"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("kind", [Series, Direct, Split])
+def test_gradients_add_up_within_a_backward_pass_and_not_over_several(kind):
+    """Also where a pass before asked for those of A alone, and left the function's own behind."""
+    layer, _, leaves, row, key = inputs(kind)
+    (alone,) = torch.autograd.grad(linked_linear(*layer, row, key).sum(), leaves[0], retain_graph=True)
+    torch.autograd.grad(linked_linear(*layer, row, key).sum(), layer[3])
+    twice = linked_linear(*layer, row, key).sum() + linked_linear(*layer, row, key).sum()
+    for _ in range(2):
+        (gradient,) = torch.autograd.grad(twice, leaves[0], retain_graph=True)
+        torch.testing.assert_close(gradient, 2 * alone)
