@@ -111,7 +111,8 @@ class PhiLinear(AdaptedLinear):
 
     def _in_graphs(self) -> bool:
         """Whether a compiler can take the forward pass as it is; read by it too, so that nothing differs by layer."""
-        if torch.compiler.is_exporting():
+        # torch.compiler.is_exporting() is always true inside a graph before torch 2.13.
+        if getattr(torch.compiler, "_is_exporting_flag", False):
             raise InputError(
                 "a model with φ(BA) is not exported, since φ is compiled anew whenever it changes: export the plain "
                 "model that merge_and_unload() gives"
