@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 
+import basisadapt
 from basisadapt import PhiConfig
 from basisadapt.methods import METHODS
 from basisadapt.training.observation import Observer, adapted_layers, observe, summary
@@ -101,6 +102,32 @@ def test_omega_over_all_modules(bert):
     metrics = summary(observe(model, PHI)[0], PHI)
     assert metrics["omega.mean"] == pytest.approx(omega.mean().item())
     assert metrics["omega.std"] == pytest.approx(omega.std(correction=0).item())
+
+
+def test_how_linear_an_update_is_stands_in_the_run_as_describe_tells_it(case):
+    adapted, method = case
+    modules, _ = observe(adapted, method)
+    metrics = summary(modules, method)
+    if not hasattr(adapted.base_model, "phi_bank"):
+        assert not {"linear_fit.mean", "nonlinear_share.mean"} & set(metrics)
+        return
+    frame = basisadapt.describe(adapted)
+    for column in ("linear_fit", "nonlinear_share"):
+        assert {name: numbers[column] for name, numbers in modules.items()} == pytest.approx(
+            dict(frame[column].drop(["mean", "largest"])), rel=1e-12
+        )
+        assert metrics[f"{column}.mean"] == pytest.approx(frame.loc["mean", column], rel=1e-12)
+        assert metrics[f"{column}.largest"] == pytest.approx(frame.loc["largest", column], rel=1e-12)
+    on_the_way, _ = observe(adapted, method, in_passing=True)
+    assert not any("nonlinear_share" in numbers for numbers in on_the_way.values()), "once, at the end"
+
+
+def test_modules_with_plain_lora_count_in_no_share(bert):
+    config = PhiConfig(r=3, num_basis=12, placement="attention", rest="lora", task_type="SEQ_CLS")
+    model = peft.get_peft_model(bert.double(), config)
+    randomise(model, scale=0.2)
+    modules, phi = observe(model, PHI)
+    assert {name for name, numbers in modules.items() if "nonlinear_share" in numbers} == set(phi) < set(modules)
 
 
 def test_no_update_has_no_rank_and_no_weights_no_phi(bert):

@@ -11,13 +11,12 @@ from torch import nn
 
 from basisadapt.adapter.layer import PhiLinear
 from basisadapt.core.errors import InputError, unknown
-from basisadapt.diagnostics.linear import linear_fit
+from basisadapt.diagnostics.linear import LINEAR, linear_fit
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-LINEAR = 0.01  # a nonlinear share below which φ(BA) is LoRA at another scale, in words too
 POINTS = 65  # of a curve
 
 

@@ -104,8 +104,15 @@ class Method(ABC):
         """What there is to say of an adapted layer beside its ΔW. Only reads, and draws no random numbers."""
         return Description()
 
+    def measure(self, layer: Any, change: Tensor) -> Mapping[str, float]:
+        """Further numbers of an adapted layer and its ΔW, taken once, at the end of a run; finite ones are kept.
+
+        change: what `weight_change` gives, its entries finite. Only reads, and draws no random numbers.
+        """
+        return {}
+
     def summary(self, numbers: Sequence[Mapping[str, float]]) -> dict[str, float]:
-        """Metrics of a run, from what `describe` gave of the modules of which it gave numbers: the mean of each."""
+        """Metrics of a run, from what `describe` and `measure` gave of its modules: the mean of each."""
         return means(numbers)
 
     def why_constant(self, settings: Any) -> str:

@@ -10,7 +10,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from basisadapt.diagnostics.linear import linear_fit
 from basisadapt.diagnostics.transfer import active_count
 from basisadapt.methods.method import ADAPTER, Description, ParameterGroup, PeftMethod
 from basisadapt.phi.settings import PhiSettings
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 FINE = 1025  # points on the range of BA, where φ's terms are looked at
 COARSE = 16  # of which one in so many is kept of the curve
+LINEARITY = ("linear_fit", "nonlinear_share")  # the numbers of `diagnostics.linear.linear_fit`
 
 
 class TransferMethod(PeftMethod):
@@ -56,23 +59,43 @@ class TransferMethod(PeftMethod):
         }
         return Description(numbers, {"z": z[::COARSE].tolist(), "phi": terms[::COARSE].sum(1).tolist()})
 
-    def summary(self, numbers: Sequence[Mapping[str, float]]) -> dict[str, float]:
-        """Means over the modules with φ, the deviation of all ω of all modules, and the widest range."""
-        if not numbers:
+    def measure(self, layer: PhiLinear, change: Tensor) -> Mapping[str, float]:
+        """How much of ΔW is LoRA: "linear_fit", c of the best ΔW ≈ c · s · BA, and "nonlinear_share", what it leaves
+        out (`diagnostics.linear`). Nothing for a module of `rest: lora`, which has no φ."""
+        if ADAPTER not in layer.phi_source:
             return {}
+        return dict(zip(LINEARITY, linear_fit(change, layer.get_product(ADAPTER)), strict=True))
 
-        def mean(name: str) -> float:
-            return statistics.fmean(one[name] for one in numbers)
+    def summary(self, numbers: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """Means over the modules with φ, the deviation of all ω of all modules, and the widest range; of what is
+        measured at the end, the mean and the largest."""
+        return {**_of_terms([one for one in numbers if "omega_mean" in one]), **_of_linearity(numbers)}
 
-        within = statistics.fmean(one["omega_std"] ** 2 for one in numbers)
-        return {
-            "omega.mean": mean("omega_mean"),
-            "omega.std": math.sqrt(within + statistics.pvariance(one["omega_mean"] for one in numbers)),
-            "alpha.mean_abs": mean("alpha_mean_abs"),
-            "active_n.mean": mean("active_n"),
-            "utilisation.mean": mean("utilisation"),
-            "range.share": max(one["range_share"] for one in numbers),
-        }
+
+def _of_terms(numbers: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    if not numbers:
+        return {}
+
+    def mean(name: str) -> float:
+        return statistics.fmean(one[name] for one in numbers)
+
+    within = statistics.fmean(one["omega_std"] ** 2 for one in numbers)
+    return {
+        "omega.mean": mean("omega_mean"),
+        "omega.std": math.sqrt(within + statistics.pvariance(one["omega_mean"] for one in numbers)),
+        "alpha.mean_abs": mean("alpha_mean_abs"),
+        "active_n.mean": mean("active_n"),
+        "utilisation.mean": mean("utilisation"),
+        "range.share": max(one["range_share"] for one in numbers),
+    }
+
+
+def _of_linearity(numbers: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    metrics = {}
+    for name in LINEARITY:
+        values = [one[name] for one in numbers if name in one]
+        metrics |= {f"{name}.mean": statistics.fmean(values), f"{name}.largest": max(values)} if values else {}
+    return metrics
 
 
 class Phi(TransferMethod, name="phi", settings=PhiSettings):

@@ -188,6 +188,7 @@ def observe(model: nn.Module, method: Method, in_passing: bool = False) -> tuple
             said = _finite(method.describe(layer))
             _enter(said.numbers, numbers)
             _enter(_of_diagnostics(delta, layer), numbers)
+            _enter({} if in_passing else _finite_ones(method.measure(layer, delta)), numbers)
         modules[name] = numbers
         if said.curve:
             curves[name] = said.curve
@@ -202,8 +203,11 @@ def _finite(said: Description) -> Description:
 
 def _of_diagnostics(delta: Tensor, layer: Any) -> dict[str, float]:
     """The finite ones of the diagnostics' numbers."""
-    found = {name: float(DIAGNOSTICS[name]().number(delta, layer)) for name in DIAGNOSTICS}
-    return {name: value for name, value in found.items() if math.isfinite(value)}
+    return _finite_ones({name: float(DIAGNOSTICS[name]().number(delta, layer)) for name in DIAGNOSTICS})
+
+
+def _finite_ones(numbers: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
 
 def _enter(found: Mapping[str, float], numbers: Numbers) -> None:

@@ -15,7 +15,8 @@ class RunResult:
     metrics: final numbers (finite ones only): the task's metrics, "eval_loss", "train_loss"; over the modules (standard
     deviations of the population) "stable_rank.mean" and ".std", the same of each kind, "stable_rank.attention.mean",
     "dc_share.mean", the mean of every `Diagnostic`, and what the method makes of its own numbers: of φ "active_n.mean",
-    "utilisation.mean", "omega.mean" and ".std", "alpha.mean_abs" and "range.share", the largest of them;
+    "utilisation.mean", "omega.mean" and ".std", "alpha.mean_abs", "range.share", the largest of them, and "linear_fit"
+    and "nonlinear_share" (`diagnostics.linear`), of each ".mean" and ".largest";
     "convergence_exponent" (`diagnostics.convergence`), "update_smoothness"
     (`diagnostics.path`), "sharpness" (`diagnostics.sharpness`, where train.sharpness asks for it), "generalisation_gap"
     (the headline metric on up to 128 training rows less that on the held-out ones, where they are comparable);

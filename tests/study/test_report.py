@@ -17,9 +17,11 @@ from basisadapt.diagnostics.diagnostic import DIAGNOSTICS, Diagnostic
 from basisadapt.study.outcome import Outcome
 from basisadapt.study.plan.cells import resolve
 from basisadapt.study.plan.spec import published_values, read_spec
+from basisadapt.study.record.notes import cell_note
 from basisadapt.study.report import figures, report, text
 from basisadapt.study.report.files import report_files
 from basisadapt.study.report.table import build_table
+from basisadapt.training import RunResult
 
 
 @pytest.fixture
@@ -130,6 +132,34 @@ def test_a_diagnostic_is_a_column_of_every_table(two_bases, monkeypatch):
     row = next(csv.DictReader(io.StringIO(text.to_csv(found.table))))
     assert row["relative_size.mean"] == "0.125"
     assert "relative size |" in text.to_markdown(reported(two_bases, SOUND)), "also before its cells are run again"
+
+
+def test_how_linear_phi_is_stands_beside_a_row_once_a_run_has_it(two_bases):
+    """Cells that were recorded before print what they printed, to the last byte."""
+    cells = two_bases.cells
+    known = outcomes(two_bases, SOUND)
+    for cell, share in zip(cells[:6], (0.004, 0.002, 0.006, 0.004, 0.02, 0.004), strict=True):
+        linear = {"linear_fit.mean": 1.65, "linear_fit.largest": 2.0, "nonlinear_share.mean": 0.001}
+        known[cell.key] = outcome(cell, 0.8, **linear, **{"nonlinear_share.largest": share})
+    found = report.make_report(build_table(two_bases, known))
+    printed = text.to_text(found)
+    rows = {line.split()[0]: line for line in printed.splitlines() if line}
+    assert rows["row"].endswith("trainable  linear fit c  nonlinear share  largest share")
+    assert rows["sinc"].split()[-3:] == ["1.65", "0.10%", "0.40%"]
+    assert rows["LoRA"].split()[-3:] == ["-", "-", "-"]
+    sentence = "φ is LoRA with its scale times c where no module's share reaches 1 %: sinc (times 1.65)."
+    assert sentence in printed.splitlines(), "not fourier, of which one seed has 2 %"
+    assert "nonlinear share" in report_files(found, no_pictures)["report.html"]
+    assert next(csv.DictReader(io.StringIO(text.to_csv(found.table))))["nonlinear_share.largest"] == "0.004"
+
+
+def test_a_run_says_on_its_page_that_phi_is_lora(two_bases):
+    metrics = {"accuracy": 0.5, "linear_fit.mean": 1.654, "nonlinear_share.mean": 0.001}
+    for largest, said in ((0.009, True), (0.01, False)):
+        result = RunResult("finished", "accuracy", {**metrics, "nonlinear_share.largest": largest})
+        note = cell_note(two_bases.cells[0], result)
+        assert "- nonlinear_share.mean: 0.001\n" in note
+        assert ("This φ is LoRA with its scale times 1.65" in note) is said
 
 
 def test_a_column_may_be_a_quotient_of_two_metrics(folder):

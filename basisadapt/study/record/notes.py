@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from basisadapt.diagnostics.linear import LINEAR
 from basisadapt.study.record.runs import STATUS
 
 if TYPE_CHECKING:
@@ -38,6 +40,16 @@ How to compare: each invocation is a parent run, each cell (row and seed) a chil
 def cell_note(cell: Cell, result: RunResult) -> str:
     """What a cell's page says first."""
     names = [result.headline, "stable_rank.mean", "dc_share.mean", "parameters.trainable"]
+    names += [f"{name}.{of}" for name in ("linear_fit", "nonlinear_share") for of in ("mean", "largest")]
     numbers = "\n".join(f"- {name}: {result.metrics[name]:.6g}" for name in names if name in result.metrics)
     warnings = "\n".join(f"- Warning: {warning}" for warning in result.warnings)
-    return f"**{cell.row}, seed {cell.seed}**: {result.status}\n\n{numbers}\n{warnings}"
+    said = "\n".join(part for part in (numbers, _linear(result.metrics), warnings) if part)
+    return f"**{cell.row}, seed {cell.seed}**: {result.status}\n\n{said}"
+
+
+def _linear(metrics: Mapping[str, float]) -> str:
+    """A line where φ is hardly more than LoRA."""
+    if metrics.get("nonlinear_share.largest", 1.0) >= LINEAR:
+        return ""
+    times = f"{metrics['linear_fit.mean']:.3g}"
+    return f"- This φ is LoRA with its scale times {times}: no module's nonlinear share reaches 1 %."

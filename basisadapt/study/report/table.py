@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 PERCENT = ("accuracy", "f1", "matthews", "pearson", "spearman", "energy")  # metrics that are read as percentages
 PER = " / "  # between two metrics: their quotient
 COLUMNS = ("stable_rank.mean", "dc_share.mean", "parameters.trainable")  # of every table, before others
+LINEARITY = ("linear_fit.mean", "nonlinear_share.mean", "nonlinear_share.largest")  # where a run has them: older lack it
 
 
 @dataclass(frozen=True)
@@ -211,11 +212,12 @@ class Table:
         widths = {seed: one.octaves for seed, one in known.items()}
         return Plateau(whole.octaves, whole.open, widths, tuple(seed for seed, one in known.items() if one.open))
 
-    @property
+    @functools.cached_property
     def columns(self) -> tuple[str, ...]:
         """The metrics shown beside the headline one."""
+        linearity = (name for name in LINEARITY if any(line.values_of(name) for line in self.every_line))
         diagnostics = (f"{name}.mean" for name in DIAGNOSTICS)
-        return tuple(dict.fromkeys((*COLUMNS, *diagnostics, *self.study.spec.columns)))
+        return tuple(dict.fromkeys((*COLUMNS, *linearity, *diagnostics, *self.study.spec.columns)))
 
     @property
     def run_ids(self) -> list[str]:

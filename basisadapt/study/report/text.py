@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from basisadapt import backbones
 from basisadapt.core.ranges import Choices, Range
+from basisadapt.diagnostics.linear import LINEAR
 from basisadapt.study import statistics
 from basisadapt.study.outcome import NOT_RUN
 from basisadapt.study.plan.cells import plain
 from basisadapt.study.report.records import row_records
-from basisadapt.study.report.table import Across, Line, Table
+from basisadapt.study.report.table import LINEARITY, Across, Line, Table
 
 if TYPE_CHECKING:
     from basisadapt.study.plan.spec import Reference
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from basisadapt.study.statistics import Difference
 
 DASH = "-"
+FIT, _, LARGEST_SHARE = LINEARITY
 
 
 class Form(NamedTuple):
@@ -38,6 +40,9 @@ FORMS = {  # of metrics for which the plain one would not do
     "stable_rank.mean": Form("stable rank", ".2f"),
     "dc_share.mean": Form("DC share", ".3f"),
     "parameters.trainable": Form("trainable", ",.0f"),
+    "linear_fit.mean": Form("linear fit c", ".3g"),
+    "nonlinear_share.mean": Form("nonlinear share", ".2%"),
+    "nonlinear_share.largest": Form("largest share", ".2%"),
     "bits / parameters.trainable": Form("bits a number", ".3f"),
     "adapter.bytes": Form("adapter, MB", ",.2f", 1e6),
     "memory.peak_bytes": Form("peak memory, MB", ",.0f", 1e6),
@@ -327,6 +332,7 @@ def _notes(table: Table) -> list[str]:
         notes.append(
             f"The first columns have each row at its own {table.setting}, the later ones all rows at {places}."
         )
+    notes += _linearity(table)
     notes += _backbones(table)
     notes += trouble(table)
     notes += _splits(table)
@@ -336,6 +342,24 @@ def _notes(table: Table) -> list[str]:
             f"Published: the paper's {spec.answers.table.removesuffix('.csv').replace('_', ' ')}{setting}. "
             "On another backbone and task, only the order of the rows can be compared."
         )
+    return notes
+
+
+def _linearity(table: Table) -> list[str]:
+    """What the columns of `LINEARITY` are, and the rows whose φ is hardly more than LoRA."""
+    if not set(LINEARITY) & {*table.columns}:
+        return []
+    notes = [
+        "Linear fit: c of the best ΔW ≈ c · s · BA; nonlinear share: ‖ΔW − c s BA‖ / ‖ΔW‖. Means over a run's modules; "
+        "the last of these columns has the largest share of a module."
+    ]
+    linear = [
+        f"{line.label} (times {_metric(FIT, line.mean_of(FIT))})"
+        for line in table.lines
+        if max(line.values_of(LARGEST_SHARE).values(), default=1.0) < LINEAR
+    ]
+    if linear:
+        notes.append(f"φ is LoRA with its scale times c where no module's share reaches 1 %: {', '.join(linear)}.")
     return notes
 
 
