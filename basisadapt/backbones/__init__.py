@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from basisadapt.backbones.catalogue import BACKBONES, Backbone, Package, find, register
 from basisadapt.backbones.forms import FORMS, HEADS, Form, is_head
+from basisadapt.backbones.hub import check_reachable, missing_weights
 from basisadapt.backbones.inputs import check_inputs
 from basisadapt.backbones.loading import check_at_hand, load, shape_only
 from basisadapt.backbones.precision import QUANTISED, WEIGHTS, check_weights
@@ -19,10 +20,12 @@ __all__ = [
     "Package",
     "check_at_hand",
     "check_inputs",
+    "check_reachable",
     "check_weights",
     "find",
     "is_head",
     "load",
+    "missing_weights",
     "register",
     "shape_only",
 ]

@@ -373,6 +373,7 @@ def _plans(tuning: Tuning, place: Place, executor: Executor) -> Answer:
     from basisadapt.study.drive.estimate import estimate_time
     from basisadapt.study.record.record import Record
     from basisadapt.study.report.documents import plan_document
+    from basisadapt.study.report.preview import to_preview
 
     outcomes = Record.read(place.tracking_uri, tuning.spec.name, tuning.spec.metrics)
     tuned = tuning.choose(outcomes)
@@ -383,16 +384,10 @@ def _plans(tuning: Tuning, place: Place, executor: Executor) -> Answer:
         estimate = estimate_time(cells, outcomes, executor)
     if estimate is not None:
         print(estimate, file=sys.stderr)
-    width = max(len(cell.row) for cell in cells)
-    columns = "{:>6}  {:>7}  {:>11}  {:>9}  {:>9}  {:>11}  {}".format
-    heads = columns("seed", "modules", "A and B", "phi", "head", "trainable", "state")
-    lines = [f"{tuning.spec.title}: {len(cells)} cells", "", f"{'row'.ljust(width)}  {heads}"]
-    for cell in cells:
-        plan = plans[cell.row]
-        counts = (f"{count:,}" for count in (plan.factors, plan.transfer, plan.head, plan.trainable))
-        lines.append(f"{cell.row.ljust(width)}  {columns(cell.seed, plan.modules, *counts, states[cell.key])}")
     expected = asdict(estimate) if estimate else None
-    return Answer("\n".join(lines), plan_document(tuning.spec, cells, plans, states, expected))
+    downloads = engine.downloads((cell for cell in cells if not (cell.key in outcomes and outcomes[cell.key].done)), place.data_dir)
+    text = to_preview(tuning.spec, cells, plans, states, downloads)
+    return Answer(text, plan_document(tuning.spec, cells, plans, states, downloads, expected))
 
 
 def _report(report: Report, place: Place) -> Answer:

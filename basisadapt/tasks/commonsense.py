@@ -96,6 +96,10 @@ class CommonsenseTask(ChoiceTask):
                 f"what the folder has for other tasks and is evaluated on {self.source} as well"
             )
 
+    def sources(self, data_dir: Path | None) -> Sequence[str]:
+        """The task's own, without a folder."""
+        return _sources([self.source], data_dir)
+
     def load(self, data_dir: Path | None) -> TaskData:
         """Train and test rows, both mixed by a fixed seed."""
         self.check(data_dir)
@@ -163,6 +167,10 @@ class CommonsenseSuite(ChoiceTask, name="commonsense/all"):
         if not _trained(data_dir):
             raise InputError(f"data folder {str(data_dir)!r} has no {_file('boolq', 'train.json')} or another task's")
 
+    def sources(self, data_dir: Path | None) -> Sequence[str]:
+        """Those of all tasks, without a folder."""
+        return _sources(SOURCES, data_dir)
+
     def load(self, data_dir: Path | None) -> TaskData:
         """The training rows of all tasks mixed by a fixed seed, the test rows in turn."""
         self.check(data_dir)
@@ -224,8 +232,10 @@ class PublishedMixture(CommonsenseMixture):
     rows: ClassVar[int | None]
 
     def check(self, data_dir: Path | None) -> None:
-        """Raise InputError unless the mixture or all training files, and a test file, are there."""
-        if data_dir is None or self.has_file(readable_folder(data_dir)):
+        """Raise InputError unless the mixture or all training files, and a test file, are there, or the hub is asked."""
+        if data_dir is None:
+            return None
+        if self.has_file(readable_folder(data_dir)):
             return super().check(data_dir)
         missing = [str(_file(source, "train.json")) for source in SOURCES if source not in _trained(data_dir)]
         if missing:
@@ -234,11 +244,14 @@ class PublishedMixture(CommonsenseMixture):
             )
         _tested(data_dir)
 
+    def sources(self, data_dir: Path | None) -> Sequence[str]:
+        """Those of all tasks, without a folder."""
+        return _sources(SOURCES, data_dir)
+
     def load(self, data_dir: Path | None) -> TaskData:
         """The published mixture, or the rebuilt one, which data and tables then say."""
         self.check(data_dir)
-        assert data_dir is not None
-        if self.has_file(data_dir):
+        if data_dir is not None and self.has_file(data_dir):
             return super().load(data_dir)
         trained, how = {source: _train_rows(source, data_dir) for source in SOURCES}, "all rows of the training files"
         if self.rows is not None:
@@ -284,6 +297,10 @@ def _drawn(trained: Mapping[str, Rows], count: int) -> dict[str, Rows]:
 
 
 # --- files ---
+
+
+def _sources(tasks: Iterable[str], data_dir: Path | None) -> Sequence[str]:
+    return tuple(dict.fromkeys(SOURCES[task].hub for task in tasks)) if data_dir is None else ()
 
 
 def _file(source: str, name: str) -> Path:

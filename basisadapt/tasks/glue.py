@@ -6,6 +6,7 @@ it, the hub's `nyu-mll/glue`. Every row of a file counts: one that is malformed 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +19,8 @@ from basisadapt.tasks.split import split
 from basisadapt.tasks.tables import Table, read_table
 from basisadapt.tasks.task import Rows, TaskData, readable_folder
 from basisadapt.tasks.text import TextTask
+
+HUB = "nyu-mll/glue"
 
 
 class Glue(TextTask):
@@ -45,6 +48,10 @@ class Glue(TextTask):
         for path in self._files(data_dir):
             if not path.is_file():
                 raise InputError(f"data folder {str(data_dir)!r} has no {path.relative_to(data_dir)}")
+
+    def sources(self, data_dir: Path | None) -> Sequence[str]:
+        """GLUE's own, without a folder."""
+        return (HUB,) if data_dir is None else ()
 
     def load(self, data_dir: Path | None) -> TaskData:
         """Train and development rows, the train rows mixed by a fixed seed."""
@@ -82,7 +89,7 @@ class Glue(TextTask):
     def _from_hub(self) -> TaskData:
         subset = type(self).__name__.lower()
         try:
-            parts = ask_hub("nyu-mll/glue", subset)
+            parts = ask_hub(HUB, subset)
         except InputError as error:
             raise InputError(f"task glue/{subset} needs --data-dir or the hub: {error}") from error
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from basisadapt.core.errors import InputError, unknown
@@ -35,6 +37,10 @@ class HubTask(OwnData):
             raise InputError(f"task {name!r}: owner and name on the hub are of letters, digits, '-', '_' and '.'")
         self._source, self._config = "/".join(parts[:2]), parts[2] if len(parts) == 3 else None
 
+    def sources(self, data_dir: Path | None) -> Sequence[str]:
+        """Itself."""
+        return (self._source,)
+
     def tables(self) -> tuple[Table, Table | None]:
         """The splits, from the hub or `datasets`' cache."""
         parts = ask_hub(self._source, self._config)
@@ -64,6 +70,13 @@ def _named(table: Table, column: str, names: list[str]) -> Table:
             raise table.error(row, "the label is withheld; name another split with data.test")
     named = [None if index is None else names[index] for index in table.columns[column]]
     return Table(table.source, table.unit, table.numbers, {**table.columns, column: named})
+
+
+def is_cached(source: str) -> bool:
+    """Whether something of a data set is in `datasets`' cache."""
+    from datasets import config
+
+    return Path(config.HF_DATASETS_CACHE, source.replace("/", "___")).is_dir()
 
 
 @functools.lru_cache(maxsize=2)

@@ -34,6 +34,7 @@ from basisadapt.tasks.settings import DataSettings
 from basisadapt.tasks.task import Example, Rows, Task, TaskData, readable_folder
 
 HELD_OUT = 20  # one row in so many
+HUB = "tatsu-lab/alpaca"
 
 
 class Alpaca(CompletionTask, name="instruct/alpaca"):
@@ -50,6 +51,10 @@ class Alpaca(CompletionTask, name="instruct/alpaca"):
         """Raise InputError unless there is a file, or the hub is to be asked."""
         if data_dir is not None:
             _files(data_dir)
+
+    def sources(self, data_dir: Path | None) -> Sequence[str]:
+        """Alpaca's, without a folder."""
+        return (HUB,) if data_dir is None else ()
 
     def load(self, data_dir: Path | None) -> TaskData:
         """The rows in the order of their hashes."""
@@ -89,7 +94,7 @@ def _files(data_dir: Path) -> list[Path]:
 
 def _from_hub() -> list[Instruction]:
     try:
-        part = ask_hub("tatsu-lab/alpaca", None)["train"]
+        part = ask_hub(HUB, None)["train"]
     except InputError as error:
         raise InputError(f"task instruct/alpaca needs --data-dir or the hub: {error}") from error
     return [Instruction(*row) for row in zip(part["instruction"], part["input"], part["output"], strict=True)]

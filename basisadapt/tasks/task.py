@@ -122,6 +122,10 @@ class Task(ABC):
     def check(self, data_dir: Path | None) -> None:
         """Raise InputError if the data cannot be had; the built-in tasks read no rows for it."""
 
+    def sources(self, data_dir: Path | None) -> Sequence[str]:
+        """The ids of the hub's data sets that `load` asks for; none where all is on this machine."""
+        return ()
+
     @abstractmethod
     def load(self, data_dir: Path | None) -> TaskData:
         """The rows, from `data_dir` where the task lives in files. Raises InputError naming file and row."""

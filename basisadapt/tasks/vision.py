@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -57,6 +58,10 @@ class Photographs(ImageTask):
         nameless = [name for name in _names(folder, classes) if WORDNET_ID.fullmatch(name)]
         if self.form == "zero_shot" and nameless:
             raise InputError(f"data.head zero_shot needs names of classes: {str(folder / 'classes.txt')!r} is missing")
+
+    def sources(self, data_dir: Path | None) -> Sequence[str]:
+        """The set's own, without a folder."""
+        return (self.hub,) if data_dir is None else ()
 
     def load(self, data_dir: Path | None) -> TaskData:
         """Both parts, mixed by a fixed seed; no image is opened. Files that are no images are passed over."""

@@ -52,8 +52,8 @@ def plan(config: RunConfig, data_dir: Path | None = None, dry: bool = False) -> 
     """
     if not dry:
         check_processes(config.train.processes)
-    if config.train.precision == "fp16" and not torch.cuda.is_available():
-        raise InputError("train.precision fp16 needs a GPU; on a CPU use fp32 or bf16")
+        if config.train.precision == "fp16" and not torch.cuda.is_available():
+            raise InputError("train.precision fp16 needs a GPU; on a CPU use fp32 or bf16")
     task = tasks.find(config.task, config.data)
     if config.train.group_by_length and task.form not in ("text", "completion"):
         raise InputError(f"train.group_by_length is for texts, and task {config.task!r} has none; leave it at false")

@@ -95,13 +95,19 @@ def test_a_dry_run(home, fake, document):
     document("tiny.yaml", "--seeds", "1", "--set", "sweep.basis=sinc")
     code, found, error = document("tiny.yaml", "--dry-run")
     assert (code, error) == (0, "")
-    assert list(found) == ["study", "title", "cells", "estimate"]
+    assert list(found) == ["study", "title", "cells", "downloads", "estimate"]
     assert [cell["key"] for cell in found["cells"]] == [cell.key for cell in resolve(read_spec("tiny.yaml")).cells]
     first = {**found["cells"][0], "key": ""}
     assert first == {
         "key": "",
         "label": "sinc",
         "task": "docstrings",
+        "backbone": "minilm",
+        "lr": 2e-3,
+        "steps": 5,
+        "epochs": 3.0,
+        "train_rows": None,
+        "eval_rows": None,
         "seed": 1,
         "state": "diverged",
         "modules": 36,
@@ -109,6 +115,7 @@ def test_a_dry_run(home, fake, document):
     }
     assert found["cells"][1]["state"] == "to run"
     assert found["estimate"] is None
+    assert found["downloads"] == []
     assert len(fake.ran) == 2, "nothing is run"
 
 

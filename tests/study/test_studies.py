@@ -119,7 +119,8 @@ def test_published_rows(name):
     # A name that someone wrote down, as opposed to one made from the axes, is in the table.
     suffixes = ("", ", phi", ", lora")
     assert all(any(f"{row}{end}" in published for end in suffixes) for row in spec.answers.rows.values())
-    assert {str(label) for label in spec.answers.rows} <= set(found)
+    names = {row.name for preset in spec.presets for row in resolve(spec, preset=preset).rows}
+    assert {str(label) for label in spec.answers.rows} <= {*found, *names}
     assert all(any(f"{row.published}{end}" in published for end in suffixes) for row in spec.beside if row.published)
 
 
@@ -179,7 +180,8 @@ def test_presets(name):
     assert {cell.config.train.max_steps for cell in smoke.cells} == {2}
     assert {cell.config.train.train_rows for cell in smoke.cells} == {64}
     assert {cell.config.train.max_steps for cell in quick.cells} == {50}
-    assert {cell.config.train.schedule for cell in paper.cells} == {"linear" if glue else "constant"}
+    on_glue = name in ("glue", "compare_methods")
+    assert {cell.config.train.schedule for cell in paper.cells} == {"linear" if on_glue else "constant"}
     tuning = {"refine_formulation": {8, 9}}  # which chooses, and reports nothing held out
     assert {cell.seed for cell in quick.cells} == tuning.get(name, {42, 123, 456})
     assert {cell.config.train.validation for cell in quick.cells} == {0.2 if name in tuning else None}
@@ -252,6 +254,60 @@ def test_rates_of_a_language_model():
         assert (train.schedule, train.warmup_ratio, train.eval_rows) == ("linear", 0.1, 8000)
     linear = {cell.config.adapter.num_basis for cell in tuning.possible_cells if cell.row.startswith("linear")}
     assert linear == {1}
+
+
+RANKS = {  # of phi and LoRA under the preset "paper", where it is not 16
+    "ablate_rank": {4, 8, 16, 32, 64},
+    "ablate_rate": {1, 4, 32},
+    "commonsense": {32},
+    "commonsense_written": {32},
+    "compare_methods": {4},
+    "confirm_commonsense": {1, 4, 16},
+    "confirm_formulation": {1, 4, 16},
+    "glue": {4},
+    "instruct": {32},
+}
+
+
+@pytest.mark.parametrize("name", [name for name in list_studies() if "paper" in read_spec(name).presets])
+def test_the_preset_paper_is_the_papers_run(name):
+    """Table 10's backbone, tasks, rates, schedule, precision and rank, of language models, GLUE and photographs."""
+    cells = [cell.config for cell in resolve_tuning(read_spec(name), preset="paper").possible_cells]
+    trains = [replace(config.train, lr=1.0, validation=None, epochs=1.0) for config in cells]
+    assert {train.max_steps for train in trains} == {train.train_rows for train in trains} == {None}
+    assert {train.eval_rows for train in trains} == {None}, "on all test rows"
+    rates = {config.train.lr for config in cells}
+    tasks = {config.task for config in cells}
+    if name in VISION:
+        assert {(train.precision, train.batch_size) for train in trains} == {("fp16", 128)}
+        return
+    assert {c.adapter.r for c in cells if c.method in ("phi", "lora")} == RANKS.get(name, {16})
+    adapted = [c.adapter.dropout for c in cells if c.method in ("phi", "lora")]
+    if name in ("glue", "compare_methods"):
+        assert {config.backbone for config in cells} == {"roberta-base"}
+        assert all(task.startswith("glue/") for task in tasks)
+        assert len(tasks) == 6
+        assert rates == ({5e-5, 1e-4, 2e-4} if name == "glue" else {1e-4})
+        assert set(adapted) == {0.1}
+        assert {(t.precision, t.batch_size, t.weight_decay, t.warmup_ratio) for t in trains} == {("fp16", 32, 0.01, 0.06)}
+        return
+    assert set(adapted) == {0.05}
+    assert {c.train.epochs for c in cells} == {3}
+    assert {(t.precision, t.schedule, t.warmup_ratio) for t in trains} == {("bf16", "constant", 0.1)}
+    robust = name == "ablate_robustness"  # which halves and doubles them
+    assert rates == ({5e-5, 1e-4, 2e-4} if robust else {1e-4})
+    assert robust or {t.batch_size for t in trains} == ({16, 4} if name == "ablate_scale" else {16})
+    if name == "ablate_scale":
+        assert {c.backbone: c.train.batch_size for c in cells}["llama3-8b"] == 4, "of 8B"
+        assert len(tasks) == 6, "the table states none"
+        return
+    assert {config.backbone for config in cells} == {"qwen2-0.5b"}
+    assert tasks == {
+        "instruct": {"instruct/mt_bench"},
+        **dict.fromkeys(("ablate_basis", "ablate_rank", "ablate_rate"), {"commonsense/170k"}),
+    }.get(name, {"commonsense/15k"})
+    if name != "instruct":
+        assert {config.data.scoring for config in cells} == {"generation"}, "the published rule"
 
 
 @pytest.mark.parametrize("name", sorted(DRAWN - {"ablate_nonlinearity"}))
@@ -380,6 +436,7 @@ def test_presets_of_vision(name):
         train = cell.config.train
         assert (train.lr, train.weight_decay, train.batch_size, train.max_steps) == (1e-2, 0.1, 128, None)
         assert (train.schedule, train.warmup_ratio, cell.config.adapter.dropout) == ("cosine", 0.1, 0.0)
+        assert train.precision == "fp16"
     assert {cell.config.adapter.r for cell in paper.cells if cell.config.method in ("lora", "phi")} == {16}
     assert {cell.config.adapter.r for cell in paper.cells if cell.config.method == "vera"} == {256}
     assert {cell.seed for cell in paper.cells} == {42, 123, 456}

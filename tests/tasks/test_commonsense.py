@@ -257,6 +257,28 @@ def test_rows_of_the_hub_become_published_prompts(monkeypatch, source, row, inst
     assert data.about == {"split": f"trained on {source} (2); tested on {source} (1)"}
 
 
+def test_a_regime_is_rebuilt_from_the_hub_without_a_folder(monkeypatch):
+    """As from the training files of one, and said so; a mixture of one's own has to lie somewhere."""
+    rows = {
+        "google/boolq": {"question": "is it cold", "answer": True},
+        "allenai/openbookqa": {
+            "question_stem": "What is cold?",
+            "choices": {"text": ["ice", "fire", "air", "sun"], "label": ["A", "B", "C", "D"]},
+            "answerKey": "A",
+        },
+    }
+    few = {name: place for name, place in SOURCES.items() if place.hub in rows}
+    monkeypatch.setattr(commonsense, "SOURCES", few)
+    monkeypatch.setattr(
+        commonsense, "ask_hub", lambda hub, *_: dict.fromkeys(("train", "validation", "test"), [rows[hub]] * 9)
+    )
+    data = find("commonsense/170k", DataSettings()).load(None)
+    assert len(data.train) == 18
+    assert data.about["split"].startswith("rebuilt without commonsense_170k.json, from all rows of the training files")
+    with pytest.raises(InputError, match="mine.json needs --data-dir"):
+        find("commonsense/mine", DataSettings()).check(None)
+
+
 def test_a_hub_that_fails_or_changed(monkeypatch):
     import datasets
 
@@ -338,8 +360,9 @@ def test_the_suite_takes_what_there_is(tmp_path):
 @pytest.mark.parametrize("regime", ["15k", "170k"])
 def test_mixtures(tmp_path, regime):
     task = find(f"commonsense/{regime}", DataSettings())
-    with pytest.raises(InputError, match="needs --data-dir; commonsense/all trains on the original data"):
-        task.check(None)
+    task.check(None)
+    assert set(task.sources(None)) == {place.hub for place in SOURCES.values()}
+    assert task.sources(tmp_path) == ()
     write(tmp_path, "piqa", "test")
     with pytest.raises(InputError, match=f"has no commonsense/commonsense_{regime}.json"):
         task.check(tmp_path)

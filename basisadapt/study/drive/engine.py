@@ -23,6 +23,8 @@ from basisadapt.study.report.table import tuned_table
 from basisadapt.training.execution.executor import Executor
 
 if TYPE_CHECKING:
+    from basisadapt.training.config import RunConfig
+    from basisadapt.tasks import DataSettings
     from basisadapt.training import Plan
 
 # Settings that no model, no task and no data depend on.
@@ -42,10 +44,7 @@ def run_study(tuning: Tuning, place: Place, tags: Mapping[str, str], executor: E
     tuned = tuning.choose(recorded)
     for cells in (tuning.trials, tuned.planned.cells):
         _check_own_files(cells, recorded, place.data_dir)
-        missing = missing_cells(cells, recorded)
-        plan_cells(missing, place.data_dir)
-        if missing:
-            executor.prepare()
+        make_ready(missing_cells(cells, recorded), place.data_dir, executor)
     if estimate := estimate_time(tuned.cells, tuned.seen(recorded), executor):
         tell(str(estimate))
     with Invocation(tuning.spec, tuning.possible_cells, place, tags, executor) as invocation:
@@ -53,6 +52,15 @@ def run_study(tuning: Tuning, place: Place, tags: Mapping[str, str], executor: E
         report = report_on(tuned, invocation.run(tuned.chosen.cells))
         invocation.end(report)
     return report
+
+
+def make_ready(cells: Sequence[Cell], data_dir: Path | None, executor: Executor) -> None:
+    """Check what running `cells` needs. Raises InputError where something is wrong, or cannot be had."""
+    plan_cells(cells, data_dir)
+    if cells:
+        executor.prepare()
+        if executor.here:
+            _ask_hub(cells, data_dir)
 
 
 def plan_cells(cells: Sequence[Cell], data_dir: Path | None, dry: bool = False) -> dict[str, Plan]:
@@ -71,6 +79,40 @@ def plan_cells(cells: Sequence[Cell], data_dir: Path | None, dry: bool = False) 
                 alike[shape] = training.plan(cell.config, data_dir, dry)
             plans[cell.row] = alike[shape]
     return plans
+
+
+def downloads(cells: Iterable[Cell], data_dir: Path | None) -> list[str]:
+    """What running `cells` would download from the hub, in words; asks nothing."""
+    from basisadapt import backbones, tasks
+    from basisadapt.tasks.hub import is_cached
+
+    wanted: dict[str, None] = {}
+    for name, task, data in _inputs(cells):
+        if source := backbones.missing_weights(backbones.find(name)):
+            wanted[f"backbone {source}"] = None
+        sources = tasks.find(task, data).sources(data_dir)
+        wanted |= dict.fromkeys(f"data {source}" for source in sources if not is_cached(source))
+    return list(wanted)
+
+
+def _ask_hub(cells: Iterable[Cell], data_dir: Path | None) -> None:
+    """Find out once whether the hub gives what `cells` need of it: data are loaded, of weights it is asked.
+
+    Raises InputError where it does not, or cannot be reached.
+    """
+    from basisadapt import backbones, tasks, training
+
+    inputs = _inputs(cells)
+    for name in dict.fromkeys(name for name, _, _ in inputs):
+        backbones.check_reachable(backbones.find(name))
+    for (_, task, data), config in inputs.items():
+        if tasks.find(task, data).sources(data_dir):
+            training.load_data(config, data_dir)
+
+
+def _inputs(cells: Iterable[Cell]) -> dict[tuple[str, str, DataSettings], RunConfig]:
+    """What cells read: backbone, task and its settings, each with a configuration that has them."""
+    return {(cell.config.backbone, cell.config.task, cell.config.data): cell.config for cell in cells}
 
 
 def read_report(tuning: Tuning, place: Place) -> Report:

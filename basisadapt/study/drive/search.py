@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from basisadapt.core.command import tell
 from basisadapt.core.errors import InputError
 from basisadapt.study import statistics
-from basisadapt.study.drive.engine import plan_cells, write_report
+from basisadapt.study.drive.engine import make_ready, write_report
 from basisadapt.study.drive.invocation import Invocation
 from basisadapt.study.drive.place import Place, check_place
 from basisadapt.study.outcome import Outcome
@@ -101,8 +101,7 @@ def run_search(search: Search, place: Place, tags: Mapping[str, str], executor: 
     check_place(place)
     ends = [(f"{key}={value}", {key: value}) for edge in edges(search.space()) for key, value in edge.items()]
     rows = [row for label, settings in ends for row in search.rows(label, settings)]
-    plan_cells([row.cells[0] for row in [*rows, *search.reference()]], place.data_dir)
-    executor.prepare()
+    make_ready([row.cells[0] for row in [*rows, *search.reference()]], place.data_dir, executor)
     reference = [cell for row in search.reference() for cell in row.cells]
     with Invocation(search.spec, reference, place, tags, executor) as invocation:
         hunt = Hunt(place.optuna_url, search)

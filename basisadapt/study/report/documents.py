@@ -47,14 +47,22 @@ def plan_document(
     cells: Sequence[Cell],
     plans: Mapping[str, Plan],
     states: Mapping[str, str],
+    downloads: Sequence[str],
     estimate: Document | None,
 ) -> Document:
-    """Cells to run. plans: row label to counts. states: cell key to what the record says. estimate: in seconds."""
+    """Cells to run. plans: row label to counts. states: cell key to what the record says. downloads: from the hub, in
+    words. estimate: in seconds. steps is null where epochs say how long a cell trains, and rows where it takes all."""
     listed = [
         {
             "key": cell.key,
             "label": cell.row,
             "task": cell.config.task,
+            "backbone": cell.config.backbone,
+            "lr": cell.config.train.lr,
+            "steps": cell.config.train.max_steps,
+            "epochs": cell.config.train.epochs,
+            "train_rows": cell.config.train.train_rows,
+            "eval_rows": cell.config.train.eval_rows,
             "seed": cell.seed,
             "state": states[cell.key],
             "modules": plans[cell.row].modules,
@@ -64,7 +72,7 @@ def plan_document(
         }
         for cell in cells
     ]
-    return {**_heading(spec), "cells": listed, "estimate": estimate}
+    return {**_heading(spec), "cells": listed, "downloads": list(downloads), "estimate": estimate}
 
 
 def space_document(spec: StudySpec, space: Space, trials: int, sampler: str) -> Document:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from basisadapt.core.errors import InputError
 from basisadapt.core.redaction import redacted
@@ -77,6 +77,8 @@ class Executor(ABC):
 
     It knows no record: who submits jobs writes down what comes of them, and keeps to the slots.
     """
+
+    here: ClassVar[bool] = True  # whether jobs run on this machine
 
     def prepare(self) -> None:
         """Raise InputError where no job could be run. Called before anything is recorded, if there are jobs."""

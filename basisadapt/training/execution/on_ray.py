@@ -50,6 +50,8 @@ class OnRay(Executor):
     have to be installed on the nodes, and the tasks' data to lie there.
     """
 
+    here = False
+
     def __init__(self, cluster: RaySettings, settings: JobSettings) -> None:
         if settings.timeout is not None:
             raise InputError("--timeout does not go with --ray, whose jobs may wait for a node")
