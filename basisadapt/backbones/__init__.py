@@ -6,7 +6,7 @@ from basisadapt.backbones.catalogue import BACKBONES, Backbone, Package, find, r
 from basisadapt.backbones.forms import FORMS, HEADS, Form, is_head
 from basisadapt.backbones.hub import check_reachable, missing_weights
 from basisadapt.backbones.inputs import check_inputs
-from basisadapt.backbones.loading import check_at_hand, load, shape_only
+from basisadapt.backbones.loading import check_at_hand, load, quietly, shape_only
 from basisadapt.backbones.precision import QUANTISED, WEIGHTS, check_weights
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "is_head",
     "load",
     "missing_weights",
+    "quietly",
     "register",
     "shape_only",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -53,7 +54,8 @@ def _reason(source: str, error: Exception) -> str:
         return "is not on the hub, or is private: check the name; for a private one `hf auth login`, or set HF_TOKEN"
     if any(isinstance(cause, OSError) and cause.errno == errno.ENOSPC for cause in causes):
         return "does not fit on the disk: make room, or let HF_HOME name a folder on another one"
-    if caused_by(errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError):
+    unreachable = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError, TimeoutError)
+    if caused_by(*unreachable, socket.gaierror):
         return (
             f"is neither a folder nor in the cache, and the hub cannot be reached: `hf download {source}` where there "
             "is a network, and without HF_HUB_OFFLINE"

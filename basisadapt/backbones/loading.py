@@ -122,7 +122,7 @@ def _config(backbone: Backbone, num_labels: int) -> PretrainedConfig:
 
 
 def _ask(auto_class: Any, backbone: Backbone, **options: Any) -> Any:
-    with explained(backbone), _quietly():
+    with explained(backbone), quietly():
         source = place_of(backbone)
         if Path(source).is_dir() and not Path(source, "config.json").is_file():
             raise InputError(f"backbone {backbone.name!r} is a folder without a config.json: it holds no model")
@@ -130,8 +130,8 @@ def _ask(auto_class: Any, backbone: Backbone, **options: Any) -> Any:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """No progress bars and no warnings: a fresh head is what we ask for, not something to warn about."""
+def quietly() -> Iterator[None]:
+    """No progress bars and no warnings of transformers: a fresh head, say, is what we ask for."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()

@@ -200,6 +200,17 @@ def _parser() -> argparse.ArgumentParser:
         "also count for cells of the same configuration",
     )
     parser.add_argument(
+        "--save-adapters",
+        action="store_true",
+        help="keep each cell's adapter with its run in MLflow, and the names of the plug-ins that it needs",
+    )
+    parser.add_argument(
+        "--merge",
+        metavar="RUN",
+        help="merge the adapter of a run, by its id in MLflow or its folder, into its backbone and write the model, "
+        "which transformers loads without this package, to --output DIR; needs no NAME",
+    )
+    parser.add_argument(
         "--ui", action="store_true", help="serve MLflow's pages of the record at 127.0.0.1 until Ctrl-C; needs no NAME"
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an input error")
@@ -210,11 +221,13 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace, command: str) -> Answer:
     if options.list:
         return _studies()
+    if options.merge is not None:
+        return _merge(options)
     study_spec = specs.read_spec(options.name or options.report)
     for plugin in options.plugin:
         load_plugin(plugin)
 
-    from basisadapt.study.drive import engine
+    from basisadapt.study.drive.adapters import place_for_adapters
     from basisadapt.study.drive.place import Place
     from basisadapt.tasks.task import readable_folder
 
@@ -226,8 +239,18 @@ def _run(options: argparse.Namespace, command: str) -> Answer:
         storage=options.storage,
         data_dir=options.data_dir,
         output=options.output,
+        save_adapters=options.save_adapters,
     )
-    executor = _executor(options)
+    with place_for_adapters(place.save_adapters) as adapters:
+        return _answer(study_spec, place, _executor(options, adapters), options, command)
+
+
+def _answer(
+    study_spec: specs.StudySpec, place: Place, executor: Executor, options: argparse.Namespace, command: str
+) -> Answer:
+    """What is asked of a study, done."""
+    from basisadapt.study.drive import engine
+
     tags = {"basisadapt.command": command, "basisadapt.preset": options.preset}
     if options.search is None:
         from basisadapt.study.plan.tuning import resolve_tuning
@@ -256,6 +279,10 @@ def _run(options: argparse.Namespace, command: str) -> Answer:
 
 def _check_together(options: argparse.Namespace) -> None:
     """Raise InputError for options that say too little or too much together."""
+    if options.merge is not None:
+        if options.name is not None or options.report is not None or options.output is None:
+            raise InputError("--merge RUN goes with --output DIR, and with no NAME")
+        return
     if not options.list and not options.ui and (options.name is None) == (options.report is None):
         raise InputError("give the NAME of a study or --report NAME (--list lists the studies)")
     if (options.search is None) != (options.trials is None):
@@ -266,6 +293,8 @@ def _check_together(options: argparse.Namespace) -> None:
         raise InputError("--cpus-per-cell and --gpus-per-cell go with --ray")
     if options.ray is not None and options.workers is not None:
         raise InputError("--workers does not go with --ray, whose cluster says how many cells run at once")
+    if options.save_adapters and options.ray is not None:
+        raise InputError("--save-adapters does not go with --ray, whose nodes have no folder in common")
     if options.json and options.ui:
         raise InputError("--json does not go with --ui, which serves pages")
     apart = {"--export": options.export, "--import": options.results}
@@ -273,6 +302,9 @@ def _check_together(options: argparse.Namespace) -> None:
     given = [option for option, value in others.items() if value]
     if len(given) > 1 and given[-1] in apart:
         raise InputError(f"{given[-1]} does not go with {given[0]}")
+    quiet = [option for option in given if option != "--search"]
+    if options.save_adapters and quiet:
+        raise InputError(f"--save-adapters does not go with {quiet[0]}, which runs nothing")
 
 
 def _export(tuning: Tuning, place: Place, options: argparse.Namespace, command: str) -> Answer:
@@ -310,7 +342,17 @@ def _import(tuning: Tuning, place: Place, tags: dict[str, str], executor: Execut
     return answer._replace(code=UNSOUND) if failed else answer
 
 
-def _executor(options: argparse.Namespace) -> Executor:
+def _merge(options: argparse.Namespace) -> Answer:
+    from basisadapt.study.drive.adapters import merge_run
+
+    for plugin in options.plugin:
+        load_plugin(plugin)
+    needs = merge_run(options.merge, options.tracking_uri, options.output)
+    said = f"{needs.config['method']} on {needs.backbone}, merged, is in {options.output}: transformers loads it"
+    return Answer(said, {"model": str(options.output), "config": needs.config})
+
+
+def _executor(options: argparse.Namespace, adapters: Path | None) -> Executor:
     from basisadapt.training.execution.executor import JobSettings
     from basisadapt.training.execution.on_ray import OnRay, RaySettings
     from basisadapt.training.execution.workers import local_executor
@@ -321,6 +363,7 @@ def _executor(options: argparse.Namespace) -> Executor:
         halve_batch=options.halve_batch,
         compile=options.compile,
         timeout=options.timeout,
+        adapters=adapters,
     )
     if options.ray is None:
         return local_executor(options.workers, settings)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from basisadapt.core.registry import load_plugin
 from basisadapt.study.drive import engine
+from basisadapt.study.drive.adapters import place_for_adapters
 from basisadapt.study.drive.place import Place
 from basisadapt.study.plan.spec import read_spec
 from basisadapt.study.plan.tuning import Tuning, resolve_tuning
@@ -94,9 +95,10 @@ def run(
     tuning, place = _resolve(name, preset, changes, seeds, plugins), place or Place()
     if place.data_dir is not None:
         readable_folder(place.data_dir)
-    executor = local_executor(workers, JobSettings(data_dir=place.data_dir, plugins=tuple(plugins)))
     tags = {"basisadapt.command": f"study.run({name!r}, preset={preset!r})", "basisadapt.preset": preset}
-    return Result(engine.run_study(tuning, place, tags, executor))
+    with place_for_adapters(place.save_adapters) as adapters:
+        settings = JobSettings(data_dir=place.data_dir, plugins=tuple(plugins), adapters=adapters)
+        return Result(engine.run_study(tuning, place, tags, local_executor(workers, settings)))
 
 
 def read_report(

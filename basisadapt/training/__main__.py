@@ -26,6 +26,7 @@ def main(arguments: list[str]) -> int:
             halve_batch=options.halve_batch,
             timeout=options.timeout,
             compile=options.compile,
+            adapters=options.adapters,
         )
         if options.cells == "-":
             serve(settings)
@@ -66,6 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="fail a cell that takes longer")
     parser.add_argument("--halve-batch", action="store_true", help="as for a study")
     parser.add_argument("--compile", action="store_true", help="as for a study")
+    parser.add_argument(
+        "--adapters", type=Path, metavar="DIR", help="leave every cell's adapter there, in a folder called by its key"
+    )
     parser.add_argument(
         "--brief", action="store_true", help="write results without arrays (phi, spectra), which are far smaller"
     )

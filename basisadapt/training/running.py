@@ -16,6 +16,7 @@ from basisadapt.core.environment import environment
 from basisadapt.core.errors import InputError
 from basisadapt.diagnostics.convergence import fit_power_law
 from basisadapt.methods import METHODS, Method, ParameterGroup
+from basisadapt.methods.kept import keep_needs
 from basisadapt.tasks import Example, Rows, Task, TaskData
 from basisadapt.tasks.completion import reads_rows_apart
 from basisadapt.training.compiled import compiled_blocks
@@ -86,7 +87,7 @@ def run(
         trainer = _make_trainer(job, checkpoints, accumulate)
         with compiled_blocks(job.model, compiled):
             observer, reason, of_training = _train(job, trainer, on_step)
-        size = _save(job.model, save_to, checkpoints)
+        size = _save(job, save_to, checkpoints)
         finite, of_answers = _evaluate(job, trainer, measured=not reason)
         slice_of_loss = measure_landscape(trainer, job.ask(spread_rows(job.encoded.train, EVAL_BATCH)), config)
     observer.end()
@@ -230,12 +231,15 @@ def _evaluate(job: _Job, trainer: Trainer, measured: bool) -> tuple[bool, dict[s
     return finite, {**scores, **metrics}
 
 
-def _save(model: Any, save_to: Path | None, checkpoints: Path) -> float:
+def _save(job: _Job, save_to: Path | None, checkpoints: Path) -> float:
     """Save the adapter; a whole model only where that is asked for. Returns the weights' bytes, NaN for none."""
-    if (save_to is None and not hasattr(model, "peft_config")) or rank() > 0:
+    is_adapter = hasattr(job.model, "peft_config")
+    if (save_to is None and not is_adapter) or rank() > 0:
         return math.nan
     folder = save_to or checkpoints
-    model.save_pretrained(folder)
+    job.model.save_pretrained(folder)
+    if save_to is not None and is_adapter:
+        keep_needs(save_to, job.task.form, job.task.num_labels, job.config.to_mapping())
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 

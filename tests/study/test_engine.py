@@ -2,13 +2,17 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
+from basisadapt import training
+from basisadapt.core.errors import InputError
 from basisadapt.study.__main__ import _check_together, _parser, main
 from basisadapt.study.plan.cells import resolve
 from basisadapt.study.plan.spec import read_spec
@@ -312,11 +316,47 @@ def test_dry_run_counts_and_leaves_nothing(folder, fake, study):
     code, out, _ = study("tiny.yaml", "--dry-run", "--set", "adapter.r=8")
     assert code == 0
     assert "Two bases: 9 cells" in out
-    assert [line.split()[0] for line in out.splitlines()[3:]] == [
+    assert "Of each: backbone minilm, task docstrings, rate 0.002, length 5 steps, batch 16" in out
+    assert "training rows all, test rows all, precision fp32\nTo download from the hub: nothing\n" in out
+    assert [line.split()[0] for line in out.splitlines()[5:]] == [
         n for n in ("sinc", "fourier", "LoRA") for _ in range(3)
     ]
     assert "8,110" in out
     assert [path.name for path in folder.iterdir()] == ["tiny.yaml"]
+
+
+def test_dry_run_says_what_differs_and_what_would_be_downloaded(home, fake, study, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("basisadapt.tasks.hub.is_cached", lambda _: False)
+    changes = ["--set", "sweep.task=docstrings,glue/rte", "--set", "backbone=qwen2-0.5b", "--seeds", "1"]
+    code, out, _ = study("tiny.yaml", "--dry-run", *changes, "--set", "train.max_steps=null")
+    assert code == 0
+    assert "Of each: backbone qwen2-0.5b, rate 0.002, length 3 epochs" in out
+    assert "To download from the hub: backbone Qwen/Qwen2-0.5B, data nyu-mll/glue\n" in out
+    rows = [line.split() for line in out.splitlines()[4:]]
+    assert rows[0][:3] == ["row", "task", "seed"]
+    assert [row[2] for row in rows[1:5]] == ["docstrings", "glue/rte"] * 2, "after the two words of the label"
+
+
+@pytest.mark.parametrize("hub", ["backbone", "data"])
+def test_a_hub_that_cannot_be_reached_fails_once_and_before_anything_is_recorded(home, fake, study, monkeypatch, hub):
+    asked = []
+
+    def fail(*arguments):
+        asked.append(arguments)
+        raise socket.gaierror(-2, "Name or service not known") if hub == "backbone" else InputError("no network")
+
+    if hub == "backbone":
+        monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+        monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", fail)
+        change, message = "backbone=qwen2-0.5b", "backbone 'qwen2-0.5b' is neither a folder nor in the cache, and the hub"
+    else:
+        monkeypatch.setattr(training, "load_data", fail)
+        change, message = "task=glue/rte", "no network"
+    code, _, error = study("tiny.yaml", "--set", change)
+    assert (code, len(asked), fake.ran) == (2, 1, [])
+    assert message in error
+    assert Record.read("sqlite:///mlflow.db", "tiny") == {}
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from traceback import format_exception
 from typing import TYPE_CHECKING
 
@@ -30,11 +33,11 @@ class _Running:
 
 
 class Book:
-    """The cells of an invocation that are at work, by their keys. parent: its run."""
+    """The cells of an invocation that are at work, by their keys. parent: its run. adapters: see `JobSettings`."""
 
-    def __init__(self, record: Record, trials: Trials, parent: str) -> None:
+    def __init__(self, record: Record, trials: Trials, parent: str, adapters: Path | None = None) -> None:
         self.running: dict[str, _Running] = {}
-        self._record, self._trials, self._parent = record, trials, parent
+        self._record, self._trials, self._parent, self._adapters = record, trials, parent, adapters
 
     def close_orphans(self) -> None:
         """Close what processes that are gone have left open."""
@@ -66,7 +69,8 @@ class Book:
         result, error, traceback = ended.result, ended.error, ended.traceback
         if result is not None:
             try:
-                self._record.finish(at.run_id, at.cell, result, draw(at.cell, result))
+                with self._adapter_of(at.cell) as adapter:
+                    self._record.finish(at.run_id, at.cell, result, draw(at.cell, result), adapter=adapter)
             except LostRunError:
                 return "killed", None, None
             except Exception as reason:  # whatever a result is like, the other cells go on
@@ -78,6 +82,18 @@ class Book:
                 return result.status, value, result.status if value is None else f"{result.headline} {value:.4f}"
         self._record.fail(at.run_id, error, traceback)
         return "failed", None, f"failed: {error}"
+
+    @contextmanager
+    def _adapter_of(self, cell: Cell) -> Iterator[Path | None]:
+        """Where the cell's adapter lies, if it is to be kept; it does not stay there."""
+        folder = None if self._adapters is None else self._adapters / cell.key
+        if folder is None or not folder.is_dir():
+            yield None
+            return
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def cut_off(self, key: str, reason: str) -> Cell:
         """Close a cell that was ended on the way, and return it."""

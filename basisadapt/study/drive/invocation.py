@@ -44,7 +44,7 @@ class Invocation:
         self._record = Record(place.tracking_uri, spec.name, spec.metrics)
         try:
             self.run_id = self._record.begin(spec, tags)
-            self._book = Book(self._record, self._trials, self.run_id)
+            self._book = Book(self._record, self._trials, self.run_id, executor.adapters)
             self._book.close_orphans()
         except store_errors() as error:
             raise InputError(f"--tracking-uri {place.tracking_uri!r}: {record_error(error)}") from error

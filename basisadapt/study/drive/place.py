@@ -30,12 +30,14 @@ class Place:
 
     tracking_uri: MLflow's store, by default MLFLOW_TRACKING_URI or else mlflow.db in this folder. storage: Optuna's;
     None is `optuna.db` beside MLflow's file. data_dir: the tasks' data. output: a folder that also gets the report.
+    save_adapters: whether each cell's adapter is kept with its run in MLflow.
     """
 
     tracking_uri: str = field(default_factory=lambda: os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db")
     storage: str | None = None
     data_dir: Path | None = None
     output: Path | None = None
+    save_adapters: bool = False
 
     @property
     def optuna_url(self) -> str:

@@ -61,6 +61,7 @@ if TYPE_CHECKING:
 
 BEAT, SILENCE = 20.0, 180.0  # seconds between two signs of life, and without one until a driver elsewhere is dead
 UNDECIDED, NOTICED = 10.0, 1.0  # seconds that a claim waits for another one to be made, and after which that is said
+ADAPTER = "adapter"  # the folder of a run's files that holds its adapter
 FEW = 20  # cells whose runs are sooner read one by one than in the whole record
 COMPARED = 100  # runs that fit into an address, and onto the page that it leads to
 
@@ -246,10 +247,11 @@ class Record:
         result: RunResult,
         pictures: Mapping[str, bytes],
         imported: Imported | None = None,
+        adapter: Path | None = None,
     ) -> None:
         """Write a result whole, then mark the run as done: a kill on the way leaves a cell to run.
 
-        pictures: name to PNG file. Raises InputError for a finished result without its headline metric, and
+        pictures: name to PNG file. adapter: a folder to be kept with the run. Raises InputError for a finished result without its headline metric, and
         LostRunError.
         """
         from mlflow.entities import Metric, RunTag
@@ -276,6 +278,8 @@ class Record:
             for name, content in {"result.json": whole.encode(), **pictures}.items():
                 (Path(folder) / name).write_bytes(content)
             self._client.log_artifacts(run_id, folder)
+        if adapter is not None:
+            self._client.log_artifacts(run_id, str(adapter), ADAPTER)
         if result.headline != self._primary:  # charts and parallel coordinates of the experiment start from it
             primary = {"name": clean(result.headline), "greaterIsBetter": "True"}
             for name, value in primary.items():

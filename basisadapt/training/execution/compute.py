@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import gc
 import traceback
+from pathlib import Path
 
 import torch
 
 from basisadapt.core.errors import one_line
+from basisadapt.methods import METHODS, PeftMethod
 from basisadapt.training import running
 from basisadapt.training.execution.executor import Ended, Executor, Job, JobSettings, OnStep
 
@@ -27,6 +29,7 @@ def compute(job: Job, settings: JobSettings, on_step: OnStep) -> Ended:
                 job.config,
                 data_dir=settings.data_dir,
                 on_step=lambda step, total: on_step(job.key, step, total),
+                save_to=_place_of_adapter(job, settings),
                 accumulate=accumulate,
                 compiled=settings.compile,
             )
@@ -46,6 +49,13 @@ def compute(job: Job, settings: JobSettings, on_step: OnStep) -> Ended:
         torch.cuda.empty_cache()
 
 
+def _place_of_adapter(job: Job, settings: JobSettings) -> Path | None:
+    """Where the job's adapter is to be left; None for methods that have none."""
+    if settings.adapters is None or not issubclass(METHODS[job.config.method], PeftMethod):
+        return None
+    return settings.adapters / job.key
+
+
 def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
@@ -61,7 +71,7 @@ class Inline(Executor):
     slots = 1
 
     def __init__(self, settings: JobSettings) -> None:
-        self._settings = settings
+        self._settings, self.adapters = settings, settings.adapters
         self._job: Job | None = None
 
     def submit(self, job: Job) -> None:

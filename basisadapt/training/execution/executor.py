@@ -33,7 +33,8 @@ class JobSettings:
 
     data_dir: the tasks' data. plugins: files and modules that a process loads before its first job. halve_batch: repeat
     a job that ran out of memory with half the batch and twice the accumulation. timeout: seconds that a job may take.
-    compile: train with compiled blocks (`training.compiled`). Raises InputError out of range.
+    compile: train with compiled blocks (`training.compiled`). adapters: a folder of this machine in which jobs leave
+    their adapters, in folders called by their keys. Raises InputError out of range.
     """
 
     data_dir: Path | None = None
@@ -41,6 +42,7 @@ class JobSettings:
     halve_batch: bool = False
     timeout: float | None = None
     compile: bool = False
+    adapters: Path | None = None
 
     def __post_init__(self) -> None:
         if self.timeout is not None and not self.timeout > 0:
@@ -79,6 +81,7 @@ class Executor(ABC):
     """
 
     here: ClassVar[bool] = True  # whether jobs run on this machine
+    adapters: Path | None = None  # see `JobSettings`
 
     def prepare(self) -> None:
         """Raise InputError where no job could be run. Called before anything is recorded, if there are jobs."""

@@ -37,7 +37,7 @@ class Workers(Executor):
     """
 
     def __init__(self, count: int, settings: JobSettings) -> None:
-        self._count, self._settings = count, settings
+        self._count, self._settings, self.adapters = count, settings, settings.adapters
         self._workers: list[_Worker] = []
         self._said: queue.SimpleQueue[tuple[_Worker, str | None]] = queue.SimpleQueue()
 
@@ -183,6 +183,7 @@ def _start_process(count: int, place: int, folder: Path, settings: JobSettings) 
     arguments += [] if settings.data_dir is None else [f"--data-dir={settings.data_dir}"]
     arguments += ["--halve-batch"] if settings.halve_batch else []
     arguments += ["--compile"] if settings.compile else []
+    arguments += [] if settings.adapters is None else [f"--adapters={settings.adapters}"]
     environment = {"OMP_NUM_THREADS": str(max(1, _cores() // count)), **os.environ, "TMPDIR": str(folder)}
     devices = _devices()
     if devices:

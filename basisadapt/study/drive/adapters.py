@@ -1,0 +1,36 @@
+"""Adapters that a study keeps: where its cells leave them, and that of a run, merged into a plain model."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from basisadapt.core.errors import InputError, shown
+from basisadapt.methods.kept import Needs, merge_into
+from basisadapt.study.record.adapters import fetch_adapter
+
+
+@contextmanager
+def place_for_adapters(wanted: bool) -> Iterator[Path | None]:
+    """A folder in which cells leave their adapters until they are recorded; None where they need not."""
+    if not wanted:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="basisadapt-adapters-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+def merge_run(run: str, tracking_uri: str, target: Path) -> Needs:
+    """Write the merged model of a run, see `merge_into`. run: its id in MLflow, or a folder with a kept adapter.
+
+    Raises InputError.
+    """
+    if Path(run).is_dir():
+        return merge_into(Path(run), target)
+    if not re.fullmatch(r"[0-9a-f]{32}", run):
+        raise InputError(f"--merge needs a run's id in MLflow, of 32 digits, or a folder with an adapter, got {shown(run)}")
+    with tempfile.TemporaryDirectory() as folder:
+        return merge_into(fetch_adapter(tracking_uri, run, Path(folder)), target)

@@ -1,0 +1,152 @@
+"""Adapters that a study keeps with its runs, and plain models made of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from basisadapt import InputError, backbones, study as studies
+from basisadapt.methods.kept import NEEDS, keep_needs, merge_into, read_needs
+from basisadapt.study.drive.place import Place
+
+BASIS = """
+import torch
+from basisadapt import TransferBasis
+
+
+class Bump(TransferBasis, name="bump_of_a_test"):
+    def forward(self, u):
+        return torch.exp(-u.square())
+"""
+ELSEWHERE = """
+import json, sys
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1]).eval()
+assert AutoTokenizer.from_pretrained(sys.argv[1])("good")["input_ids"]
+with torch.no_grad():
+    print(json.dumps(model(torch.arange(2, 14).view(2, 6)).logits.tolist()))
+assert not any(name.startswith("basisadapt") for name in sys.modules)
+"""
+
+
+def adapters(home):
+    """Row to the folder of its run's adapter, and its run's id."""
+    client = mlflow.MlflowClient("sqlite:///mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    cells = [run for run in runs if "basisadapt.cell" in run.data.tags or "row" in run.data.params]
+    return {
+        run.data.params["row"]: (run.info.run_id, [file.path for file in client.list_artifacts(run.info.run_id, "adapter")])
+        for run in cells
+        if "row" in run.data.params
+    }
+
+
+@pytest.mark.parametrize("workers", [(), ("--workers", "1")])
+def test_an_adapter_is_kept_and_merged_into_what_transformers_loads_alone(home, study, language_model, workers):
+    (home / "my_basis.py").write_text(BASIS)
+    rows = [f"{'good' if i % 3 else 'bad'} text {i},{'yes' if i % 3 else 'no'}" for i in range(40)]
+    (home / "reviews.csv").write_text("\n".join(["text,label", *rows]))
+    changes = {"task": "reviews.csv", "backbone": str(language_model), "sweep.basis": "bump_of_a_test", "train.lr": "0.1"}
+    sets = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
+    command = ("tiny.yaml", "--preset", "smoke", "--plugin", "my_basis.py", *sets)
+    code, _, error = study(*command, "--save-adapters", *workers)
+    assert code == 0, error
+    kept = adapters(home)
+    run_id, files = kept["bump_of_a_test"]
+    assert {Path(file).name for file in files} >= {"adapter_config.json", "adapter_model.safetensors", NEEDS}
+    code, said, error = study("--merge", run_id, "--output", "plain")
+    assert (code, error) == (0, "")
+    assert "transformers loads it" in said
+
+    folder = Path(mlflow.MlflowClient("sqlite:///mlflow.db").download_artifacts(run_id, "adapter", str(home)))
+    needs = read_needs(folder)
+    assert (needs.plugins, needs.form, needs.num_labels) == (("my_basis.py",), "text", 2)
+    assert needs.config["adapter"]["basis"] == "bump_of_a_test"
+    head = next(v for k, v in load_file(folder / "adapter_model.safetensors").items() if "score" in k)
+    assert torch.equal(load_file(home / "plain" / "model.safetensors")["score.weight"], head), "the head that was trained"
+    model, _ = backbones.load(backbones.find(str(language_model)), "text", 2)
+    model = peft.PeftModel.from_pretrained(model, str(folder)).eval()
+    with torch.no_grad():
+        expected = model(torch.arange(2, 14).view(2, 6)).logits
+        with model.disable_adapter():
+            assert not torch.allclose(expected, model(torch.arange(2, 14).view(2, 6)).logits, atol=1e-3)
+    alone = subprocess.run([sys.executable, "-c", ELSEWHERE, "plain"], capture_output=True, text=True, check=True)
+    assert json.loads(alone.stdout) == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_from_python(home, fake, monkeypatch):
+    def run(config, *, save_to=None, **options):
+        save_to.mkdir()
+        (save_to / "adapter_config.json").write_text(config.adapter.basis if config.method == "phi" else "")
+        return fake.run(config, **options)
+
+    monkeypatch.setattr("basisadapt.training.running.run", run)
+    studies.run("tiny.yaml", preset="smoke", place=Place(save_adapters=True))
+    assert {row: files for row, (_, files) in adapters(home).items()} == dict.fromkeys(
+        ("sinc", "fourier", "LoRA"), ["adapter/adapter_config.json"]
+    )
+
+
+def test_a_method_without_an_adapter_keeps_none(home, fake, study, monkeypatch):
+    seen = {}
+
+    def run(config, *, save_to=None, **options):
+        seen[config.method] = save_to
+        return fake.run(config, **options)
+
+    monkeypatch.setattr("basisadapt.training.running.run", run)
+    study("tiny.yaml", "--preset", "smoke", "--set", "sweep.method=full,head,frozen", "--save-adapters")
+    assert {method for method, place in seen.items() if place is None} == {"full", "head", "frozen"}
+    assert seen["lora"] is not None
+    assert not seen["lora"].parent.exists(), "nothing is left behind"
+
+
+def test_what_cannot_be_merged_is_refused_before_anything_is_loaded(home, study, tmp_path):
+    plain = tmp_path / "plain"
+    folder = tmp_path / "kept"
+    folder.mkdir()
+
+    def refuse(message, form="text", weights="fp32"):
+        keep_needs(folder, form, 2, {"backbone": "minilm", "method": "phi", "train": {"weights": weights}})
+        with pytest.raises(InputError, match=message):
+            merge_into(folder, plain)
+
+    with pytest.raises(InputError, match=r"has no basisadapt.json, as the adapters have that --save-adapters keeps"):
+        merge_into(folder, plain)
+    refuse("no plain folder of it", form="zero_shot")
+    refuse("trained on weights in nf4, into which it cannot be merged", weights="nf4")
+    plain.mkdir()
+    (plain / "notes.txt").touch()
+    refuse("is not an empty folder")
+    (folder / NEEDS).write_text("{")
+    with pytest.raises(InputError, match="cannot be read"):
+        merge_into(folder, plain)
+    for arguments, message in (
+        (["--merge", "0" * 32], "--merge RUN goes with --output DIR"),
+        (["tiny.yaml", "--merge", "0" * 32, "--output", "x"], "and with no NAME"),
+        (["--merge", "newest", "--output", "x"], "a run's id in MLflow, of 32 digits, or a folder"),
+        (["--merge", "0" * 32, "--output", "x"], "the adapter of run 0000"),
+        (["tiny.yaml", "--dry-run", "--save-adapters"], "--save-adapters does not go with --dry-run, which runs nothing"),
+        (["tiny.yaml", "--ray", "local", "--save-adapters"], "--save-adapters does not go with --ray"),
+    ):
+        code, _, error = study(*arguments)
+        assert code == 2
+        assert message in error
+        assert error.count("\n") == 1
+
+
+def test_a_run_without_an_adapter_says_so(home, fake, study):
+    study("tiny.yaml", "--preset", "smoke")
+    run_id, files = adapters(home)["sinc"]
+    assert files == []
+    assert f"run {run_id} has no adapter" in study("--merge", run_id, "--output", "x")[2]
