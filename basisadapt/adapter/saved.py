@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +66,7 @@ class CheckedConfig(PeftConfig, ABC):  # type: ignore[misc]
         try:
             config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         except (InputError, TypeError) as error:
-            raise InputError(f"{folder / CONFIG_NAME}: {' '.join(str(error).split())}") from error
+            raise InputError(f"{folder / CONFIG_NAME}: {' '.join(str(error).split())}{_plugins_of(folder)}") from error
         check_weights(folder, config.saved_shapes(), config.modules_to_save or ())
         return config
 
@@ -77,6 +79,14 @@ class CheckedConfig(PeftConfig, ABC):  # type: ignore[misc]
         if "peft_type" in kwargs and kwargs["peft_type"] not in known:
             raise unknown("peft_type", kwargs["peft_type"], known)
         return super().from_peft_type(**kwargs)
+
+
+def _plugins_of(folder: Path) -> str:
+    """What to do where the adapter in a folder is of plug-ins that may not be loaded."""
+    with suppress(OSError, ValueError, AttributeError):
+        if plugins := json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("plugins"):
+            return f"; the adapter needs {', '.join(map(str, plugins))}: import it first, or give it as --plugin"
+    return ""
 
 
 def _check_pattern(name: str, value: Any) -> None:

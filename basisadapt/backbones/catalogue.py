@@ -208,6 +208,8 @@ def find(name: str) -> Backbone:
         return Backbone(source=name, note=gguf.rounding(Path(name)))
     if os.path.isdir(name) or name.count("/") == 1:
         return Backbone(source=name)
+    if "/" in name:
+        raise InputError(f"backbone {name!r} is a folder's path, and there is no such folder")
     raise unknown("backbone", name, BACKBONES)
 
 

@@ -22,15 +22,17 @@ class RecordError(Exception):
     """What was run cannot be recorded. What is recorded stays as it is. The message is one line."""
 
 
-def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
+def unknown(kind: str, name: object, known: Iterable[str], alike: float = 0.5) -> InputError:
     """The error for a `name` that is not among the `known` names of a `kind`, with the nearest one.
 
-    A long list of names is left out where there is a nearest one.
+    The nearest is a name that the last words are, as dropout is of lora_dropout, or one that is `alike`, from 0 to 1. A
+    long list of names is left out where there is a nearest one.
     """
     names = sorted(known)
     name = str(name) if isinstance(name, str | int | float) else shown(name)
     compared = [known for known in names[:MOST_COMPARED] if len(known) <= LONGEST]
-    nearest = difflib.get_close_matches(name[:LONGEST], compared, n=1, cutoff=0.5)
+    nearest = [known for known in compared if name.endswith(f"_{known.rpartition('.')[2]}")]
+    nearest = nearest or difflib.get_close_matches(name[:LONGEST], compared, n=1, cutoff=alike)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
     few = [known if len(known) <= LONGEST else shown(known) for known in names[:MOST_NAMES]]
     more = f" and {len(names) - MOST_NAMES:,} more" if len(names) > MOST_NAMES else ""

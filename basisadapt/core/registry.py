@@ -59,6 +59,7 @@ class Registry(Generic[T]):
         return sum(1 for _ in self)
 
 
+FILE = "basisadapt_plugin_"  # what the module of a plug-in's file is called, before the file's own name
 _entry_points_loaded = False
 _plugins: dict[str, None] = {}  # what load_plugin has imported, in order
 
@@ -92,6 +93,16 @@ def load_plugin(source: str) -> ModuleType:
     return module
 
 
+def plugin_of(cls: type) -> str | None:
+    """The plug-in that a registered class comes from, its file without folders or its module; None for our own."""
+    module = cls.__module__
+    if module.partition(".")[0] == __name__.partition(".")[0]:
+        return None
+    file = getattr(sys.modules.get(module), "__file__", None)
+    is_file = module == "__main__" or module.startswith(FILE)
+    return Path(file).name if is_file and file is not None else module
+
+
 def _load_module(source: str) -> ModuleType:
     try:
         return importlib.import_module(source)
@@ -103,7 +114,7 @@ def _load_file(source: str) -> ModuleType:
     path = Path(source)
     if not path.is_file():
         raise InputError(f"plug-in file {source!r} does not exist")
-    name = f"basisadapt_plugin_{path.stem}_{abs(hash(path.resolve())):x}"
+    name = f"{FILE}{path.stem}_{abs(hash(path.resolve())):x}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)

@@ -37,9 +37,7 @@ def keep_needs(folder: Path, form: str, num_labels: int, config: dict[str, Any])
     """Write beside an adapter that a run has saved what it needs. config: the run's canonical mapping."""
     plugins = tuple(Path(one).name if one.endswith(".py") else one for one in loaded_plugins())
     backbone, weights = config["backbone"], config["train"]["weights"]
-    needs = Needs(
-        backbone=backbone, form=form, num_labels=num_labels, weights=weights, plugins=plugins, config=config
-    )
+    needs = Needs(backbone=backbone, form=form, num_labels=num_labels, weights=weights, plugins=plugins, config=config)
     (folder / NEEDS).write_text(json.dumps(asdict(needs), indent=2), encoding="utf-8")
 
 
@@ -54,7 +52,7 @@ def read_needs(folder: Path) -> Needs:
 
 
 def merge_into(folder: Path, target: Path) -> Needs:
-    """Load the backbone of a kept adapter, merge the adapter, and write the model with its tokenizer or image processor.
+    """Merge a kept adapter into its backbone, and write the model with its tokenizer or image processor.
 
     What is written is transformers' alone: `AutoModelForSequenceClassification` and so on load it without this package,
     with the head that was trained. Returns what the adapter needed.
@@ -64,7 +62,9 @@ def merge_into(folder: Path, target: Path) -> Needs:
     """
     needs = read_needs(folder)
     if not FORMS[needs.form].model.startswith("Auto"):
-        raise InputError(f"a model to {FORMS[needs.form].does} is no class of transformers': there is no plain folder of it")
+        raise InputError(
+            f"a model to {FORMS[needs.form].does} is no class of transformers', which has no folder for it"
+        )
     if needs.weights in QUANTISED:
         raise InputError(
             f"this adapter was trained on weights in {needs.weights}, into which it cannot be merged, and beside other "

@@ -232,7 +232,7 @@ class PublishedMixture(CommonsenseMixture):
     rows: ClassVar[int | None]
 
     def check(self, data_dir: Path | None) -> None:
-        """Raise InputError unless the mixture or all training files, and a test file, are there, or the hub is asked."""
+        """Raise InputError unless the mixture or all training files, and a test file, are there; the hub has them."""
         if data_dir is None:
             return None
         if self.has_file(readable_folder(data_dir)):

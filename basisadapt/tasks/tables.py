@@ -18,6 +18,7 @@ from typing import Any
 from basisadapt.core.errors import LONGEST, MOST_COMPARED, InputError, unknown
 
 CARRIAGE_RETURN = "a carriage return ends a line, where a line feed must, alone or after it"
+ALIKE = 0.75  # a column's name that is less so is another's: "extra" is not what "text" was to be
 csv.field_size_limit(2**31 - 1)  # letters; a text may be as long as in the other formats
 
 
@@ -76,7 +77,7 @@ def _unknown(column: str, names: Sequence[str]) -> str:
     for name in names[:MOST_COMPARED]:
         if _looks(name) == _looks(column):
             return f"there is a column {_letters(name)}, with other space, capitals or accents than {_letters(column)}"
-    return str(unknown("column", column, {" ".join(name.split()) for name in names}))
+    return str(unknown("column", column, {" ".join(name.split()) for name in names}, alike=ALIKE))
 
 
 def _looks(name: str) -> str:

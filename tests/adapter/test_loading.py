@@ -6,7 +6,12 @@ import itertools
 import subprocess
 import sys
 
+import peft
 import pytest
+
+import basisadapt
+from basisadapt.core.errors import InputError
+from basisadapt.core.registry import load_plugin
 
 STEPS = {
     "ours": "import basisadapt",
@@ -110,3 +115,24 @@ except ImportError as error:
     print(error)
 """
     assert run(program) == "none\n"
+
+
+def test_an_adapter_of_a_plug_in_says_which_to_import(tmp_path, bert, monkeypatch):
+    """Its file's name, without the folder that it lay in; nothing where all is this package's own."""
+    from basisadapt.phi.basis import BASES
+
+    (tmp_path / "my_waves.py").write_text(
+        "import torch\nfrom basisadapt import TransferBasis\n\n\n"
+        "class Wave(TransferBasis, name='wave_of_a_test'):\n    def forward(self, u):\n        return torch.cos(u)\n"
+    )
+    monkeypatch.setattr(BASES, "_classes", {**BASES._classes})
+    load_plugin(str(tmp_path / "my_waves.py"))
+    config = basisadapt.PhiConfig(r=2, basis="wave_of_a_test", task_type="SEQ_CLS")
+    assert config.plugins == ["my_waves.py"]
+    assert basisadapt.PhiConfig(r=2).plugins is None
+    peft.get_peft_model(bert, config).save_pretrained(tmp_path / "adapter")
+    assert str(tmp_path) not in (tmp_path / "adapter" / "adapter_config.json").read_text()
+    assert basisadapt.PhiConfig.from_pretrained(str(tmp_path / "adapter")).plugins == ["my_waves.py"]
+    del BASES._classes["wave_of_a_test"]
+    with pytest.raises(InputError, match=r"unknown basis 'wave_of_a_test'.*; the adapter needs my_waves\.py: import"):
+        basisadapt.PhiConfig.from_pretrained(str(tmp_path / "adapter"))

@@ -16,6 +16,7 @@ from basisadapt.core.errors import InputError
 from basisadapt.study.__main__ import _check_together, _parser, main
 from basisadapt.study.plan.cells import resolve
 from basisadapt.study.plan.spec import read_spec
+from basisadapt.study.record.content import parameters_of
 from basisadapt.study.record.owner import Owner
 from basisadapt.study.record.record import Record
 
@@ -68,8 +69,12 @@ def test_what_a_cell_leaves_in_mlflow(home, fake, study, runs, trials):
     assert run.data.tags["status"] == "finished"
     assert run.data.tags["environment.torch"] == "2"
     assert run.data.tags["mlflow.source.git.commit"] == "abc123"
-    # What the rows set; the rest is in config.json.
-    assert run.data.params == {"row": "sinc", "seed": "1", "basis": "sinc", "method": "phi"}
+    # What the rows set, then the rest; each setting once, of the adapter without "adapter.".
+    cell = resolve(read_spec("tiny.yaml"), seeds=[1]).cells[0]
+    assert list(parameters_of(cell))[:5] == ["row", "seed", "basis", "method", "task"]
+    assert run.data.params == parameters_of(cell)
+    assert (run.data.params["backbone"], run.data.params["r"], run.data.params["train.lr"]) == ("minilm", "4", "0.002")
+    assert set(run.data.params) - {"row"} == {name.removeprefix("adapter.") for name in cell.settings}
     assert 0.6 < run.data.metrics["accuracy"] < 0.9  # not the curve's last value, 0.2
     assert run.data.metrics["curve/accuracy"] == 0.2
     assert run.data.metrics["stable_rank/encoder.layer.0.attention.self.query"] == 1.2
@@ -349,7 +354,7 @@ def test_a_hub_that_cannot_be_reached_fails_once_and_before_anything_is_recorded
     if hub == "backbone":
         monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
         monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", fail)
-        change, message = "backbone=qwen2-0.5b", "backbone 'qwen2-0.5b' is neither a folder nor in the cache, and the hub"
+        change, message = "backbone=qwen2-0.5b", "is neither a folder nor in the cache, and the hub cannot be reached"
     else:
         monkeypatch.setattr(training, "load_data", fail)
         change, message = "task=glue/rte", "no network"

@@ -294,7 +294,7 @@ def test_a_task_that_draws_its_rows_is_tuned_on_other_seeds_alone(tuned, ran, st
         ("0.25", "null", [], "tune.validation must be a share of the training rows for task 'docstrings', whose"),
         ("seeds: [1]}", "seeds: [1], tune.train.lr: 1e-3}", [], "tune.train.lr must be a list of values"),
         ("", "", ["--set", "tune.train.lr="], "at least one value"),
-        (RATES, "", ["--set", "tune.train.lr=1"], "study 'tiny' tunes nothing"),
+        (RATES, "", ["--set", "tune.by=loss"], "study 'tiny' tunes nothing, so that tune.by means nothing without a"),
     ],
 )
 def test_bad_tuning_is_one_line_and_leaves_nothing(folder, fake, study, before, after, arguments, message):

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from basisadapt import InputError
-from basisadapt.tasks import DataSettings, Rows, find
+from basisadapt.tasks import DataSettings, Rows, commonsense, find
 from basisadapt.tasks import commonsense_prompts as prompts
 from basisadapt.tasks.choice import extract
 from basisadapt.tasks.commonsense import SOURCES, Commonsense15k
@@ -275,7 +275,7 @@ def test_a_regime_is_rebuilt_from_the_hub_without_a_folder(monkeypatch):
     data = find("commonsense/170k", DataSettings()).load(None)
     assert len(data.train) == 18
     assert data.about["split"].startswith("rebuilt without commonsense_170k.json, from all rows of the training files")
-    with pytest.raises(InputError, match="mine.json needs --data-dir"):
+    with pytest.raises(InputError, match=r"mine\.json needs --data-dir"):
         find("commonsense/mine", DataSettings()).check(None)
 
 

@@ -31,6 +31,6 @@ def merge_run(run: str, tracking_uri: str, target: Path) -> Needs:
     if Path(run).is_dir():
         return merge_into(Path(run), target)
     if not re.fullmatch(r"[0-9a-f]{32}", run):
-        raise InputError(f"--merge needs a run's id in MLflow, of 32 digits, or a folder with an adapter, got {shown(run)}")
+        raise InputError(f"--merge needs a run's id in MLflow, 32 digits, or an adapter's folder, got {shown(run)}")
     with tempfile.TemporaryDirectory() as folder:
         return merge_into(fetch_adapter(tracking_uri, run, Path(folder)), target)

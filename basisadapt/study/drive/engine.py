@@ -23,9 +23,9 @@ from basisadapt.study.report.table import tuned_table
 from basisadapt.training.execution.executor import Executor
 
 if TYPE_CHECKING:
-    from basisadapt.training.config import RunConfig
     from basisadapt.tasks import DataSettings
     from basisadapt.training import Plan
+    from basisadapt.training.config import RunConfig
 
 # Settings that no model, no task and no data depend on.
 PACE = [f"train.{name}" for name in ("lr", "epochs", "max_steps", "schedule", "warmup_ratio", "weight_decay")]

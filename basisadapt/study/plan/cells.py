@@ -7,8 +7,9 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
@@ -24,6 +25,7 @@ from basisadapt.study.plan.spec import (
     Reference,
     StudySpec,
     axes_in,
+    list_studies,
     parse_yaml,
 )
 
@@ -160,13 +162,14 @@ def resolve(
     swept = [] if only_tasks or not sweep else product(sweep.values())
     tasks = sweep["task"][1] if "task" in sweep else [None]
     check_count((len(swept) + len(spec.beside) * len(tasks)) * len(seeds))
-    rows = [_swept_row(spec, above, point, seeds) for point in swept]
-    for beside in spec.beside:
-        for point in [(("task", task),) for task in tasks] if "task" in sweep else [()]:
-            base = _base(spec, above, point)
-            config = {**base, **_scaled(base, _with_full_keys(beside.set)), **dict(point)}
-            published = None if beside.published is None else (beside.published,)
-            rows.append(_row(spec, Row((), point, beside.label, published), config, seeds))
+    with _hint_at_axes(split.lists):
+        rows = [_swept_row(spec, above, point, seeds) for point in swept]
+        for beside in spec.beside:
+            for point in [(("task", task),) for task in tasks] if "task" in sweep else [()]:
+                base = _base(spec, above, point)
+                config = {**base, **_scaled(base, _with_full_keys(beside.set)), **dict(point)}
+                published = None if beside.published is None else (beside.published,)
+                rows.append(_row(spec, Row((), point, beside.label, published), config, seeds))
 
     labels = [row.label for row in rows]
     for label, count in collections.Counter(labels).items():
@@ -177,7 +180,32 @@ def resolve(
     rows = [_grouped(_told_apart(row, named), spec.reference, sweep) for row in rows]
     if spec.reference is not None and not any(row.is_reference for row in rows):
         raise unknown("reference row", str(spec.reference), labels)
-    return Study(spec, tuple(rows))
+    return Study(on_own_data(spec, rows), tuple(rows))
+
+
+@contextmanager
+def _hint_at_axes(lists: Mapping[str, str]) -> Iterator[None]:
+    """Say of a value with commas that is refused how each of its parts makes a row."""
+    try:
+        yield
+    except InputError as error:
+        for key, text in lists.items():
+            if repr(text) in str(error):
+                axis = f"{SWEEP}{key.removeprefix('adapter.')}"
+                raise InputError(f"{error}; for a row of each value: --set {axis}={text}") from error
+        raise
+
+
+def on_own_data(spec: StudySpec, rows: Iterable[Row]) -> StudySpec:
+    """A shipped study without what is published of its tasks, and claimed, where a row is of the user's own data."""
+    from basisadapt import tasks
+    from basisadapt.tasks.own_data import OwnData
+
+    configs = (row.cells[0].config for row in rows)
+    data = dict.fromkeys((config.task, config.data) for config in configs)
+    if spec.name not in list_studies() or not any(isinstance(tasks.find(*one), OwnData) for one in data):
+        return spec
+    return replace(spec, answers=None, claims=())
 
 
 def parameter_values(spec: StudySpec, cells: Iterable[Cell]) -> dict[str, list[Any]]:
@@ -312,11 +340,13 @@ def _scaled(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any
 @dataclass(frozen=True)
 class Changes:
     """The command line's changes: overrides of the base, by full key; replaced axes of the rows and of what is tuned,
-    by name, and what is replaced of the rule of tuning, likewise."""
+    by name, and what is replaced of the rule of tuning, likewise. lists: overrides that may be meant as an axis, as
+    they are written."""
 
     overrides: dict[str, Any]
     sweep: dict[str, list[Any]]
     tune: dict[str, Any]
+    lists: dict[str, str] = field(default_factory=dict)
 
 
 def split_changes(changes: Sequence[str]) -> Changes:
@@ -338,6 +368,8 @@ def split_changes(changes: Sequence[str]) -> Changes:
             axes[name] = [_read(key, _axis_key(name), part.strip()) for part in parts]
         else:
             split.overrides[full_key(key)] = _read(key, full_key(key), text)
+            if "," in text and not text.startswith(("[", "{")):
+                split.lists[full_key(key)] = text
     return split
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from basisadapt.core.errors import InputError
 from basisadapt.core.settings import from_mapping
@@ -24,6 +24,7 @@ from basisadapt.study.plan.cells import (
     Study,
     check_count,
     full_key,
+    on_own_data,
     plain,
     product,
     resolve,
@@ -31,6 +32,10 @@ from basisadapt.study.plan.cells import (
 )
 from basisadapt.study.plan.spec import RULE, TUNE, StudySpec, Tune, axes_in
 
+if TYPE_CHECKING:
+    from basisadapt.training.config import RunConfig
+
+OTHER_SEEDS, HELD_BACK = (7,), 0.2  # of a rule that the command line makes: seeds, and a share of the training rows
 ENDED = ("finished", "diverged", "failed")  # how a trial may end; after a kill it is still to come
 
 
@@ -208,7 +213,7 @@ def resolve_tuning(
     needs no trial. Raises InputError, also for a setting that is both tuned and set, and for tuning seeds that are the
     study's own.
     """
-    spec = replace(spec, tune=_rule(spec, preset, changes))
+    spec = replace(spec, tune=_rule(spec, preset, changes, seeds))
     grid = spec.tune.grid if spec.tune else {}
     values = spec.tune.values if spec.tune else []
     points = product(grid.items())
@@ -233,6 +238,7 @@ def resolve_tuning(
         at[value] = tuple(_relabelled(row, f"{row.label}, {_named(only)}") for row in rows)
     _check_values([[one.row for one in of_row] for of_row in zip(*by_point, strict=True)], grid)
     _check_values(list(zip(*at.values(), strict=True)), dict.fromkeys(grid, values))
+    spec = on_own_data(spec, [one.row for one in by_point[0]])
     return Tuning(spec, tuple(zip(*by_point, strict=True)), at)
 
 
@@ -250,16 +256,23 @@ def _relabelled(row: Row, label: str) -> Row:
     return replace(row, cells=tuple(replace(cell, row=label) for cell in row.cells))
 
 
-def _rule(spec: StudySpec, preset: str, changes: Sequence[str]) -> Tune | None:
-    """The rule of tuning, its grid by full keys."""
+def _rule(spec: StudySpec, preset: str, changes: Sequence[str], seeds: Sequence[int] | None) -> Tune | None:
+    """The rule of tuning, its grid by full keys; of a study that has none, that of the shipped ones."""
     split = split_changes(changes)
     changed = {**axes_in(spec.presets.get(preset, {}), TUNE), **split.tune}
-    if spec.tune is None:
-        if changed:
-            raise InputError(f"study {spec.name!r} tunes nothing, so that {TUNE}{next(iter(changed))} means nothing")
-        return None
     own = {name: changed.pop(name) for name in RULE if name in changed}
-    grid = {full_key(name): values for name, values in {**spec.tune.grid, **changed}.items()}
+    rule = spec.tune
+    if rule is None:
+        if own and not changed:
+            raise InputError(
+                f"study {spec.name!r} tunes nothing, so that {TUNE}{next(iter(own))} means nothing without a setting, "
+                f"such as {TUNE}train.lr=1e-3,1e-2"
+            )
+        if not changed:
+            return None
+        drawn = _all_drawn(resolve(spec, preset=preset, changes=changes, seeds=seeds).rows)
+        rule = Tune(grid={}, seeds=OTHER_SEEDS, validation=None if drawn else HELD_BACK)
+    grid = {full_key(name): values for name, values in {**rule.grid, **changed}.items()}
     for key in grid:
         if not key.startswith(("adapter.", "train.")):
             raise InputError(f"{TUNE}{key}: only settings of the adapter and of training are tuned")
@@ -267,7 +280,7 @@ def _rule(spec: StudySpec, preset: str, changes: Sequence[str]) -> Tune | None:
             raise InputError(
                 f"{key} is tuned; --set {TUNE}{key}={plain(split.overrides[key])} leaves it that value alone"
             )
-    return from_mapping(Tune, {**asdict(spec.tune), **own, "grid": grid}, "tune")
+    return from_mapping(Tune, {**asdict(rule), **own, "grid": grid}, "tune")
 
 
 def _candidate(point: Point, row: Row, trial: Row | None) -> Candidate:
@@ -282,12 +295,21 @@ def _check_seeds(seeds: Sequence[int], rows: Sequence[Row]) -> None:
         raise InputError(f"tune.seeds must be seeds that no row is reported with: {problem}")
 
 
-def _check_drawn(rows: Sequence[Row]) -> None:
-    """Raise InputError for a row whose other seeds are evaluated on the rows that it is reported on."""
+def _all_drawn(rows: Sequence[Row]) -> bool:
+    return all(_is_drawn(row.cells[0].config) for row in rows)
+
+
+def _is_drawn(config: RunConfig) -> bool:
+    """Whether other seeds are evaluated on other rows."""
     from basisadapt import tasks
 
+    return isinstance(tasks.find(config.task, config.data), tasks.DrawnTask)
+
+
+def _check_drawn(rows: Sequence[Row]) -> None:
+    """Raise InputError for a row whose other seeds are evaluated on the rows that it is reported on."""
     for config in (row.cells[0].config for row in rows):
-        if not isinstance(tasks.find(config.task, config.data), tasks.DrawnTask):
+        if not _is_drawn(config):
             raise InputError(
                 f"tune.validation must be a share of the training rows for task {config.task!r}, whose evaluated rows "
                 "are the same for every seed"

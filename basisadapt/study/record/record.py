@@ -251,8 +251,8 @@ class Record:
     ) -> None:
         """Write a result whole, then mark the run as done: a kill on the way leaves a cell to run.
 
-        pictures: name to PNG file. adapter: a folder to be kept with the run. Raises InputError for a finished result without its headline metric, and
-        LostRunError.
+        pictures: name to PNG file. adapter: a folder to be kept with the run. Raises InputError for a finished result
+        without its headline metric, and LostRunError.
         """
         from mlflow.entities import Metric, RunTag
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from basisadapt.training.config import RunConfig
     from basisadapt.study.plan.cells import Cell
     from basisadapt.study.plan.spec import StudySpec
     from basisadapt.training import Plan
+    from basisadapt.training.config import RunConfig
 
 COUNTS = ("seed", "modules", "A and B", "phi", "head", "trainable", "state")
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PERCENT = ("accuracy", "f1", "matthews", "pearson", "spearman", "energy")  # metrics that are read as percentages
 PER = " / "  # between two metrics: their quotient
 COLUMNS = ("stable_rank.mean", "dc_share.mean", "parameters.trainable")  # of every table, before others
-LINEARITY = ("linear_fit.mean", "nonlinear_share.mean", "nonlinear_share.largest")  # where a run has them: older lack it
+LINEARITY = ("linear_fit.mean", "nonlinear_share.mean", "nonlinear_share.largest")  # which older runs lack
 
 
 @dataclass(frozen=True)

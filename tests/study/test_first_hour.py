@@ -1,0 +1,89 @@
+"""What somebody new to the command line does: data of their own, lists of values, names from elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+
+from basisadapt.core.errors import InputError
+from basisadapt.study.plan.cells import resolve
+from basisadapt.study.plan.spec import read_spec
+from basisadapt.study.plan.tuning import resolve_tuning
+
+
+def write_reviews(folder, header="text,label"):
+    rows = [f"film {i} is {'good' if i % 3 else 'bad'},{i % 3}" for i in range(40)]
+    (folder / "reviews.csv").write_text("\n".join([header, *rows]))
+
+
+def test_on_own_data_a_shipped_study_says_nothing_of_the_paper(home, fake, study):
+    write_reviews(home)
+    code, printed, error = study("ablate_basis", "--preset", "smoke", "--set", "task=reviews.csv")
+    assert code == 0, error
+    assert "published" not in printed.lower()
+    assert "Claims" not in printed
+    assert study("ablate_basis", "--preset", "smoke")[1].count("published") == 1, "as ever on the study's own"
+    spec = read_spec("ablate_basis")
+    assert resolve_tuning(spec, changes=["task=reviews.csv"]).spec.claims == ()
+    assert resolve(spec, changes=["task=reviews.csv"]).spec.answers is None
+    assert resolve(spec).spec == spec
+
+
+def test_a_study_of_ones_own_keeps_its_claims_on_ones_own_data(folder):
+    write_reviews(folder)
+    path = folder / "tiny.yaml"
+    path.write_text(path.read_text() + "claims: [{text: It does, better: sinc, than: LoRA}]\n")
+    assert len(resolve(read_spec("tiny.yaml"), changes=["task=reviews.csv"]).spec.claims) == 1
+
+
+def test_any_study_is_tuned_from_the_command_line(home, fake, study):
+    code, printed, error = study("tiny.yaml", "--set", "tune.train.lr=1e-3,1e-2", "--set", "tune.validation=0.25")
+    assert code == 0, error
+    assert "Tuning" in printed
+    assert "trained on all but the last 25 % of the training rows" in printed
+    assert {seed for _, seed in fake.ran} == {1, 2, 3, 7}
+    assert len(fake.ran) == 3 * 2 + 3 * 3
+
+
+def test_a_rule_without_a_file_holds_back_a_fifth_and_draws_where_rows_are_drawn():
+    spec = read_spec("ablate_basis")
+    tuning = resolve_tuning(spec, changes=["tune.adapter.r=2,4"])
+    assert {cell.config.train.validation for cell in tuning.trials} == {0.2}
+    assert {cell.config.adapter.r for cell in tuning.trials if cell.config.method == "lora"} == {2, 4}
+    drawn = resolve_tuning(read_spec("ablate_nonlinearity"), changes=["tune.train.lr=0.01,0.03"], seeds=[1])
+    assert {cell.config.train.validation for cell in drawn.trials} == {None}
+    with pytest.raises(InputError, match=r"tune\.seeds must be seeds that no row is reported with: 7 is one"):
+        resolve_tuning(spec, changes=["tune.train.lr=0.01,0.03"], seeds=[7])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["adapter.r=2,4"], "adapter.r must be a whole number, got '2,4'; for a row of each value: --set sweep.r=2,4"),
+        (["r=2,4"], "--set sweep.r=2,4"),
+        (["train.lr=1e-3,1e-2"], "--set sweep.train.lr=1e-3,1e-2"),
+        (["adapter.grid=uniform,learned"], "--set sweep.grid=uniform,learned"),
+        (["lora_dropout=0.1"], "unknown key 'lora_dropout'; did you mean 'adapter.dropout'?"),
+        (["adapter.lora_dropout=0.1"], "unknown key 'adapter.lora_dropout'; did you mean 'adapter.dropout'?"),
+        (["backbone=models/of/mine"], "backbone 'models/of/mine' is a folder's path, and there is no such folder"),
+        (["backbone=minilmm"], "unknown backbone 'minilmm'; did you mean 'minilm'"),
+    ],
+)
+def test_hints(changes, message):
+    with pytest.raises(InputError) as error:
+        resolve(read_spec("ablate_basis"), changes=changes)
+    assert message in str(error.value)
+
+
+def test_a_list_is_hinted_at_only_where_it_is_what_was_refused():
+    with pytest.raises(InputError) as error:
+        resolve(read_spec("ablate_basis"), changes=["adapter.target_modules=[query, value]", "train.epochs=0"])
+    assert "sweep" not in str(error.value)
+
+
+def test_a_missing_column_is_no_other_column(study, home):
+    write_reviews(home, "extra,label")
+    code, _, error = study("ablate_basis", "--preset", "smoke", "--set", "task=reviews.csv")
+    assert code == 2
+    assert "unknown column 'text' (known: extra, label)" in error
+    write_reviews(home, "texts,label")
+    assert "did you mean 'texts'" in study("ablate_basis", "--preset", "smoke", "--set", "task=reviews.csv")[2]
