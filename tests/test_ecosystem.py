@@ -37,11 +37,14 @@ def run(title, **given):
 
 
 def test_the_table_names_tests():
-    table = (ROOT / "docs" / "tools.md").read_text(encoding="utf-8").partition("\n## ")[0]
+    text = (ROOT / "docs" / "tools.md").read_text(encoding="utf-8")
+    table, matrix = text.partition("\n## ")[0], text.partition("\n## What works\n")[2]
     defined = {
         name for path in (ROOT / "tests").rglob("*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
     }
     assert len(named := re.findall(r"`(test_\w+)`", table)) > 5
+    assert set(named) <= defined
+    assert len(named := re.findall(r"`(test_\w+)` \|$", matrix, flags=re.M)) > 10
     assert set(named) <= defined
 
 

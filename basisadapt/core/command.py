@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import io
 import os
 import sys
@@ -28,6 +29,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise InputError."""
         raise InputError(f"{message} (--help lists the options)")
+
+
+def complete(parser: argparse.ArgumentParser) -> None:
+    """Answer a shell that asks which words may follow, where argcomplete is installed; the process then ends."""
+    if "_ARGCOMPLETE" in os.environ:
+        with suppress(ImportError):
+            importlib.import_module("argcomplete").autocomplete(parser)
 
 
 def say(text: str) -> None:

@@ -91,7 +91,7 @@ def _of_terms(numbers: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _of_linearity(numbers: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    metrics = {}
+    metrics: dict[str, float] = {}
     for name in LINEARITY:
         values = [one[name] for one in numbers if name in one]
         metrics |= {f"{name}.mean": statistics.fmean(values), f"{name}.largest": max(values)} if values else {}

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """The command line: `python -m basisadapt.study NAME`."""
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from basisadapt import __version__
-from basisadapt.core.command import BAD_INPUT, DONE, INTERRUPTED, UNSOUND, Parser, complain, guarded, say
+from basisadapt.core.command import BAD_INPUT, DONE, INTERRUPTED, UNSOUND, Parser, complain, complete, guarded, say
 from basisadapt.core.errors import InputError, RecordError, shown
 from basisadapt.core.registry import load_plugin
 from basisadapt.study.plan import spec as specs
@@ -54,7 +55,9 @@ def main(arguments: list[str]) -> int:
     """Run the command line; returns the exit code."""
     command = shlex.join(["python", "-m", "basisadapt.study", *arguments])
     try:
-        options = _parser().parse_args(arguments)
+        parser = _parser()
+        complete(parser)
+        options = parser.parse_args(arguments)
         _check_together(options)
         if options.ui:
             from basisadapt.study.record.ui import serve
@@ -94,7 +97,10 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", nargs="?", metavar="NAME", help="a study that --list shows, or the path of a YAML file")
+    name = parser.add_argument(
+        "name", nargs="?", metavar="NAME", help="a study that --list shows, or the path of a YAML file"
+    )
+    name.completer = lambda **_: specs.list_studies()  # type: ignore[attr-defined]  # argcomplete's
     parser.add_argument("--list", action="store_true", help="list the studies")
     parser.add_argument(
         "--report",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from basisadapt.core.registry import load_plugin
 from basisadapt.study.drive import engine
 from basisadapt.study.drive.adapters import place_for_adapters
+from basisadapt.study.drive.callback import Callback
 from basisadapt.study.drive.place import Place
 from basisadapt.study.plan.spec import read_spec
 from basisadapt.study.plan.tuning import Tuning, resolve_tuning
@@ -81,6 +82,7 @@ def run(
     plugins: Sequence[str] = (),
     workers: int | None = None,
     place: Place | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Result:
     """Run the cells of a study that the record lacks, as `python -m basisadapt.study NAME` does, and report.
 
@@ -88,7 +90,7 @@ def run(
     has it. changes: what `--set` takes, such as "adapter.r=8" or "sweep.basis=sinc,fourier". seeds: instead of the
     study's. plugins: files or modules with bases, tasks and so on of your own. workers: cells that run at once, each in
     its own process; None runs them one by one in this one. place: where results and inputs lie, by default as on the
-    command line.
+    command line. callbacks: are told how each cell ends.
     A cell that fails or diverges is part of the result, see `Result.is_sound`. Raises InputError before anything is
     run, RecordError where nothing can be recorded any more, and KeyboardInterrupt; what is finished then is kept.
     """
@@ -98,7 +100,7 @@ def run(
     tags = {"basisadapt.command": f"study.run({name!r}, preset={preset!r})", "basisadapt.preset": preset}
     with place_for_adapters(place.save_adapters) as adapters:
         settings = JobSettings(data_dir=place.data_dir, plugins=tuple(plugins), adapters=adapters)
-        return Result(engine.run_study(tuning, place, tags, local_executor(workers, settings)))
+        return Result(engine.run_study(tuning, place, tags, local_executor(workers, settings), callbacks))
 
 
 def read_report(

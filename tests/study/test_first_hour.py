@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 
+from basisadapt import study as studies
 from basisadapt.core.errors import InputError
+from basisadapt.study.drive.callback import CALLBACKS
 from basisadapt.study.plan.cells import resolve
 from basisadapt.study.plan.spec import read_spec
 from basisadapt.study.plan.tuning import resolve_tuning
@@ -87,3 +92,71 @@ def test_a_missing_column_is_no_other_column(study, home):
     assert "unknown column 'text' (known: extra, label)" in error
     write_reviews(home, "texts,label")
     assert "did you mean 'texts'" in study("ablate_basis", "--preset", "smoke", "--set", "task=reviews.csv")[2]
+
+
+class Log(studies.Callback):
+    def __init__(self):
+        self.seen = []
+
+    def on_end(self, cell, result, error):
+        self.seen.append((cell.row, cell.seed, result.metrics["accuracy"] if result else error))
+
+
+class Broken(studies.Callback):
+    def on_end(self, cell, result, error):
+        raise ConnectionError("no server")
+
+
+PLUGIN = """
+from pathlib import Path
+from basisadapt.study import Callback
+
+
+class Lines(Callback, name="lines_of_a_test"):
+    def on_end(self, cell, result, error):
+        with Path("lines.txt").open("a") as file:
+            print(cell.row, cell.seed, error or result.status, file=file)
+"""
+
+
+def test_callbacks_are_told_how_cells_end_and_cannot_end_the_study(home, fake, capsys):
+    fake.ways = {("fourier", 1): "raise"}
+    log = Log()
+    result = studies.run("tiny.yaml", preset="smoke", callbacks=[Broken(), log])
+    values = result.cells().set_index("row")["accuracy"]
+    assert log.seen == [
+        ("sinc", 1, values["sinc"]),
+        ("fourier", 1, "RuntimeError: out of memory"),
+        ("LoRA", 1, values["LoRA"]),
+    ]
+    assert capsys.readouterr().err.count("Broken is told no more: ConnectionError: no server") == 1
+    studies.run("tiny.yaml", preset="smoke", callbacks=[log])
+    assert len(log.seen) == 4, "what is done is not told again, what failed is run again"
+
+
+def test_a_callback_of_a_plug_in_is_told_by_the_command_line(home, fake, study, monkeypatch):
+    monkeypatch.setattr(CALLBACKS, "_classes", {})
+    (home / "my_lines.py").write_text(PLUGIN)
+    assert study("tiny.yaml", "--preset", "smoke", "--plugin", "my_lines.py")[0] == 0
+    assert (home / "lines.txt").read_text().splitlines() == ["sinc 1 finished", "fourier 1 finished", "LoRA 1 finished"]
+
+
+def test_a_shell_that_asks_is_told_options_and_studies(study, monkeypatch):
+    """By argcomplete, which ends the process; without it the shell gets no answer, and nothing changes otherwise."""
+    asked = []
+
+    def autocomplete(parser):
+        asked.append(parser)
+        raise SystemExit(0)
+
+    monkeypatch.setitem(sys.modules, "argcomplete", SimpleNamespace(autocomplete=autocomplete))
+    assert study("--list")[0] == 0
+    assert asked == []
+    monkeypatch.setenv("_ARGCOMPLETE", "1")
+    with pytest.raises(SystemExit):
+        study("--list")
+    actions = {action.dest: action for action in asked[0]._actions}
+    assert "--save-adapters" in actions["save_adapters"].option_strings
+    assert "ablate_basis" in actions["name"].completer(prefix="abl")
+    monkeypatch.setitem(sys.modules, "argcomplete", None)
+    assert study("--list")[0] == 0

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from basisadapt.core.errors import one_line
 from basisadapt.diagnostics.figures import pictures
+from basisadapt.study.drive.callback import Callbacks
 from basisadapt.study.outcome import Outcome
 from basisadapt.study.plan.cells import Cell
 from basisadapt.study.record.record import LostRunError, Record
@@ -33,11 +34,17 @@ class _Running:
 
 
 class Book:
-    """The cells of an invocation that are at work, by their keys. parent: its run. adapters: see `JobSettings`."""
+    """The cells of an invocation that are at work, by their keys.
 
-    def __init__(self, record: Record, trials: Trials, parent: str, adapters: Path | None = None) -> None:
+    parent: its run. callbacks: are told how cells end. adapters: see `JobSettings`.
+    """
+
+    def __init__(
+        self, record: Record, trials: Trials, parent: str, callbacks: Callbacks, adapters: Path | None = None
+    ) -> None:
         self.running: dict[str, _Running] = {}
-        self._record, self._trials, self._parent, self._adapters = record, trials, parent, adapters
+        self._record, self._trials, self._parent = record, trials, parent
+        self._callbacks, self._adapters = callbacks, adapters
 
     def close_orphans(self) -> None:
         """Close what processes that are gone have left open."""
@@ -79,8 +86,10 @@ class Book:
                 error, traceback = one_line(reason), "".join(format_exception(reason))
             else:
                 value = result.metrics[result.headline] if result.status == "finished" else None
+                self._callbacks.on_end(at.cell, result, "")
                 return result.status, value, result.status if value is None else f"{result.headline} {value:.4f}"
         self._record.fail(at.run_id, error, traceback)
+        self._callbacks.on_end(at.cell, None, error)
         return "failed", None, f"failed: {error}"
 
     @contextmanager

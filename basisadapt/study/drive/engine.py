@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from basisadapt.core.command import tell
 from basisadapt.core.errors import InputError
 from basisadapt.study.drive.book import missing_cells
+from basisadapt.study.drive.callback import Callback
 from basisadapt.study.drive.estimate import estimate_time
 from basisadapt.study.drive.invocation import Invocation
 from basisadapt.study.drive.place import Place, check_place, make_folder, write_files
@@ -31,8 +32,15 @@ if TYPE_CHECKING:
 PACE = [f"train.{name}" for name in ("lr", "epochs", "max_steps", "schedule", "warmup_ratio", "weight_decay")]
 
 
-def run_study(tuning: Tuning, place: Place, tags: Mapping[str, str], executor: Executor) -> Report:
-    """Run the cells that the record lacks, those that tune first, and report. `tags` go to the invocation's run.
+def run_study(
+    tuning: Tuning,
+    place: Place,
+    tags: Mapping[str, str],
+    executor: Executor,
+    callbacks: Sequence[Callback] = (),
+) -> Report:
+    """Run the cells that the record lacks, those that tune first, and report. `tags` go to the invocation's run, and
+    `callbacks` are told how cells end.
 
     How long that may take is said first, on stderr, where the record knows.
     A cell that raises is recorded as failed and the others go on; one whose process dies is tried once more. Raises
@@ -47,7 +55,7 @@ def run_study(tuning: Tuning, place: Place, tags: Mapping[str, str], executor: E
         make_ready(missing_cells(cells, recorded), place.data_dir, executor)
     if estimate := estimate_time(tuned.cells, tuned.seen(recorded), executor):
         tell(str(estimate))
-    with Invocation(tuning.spec, tuning.possible_cells, place, tags, executor) as invocation:
+    with Invocation(tuning.spec, tuning.possible_cells, place, tags, executor, callbacks) as invocation:
         tuned = tuning.choose(invocation.run(tuning.trials))
         report = report_on(tuned, invocation.run(tuned.chosen.cells))
         invocation.end(report)

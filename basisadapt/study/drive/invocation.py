@@ -9,6 +9,7 @@ from types import TracebackType
 from basisadapt.core.command import tell
 from basisadapt.core.errors import InputError
 from basisadapt.study.drive.book import Book, missing_cells
+from basisadapt.study.drive.callback import Callback, Callbacks
 from basisadapt.study.drive.interrupt import Interrupt
 from basisadapt.study.drive.loop import Loop
 from basisadapt.study.drive.place import Place, make_folder, write_files
@@ -28,12 +29,18 @@ from basisadapt.training.execution.executor import Executor
 class Invocation:
     """One call of the command line: its parent run, closed whatever happens, and the cells run under it.
 
-    cells: that the study may come to have. Inside, while cells run, the first Ctrl-C ends run() after them, see
-    `Interrupt`.
+    cells: that the study may come to have. callbacks: see `Callback`. Inside, while cells run, the first Ctrl-C ends
+    run() after them, see `Interrupt`.
     """
 
     def __init__(
-        self, spec: StudySpec, cells: Iterable[Cell], place: Place, tags: Mapping[str, str], executor: Executor
+        self,
+        spec: StudySpec,
+        cells: Iterable[Cell],
+        place: Place,
+        tags: Mapping[str, str],
+        executor: Executor,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         if place.output is not None:
             make_folder(place.output)
@@ -44,7 +51,7 @@ class Invocation:
         self._record = Record(place.tracking_uri, spec.name, spec.metrics)
         try:
             self.run_id = self._record.begin(spec, tags)
-            self._book = Book(self._record, self._trials, self.run_id, executor.adapters)
+            self._book = Book(self._record, self._trials, self.run_id, Callbacks(callbacks), executor.adapters)
             self._book.close_orphans()
         except store_errors() as error:
             raise InputError(f"--tracking-uri {place.tracking_uri!r}: {record_error(error)}") from error
