@@ -62,9 +62,7 @@ def merge_into(folder: Path, target: Path) -> Needs:
     """
     needs = read_needs(folder)
     if not FORMS[needs.form].model.startswith("Auto"):
-        raise InputError(
-            f"a model to {FORMS[needs.form].does} is no class of transformers', which has no folder for it"
-        )
+        raise InputError(f"a model to {FORMS[needs.form].does} is not transformers' own and has no plain folder")
     if needs.weights in QUANTISED:
         raise InputError(
             f"this adapter was trained on weights in {needs.weights}, into which it cannot be merged, and beside other "

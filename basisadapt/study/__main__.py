@@ -419,7 +419,6 @@ def _space(search: Search) -> Answer:
 
 def _plans(tuning: Tuning, place: Place, executor: Executor) -> Answer:
     from basisadapt.study.drive import engine
-    from basisadapt.study.drive.book import missing_cells
     from basisadapt.study.drive.estimate import estimate_time
     from basisadapt.study.record.record import Record
     from basisadapt.study.report.documents import plan_document
@@ -435,7 +434,7 @@ def _plans(tuning: Tuning, place: Place, executor: Executor) -> Answer:
     if estimate is not None:
         print(estimate, file=sys.stderr)
     expected = asdict(estimate) if estimate else None
-    downloads = engine.downloads(missing_cells(cells, outcomes), place.data_dir)
+    downloads = engine.downloads(cells, outcomes, place.data_dir)
     text = to_preview(tuning.spec, cells, plans, states, downloads)
     return Answer(text, plan_document(tuning.spec, cells, plans, states, downloads, expected))
 

@@ -124,7 +124,7 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_loaded(home, study,
 
     with pytest.raises(InputError, match=r"has no basisadapt.json, as the adapters have that --save-adapters keeps"):
         merge_into(folder, plain)
-    refuse("which have no folder", form="zero_shot")
+    refuse("has no plain folder", form="zero_shot")
     refuse("trained on weights in nf4, into which it cannot be merged", weights="nf4")
     plain.mkdir()
     (plain / "notes.txt").touch()

@@ -356,6 +356,7 @@ def test_a_hub_that_cannot_be_reached_fails_once_and_before_anything_is_recorded
         monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", fail)
         change, message = "backbone=qwen2-0.5b", "is neither a folder nor in the cache, and the hub cannot be reached"
     else:
+        monkeypatch.setattr("basisadapt.tasks.hub.is_cached", lambda _: False)
         monkeypatch.setattr(training, "load_data", fail)
         change, message = "task=glue/rte", "no network"
     code, _, error = study("tiny.yaml", "--set", change)

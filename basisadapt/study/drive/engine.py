@@ -89,13 +89,13 @@ def plan_cells(cells: Sequence[Cell], data_dir: Path | None, dry: bool = False) 
     return plans
 
 
-def downloads(cells: Iterable[Cell], data_dir: Path | None) -> list[str]:
-    """What running `cells` would download from the hub, in words; asks nothing."""
+def downloads(cells: Iterable[Cell], outcomes: Mapping[str, Outcome], data_dir: Path | None) -> list[str]:
+    """What running those of `cells` that are not done would download from the hub, in words; asks nothing."""
     from basisadapt import backbones, tasks
     from basisadapt.tasks.hub import is_cached
 
     wanted: dict[str, None] = {}
-    for name, task, data in _inputs(cells):
+    for name, task, data in _inputs(missing_cells(cells, outcomes)):
         if source := backbones.missing_weights(backbones.find(name)):
             wanted[f"backbone {source}"] = None
         sources = tasks.find(task, data).sources(data_dir)
@@ -104,17 +104,19 @@ def downloads(cells: Iterable[Cell], data_dir: Path | None) -> list[str]:
 
 
 def _ask_hub(cells: Iterable[Cell], data_dir: Path | None) -> None:
-    """Find out once whether the hub gives what `cells` need of it: data are loaded, of weights it is asked.
+    """Find out once whether the hub gives what `cells` need of it and is not here yet: data are loaded, of weights it
+    is asked.
 
     Raises InputError where it does not, or cannot be reached.
     """
     from basisadapt import backbones, tasks, training
+    from basisadapt.tasks.hub import is_cached
 
     inputs = _inputs(cells)
     for name in dict.fromkeys(name for name, _, _ in inputs):
         backbones.check_reachable(backbones.find(name))
     for (_, task, data), config in inputs.items():
-        if tasks.find(task, data).sources(data_dir):
+        if not all(map(is_cached, tasks.find(task, data).sources(data_dir))):
             training.load_data(config, data_dir)
 
 
