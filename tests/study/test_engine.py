@@ -69,12 +69,14 @@ def test_what_a_cell_leaves_in_mlflow(home, fake, study, runs, trials):
     assert run.data.tags["status"] == "finished"
     assert run.data.tags["environment.torch"] == "2"
     assert run.data.tags["mlflow.source.git.commit"] == "abc123"
-    # What the rows set, then the rest; each setting once, of the adapter without "adapter.".
+    # What the rows set, then what all methods have; each setting once, of the adapter without "adapter.".
     cell = resolve(read_spec("tiny.yaml"), seeds=[1]).cells[0]
     assert list(parameters_of(cell))[:5] == ["row", "seed", "basis", "method", "task"]
     assert run.data.params == parameters_of(cell)
     assert (run.data.params["backbone"], run.data.params["r"], run.data.params["train.lr"]) == ("minilm", "4", "0.002")
-    assert set(run.data.params) - {"row"} == {name.removeprefix("adapter.") for name in cell.settings}
+    lora = next(cell for cell in resolve(read_spec("tiny.yaml"), seeds=[1]).cells if cell.row == "LoRA")
+    assert set(parameters_of(lora)) == set(run.data.params) - {"basis"}, "rows differ in what the study varies alone"
+    assert set(run.data.params) - {"row", "basis"} == {name.removeprefix("adapter.") for name in lora.settings}
     assert 0.6 < run.data.metrics["accuracy"] < 0.9  # not the curve's last value, 0.2
     assert run.data.metrics["curve/accuracy"] == 0.2
     assert run.data.metrics["stable_rank/encoder.layer.0.attention.self.query"] == 1.2

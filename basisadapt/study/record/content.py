@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from basisadapt.phi.settings import LowRankSettings, field_names
 from basisadapt.study.record.texts import clean
 
 if TYPE_CHECKING:
@@ -29,10 +30,14 @@ def points_of(result: RunResult) -> Iterable[tuple[str, float, int]]:
 
 
 def parameters_of(cell: Cell) -> dict[str, str]:
-    """Row, seed and what tells a study's cells apart, settings of the adapter without "adapter.".
+    """Row, seed and what tells a study's cells apart, then every setting that all methods have, by which runs of
+    different studies are compared; settings of the adapter without "adapter.".
 
-    The others would crowd out these where MLflow picks parameters to draw; `config.json` has all.
+    Those of one method alone would differ between the rows of most studies, and crowd out what is varied where MLflow
+    picks parameters to draw; `config.json` has all.
     """
-    named = {key.removeprefix("adapter."): value for key, value in cell.parameters.items()}
+    of_all = {f"adapter.{name}" for name in field_names(LowRankSettings)}
+    common = {key: value for key, value in cell.settings.items() if key in of_all or not key.startswith("adapter.")}
+    named = {key.removeprefix("adapter."): value for key, value in (cell.parameters | common).items()}
     flat = {"row": cell.row, "seed": cell.seed, **named}
     return {clean(name): value if isinstance(value, str) else json.dumps(value) for name, value in flat.items()}

@@ -30,7 +30,7 @@ How to compare: each invocation is a parent run, each cell (row and seed) a chil
 - Runs table: expand the parents, or filter with ``tags.`{STATUS}` = 'finished'``; group by the parameter
   `row` for means over seeds. Columns to show: the headline metric, `stable_rank.mean`, `dc_share.mean`,
   `parameters.trainable`.
-- A cell's parameters are the settings that this study varies; `config.json` has every setting.
+- A cell's parameters are what this study varies and every setting that all methods have; `config.json` has the rest.
 - A cell's page holds its pictures (`phi.png`, `phi_evolution.png`, `stable_rank.png`, `spectrum.png`, `modules.png`,
   `training.png`), `result.json`, its curves, and every layer's numbers under `stable_rank/`, `dc_share/` and so on.
 - Cells that diverged, failed or were killed say so in the tag `{STATUS}`.
