@@ -7,6 +7,7 @@ import fakes
 import pytest
 
 from basisadapt.study.__main__ import main
+from basisadapt.tasks import hub
 from basisadapt.training import planning, running
 
 STUDY = """
@@ -53,8 +54,9 @@ def home(folder, empty_databases):
 
 @pytest.fixture
 def fake(monkeypatch):
-    """Replaces training; `fake.ways` says how runs end, `fake.ran` what was run."""
+    """Replaces training, for which the hub is not asked; `fake.ways` says how runs end, `fake.ran` what was run."""
     fake = fakes.Fakes()
+    monkeypatch.setattr(hub, "is_cached", lambda source: True)
     monkeypatch.setattr(running, "run", fake.run)
     monkeypatch.setattr(planning, "plan", fake.plan)
     return fake
