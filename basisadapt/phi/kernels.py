@@ -42,9 +42,13 @@ def _fused(evaluator: Evaluator, A: Tensor, backend: str) -> ModuleType | None:
     """The kernels that evaluate it, if there are any."""
     if backend != "triton" or A.dtype != torch.float32 or not isinstance(evaluator, Series | Row):
         return None
-    from basisadapt.phi import cells_triton, kernels_triton
+    if isinstance(evaluator, Row):
+        from basisadapt.phi import cells_triton
 
-    return kernels_triton if isinstance(evaluator, Series) else cells_triton
+        return cells_triton
+    from basisadapt.phi import kernels_triton
+
+    return kernels_triton
 
 
 def effective_weight(
