@@ -15,6 +15,7 @@ from basisadapt.study.report.figures import comparison_figure
 from basisadapt.study.report.records import cell_records, row_records
 from basisadapt.study.report.text import to_markdown, to_text
 from basisadapt.tasks.task import readable_folder
+from basisadapt.training.execution.compute import Inline
 from basisadapt.training.execution.executor import JobSettings
 from basisadapt.training.execution.workers import local_executor
 
@@ -86,15 +87,16 @@ def run(
     name: of a shipped study, or the path of a YAML file. preset: a name that `--preset` takes, as far as the study
     has it. changes: what `--set` takes, such as "adapter.r=8" or "sweep.basis=sinc,fourier". seeds: instead of the
     study's. plugins: files or modules with bases, tasks and so on of your own. workers: cells that run at once, each in
-    its own process; None runs them one by one in this one. place: where results and inputs lie, by default as on the
-    command line.
+    its own process; None runs them one by one in this one, which alone knows what a notebook has defined.
+    place: where results and inputs lie, by default as on the command line.
     A cell that fails or diverges is part of the result, see `Result.is_sound`. Raises InputError before anything is
     run, RecordError where nothing can be recorded any more, and KeyboardInterrupt; what is finished then is kept.
     """
     tuning, place = _resolve(name, preset, changes, seeds, plugins), place or Place()
     if place.data_dir is not None:
         readable_folder(place.data_dir)
-    executor = local_executor(workers, JobSettings(data_dir=place.data_dir, plugins=tuple(plugins)))
+    settings = JobSettings(data_dir=place.data_dir, plugins=tuple(plugins))
+    executor = Inline(settings) if workers is None else local_executor(workers, settings)
     tags = {"basisadapt.command": f"study.run({name!r}, preset={preset!r})", "basisadapt.preset": preset}
     return Result(engine.run_study(tuning, place, tags, executor))
 

@@ -43,14 +43,15 @@ def run_study(tuning: Tuning, place: Place, tags: Mapping[str, str], executor: E
     for cells in (tuning.trials, tuned.planned.cells):
         _check_own_files(cells, recorded, place.data_dir)
         missing = missing_cells(cells, recorded)
-        plan_cells(missing, place.data_dir)
-        if missing:
-            executor.prepare()
+        plans = plan_cells(missing, place.data_dir)
+        if plans:
+            executor.prepare(max(plan.total for plan in plans.values()))
     if estimate := estimate_time(tuned.cells, tuned.seen(recorded), executor):
         tell(str(estimate))
     with Invocation(tuning.spec, tuning.possible_cells, place, tags, executor) as invocation:
         tuned = tuning.choose(invocation.run(tuning.trials))
-        report = report_on(tuned, invocation.run(tuned.chosen.cells))
+        compared = [choice.row for choice in tuned.choices if choice.best]
+        report = report_on(tuned, invocation.run(tuned.chosen.in_turn, compared))
         invocation.end(report)
     return report
 

@@ -101,8 +101,8 @@ def run_search(search: Search, place: Place, tags: Mapping[str, str], executor: 
     check_place(place)
     ends = [(f"{key}={value}", {key: value}) for edge in edges(search.space()) for key, value in edge.items()]
     rows = [row for label, settings in ends for row in search.rows(label, settings)]
-    plan_cells([row.cells[0] for row in [*rows, *search.reference()]], place.data_dir)
-    executor.prepare()
+    plans = plan_cells([row.cells[0] for row in [*rows, *search.reference()]], place.data_dir)
+    executor.prepare(max(plan.total for plan in plans.values()))
     reference = [cell for row in search.reference() for cell in row.cells]
     with Invocation(search.spec, reference, place, tags, executor) as invocation:
         hunt = Hunt(place.optuna_url, search)
