@@ -164,7 +164,13 @@ def _parser() -> argparse.ArgumentParser:
         help="MLflow's store (default: MLFLOW_TRACKING_URI if it is set, else sqlite:///mlflow.db)",
     )
     parser.add_argument("--storage", metavar="URL", help="Optuna's store (default: optuna.db beside MLflow's file)")
-    parser.add_argument("--workers", type=int, metavar="N", help="run N cells at once, each in its own process")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="run N cells at once, each in its own process (default: on a CPU, as many as cores and memory allow, each "
+        "with one thread; on a GPU, one, in this process)",
+    )
     parser.add_argument(
         "--ray",
         metavar="ADDRESS",

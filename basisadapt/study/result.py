@@ -17,6 +17,7 @@ from basisadapt.study.report.figures import comparison_figure
 from basisadapt.study.report.records import cell_records, row_records
 from basisadapt.study.report.text import to_markdown, to_text
 from basisadapt.tasks.task import readable_folder
+from basisadapt.training.execution.compute import Inline
 from basisadapt.training.execution.executor import JobSettings
 from basisadapt.training.execution.workers import local_executor
 
@@ -89,8 +90,8 @@ def run(
     name: of a shipped study, or the path of a YAML file. preset: a name that `--preset` takes, as far as the study
     has it. changes: what `--set` takes, such as "adapter.r=8" or "sweep.basis=sinc,fourier". seeds: instead of the
     study's. plugins: files or modules with bases, tasks and so on of your own. workers: cells that run at once, each in
-    its own process; None runs them one by one in this one. place: where results and inputs lie, by default as on the
-    command line. callbacks: are told how each cell ends.
+    its own process; None runs them one by one in this one, which alone knows what a notebook has defined.
+    place: where results and inputs lie, by default as on the command line. callbacks: are told how each cell ends.
     A cell that fails or diverges is part of the result, see `Result.is_sound`. Raises InputError before anything is
     run, RecordError where nothing can be recorded any more, and KeyboardInterrupt; what is finished then is kept.
     """
@@ -100,7 +101,8 @@ def run(
     tags = {"basisadapt.command": f"study.run({name!r}, preset={preset!r})", "basisadapt.preset": preset}
     with place_for_adapters(place.save_adapters) as adapters:
         settings = JobSettings(data_dir=place.data_dir, plugins=tuple(plugins), adapters=adapters)
-        return Result(engine.run_study(tuning, place, tags, local_executor(workers, settings), callbacks))
+        executor = Inline(settings) if workers is None else local_executor(workers, settings)
+        return Result(engine.run_study(tuning, place, tags, executor, callbacks))
 
 
 def read_report(

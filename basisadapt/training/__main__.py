@@ -63,7 +63,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--plugin", action="append", default=[], metavar="FILE_OR_MODULE", help="as for a study")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="folder with the tasks' data")
-    parser.add_argument("--workers", type=int, metavar="N", help="run N cells at once, each in its own process")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="run N cells at once, each in its own process (default: on a CPU, as many as cores and memory allow, each "
+        "with one thread; on a GPU, one, in this process)",
+    )
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="fail a cell that takes longer")
     parser.add_argument("--halve-batch", action="store_true", help="as for a study")
     parser.add_argument("--compile", action="store_true", help="as for a study")

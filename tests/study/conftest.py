@@ -9,6 +9,7 @@ import pytest
 from basisadapt.study.__main__ import main
 from basisadapt.tasks import hub
 from basisadapt.training import planning, running
+from basisadapt.training.execution import workers
 
 STUDY = """
 title: Two bases
@@ -54,11 +55,15 @@ def home(folder, empty_databases):
 
 @pytest.fixture
 def fake(monkeypatch):
-    """Replaces training, for which the hub is not asked; `fake.ways` says how runs end, `fake.ran` what was run."""
+    """Replaces training, for which the hub is not asked; `fake.ways` says how runs end, `fake.ran` what was run.
+
+    One core, so that it runs here.
+    """
     fake = fakes.Fakes()
     monkeypatch.setattr(hub, "is_cached", lambda source: True)
     monkeypatch.setattr(running, "run", fake.run)
     monkeypatch.setattr(planning, "plan", fake.plan)
+    monkeypatch.setattr(workers, "cores", lambda: 1)
     return fake
 
 

@@ -13,6 +13,7 @@ import torch
 
 from basisadapt.core.errors import InputError
 from basisadapt.training import Plan, RunResult, planning, running
+from basisadapt.training.execution import workers
 
 MODULES = [f"encoder.layer.{depth}.{name}" for depth in range(2) for name in ("attention.self.query", "output.dense")]
 
@@ -86,7 +87,8 @@ class Fakes:
         return Plan(modules=36, factors=1000 * config.adapter.r, transfer=100, head=10, total=10**6)
 
     def install(self):
-        running.run, planning.plan = self.run, self.plan
+        """For a whole process, which has one core: its cells run in it where nobody asks for workers."""
+        running.run, planning.plan, workers.cores = self.run, self.plan, lambda: 1
 
 
 if __name__ == "__main__":  # python fakes.py HANGING_BASIS HANGING_SEED ARGUMENTS...

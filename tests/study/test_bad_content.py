@@ -38,7 +38,7 @@ def test_warnings_of_any_length_are_read_back(home, of_sinc, study, runs):
     of_sinc(warnings=['"\n' * 400] * 20)
     assert study(*SEED)[0] == 0
     assert study("--report", *SEED)[0] == 0
-    assert len(json.loads(runs()[0].data.tags["basisadapt.warnings"])) == 4  # of 1,000 characters each, as JSON
+    assert len(json.loads(runs()[1].data.tags["basisadapt.warnings"])) == 4  # of 1,000 characters each, as JSON
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_a_finished_run_without_its_score_has_failed(home, fake, study, runs):
     record._client.set_tag(runs()[0].info.run_id, "basisadapt.headline", "f1")
     code, out, _ = study("--report", *SEED)
     assert code == 1
-    assert "Failed: sinc seed 1 (its record has no finite 'f1')." in out
+    assert "Failed: LoRA seed 1 (its record has no finite 'f1')." in out
     assert study(*SEED)[0] == 0
     assert len(fake.ran) == 4
 

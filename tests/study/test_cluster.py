@@ -409,7 +409,7 @@ def test_a_driver_that_was_taken_for_dead_gives_its_cell_up(home, fake, study, r
     other = Record("sqlite:///mlflow.db", "tiny")
 
     def score(config):
-        if fake.ran in ([("sinc", 1)], [("sinc", 1), ("fourier", 1)]):
+        if fake.ran in ([("lora", 1)], [("lora", 1), ("sinc", 1)]):
             record = Record("sqlite:///mlflow.db", "tiny")
             (key,) = [key for key, outcome in record.outcomes().items() if outcome.status == "running"]
             record.cut_off(record.outcomes()[key].run_id, "")
@@ -418,8 +418,8 @@ def test_a_driver_that_was_taken_for_dead_gives_its_cell_up(home, fake, study, r
     fake.score = score
     code, _, err = study("tiny.yaml", "--seeds", "1")
     assert code == 0
-    assert "sinc, seed 1: another process took this one for dead, and the cell over" in err
-    assert collections.Counter(name for name, _ in fake.ran) == {"sinc": 2, "fourier": 2, "lora": 1}
+    assert "LoRA, seed 1: another process took this one for dead, and the cell over" in err
+    assert collections.Counter(name for name, _ in fake.ran) == {"lora": 2, "sinc": 2, "fourier": 1}
     assert sorted(run.info.status for run in runs()) == ["FINISHED"] * 3 + ["KILLED"] * 2
     assert sorted(trial.state.name for trial in trials()) == ["COMPLETE"] * 3 + ["FAIL"] * 2
     assert other.experiment_id is None

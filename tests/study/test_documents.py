@@ -44,7 +44,7 @@ def test_a_run_and_its_report(home, fake, document):
     code, found, error = document("tiny.yaml", "--plugin", "loud.py")
     assert code == 0
     assert "hello from a plug-in" in error
-    assert "[9/9] LoRA, seed 3" in error
+    assert "[9/9] fourier, seed 3" in error
     assert list(found) == ["study", "title", "headline", "reference", "rows", "over_tasks", "claims", "tracking_uri"]
     assert (found["study"], found["title"], found["headline"]) == ("tiny", "Two bases", "accuracy")
     assert (found["reference"], found["tracking_uri"]) == ("LoRA", "sqlite:///mlflow.db")

@@ -20,7 +20,7 @@ from basisadapt.study.record.content import parameters_of
 from basisadapt.study.record.owner import Owner
 from basisadapt.study.record.record import Record
 
-ALL = [(name, seed) for name in ("sinc", "fourier", "lora") for seed in (1, 2, 3)]
+ALL = [(name, seed) for seed in (1, 2, 3) for name in ("lora", "sinc", "fourier")]
 
 
 def table_of(out):
@@ -35,7 +35,7 @@ def test_a_study_is_run_once_and_its_table_stays(home, fake, study, runs, trials
     code, out, err = study("tiny.yaml", "--output", "results")
     assert code == 0
     assert fake.ran == ALL
-    assert "[9/9] LoRA, seed 3: accuracy 0." in err
+    assert "[9/9] fourier, seed 3: accuracy 0." in err
     assert "mlflow ui --backend-store-uri sqlite:///mlflow.db" in out
     assert "/#/compare-runs?runs=[%22" in out
 
@@ -63,7 +63,7 @@ def test_a_study_is_run_once_and_its_table_stays(home, fake, study, runs, trials
 
 def test_what_a_cell_leaves_in_mlflow(home, fake, study, runs, trials):
     study("tiny.yaml", "--seeds", "1")
-    run, parent = runs()[0], runs(parents=True)[0]
+    run, parent = runs()[1], runs(parents=True)[0]
     assert run.info.run_name == "sinc seed 1"
     assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert run.data.tags["status"] == "finished"
@@ -100,7 +100,7 @@ def test_what_a_cell_leaves_in_mlflow(home, fake, study, runs, trials):
     experiment = client.get_experiment_by_name("tiny")
     assert "How to compare" in experiment.tags["mlflow.note.content"]
     assert "| sinc |" in parent.data.tags["mlflow.note.content"]
-    trial = trials()[0]
+    trial = trials()[1]
     assert (trial.value, trial.user_attrs["cell"]) == (
         run.data.metrics["accuracy"],
         run.data.tags["basisadapt.cell"],
@@ -115,11 +115,11 @@ def test_a_failed_cell_is_kept_the_others_go_on_and_it_is_run_again(home, fake, 
     assert "1 of 3 failed" in out
     assert "Failed: sinc seed 2 (RuntimeError: out of memory)." in out
     assert "sinc, seed 2: failed: RuntimeError: out of memory" in err
-    failed = runs()[1]
+    failed = runs()[4]
     assert (failed.info.status, failed.data.tags["status"]) == ("FAILED", "failed")
     traceback = Path(failed.info.artifact_uri.removeprefix("file://")) / "traceback.txt"
     assert "raise RuntimeError" in traceback.read_text()
-    assert trials()[1].state.name == "FAIL"
+    assert trials()[4].state.name == "FAIL"
 
     fake.ways = {}
     code, out, _ = study("tiny.yaml")
@@ -135,7 +135,7 @@ def test_a_diverged_cell_counts_as_done(home, fake, study, runs, trials):
     assert "Diverged: fourier seed 3." in out
     assert study("tiny.yaml")[:2] == (1, out)
     assert len(fake.ran) == 9
-    assert runs()[5].data.tags["status"] == "diverged"
+    assert runs()[8].data.tags["status"] == "diverged"
     assert [trial.state.name for trial in trials()].count("FAIL") == 1
 
 
@@ -158,13 +158,13 @@ def test_interrupt_and_resume(home, fake, study, runs, trials):
     code, _, err = study("tiny.yaml")
     assert code == 130
     assert "to go on: python -m basisadapt.study tiny.yaml" in err
-    assert states(runs()) == ["FINISHED"] * 3 + ["KILLED"]
+    assert states(runs()) == ["FINISHED"] * 2 + ["KILLED"]
     assert states(runs(parents=True)) == ["KILLED"]
-    assert [trial.state.name for trial in trials()] == ["COMPLETE"] * 3 + ["FAIL"]
+    assert [trial.state.name for trial in trials()] == ["COMPLETE"] * 2 + ["FAIL"]
 
     fake.ways, fake.ran = {}, []
     code, out, _ = study("tiny.yaml")
-    assert (code, fake.ran) == (0, ALL[3:])
+    assert (code, fake.ran) == (0, ALL[2:])
     assert " killed" not in out
 
 
@@ -218,7 +218,7 @@ def test_the_cells_of_a_live_process_are_left_alone_and_awaited(home, fake, stud
     other.communicate()
     assert code == 0
     assert "waiting for another process to finish sinc, seed 1" in err
-    assert fake.ran == [("fourier", 1), ("lora", 1), ("sinc", 1)]  # the last by the other
+    assert fake.ran == [("lora", 1), ("fourier", 1), ("sinc", 1)]  # the last by the other
     assert len(runs()) == 3
 
 
@@ -250,7 +250,7 @@ def test_a_cell_whose_process_dies_while_it_is_awaited_is_run(home, fake, study,
         record.start(record.begin(spec, {}), resolve(spec, seeds=[1]).cells[0])
     monkeypatch.setattr(loop.time, "sleep", lambda _seconds: other.communicate())
     assert study("tiny.yaml", "--seeds", "1")[0] == 0
-    assert fake.ran == [("fourier", 1), ("lora", 1), ("sinc", 1)]
+    assert fake.ran == [("lora", 1), ("fourier", 1), ("sinc", 1)]
     assert sorted(states(runs())) == ["FINISHED"] * 3 + ["KILLED"]
 
 
@@ -286,14 +286,14 @@ def test_a_killed_driver_is_cleared_up_and_the_table_is_that_of_an_undisturbed_s
         time.sleep(0.1)
     driver.kill()
     driver.wait()
-    assert states(runs()) == ["FINISHED"] * 4 + ["RUNNING"]
-    assert trials()[4].state.name == "RUNNING"
+    assert states(runs()) == ["FINISHED"] * 5 + ["RUNNING"]
+    assert trials()[5].state.name == "RUNNING"
 
     code, out, _ = study("tiny.yaml")
-    assert (code, fake.ran) == (0, ALL[4:])
-    assert states(runs()) == ["FINISHED"] * 4 + ["KILLED"] + ["FINISHED"] * 5
+    assert (code, fake.ran) == (0, ALL[5:])
+    assert states(runs()) == ["FINISHED"] * 5 + ["KILLED"] + ["FINISHED"] * 4
     assert states(runs(parents=True)) == ["KILLED", "FINISHED"]
-    assert [trial.state.name for trial in trials()] == ["COMPLETE"] * 4 + ["FAIL"] + ["COMPLETE"] * 5
+    assert [trial.state.name for trial in trials()] == ["COMPLETE"] * 5 + ["FAIL"] + ["COMPLETE"] * 4
 
     undisturbed = tmp_path_factory.mktemp("undisturbed")
     shutil.copy(empty_databases / "mlflow.db", undisturbed / "mlflow.db")

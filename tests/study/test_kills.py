@@ -26,6 +26,7 @@ TUNE = "tune: {grid: {train.lr: [1e-3, 1e-2]}, seeds: [7], validation: 0.2}\n"
 SEEDS = ("--seeds", "1,2")
 COMMANDS = {
     "run": ("tiny.yaml", *SEEDS),
+    "workers": ("tiny.yaml", *SEEDS, "--workers", "2", "--plugin", "faking.py"),
     "import": ("tiny.yaml", *SEEDS, "--import", "results.jsonl"),
     "report": ("--report", "tiny.yaml", *SEEDS, "--output", "report"),
     "search": ("tiny.yaml", "--seeds", "1", "--search", "random", "--trials", "3"),
@@ -61,6 +62,13 @@ class Zygote:
 
 
 @pytest.fixture
+def plugin(folder):
+    """What makes runs take next to no time in workers too."""
+    text = f"import sys\n\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+    (folder / "faking.py").write_text(text + "import fakes\n\nfakes.Fakes(seconds=0.5).install()\n")
+
+
+@pytest.fixture
 def zygote():
     zygote = Zygote()
     yield zygote
@@ -82,7 +90,7 @@ def open_and_doubled(folder):
 
 @pytest.mark.slow
 @pytest.mark.timeout(60 * KILLS + 600)
-def test_whatever_a_driver_is_at_when_it_is_killed(folder, fake, study, zygote, tmp_path_factory):
+def test_whatever_a_driver_is_at_when_it_is_killed(folder, plugin, fake, study, zygote, tmp_path_factory):
     (folder / "tuned.yaml").write_text(conftest.STUDY.replace("[sinc, fourier]", "[sinc]") + TUNE)
     (folder / "tiny.yaml").write_text(conftest.STUDY + "search: {adapter.r: [2, 64]}\n")
     results_of(fake, study, COMMANDS["run"])
@@ -128,3 +136,26 @@ def test_whatever_a_driver_is_at_when_it_is_killed(folder, fake, study, zygote, 
         assert not list(trial.glob("*.new*")), said
         tally.update([name, state, command])
     print(f"{KILLS} kills, after each the table as without it, nothing open, doubled or left: {dict(tally)}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_five_kills_of_a_driver_with_workers_leave_the_table_as_it_is(folder, plugin, zygote, tmp_path_factory):
+    undisturbed = tmp_path_factory.mktemp("undisturbed")
+    shutil.copytree(folder, undisturbed, dirs_exist_ok=True)
+    code, expected, seconds = zygote.call(undisturbed, "workers")
+    assert code == 0, (undisturbed / "err").read_text()
+    draw, ended = random.Random(0), []
+    for _ in range(5):
+        driver = zygote.start(folder, "workers")
+        time.sleep(draw.uniform(0.3, 0.95) * seconds)
+        with suppress(ProcessLookupError):
+            os.kill(driver, 9)
+        ended.append(zygote.wait(driver))
+    code, found, _ = zygote.call(folder, "workers")
+    assert (code, found) == (0, expected), (folder / "err").read_text()
+    assert open_and_doubled(folder) == (0, 0, 0)
+    with closing(sqlite3.connect(folder / "mlflow.db")) as mlflow:
+        (killed,) = mlflow.execute("SELECT count(*) FROM runs WHERE status = 'KILLED'").fetchone()
+    assert -9 in ended
+    print(f"drivers ended with {ended}; {killed} runs were closed; the table as without")

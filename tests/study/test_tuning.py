@@ -74,11 +74,11 @@ def test_every_row_is_run_with_the_value_that_came_out_best_for_it(tuned, ran, s
     tried = [(name, lr) for name in BEST for lr in (1e-3, 1e-2, 1e-1)]
     assert [(name_of(c), c.train.lr) for c in trials] == tried
     assert {(c.seed, c.train.validation) for c in trials} == {(7, 0.25)}
-    expected = [(name, lr, seed) for name, lr in BEST.items() for seed in (1, 2)]
+    expected = [(name, BEST[name], seed) for seed in (1, 2) for name in ("lora", "sinc")]
     assert [(name_of(c), c.train.lr, c.seed) for c in reported] == expected
     assert {c.train.validation for c in reported} == {None}
     assert "[6/6] LoRA, tuning train.lr=0.1, seed 7: accuracy 0.7070" in err
-    assert "[4/4] LoRA, seed 2: accuracy 0.7020" in err
+    assert "[3/4] LoRA, seed 2: accuracy 0.7020" in err
     found = runs()
     assert found[1].data.tags["basisadapt.row"] == "sinc, tuning train.lr=0.01"
     assert found[1].data.params["train.validation"] == "0.25"

@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from basisadapt.training.execution import workers
+from basisadapt.training.execution import machine, workers
+from basisadapt.training.execution.compute import Inline
 from basisadapt.training.execution.executor import JobSettings
 
 SEED = ("tiny.yaml", "--seeds", "1")
@@ -71,17 +72,17 @@ def test_a_cell_whose_worker_dies_is_tried_once_more_then_left(home, faking, stu
     assert f"sinc, seed 1: {reason}; it is tried once more" in err
     assert f"Failed: fourier seed 1 ({reason}, twice)." in out
     assert [(run.data.params["row"], run.data.tags["status"]) for run in runs()] == [
-        ("sinc", "killed"), ("fourier", "killed"), ("LoRA", "finished"), ("sinc", "finished"), ("fourier", "failed"),
+        ("LoRA", "finished"), ("sinc", "killed"), ("fourier", "killed"), ("sinc", "finished"), ("fourier", "failed"),
     ]  # fmt: skip
-    assert runs()[0].data.tags["basisadapt.error"] == reason
-    assert [trial.state.name for trial in trials()] == ["FAIL", "FAIL", "COMPLETE", "COMPLETE", "FAIL"]
+    assert runs()[1].data.tags["basisadapt.error"] == reason
+    assert [trial.state.name for trial in trials()] == ["COMPLETE", "FAIL", "FAIL", "COMPLETE", "FAIL"]
 
 
 def test_a_cell_that_takes_too_long_fails_and_the_others_go_on(home, faking, study, runs):
     code, out, _ = study(*SEED, "--timeout", "4", *faking({("fourier", 1): "hang"}))
     assert code == 1
     assert "Failed: fourier seed 1 (took longer than the 4 s of --timeout)." in out
-    assert states(runs()) == ["finished", "failed", "finished"]
+    assert states(runs()) == ["finished", "finished", "failed"]
 
 
 def test_what_a_process_prints_as_it_starts_is_passed_on(home, faking, study, runs):
@@ -142,17 +143,17 @@ def test_out_of_memory_fails_the_cell_and_the_others_go_on(home, fake, study, ru
     code, out, _ = study(*SEED)
     assert code == 1
     assert "Failed: sinc seed 1 (out of memory with a batch of 16 (OutOfMemoryError: CUDA out of memory." in out
-    assert states(runs()) == ["failed", "finished", "finished"]
+    assert states(runs()) == ["finished", "failed", "finished"]
 
 
 def test_the_batch_is_halved_where_memory_asks_for_it(home, fake, study, runs):
     fake.ways = {("sinc", 1): "big"}
     code, out, _ = study(*SEED, "--halve-batch")
     assert code == 0
-    assert [name for name, _ in fake.ran] == ["sinc"] * 3 + ["fourier", "lora"]
+    assert [name for name, _ in fake.ran] == ["lora"] + ["sinc"] * 3 + ["fourier"]
     assert "Warning, sinc seed 1: out of memory with a batch of 8: 4 batches of 4 were accumulated" in out
-    assert [run.data.tags.get("basisadapt.accumulate") for run in runs()] == ["4", None, None]
-    result = Path(runs()[0].info.artifact_uri.removeprefix("file://")) / "result.json"
+    assert [run.data.tags.get("basisadapt.accumulate") for run in runs()] == [None, "4", None]
+    result = Path(runs()[1].info.artifact_uri.removeprefix("file://")) / "result.json"
     assert '"accumulate": 4' in result.read_text()
     # The setting is none of the configuration's: the cell is done.
     fake.ran.clear()
@@ -168,7 +169,7 @@ def test_a_batch_that_cannot_be_halved_fails(home, fake, study):
 
 
 def test_ctrl_c_once_finishes_the_cell_that_runs(home, fake, study, runs):
-    fake.ways = {("fourier", 1): "SIGINT"}
+    fake.ways = {("sinc", 1): "SIGINT"}
     code, _, err = study(*SEED)
     assert code == 130
     assert "finishing the cells that run; Ctrl-C again stops now" in err
@@ -180,7 +181,7 @@ def test_ctrl_c_once_finishes_the_cell_that_runs(home, fake, study, runs):
 
 @pytest.mark.parametrize("way", ["SIGINT twice", "SIGTERM"])
 def test_ctrl_c_twice_and_sigterm_stop_at_once(home, fake, study, runs, trials, way):
-    fake.ways = {("fourier", 1): way}
+    fake.ways = {("sinc", 1): way}
     code, _, _ = study(*SEED)
     assert code == 130
     assert states(runs()) == ["finished", "killed"]
@@ -237,25 +238,88 @@ def test_a_driver_with_workers_is_interrupted_twice(driver, runs):
 def test_cores_and_gpus_are_shared_out(monkeypatch):
     started = []
     monkeypatch.setattr(workers.subprocess, "Popen", lambda *_, env, **__: started.append(env))
-    monkeypatch.setattr(workers, "_cores", lambda: 8)
+    monkeypatch.setattr(workers, "cores", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
     def environments(count, name):
         started.clear()
+        threads = workers.Workers(count, JobSettings())._threads
         for place in range(count):
-            workers._start_process(count, place, Path("folder"), JobSettings())
+            workers._start_process(threads, place, Path("folder"), JobSettings())
         return [env.get(name) for env in started]
 
     assert environments(3, "OMP_NUM_THREADS") == ["2"] * 3
     assert environments(16, "OMP_NUM_THREADS") == ["1"] * 16
     assert environments(2, "CUDA_VISIBLE_DEVICES") == [None, None]
-    monkeypatch.setattr(workers.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(machine.torch.cuda, "device_count", lambda: 2)
     assert environments(3, "CUDA_VISIBLE_DEVICES") == ["0", "1", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert environments(3, "CUDA_VISIBLE_DEVICES") == ["5", "7", "5"]
     assert environments(3, "OMP_NUM_THREADS") == ["3"] * 3
+
+
+@pytest.fixture
+def of_eight_cores(monkeypatch):
+    """A machine with eight cores, of which the threads and memory can be set; torch has a thread for each."""
+
+    def machine_with(omp=None, threads=8, memory=1 << 50, accelerated=False):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        if omp is not None:
+            monkeypatch.setenv("OMP_NUM_THREADS", omp)
+        monkeypatch.setattr(workers, "cores", lambda: 8)
+        monkeypatch.setattr(workers, "free_memory", lambda: memory)
+        monkeypatch.setattr(workers, "accelerated", lambda: accelerated)
+        monkeypatch.setattr(workers.torch, "get_num_threads", lambda: threads)
+
+    return machine_with
+
+
+def test_cells_run_side_by_side_with_a_thread_each_as_far_as_memory_goes(of_eight_cores):
+    """How many there are changes none of their threads, and so none of their numbers."""
+    of_eight_cores()
+    executor = workers.local_executor(None, JobSettings())
+    executor.prepare(22_000_000)
+    assert (executor.slots, executor._threads) == (8, 1)
+    for gigabytes, slots in ((100, 8), (22, 3), (7, 1), (1, 1)):
+        of_eight_cores(memory=gigabytes << 30)
+        executor = workers.local_executor(None, JobSettings())
+        executor.prepare(500_000_000)
+        assert (executor.slots, executor._threads) == (slots, 1), gigabytes
+
+
+def test_what_the_user_says_of_threads_and_workers_holds(of_eight_cores):
+    of_eight_cores(omp="4", threads=4)
+    executor = workers.local_executor(None, JobSettings())
+    assert (executor.slots, executor._threads) == (2, 4)
+    of_eight_cores(memory=0)
+    executor = workers.local_executor(3, JobSettings())
+    executor.prepare(500_000_000)
+    assert (executor.slots, executor._threads) == (3, 2)
+
+
+def test_one_process_is_this_one_where_it_has_the_same_threads(of_eight_cores):
+    settings, limited = JobSettings(), JobSettings(timeout=9.0)
+    of_eight_cores(omp="8")
+    assert isinstance(workers.local_executor(None, settings), Inline)
+    assert workers.local_executor(None, limited).slots == 1
+    of_eight_cores(accelerated=True)
+    assert isinstance(workers.local_executor(None, settings), Inline)
+    assert workers.local_executor(None, limited).slots == 1
+
+
+def test_a_container_has_the_cores_and_the_memory_of_its_limits(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "CONTROL_GROUP", tmp_path)
+    everything = machine.cores(), machine.free_memory()
+    assert min(everything) >= 1
+    (tmp_path / "cpu.max").write_text("50000 100000\n")
+    (tmp_path / "memory.max").write_text("4096\n")
+    assert (machine.cores(), machine.free_memory()) == (1, 4096)
+    for name, text in (("cpu.max", "max 100000\n"), ("memory.max", "max\n")):
+        (tmp_path / name).write_text(text)
+    assert machine.cores() == everything[0]
+    assert machine.free_memory() > 4096
 
 
 @pytest.mark.parametrize(

@@ -57,16 +57,17 @@ def run_study(
         tell(str(estimate))
     with Invocation(tuning.spec, tuning.possible_cells, place, tags, executor, callbacks) as invocation:
         tuned = tuning.choose(invocation.run(tuning.trials))
-        report = report_on(tuned, invocation.run(tuned.chosen.cells))
+        compared = [choice.row for choice in tuned.choices if choice.best]
+        report = report_on(tuned, invocation.run(tuned.chosen.in_turn, compared))
         invocation.end(report)
     return report
 
 
 def make_ready(cells: Sequence[Cell], data_dir: Path | None, executor: Executor) -> None:
     """Check what running `cells` needs. Raises InputError where something is wrong, or cannot be had."""
-    plan_cells(cells, data_dir)
-    if cells:
-        executor.prepare()
+    plans = plan_cells(cells, data_dir)
+    if plans:
+        executor.prepare(max(plan.total for plan in plans.values()))
         if executor.here:
             _ask_hub(cells, data_dir)
 

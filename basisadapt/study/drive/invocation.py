@@ -13,9 +13,9 @@ from basisadapt.study.drive.callback import Callback, Callbacks
 from basisadapt.study.drive.interrupt import Interrupt
 from basisadapt.study.drive.loop import Loop
 from basisadapt.study.drive.place import Place, make_folder, write_files
-from basisadapt.study.drive.progress import Progress, waiting_for
+from basisadapt.study.drive.progress import Progress, Standing, waiting_for
 from basisadapt.study.outcome import Outcome
-from basisadapt.study.plan.cells import Cell, parameter_values
+from basisadapt.study.plan.cells import Cell, Row, parameter_values
 from basisadapt.study.plan.spec import StudySpec
 from basisadapt.study.record.heartbeat import Heartbeat
 from basisadapt.study.record.record import Imported, Record
@@ -44,7 +44,7 @@ class Invocation:
     ) -> None:
         if place.output is not None:
             make_folder(place.output)
-        self._place, self._executor = place, executor
+        self._spec, self._place, self._executor = spec, place, executor
         self._interrupt = Interrupt()
         self._ended = False
         self._trials = Trials(place.optuna_url, spec.name, parameter_values(spec, cells))
@@ -84,13 +84,20 @@ class Invocation:
         """The ids of the runs that are at work, here and elsewhere."""
         return self._record.close_orphans()
 
-    def run(self, cells: Sequence[Cell]) -> dict[str, Outcome]:
-        """Run what the record lacks of the cells. Returns what it then holds of them, at least."""
+    def run(self, cells: Sequence[Cell], rows: Sequence[Row] = ()) -> dict[str, Outcome]:
+        """Run what the record lacks of the cells, in their order. Returns what it then holds of them, at least.
+
+        rows: those whose difference to their reference is told as their cells end.
+        """
         outcomes = self._record.outcomes(cells)
         self._trials.follow(cells, outcomes)
         missing = missing_cells(cells, outcomes)
         total = len({cell.key for cell in cells})
-        with Progress(total, total - len(missing)) as progress, self._interrupt.patient():
+        standing = Standing(self._spec, rows, outcomes)
+        with (
+            Progress(missing, total - len(missing), self._executor.slots, standing) as progress,
+            self._interrupt.patient(),
+        ):
             Loop(missing, self._book, self._executor, self._interrupt, progress).run()
         self._book.close_orphans()
         return self._record.outcomes(cells)

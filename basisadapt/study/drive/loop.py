@@ -76,7 +76,7 @@ class Loop:
             self._elsewhere.append(cell)
             self._progress.lost(cell)
         else:
-            self._progress.end(cell, said)
+            self._progress.end(cell, said, ended.result)
 
     def _wait(self) -> None:
         """Wait for a cell to end, or its process to die: then it waits again, or has failed if it did before."""

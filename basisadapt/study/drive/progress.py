@@ -1,31 +1,75 @@
-"""What a user sees while cells run: a bar where stderr is a terminal, a line per cell where it is not."""
+"""What a user sees while cells run: a line for each that has ended, and a bar where stderr is a terminal."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from basisadapt.core.command import tell
-from basisadapt.study.plan.cells import Cell
+from basisadapt.study.drive.estimate import duration, time_left
+from basisadapt.study.outcome import Outcome
+from basisadapt.study.plan.cells import Cell, Row, Study
+from basisadapt.study.report.table import build_table
+from basisadapt.study.report.text import standing
+
+if TYPE_CHECKING:
+    from basisadapt.study.plan.spec import StudySpec
+    from basisadapt.training import RunResult
+
+ENOUGH = 3  # cells, before it is said how long the rest takes
+
+
+class Standing:
+    """The rows of a study against their references, by what is recorded and what has finished since."""
+
+    def __init__(self, spec: StudySpec, rows: Sequence[Row], outcomes: Mapping[str, Outcome]) -> None:
+        self._spec, self._outcomes = spec, dict(outcomes)
+        self._rows = {cell.key: row for row in reversed(rows) for cell in row.cells}
+        self._groups: dict[tuple[object, ...], list[Row]] = {}
+        for row in rows:
+            self._groups.setdefault(row.group, []).append(row)
+
+    def after(self, cell: Cell, result: RunResult | None) -> str:
+        """What is said of its row once a cell has ended, see `text.standing`."""
+        row = self._rows.get(cell.key)
+        if row is None or result is None:
+            return ""
+        self._outcomes[cell.key] = Outcome("", cell.key, result.status, result.headline, result.metrics, (), "")
+        study = Study(self._spec, tuple(self._groups[row.group]))
+        return standing(build_table(study, self._outcomes), row.label)
 
 
 @dataclass
 class _Running:
-    name: str
+    cell: Cell
     began: float
     step: str = ""
 
+    @property
+    def name(self) -> str:
+        return _name(self.cell)
+
 
 class Progress:
-    """Counts cells, from `done` to `total`, and shows those that run."""
+    """Counts the cells of a call, of which some are `done` and the others `missing`, and shows those that run.
 
-    def __init__(self, total: int, done: int) -> None:
-        self._file = _Stderr()
-        self._bar = tqdm(total=total, initial=done, unit="cell", file=self._file, disable=not sys.stderr.isatty())
-        self._count, self._total = done, total
+    slots: how many run at once.
+    """
+
+    def __init__(self, missing: Sequence[Cell], done: int, slots: int, standing: Standing) -> None:
+        self._file, self._slots, self._standing = _Stderr(), slots, standing
+        self._count, self._total = done, done + len(missing)
+        shown = "{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed}"
+        self._bar = tqdm(
+            total=self._total, initial=done, bar_format=shown, file=self._file, disable=not sys.stderr.isatty()
+        )
+        self._left = {cell.key: cell for cell in missing}
+        self._took: dict[str, list[float]] = {}
         self._running: dict[str, _Running] = {}
         self._waiting = ""
 
@@ -37,11 +81,14 @@ class Progress:
 
     def begin(self, cell: Cell) -> None:
         """A cell starts."""
-        self._running[cell.key] = _Running(_name(cell), time.monotonic())
+        self._running[cell.key] = _Running(cell, time.monotonic())
         self._show()
 
     def step(self, key: str, step: int, total: int) -> None:
-        """A training step of the cell called `key` is done."""
+        """A training step of the cell called `key` is done; step 0: its process has begun with it."""
+        if step == 0:
+            self._running[key].began = time.monotonic()
+            return
         self._running[key].step = f" {step}/{total}"
         self._show()
 
@@ -50,10 +97,11 @@ class Progress:
         del self._running[cell.key]
         self._say(f"{_name(cell)}: {reason}; it is tried once more")
 
-    def end(self, cell: Cell, shown: str) -> None:
-        """A cell has come to its end."""
+    def end(self, cell: Cell, shown: str, result: RunResult | None) -> None:
+        """A cell has come to its end, with a result or none: tell where its row stands, and how long the rest takes."""
         seconds = time.monotonic() - self._running.pop(cell.key).began
-        self._ended(f"{_name(cell)}: {shown} ({seconds:.0f} s)")
+        self._took.setdefault(cell.row, []).append(seconds)
+        self._ended(cell, f"{shown}{self._standing.after(cell, result)} ({seconds:.0f} s)")
 
     def lost(self, cell: Cell) -> None:
         """A cell's run was closed by another process, which had seen no sign of life for too long."""
@@ -70,13 +118,22 @@ class Progress:
 
     def end_elsewhere(self, cell: Cell) -> None:
         """Another process has finished a cell."""
-        self._ended(f"{_name(cell)}: finished by another process")
+        self._ended(cell, "finished by another process")
 
-    def _ended(self, text: str) -> None:
+    def _ended(self, cell: Cell, text: str) -> None:
+        self._left.pop(cell.key, None)
         self._count += 1
         self._bar.update()
-        if self._bar.disable:
-            self._say(f"[{self._count}/{self._total}] {text}")
+        self._say(f"[{self._count}/{self._total}] {_name(cell)}: {text}{self._time_left()}")
+
+    def _time_left(self) -> str:
+        if sum(map(len, self._took.values())) < ENOUGH:
+            return ""
+        now = time.monotonic()
+        began = {key: running.began for key, running in self._running.items()}
+        left = [(cell.row, now - began.get(key, now)) for key, cell in self._left.items()]
+        seconds = time_left(left, self._took, self._slots)
+        return "" if seconds is None else f", about {duration(seconds)} left"
 
     def _show(self) -> None:
         self._bar.set_description_str("; ".join(running.name + running.step for running in self._running.values()))

@@ -132,6 +132,18 @@ class Study:
         """Every cell, row by row."""
         return tuple(cell for row in self.rows for cell in row.cells)
 
+    @property
+    def in_turn(self) -> tuple[Cell, ...]:
+        """Every cell in the order in which they are run: of rows that are compared seed by seed, the reference first,
+        so that differences show early and become surer."""
+        groups = {group: place for place, group in enumerate(dict.fromkeys(row.group for row in self.rows))}
+        turns = [
+            ((groups[row.group], place, not row.is_reference), cell)
+            for row in self.rows
+            for place, cell in enumerate(row.cells)
+        ]
+        return tuple(cell for _, cell in sorted(turns, key=lambda turn: turn[0]))
+
 
 def resolve(
     spec: StudySpec, *, preset: str = "quick", changes: Sequence[str] = (), seeds: Sequence[int] | None = None

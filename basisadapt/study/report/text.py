@@ -293,6 +293,16 @@ def _difference(difference: Difference | None, number: Callable[[float | None, s
     return number(difference.mean, "+") + interval
 
 
+def standing(table: Table, label: str) -> str:
+    """What a row is worth by the cells that have finished: ", +0.42 [-0.10, +0.94] to LoRA over 3 seeds"; nothing where
+    there is no seed that it can be compared at."""
+    found = next((line.difference for line in table.lines if line.label == label), None)
+    if found is None or table.study.spec.reference is None:
+        return ""
+    seeds = f"{found.n} seed{'' if found.n == 1 else 's'}"
+    return f", {_difference(found, _number_form(table))} to {reference_named(table.study.spec.reference)} over {seeds}"
+
+
 def _seeds(line: Line) -> str:
     """ "3", or what became of the others: "1 of 3 failed"."""
     total = len(line.seeds)

@@ -81,6 +81,7 @@ class Inline(Executor):
     def wait(self, on_step: OnStep) -> Ended:
         """Run the job."""
         assert self._job is not None, "nothing was submitted"
+        on_step(self._job.key, 0, 0)
         return compute(self._job, self._settings, on_step)
 
     def stop(self) -> None:

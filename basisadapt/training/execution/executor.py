@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from basisadapt.training.config import RunConfig
     from basisadapt.training.result import RunResult
 
-OnStep = Callable[[str, int, int], None]  # a job's key, how many steps are done, and of how many
+# A job's key, how many steps are done, and of how many; 0 of 0 as it begins, where that can be seen.
+OnStep = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,11 @@ class Executor(ABC):
     here: ClassVar[bool] = True  # whether jobs run on this machine
     adapters: Path | None = None  # see `JobSettings`
 
-    def prepare(self) -> None:
-        """Raise InputError where no job could be run. Called before anything is recorded, if there are jobs."""
+    def prepare(self, parameters: int) -> None:
+        """Raise InputError where no job could be run. Called before anything is recorded, if there are jobs.
+
+        parameters: of the largest of their models.
+        """
         return
 
     @property

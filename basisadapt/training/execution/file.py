@@ -29,7 +29,8 @@ def run_file(
     lines = {line.key: line for line in read_lines(cells, CellLine, "CELLS")}
     known = read_lines(output, ResultLine, "--output") if output.exists() else []
     states = {line.key: line.result["status"] for line in known if line.result is not None}
-    jobs = _checked([line for key, line in lines.items() if key not in states], data_dir)
+    jobs, parameters = _checked([line for key, line in lines.items() if key not in states], data_dir)
+    executor.prepare(parameters)
     results = LineFile(output, "--output")
     with executor:
         for began, ended in _run(jobs, executor):
@@ -45,19 +46,19 @@ def run_file(
     return all(states[key] == "finished" for key in lines)
 
 
-def _checked(lines: Iterable[CellLine], data_dir: Path | None) -> list[Job]:
-    """The lines as jobs, each row held against its model and data."""
-    jobs, rows = [], set()
+def _checked(lines: Iterable[CellLine], data_dir: Path | None) -> tuple[list[Job], int]:
+    """The lines as jobs, each row held against its model and data; and how many parameters the largest model has."""
+    jobs, rows, largest = [], set(), 0
     for line in lines:
         try:
             config = RunConfig.from_mapping(line.config)
             if line.row not in rows:
-                planning.plan(config, data_dir)
+                largest = max(largest, planning.plan(config, data_dir).total)
         except InputError as error:
             raise InputError(f"cell {line.key} ({line.row}): {error}") from error
         rows.add(line.row)
         jobs.append(Job(line.key, config))
-    return jobs
+    return jobs, largest
 
 
 def _run(jobs: Iterable[Job], executor: Executor) -> Iterator[tuple[float, Ended]]:

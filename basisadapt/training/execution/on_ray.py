@@ -65,7 +65,7 @@ class OnRay(Executor):
         self._task: Any = None
         self._connection = ExitStack()  # what is undone when it ends
 
-    def prepare(self) -> None:
+    def prepare(self, parameters: int) -> None:
         """Connect to the cluster. Raises InputError where it cannot be reached."""
         self._connect()
 

@@ -24,22 +24,32 @@ from basisadapt.training.compiled import check_compiler
 from basisadapt.training.execution.compute import Inline
 from basisadapt.training.execution.executor import Died, Ended, Executor, Job, JobSettings, OnStep
 from basisadapt.training.execution.lines import end_from_mapping, to_line
+from basisadapt.training.execution.machine import accelerated, cores, free_memory, gpus
 
 START_SECONDS = 120.0  # in which a process imports what it needs; longer where --timeout is
 END_SECONDS = 10.0  # in which one ends that has closed its stdout
+THREADS = 1  # of a cell, see `local_executor`
+PROCESS_BYTES, PARAMETER_BYTES = 1 << 30, 12  # of memory that a process needs, and for each parameter of its model
 
 
 class Workers(Executor):
     """Up to `count` processes, each with one job at a time; a process is kept for the next job.
 
     A process is `python -m basisadapt.training -`, see `worker.py`, in a group of its own, so that a terminal's Ctrl-C
-    does not reach it. The cores are shared out (OMP_NUM_THREADS, unless it is set) and so are the GPUs, by turns.
+    does not reach it. threads: that each computes with (OMP_NUM_THREADS, unless it is set), and `count` is then lowered
+    to what memory has room for; None takes `count` as it is and shares the cores out. GPUs are had by turns.
     """
 
-    def __init__(self, count: int, settings: JobSettings) -> None:
+    def __init__(self, count: int, settings: JobSettings, threads: int | None = None) -> None:
         self._count, self._settings, self.adapters = count, settings, settings.adapters
+        self._bounded, self._threads = threads is not None, threads or max(1, cores() // count)
         self._workers: list[_Worker] = []
         self._said: queue.SimpleQueue[tuple[_Worker, str | None]] = queue.SimpleQueue()
+
+    def prepare(self, parameters: int) -> None:
+        """Lower the number of processes to what memory has room for, where nobody has asked for it."""
+        if self._bounded:
+            self._count = max(1, min(self._count, free_memory() // (PROCESS_BYTES + PARAMETER_BYTES * parameters)))
 
     @property
     def slots(self) -> int:
@@ -81,6 +91,7 @@ class Workers(Executor):
                 tell(line, end="")
             elif said["event"] == "began":
                 worker.begin(self._settings.timeout)
+                on_step(said["key"], 0, 0)
             elif said["event"] == "step":
                 on_step(said["key"], said["step"], said["total"])
             elif said["event"] == "ended":
@@ -99,7 +110,7 @@ class Workers(Executor):
     def _start(self) -> _Worker:
         place = min(set(range(self._count)) - {worker.place for worker in self._workers})
         folder = tempfile.TemporaryDirectory(prefix="basisadapt-", ignore_cleanup_errors=True)
-        worker = _Worker(place, folder, _start_process(self._count, place, Path(folder.name), self._settings))
+        worker = _Worker(place, folder, _start_process(self._threads, place, Path(folder.name), self._settings))
         self._workers.append(worker)
         threading.Thread(target=self._listen, args=(worker,), daemon=True).start()
         return worker
@@ -178,15 +189,14 @@ def _event(line: str) -> dict[str, Any] | None:
     return said if isinstance(said, dict) and "event" in said else None
 
 
-def _start_process(count: int, place: int, folder: Path, settings: JobSettings) -> subprocess.Popen[str]:
+def _start_process(threads: int, place: int, folder: Path, settings: JobSettings) -> subprocess.Popen[str]:
     arguments = ["-m", "basisadapt.training", "-", *(f"--plugin={plugin}" for plugin in settings.plugins)]
     arguments += [] if settings.data_dir is None else [f"--data-dir={settings.data_dir}"]
     arguments += ["--halve-batch"] if settings.halve_batch else []
     arguments += ["--compile"] if settings.compile else []
     arguments += [] if settings.adapters is None else [f"--adapters={settings.adapters}"]
-    environment = {"OMP_NUM_THREADS": str(max(1, _cores() // count)), **os.environ, "TMPDIR": str(folder)}
-    devices = _devices()
-    if devices:
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "TMPDIR": str(folder)}
+    if devices := gpus():
         environment["CUDA_VISIBLE_DEVICES"] = devices[place % len(devices)]
     return subprocess.Popen(
         [sys.executable, *arguments],
@@ -199,24 +209,25 @@ def _start_process(count: int, place: int, folder: Path, settings: JobSettings) 
     )
 
 
-def _cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _devices() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    count = torch.cuda.device_count()
-    named = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count))))
-    return named.split(",")[:count]
-
-
 def local_executor(workers: int | None, settings: JobSettings) -> Executor:
-    """This process, or so many others; one other where a job that takes too long has to be stopped."""
+    """So many processes, each with its share of the cores; for None as many as help.
+
+    Those are, on a CPU, as many as there are cores and memory for, each with one thread, or with OMP_NUM_THREADS where
+    that is set: how many cells run at once then changes none of their numbers, and no thread waits for another that a
+    busy neighbor holds up (`benchmarks/cell_threads.py`). One process with these threads may be this one. With an
+    accelerator it is this one, or another where a job that takes too long has to be stopped.
+    Raises InputError for fewer than one.
+    """
     if workers is not None and workers < 1:
         raise InputError(f"--workers must be at least 1, got {workers}")
     if settings.compile:
         check_compiler()
-    if workers is None and settings.timeout is None:
+    if workers is not None:
+        return Workers(workers, settings)
+    if accelerated():
+        return Inline(settings) if settings.timeout is None else Workers(1, settings)
+    threads = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else THREADS
+    count = max(1, cores() // threads)
+    if count == 1 and threads == torch.get_num_threads() and settings.timeout is None:
         return Inline(settings)
-    return Workers(workers or 1, settings)
+    return Workers(count, settings, threads)
