@@ -62,11 +62,12 @@ LANGUAGE_MODELS = (
     "phi3-mini",
     "llama3-8b",
 )
+LLAMAS = ("smollm2-135m", "qwen2-0.5b", "qwen2.5-coder-0.5b", "llama3-8b")  # and Qwen2s
 FORMS_OF = {
     **dict.fromkeys(ENCODERS, ("text",)),
     "minilm": ("text", "feed_forward", "weight"),
     **dict.fromkeys(LANGUAGE_MODELS, ("text", "completion")),
-    **dict.fromkeys(("smollm2-135m", "qwen2-0.5b", "qwen2.5-coder-0.5b", "llama3-8b"), ("text", "completion", "last_mlp")),
+    **dict.fromkeys(LLAMAS, ("text", "completion", "last_mlp")),
     "clip-vit-b32": ("image", "zero_shot"),
     "dinov2-base": ("image",),
 }
