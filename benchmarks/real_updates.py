@@ -55,10 +55,8 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 RANK, FITS = 4, 24
-HEAD = (
-    "| model and task | seed | score | matrices | stable rank | exponent | BA, r = 4, % | sine, % | φ, % | as BA of rank |\n"
-    "|---|---:|---:|---|---:|---:|---:|---:|---:|---:|"
-)
+SHARES = (f"BA, r = {RANK}, %", "sine, %", "φ, %", "best as BA of rank")
+COLUMNS = ("model and task", "seed", "score", "matrices", "stable rank", "exponent", *SHARES)
 
 
 def main() -> None:
@@ -74,7 +72,8 @@ def main() -> None:
     given = parser.parse_args()
     try:
         if given.table is not None:
-            print("\n".join([HEAD, *rows(given.table)]))
+            for cells in (COLUMNS, ["---"] * len(COLUMNS), *rows(given.table)):
+                print(f"| {' | '.join(map(str, cells))} |")
         elif given.case is None or given.output is None:
             parser.error("give a case and --output, or --table")
         else:
@@ -114,7 +113,7 @@ def keep(base_name: str, tuned_name: str, file: Path) -> None:
     save_file({name: (tuned.read(other).double() - base.read(name).double()).float() for name, other in pairs}, file)
 
 
-def rows(folder: Path) -> Iterator[str]:
+def rows(folder: Path) -> Iterator[list[Any]]:
     """A line for the attention and one for the MLP of every file; what is captured is weighed by energy."""
     for path in sorted(folder.glob("*.json")):
         found = json.loads(path.read_text())
@@ -129,7 +128,7 @@ def rows(folder: Path) -> Iterator[str]:
             ]
             best = [spectra.rank_of(one["captured"], max(one["sine"], one["phi"])) for one in fitted]
             stable, exponent = ([one[name] for one in modules] for name in ("stable_rank", "exponent"))
-            cells = [
+            yield [
                 found["case"],
                 found["config"]["seed"],
                 f"{100 * score:.1f}",
@@ -138,7 +137,6 @@ def rows(folder: Path) -> Iterator[str]:
                 *(f"{100 * x:.1f}" for x in shares),
                 f"{min(best)} to {max(best)}",
             ]
-            yield f"| {' | '.join(map(str, cells))} |"
 
 
 if __name__ == "__main__":
