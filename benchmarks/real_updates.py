@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 from basisadapt import backbones, spectra
 from basisadapt.adapter.placement import describe
 from basisadapt.backbones.checkpoint import Checkpoint
-from basisadapt.errors import InputError
-from basisadapt.run_config import RunConfig
+from basisadapt.core.errors import InputError
 from basisadapt.training import run
+from basisadapt.training.config import RunConfig
 
 ENCODER = {"lr": 5e-5, "max_steps": 300, "batch_size": 16, "eval_rows": 1000}
 LANGUAGE_MODEL = {

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
-from basisadapt.errors import InputError
+from basisadapt.core.errors import InputError
 
 MLPS = {"llama": LlamaMLP, "qwen2": Qwen2MLP}  # by model type; their norms are the same
 TEXTS_AT_ONCE = 64  # texts that are embedded together

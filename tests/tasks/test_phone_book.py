@@ -15,12 +15,12 @@ from tokenizers import Tokenizer, models
 from basisadapt import InputError, backbones
 from basisadapt.backbones import last_mlp
 from basisadapt.backbones.last_mlp import BelowMLP, LastMLP
-from basisadapt.run_config import RunConfig
 from basisadapt.study.plan.spec import read_spec
 from basisadapt.study.plan.tuning import resolve_tuning
 from basisadapt.tasks import DataSettings
 from basisadapt.tasks.facts import CLASSES, KEY, VALUE, PhoneBook
 from basisadapt.training import load_data, plan, run
+from basisadapt.training.config import RunConfig
 
 OTHERS = ["<pad>", "<eos>", "x", "Ġ1", "Ġé", "xy"]  # tokens that are no whole words
 WORDS = [f"Ġ{a}{b}" for a, b in itertools.product(string.ascii_lowercase[:18], repeat=2)]

@@ -287,7 +287,7 @@ def _check_drawn(rows: Sequence[Row]) -> None:
     from basisadapt import tasks
 
     for config in (row.cells[0].config for row in rows):
-        if not isinstance(tasks.find(config.task, config.data), tasks.DrawnTask):
+        if not isinstance(tasks.find(config.task, config.data), tasks.SeededTask):
             raise InputError(
                 f"tune.validation must be a share of the training rows for task {config.task!r}, whose evaluated rows "
                 "are the same for every seed"
