@@ -246,7 +246,7 @@ def test_what_is_no_update_is_refused(bert, updates, tmp_path, matrices, message
 
 
 def test_updates_need_a_folder_and_a_whole_file(bert, tmp_path):
-    with pytest.raises(InputError, match="needs a data folder with updates.safetensors: --data-dir"):
+    with pytest.raises(InputError, match=r"needs a data folder with updates\.safetensors: --data-dir"):
         plan(config(bert, "matrix/update"), dry=True)
     (tmp_path / "updates.safetensors").write_bytes(b"no")
     with pytest.raises(InputError, match="cannot be read as safetensors"):
