@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import re
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 HEAD = ("module", "shape", "norm", "stable rank", "exponent", "BA", "sine", "phi", "best as BA of", "verdict")
 ALIKE = 1e-4  # shares of an update that differ by less are taken for one: a fit is no more exact
+GOLDEN = (math.sqrt(5) - 1) / 2  # whose multiples' fractions are spread most evenly
 LISTED = 32  # ranks whose shares a document lists
 ROUGH = 0.01  # the share of an update that rounding may be before it is spoken of
 
@@ -135,7 +137,7 @@ def updates_between(base_name: str, tuned_name: str, rank: int, pattern: str | N
         if rank >= (smaller := min(base.shapes[module])):
             raise InputError(f"--rank must be below {smaller}, the smaller side of {module!r}, got {rank}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    places = {number * len(pairs) // fits for number in range(fits)}
+    places = spread_places(len(pairs), fits)
     updates = []
     for place, (module, other) in enumerate(pairs):
         tell(f"[{place + 1}/{len(pairs)}] {module}")
@@ -144,6 +146,18 @@ def updates_between(base_name: str, tuned_name: str, rank: int, pattern: str | N
     if not any(update.energy for update in updates):
         raise InputError(f"{base_name!r} and {tuned_name!r} do not differ in any of {len(updates)} matrices")
     return updates
+
+
+def spread_places(count: int, fits: int) -> set[int]:
+    """`fits` of `count` places, or all where there are no more: one in each of as many equal stretches.
+
+    Where in the n-th, the fraction of n times the golden ratio says, so that of blocks that are built alike not the
+    same matrix is taken every time.
+    """
+    fits = min(fits, count)
+    ends = [number * count // fits for number in range(fits + 1)]
+    stretches = enumerate(itertools.pairwise(ends))
+    return {start + int(number * GOLDEN % 1 * (end - start)) for number, (start, end) in stretches}
 
 
 def pairs_of(base: Checkpoint, tuned: Checkpoint, pattern: str | None) -> list[tuple[str, str]]:
