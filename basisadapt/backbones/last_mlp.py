@@ -85,7 +85,8 @@ class BelowMLP:
 
         Raises InputError where the vocabulary has fewer.
         """
-        return self._head[self._spread(count).to(self._head.device)]
+        rows: Tensor = self._head[self._spread(count).to(self._head.device)]
+        return rows
 
     @torch.no_grad()
     def __call__(self, keys: Sequence[Sequence[int]], values: Sequence[Sequence[int]], count: int) -> Tensor:
