@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import math
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from basisadapt.core.command import BAD_INPUT, DONE, INTERRUPTED, Parser, complain, guarded, say, tell
 from basisadapt.core.errors import InputError, shown
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 HEAD = ("module", "shape", "norm", "stable rank", "exponent", "BA", "sine", "phi", "best as BA of", "verdict")
 ALIKE = 1e-4  # shares of an update that differ by less are taken for one: a fit is no more exact
+GOLDEN = (math.sqrt(5) - 1) / 2  # whose multiples' fractions are spread most evenly
+LISTED = 32  # ranks whose shares a document lists
 ROUGH = 0.01  # the share of an update that rounding may be before it is spoken of
 
 
@@ -76,11 +80,8 @@ def main(arguments: list[str]) -> int:
     """Run the command line; returns the exit code."""
     try:
         options = _parser().parse_args(arguments)
-        say(
-            report(
-                updates_between(options.base, options.tuned, options.rank, options.modules, options.fit), options.rank
-            )
-        )
+        updates = updates_between(options.base, options.tuned, options.rank, options.modules, options.fit)
+        say(json.dumps(document(updates, options.rank), indent=1) if options.json else report(updates, options.rank))
     except InputError as error:
         complain(error)
         return BAD_INPUT
@@ -113,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         help="fit phi and the sine to K of them, evenly spread (default: 12); a matrix of 384 x 384 takes about ten "
         "seconds of one core, and the time grows with the number of entries",
     )
+    parser.add_argument("--json", action="store_true", help="print one JSON document, and nothing else on stdout")
     return parser
 
 
@@ -130,12 +132,12 @@ def updates_between(base_name: str, tuned_name: str, rank: int, pattern: str | N
     if rank < 1 or fits < 1:
         raise InputError(f"--rank and --fit must be at least 1, got {rank} and {fits}")
     base, tuned = (Checkpoint(backbones.find(name)) for name in (base_name, tuned_name))
-    pairs = _pairs(base, tuned, pattern)
+    pairs = pairs_of(base, tuned, pattern)
     for module, _ in pairs:
         if rank >= (smaller := min(base.shapes[module])):
             raise InputError(f"--rank must be below {smaller}, the smaller side of {module!r}, got {rank}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    places = {number * len(pairs) // fits for number in range(fits)}
+    places = spread_places(len(pairs), fits)
     updates = []
     for place, (module, other) in enumerate(pairs):
         tell(f"[{place + 1}/{len(pairs)}] {module}")
@@ -146,8 +148,23 @@ def updates_between(base_name: str, tuned_name: str, rank: int, pattern: str | N
     return updates
 
 
-def _pairs(base: Checkpoint, tuned: Checkpoint, pattern: str | None) -> list[tuple[str, str]]:
-    """The modules to look at, by their names in both. Raises InputError where there are none, or they do not fit."""
+def spread_places(count: int, fits: int) -> set[int]:
+    """`fits` of `count` places, or all where there are no more: one in each of as many equal stretches.
+
+    Where in the n-th, the fraction of n times the golden ratio says, so that of blocks that are built alike not the
+    same matrix is taken every time.
+    """
+    fits = min(fits, count)
+    ends = [number * count // fits for number in range(fits + 1)]
+    stretches = enumerate(itertools.pairwise(ends))
+    return {start + int(number * GOLDEN % 1 * (end - start)) for number, (start, end) in stretches}
+
+
+def pairs_of(base: Checkpoint, tuned: Checkpoint, pattern: str | None) -> list[tuple[str, str]]:
+    """The modules to look at, by their names in both, see `updates_between`.
+
+    Raises InputError where there are none, or they do not fit.
+    """
     others, pairs = _names_in(tuned, base), []
     for name in _chosen(base, pattern):
         other = others.get(name)
@@ -232,6 +249,23 @@ def report(updates: Sequence[Update], rank: int) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([*lines, "", *_verdict(fitted, rank, len(updates))])
+
+
+def document(updates: Sequence[Update], rank: int) -> dict[str, Any]:
+    """The same in plain JSON types: every module's `Update`, with the shares of up to `LISTED` ranks, and the verdict.
+
+    An exponent that no spectrum tells is None.
+    """
+    fitted = [update for update in updates if update.phi is not None]
+    modules = [
+        {
+            **asdict(update),
+            "captured": update.captured[:LISTED],
+            "exponent": None if math.isnan(update.exponent) else update.exponent,
+        }
+        for update in updates
+    ]
+    return {"rank": rank, "modules": modules, "verdict": _verdict(fitted, rank, len(updates))}
 
 
 def _together(updates: Sequence[Update]) -> Update:

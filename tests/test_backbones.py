@@ -62,10 +62,12 @@ LANGUAGE_MODELS = (
     "phi3-mini",
     "llama3-8b",
 )
+LLAMAS = ("smollm2-135m", "qwen2-0.5b", "qwen2.5-coder-0.5b", "llama3-8b")  # and Qwen2s
 FORMS_OF = {
     **dict.fromkeys(ENCODERS, ("text",)),
     "minilm": ("text", "feed_forward", "weight"),
     **dict.fromkeys(LANGUAGE_MODELS, ("text", "completion")),
+    **dict.fromkeys(LLAMAS, ("text", "completion", "last_mlp")),
     "clip-vit-b32": ("image", "zero_shot"),
     "dinov2-base": ("image",),
 }
@@ -107,7 +109,7 @@ def test_a_backbone_takes_a_form_with_projections_to_adapt_or_names_those_that_c
     found = find_projections(module for module, _ in model.named_modules())
     assert target_pattern("all", model)
     layers = getattr(model.config, "vision_config", model.config).num_hidden_layers
-    part = {"feed_forward": {"mlp"}, "weight": {"attention"}}.get(form)  # of the last block alone
+    part = {"feed_forward": {"mlp"}, "last_mlp": {"mlp"}, "weight": {"attention"}}.get(form)  # of the last block alone
     assert {p.layer for p in found} == ({layers - 1} if part else set(range(layers)))
     assert {p.kind for p in found} == (part or {"attention", "mlp"})
     assert (form in ("text", "image")) == any(map(backbones.is_head, (name for name, _ in model.named_parameters())))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
 import re
 from pathlib import Path
 
@@ -84,6 +87,43 @@ def test_all_projections_are_looked_at_and_some_fitted(folders, capsys):
     assert f"32 x 32  {sigma.norm():.3g}" in one
     assert f"{sigma.square().sum() / sigma[0] ** 2:.2f}" in one
     assert f"{100 * sigma[0] ** 2 / sigma.square().sum():.1f} %" in one
+
+
+@pytest.mark.parametrize(("blocks", "size"), [(24, 7), (12, 6), (6, 6)])
+@pytest.mark.parametrize("fits", [12, 24])
+def test_matrices_of_every_kind_and_depth_are_fitted(blocks, size, fits):
+    places = spectra.spread_places(blocks * size, fits)
+    assert len(places) == fits
+    kinds = {place % size for place in places}
+    assert len(kinds) >= (size if fits > 12 else size - 1), (
+        "evenly spread places are of one kind where blocks are alike"
+    )
+    assert max(places) >= (blocks - 1) * size
+    assert min(places) < size
+
+
+def test_no_more_are_fitted_than_there_are():
+    assert spectra.spread_places(5, 9) == spectra.spread_places(5, 5) == set(range(5))
+    assert spectra.spread_places(5, 1) == {0}
+
+
+def test_the_same_as_json(folders, capsys):
+    arguments = (folders / "base", folders / "tuned", "--rank", 1, "--fit", 3)
+    text = told(capsys, *arguments)
+    found = json.loads(told(capsys, *arguments, "--json"))
+    assert [one["module"] for one in found["modules"]] == [
+        line.split()[0] for line in text.splitlines() if line.startswith("encoder.layer.")
+    ]
+    assert text.endswith("\n".join(found["verdict"]) + "\n")
+    assert sum(one["phi"] is not None for one in found["modules"]) == 3
+    for one in found["modules"]:
+        assert (len(one["captured"]), one["shape"][0] in (32, 48)) == (32, True)
+        assert one["captured"][-1] == pytest.approx(1)
+        assert one["stable_rank"] >= 1
+    only = json.loads(json.dumps(spectra.document([update((1.0,), 0.5)], 1)))
+    assert only["modules"][0]["exponent"] == 1.0
+    unknown = dataclasses.replace(update((1.0,), 0.5), exponent=math.nan)
+    assert spectra.document([unknown], 1)["modules"][0]["exponent"] is None
 
 
 def test_a_model_with_a_head_may_be_the_base(folders, capsys):

@@ -54,6 +54,13 @@ FORMS = {
         processor="Below",
         peft=None,
     ),
+    "last_mlp": Form(
+        does="store words in its last MLP (task phone_book)",
+        model="LastMLP",  # ours, as is what is below it
+        models="MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+        processor="BelowMLP",
+        peft=None,
+    ),
     "weight": Form(
         does="be fitted to a given matrix (tasks matrix/...)",
         model="LastQuery",  # ours, as is its weight
@@ -71,10 +78,11 @@ FORMS = {
 }
 
 OURS = {
-    "zero_shot": "clip",
-    "feed_forward": "bert",
-    "weight": "bert",
-}  # our forms, of one model type each
+    "zero_shot": {"clip"},
+    "feed_forward": {"bert"},
+    "last_mlp": {"llama", "qwen2"},
+    "weight": {"bert"},
+}  # our forms, of a few model types each
 HEADS = ("classifier", "score")  # what transformers calls the head of a classifier; peft trains the same
 
 
@@ -91,9 +99,10 @@ def processor_class(form: str) -> Any:
 def _class(name: str) -> Any:
     import transformers
 
-    from basisadapt.backbones import clip, parts
+    from basisadapt.backbones import clip, last_mlp, parts
 
-    ours = (clip.ZeroShotCLIP, parts.LastFeedForward, parts.Below, parts.LastQuery, parts.QueryWeight)
+    of_bert = (parts.LastFeedForward, parts.Below, parts.LastQuery, parts.QueryWeight)
+    ours = (clip.ZeroShotCLIP, *of_bert, last_mlp.LastMLP, last_mlp.BelowMLP)
     return next((one for one in ours if one.__name__ == name), None) or getattr(transformers, name)
 
 
@@ -115,6 +124,6 @@ def _can(form: str, model_type: str) -> bool:
 
     # transformers also offers encoders as causal language models, which they were not trained to be.
     encoder = model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if (form == "completion" and encoder) or model_type != OURS.get(form, model_type):
+    if (form == "completion" and encoder) or model_type not in OURS.get(form, {model_type}):
         return False
     return model_type in getattr(modeling_auto, FORMS[form].models)

@@ -83,6 +83,8 @@ def load(
         model.classes.copy_(_class_embeddings(backbone, num_labels, prompts))
     if form == "feed_forward":
         model.draw_classes()
+    if form == "last_mlp":
+        model.classes.copy_(processor.classes(num_labels))
     if weights != "fp32":
         keep_head_exact(model)
     if isinstance(processor, transformers.PreTrainedTokenizerBase):

@@ -10,9 +10,10 @@ from basisadapt.tasks import fashion_mnist as fashion_mnist
 from basisadapt.tasks import glue as glue
 from basisadapt.tasks import instruct as instruct
 from basisadapt.tasks import matrix as matrix
+from basisadapt.tasks import update as update
 from basisadapt.tasks import vision as vision
 from basisadapt.tasks.completion import CompletionTask
-from basisadapt.tasks.drawn import DrawnTask
+from basisadapt.tasks.drawn import DrawnTask, SeededTask
 from basisadapt.tasks.image import ImageTask
 from basisadapt.tasks.lookup import find, stamp
 from basisadapt.tasks.settings import DataSettings
@@ -27,6 +28,7 @@ __all__ = [
     "Example",
     "ImageTask",
     "Rows",
+    "SeededTask",
     "Task",
     "TaskData",
     "TextTask",

@@ -3,54 +3,55 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from basisadapt.tasks.drawn import DrawnTask
 from basisadapt.tasks.settings import DataSettings
 from basisadapt.tasks.task import Example, Rows
 
-KEY = 4  # tokens of a key
+KEY = 4  # words of a key
 CLASSES = 256
-WORDS = 2**31  # a token is given by a number below, see `backbones.parts.Below`
+VALUE = 8  # words of a value in a phone book
+WORDS = 2**31  # a word is given by a number below, see `backbones.parts.Below` and `backbones.last_mlp.BelowMLP`
 
 
-class Facts(DrawnTask, name="facts"):
-    """data.facts keys of four random words, and for each one of 256 classes, drawn alike.
+class StoredTask(DrawnTask):
+    """data.facts keys of four random words, and for each what cannot be derived from others: it is stored or not.
 
-    What a fact holds cannot be derived from others: it is stored or not. Metrics: "bits", those that the model has
-    stored, facts · (log₂ 256 − H) with its mean cross-entropy H in bits; "recall", the share of keys whose class it
-    finds likeliest. The model is the backbone's last feed-forward block, read at the first token through a frozen
-    random classifier; what lies below it is computed once. Source of the measure: Morris et al. (2025), How Much Do
-    Language Models Memorize?
+    Metrics: "bits", those that the model has stored, n · (log₂ 256 − H) for n answers among 256 classes, drawn alike,
+    with their mean cross-entropy H in bits; "recall", the share of keys for which it finds every right class the
+    likeliest. What lies below the part that trains is computed once. Source of the measure: Morris et al. (2025), How
+    Much Do Language Models Memorize?
     """
 
-    form, headline, num_labels = "feed_forward", "bits", CLASSES
+    headline, num_labels = "bits", CLASSES
 
     def __init__(self, settings: DataSettings | None = None) -> None:
         super().__init__(settings)
         self._known: dict[tuple[int, ...], Tensor] = {}
 
-    @property
-    def drawn_as(self) -> str:
-        """Their number."""
-        return f"{self.settings.facts} facts: keys of {KEY} words, {CLASSES} classes"
+    @abstractmethod
+    def hidden(self, inputs: Sequence[Sequence[int]], processor: Any) -> Tensor:
+        """What the part that trains is given of inputs, a row each."""
 
-    def draw(self, generator: np.random.Generator) -> Rows:
-        """Keys, as numbers of tokens, and classes."""
-        keys = generator.integers(WORDS, size=(self.settings.facts, KEY))
-        return Rows(keys.tolist(), generator.integers(CLASSES, size=self.settings.facts).tolist())
+    @abstractmethod
+    def answers(self, label: Any) -> Example:
+        """The right classes of a row, as the model takes them."""
 
     def examples(self, rows: Rows, processor: Any, max_length: int | None, training: bool) -> Sequence[Example]:
-        """The hidden states of the keys, shape (hidden,) each; a key that is asked for again is not computed again."""
-        keys = [tuple(key) for key in rows.inputs]
-        if new := [key for key in dict.fromkeys(keys) if key not in self._known]:
-            self._known.update(zip(new, processor(new), strict=True))
-        return [{"hidden": self._known[key], "labels": label} for key, label in zip(keys, rows.labels, strict=True)]
+        """The hidden states and the answers; of an input that is asked for again they are not computed again."""
+        inputs = [tuple(one) for one in rows.inputs]
+        if new := [one for one in dict.fromkeys(inputs) if one not in self._known]:
+            self._known.update(zip(new, self.hidden(new, processor), strict=True))
+        pairs = zip(inputs, rows.labels, strict=True)
+        return [{"hidden": self._known[one], **self.answers(label)} for one, label in pairs]
 
     def collator(self, processor: Any) -> Callable[[list[Example]], dict[str, Tensor]]:
         """Stacks."""
@@ -62,16 +63,77 @@ class Facts(DrawnTask, name="facts"):
         return output.loss, output.logits
 
     def measure(self, scores: np.ndarray, rows: Rows, processor: Any) -> dict[str, float]:
-        """Bits and recall."""
+        """Bits and recall, of logits of shape (rows, 256) or (rows, answers, 256)."""
         labels = torch.tensor(rows.labels)
         logits = torch.from_numpy(scores).double()
-        entropy = torch.nn.functional.cross_entropy(logits, labels).item() / math.log(2)
-        recall = (logits.argmax(dim=1) == labels).double().mean().item()
-        return {"bits": len(rows) * (math.log2(CLASSES) - entropy), "recall": recall}
+        entropy = cross_entropy(logits.flatten(0, -2), labels.flatten()).item() / math.log(2)
+        known = (logits.argmax(dim=-1) == labels).view(len(rows), -1).all(dim=1)
+        bits = labels.numel() * (math.log2(CLASSES) - entropy)
+        return {"bits": bits, "recall": known.double().mean().item()}
+
+
+class Facts(StoredTask, name="facts"):
+    """A class for each key.
+
+    The model is a BERT's last feed-forward block, read at the first token through a frozen random classifier.
+    """
+
+    form = "feed_forward"
+
+    @property
+    def drawn_as(self) -> str:
+        """Their number."""
+        return f"{self.settings.facts} facts: keys of {KEY} words, {CLASSES} classes"
+
+    def draw(self, generator: np.random.Generator) -> Rows:
+        """Keys, as numbers of words, and classes."""
+        keys = generator.integers(WORDS, size=(self.settings.facts, KEY))
+        return Rows(keys.tolist(), generator.integers(CLASSES, size=self.settings.facts).tolist())
+
+    def hidden(self, inputs: Sequence[Sequence[int]], processor: Any) -> Tensor:
+        """The first token's hidden state, shape (rows, hidden)."""
+        states: Tensor = processor(inputs)
+        return states
+
+    def answers(self, label: Any) -> Example:
+        """The class."""
+        return {"labels": label}
+
+
+class PhoneBook(StoredTask, name="phone_book"):
+    """A value of eight words for each key: a number in a phone book, whose digits are 256 words.
+
+    The model is a language model's last MLP, read through the rows of its own norm and head that belong to the 256
+    words: it is not asked to find out which words may come. Each word of a value is told after the key and the words
+    before it, so that a value that is recalled is one that it writes. Source of the form: Understanding LoRA as
+    Knowledge Memory (2026), PhoneBook.
+    """
+
+    form = "last_mlp"
+
+    @property
+    def drawn_as(self) -> str:
+        """Their number."""
+        return f"{self.settings.facts} facts: keys of {KEY} words, values of {VALUE} of {CLASSES} words"
+
+    def draw(self, generator: np.random.Generator) -> Rows:
+        """Keys, as numbers of words, with their values as classes behind them, and the values."""
+        keys = generator.integers(WORDS, size=(self.settings.facts, KEY))
+        values = generator.integers(CLASSES, size=(self.settings.facts, VALUE))
+        return Rows(np.concatenate([keys, values], axis=1).tolist(), values.tolist())
+
+    def hidden(self, inputs: Sequence[Sequence[int]], processor: Any) -> Tensor:
+        """The residual stream before each word of a value, shape (rows, 8, hidden)."""
+        keys, values = ([one[part] for one in inputs] for part in (slice(KEY), slice(KEY, None)))
+        states: Tensor = processor(keys, values, CLASSES)
+        return states
+
+    def answers(self, label: Any) -> Example:
+        """The value; the label that every row has is one of the row alone."""
+        return {"words": torch.tensor(label), "labels": 0}
 
 
 def _stacked(examples: list[Example]) -> dict[str, Tensor]:
-    return {
-        "hidden": torch.stack([example["hidden"] for example in examples]),
-        "labels": torch.tensor([example["labels"] for example in examples]),
-    }
+    columns = {name: [example[name] for example in examples] for name in examples[0]}
+    labels = torch.tensor(columns.pop("labels"))
+    return {**{name: torch.stack(column) for name, column in columns.items()}, "labels": labels}

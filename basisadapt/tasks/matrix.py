@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from basisadapt.tasks.drawn import DrawnTask
+from basisadapt.tasks.drawn import DrawnTask, SeededTask
 from basisadapt.tasks.task import Example, Rows
 
 NUMBERS = 2**32  # a target follows from a number below
@@ -21,7 +21,7 @@ LOW_RANK = 4  # of the matrix that a function is taken of
 GROUP, LEVELS = 64, 7  # weights that share a scale, and the largest number of a signed 4-bit one
 
 
-class MatrixTask(DrawnTask):
+class FittedMatrix(SeededTask):
     """Fit ΔW of one weight to a target T of its shape (m, n), scaled to ‖T‖ = 1; nothing generalises, nothing is noisy.
 
     There is one row, the matrix; its loss is ‖ΔW − T‖² / ‖T‖². Metrics: "energy", 1 − loss, the share of the target's
@@ -32,21 +32,12 @@ class MatrixTask(DrawnTask):
     form, headline, num_labels = "weight", "energy", 1
 
     @abstractmethod
-    def target(self, generator: np.random.Generator, weight: np.ndarray) -> np.ndarray:
-        """T for a weight of shape (m, n), both in float64; its scale does not matter."""
-
-    @property
-    def drawn_as(self) -> str:
-        """The class."""
-        return f"one matrix: {type(self).__name__}"
-
-    def draw(self, generator: np.random.Generator) -> Rows:
-        """The number that the target follows from."""
-        return Rows([int(generator.integers(NUMBERS))], [0])
+    def given(self, row: Any, weight: np.ndarray) -> np.ndarray:
+        """T of a row for a weight of shape (m, n), both in float64; its scale does not matter. Raises InputError."""
 
     def examples(self, rows: Rows, processor: Any, max_length: int | None, training: bool) -> Sequence[Example]:
         """W and T, in float32."""
-        targets = (torch.from_numpy(self._target(number, processor)).float() for number in rows.inputs)
+        targets = (torch.from_numpy(self._target(row, processor)).float() for row in rows.inputs)
         return [{"weight": processor.weight, "target": target, "labels": 0} for target in targets]
 
     def collator(self, processor: Any) -> Callable[[list[Example]], dict[str, Tensor]]:
@@ -65,10 +56,31 @@ class MatrixTask(DrawnTask):
         optimum = {f"optimum.{rank}": float(captured[min(rank, len(captured)) - 1]) for rank in RANKS}
         return {"energy": 1 - float(np.sum((scores[0].astype(np.float64) - target) ** 2)), **optimum}
 
-    def _target(self, number: int, processor: Any) -> np.ndarray:
-        target = self.target(np.random.default_rng(number), processor.weight.double().numpy())
+    def _target(self, row: Any, processor: Any) -> np.ndarray:
+        target = self.given(row, processor.weight.double().numpy())
         scaled: np.ndarray = target / np.linalg.norm(target)
         return scaled
+
+
+class MatrixTask(FittedMatrix, DrawnTask):
+    """A target that is drawn."""
+
+    @abstractmethod
+    def target(self, generator: np.random.Generator, weight: np.ndarray) -> np.ndarray:
+        """T for a weight of shape (m, n), both in float64; its scale does not matter."""
+
+    @property
+    def drawn_as(self) -> str:
+        """The class."""
+        return f"one matrix: {type(self).__name__}"
+
+    def draw(self, generator: np.random.Generator) -> Rows:
+        """The number that the target follows from."""
+        return Rows([int(generator.integers(NUMBERS))], [0])
+
+    def given(self, row: Any, weight: np.ndarray) -> np.ndarray:
+        """The target of that number."""
+        return self.target(np.random.default_rng(row), weight)
 
 
 class Gaussian(MatrixTask, name="matrix/gaussian"):

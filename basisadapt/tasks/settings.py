@@ -30,7 +30,7 @@ class DataSettings:
     Of images: head, "linear", a layer that is trained; or "zero_shot", the embeddings of sentences about the classes,
     which stay as they are, for a backbone with a text tower (CLIP).
 
-    Of the task facts: facts, how many there are, from 1 to 1,000,000.
+    Of the tasks facts and phone_book: facts, how many there are, from 1 to 1,000,000.
     """
 
     text: str = "text"

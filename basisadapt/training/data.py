@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from basisadapt import tasks
-from basisadapt.tasks import DataSettings, DrawnTask, Example, Rows, TaskData
+from basisadapt.tasks import DataSettings, Example, Rows, SeededTask, TaskData
 from basisadapt.training.config import RunConfig
 
 
 def load_data(config: RunConfig, data_dir: Path | None = None) -> TaskData:
     """All rows of the task, read once for as long as its files do not change. Raises InputError."""
-    if isinstance(tasks.find(config.task, config.data), DrawnTask):
-        return _drawn(config.task, config.data, config.seed)
+    task = tasks.find(config.task, config.data)
+    if isinstance(task, SeededTask):
+        return task.of_seed(config.seed, data_dir)
     return _load(config.task, config.data, data_dir, tasks.stamp(config.task, config.data))
 
 
@@ -25,13 +26,6 @@ def _load(task: str, settings: DataSettings, data_dir: Path | None, stamp: tuple
     loader = tasks.find(task, settings)
     loader.check(data_dir)
     return loader.load(data_dir)
-
-
-@functools.lru_cache(maxsize=2)
-def _drawn(task: str, settings: DataSettings, seed: int) -> TaskData:
-    drawn = tasks.find(task, settings)
-    assert isinstance(drawn, DrawnTask)
-    return drawn.of_seed(seed)
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,18 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.numpy import load_file, save_file
 
 from basisadapt import InputError, backbones
 from basisadapt.backbones.parts import LastQuery, QueryWeight
 from basisadapt.methods import METHODS
-from basisadapt.tasks import TASKS
+from basisadapt.tasks import TASKS, DrawnTask
 from basisadapt.tasks.matrix import MatrixTask
-from basisadapt.training import attach, plan, run
+from basisadapt.training import attach, load_data, plan, run
 from basisadapt.training.config import RunConfig
 from basisadapt.training.observation import adapted_layers
 
-TARGETS = sorted(name for name in TASKS if name.startswith("matrix/"))
+TARGETS = sorted(name for name in TASKS if name.startswith("matrix/") and issubclass(TASKS[name], DrawnTask))
 SIZE = 64
 
 
@@ -59,6 +60,7 @@ def target_of(task, weight, seed=0):
 def test_there_are_targets_of_every_kind():
     assert {"matrix/gaussian", "matrix/sparse", "matrix/block", "matrix/sign", "matrix/rounding"} < set(TARGETS)
     assert all(issubclass(TASKS[name], MatrixTask) for name in TARGETS)
+    assert {name for name in TASKS if name.startswith("matrix/")} == {*TARGETS, "matrix/update"}
 
 
 @pytest.mark.parametrize("task", TARGETS)
@@ -184,3 +186,71 @@ def test_what_is_measured_is_the_change_that_a_method_says_it_makes(method, bert
 def test_what_has_no_meaning_is_refused(values, message):
     with pytest.raises(InputError, match=message):
         plan(RunConfig.from_mapping({"task": "matrix/gaussian", **values}), dry=True)
+
+
+# --- real updates ---
+
+
+@pytest.fixture
+def updates(tmp_path):
+    """Writes matrices of the weight's shape as the data folder's, unless there are others; returns the folder."""
+
+    def write(**matrices):
+        generator = np.random.default_rng(1)
+        drawn = {name: generator.normal(size=(SIZE, SIZE)).astype(np.float32) for name in ("b", "a", "c")}
+        save_file(matrices or drawn, tmp_path / "updates.safetensors")
+        return tmp_path
+
+    return write
+
+
+def test_a_seed_takes_one_of_the_updates(bert, updates):
+    folder = updates()
+    written = load_file(folder / "updates.safetensors")
+    data = [load_data(config(bert, "matrix/update", seed=seed), folder) for seed in range(4)]
+    assert [one.about["matrix"] for one in data] == ["a", "b", "c", "a"]
+    assert len({one.fingerprint() for one in data}) == 3
+    weight = QueryWeight(torch.zeros(SIZE, SIZE))
+    (example,) = TASKS["matrix/update"]().examples(data[1].train, weight, None, True)
+    expected = written["b"].astype(np.float64)
+    np.testing.assert_allclose(example["target"], expected / np.linalg.norm(expected), rtol=1e-6)
+
+
+def test_a_real_update_is_fitted(bert, updates):
+    result = run(config(bert, "matrix/update", lr=0.03, max_steps=150), data_dir=updates())
+    assert result.metrics["optimum.4"] - 1e-3 < result.metrics["energy"] < result.metrics["optimum.4"] + 1e-6
+    assert result.data["matrix"] == "b"
+
+
+def test_an_update_that_has_changed_is_another(bert, updates):
+    seen = config(bert, "matrix/update")
+    first = load_data(seen, updates())
+    again = load_data(seen, updates(b=np.ones((SIZE, SIZE), dtype=np.float32)))
+    assert first != again
+    assert first.fingerprint() != again.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("matrices", "message"),
+    [
+        (None, "'matrix/update' needs updates.safetensors in the data folder"),
+        ({"a": np.ones((3, SIZE))}, f"'a' of .* is 3 x {SIZE}, and the weight that is fitted {SIZE} x {SIZE}"),
+        ({"a": np.zeros((SIZE, SIZE))}, "must be finite and not 0"),
+        ({"a": np.full((SIZE, SIZE), np.nan)}, "must be finite and not 0"),
+    ],
+)
+def test_what_is_no_update_is_refused(bert, updates, tmp_path, matrices, message):
+    folder = tmp_path if matrices is None else updates(**matrices)
+    with pytest.raises(InputError, match=message):
+        run(config(bert, "matrix/update"), data_dir=folder)
+
+
+def test_updates_need_a_folder_and_a_whole_file(bert, tmp_path):
+    with pytest.raises(InputError, match=r"needs a data folder with updates\.safetensors: --data-dir"):
+        plan(config(bert, "matrix/update"), dry=True)
+    (tmp_path / "updates.safetensors").write_bytes(b"no")
+    with pytest.raises(InputError, match="cannot be read as safetensors"):
+        run(config(bert, "matrix/update"), data_dir=tmp_path)
+    save_file({}, tmp_path / "updates.safetensors")
+    with pytest.raises(InputError, match="must hold at least one matrix"):
+        run(config(bert, "matrix/update"), data_dir=tmp_path)

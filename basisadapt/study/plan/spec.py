@@ -88,7 +88,7 @@ class Tune:
 
     grid: a setting to the values that are tried, all combinations of several. seeds: those that they are tried with,
     none of the study's. validation: the share of the training rows that they are judged on; null where other seeds draw
-    other rows (`tasks.DrawnTask`), so that what is chosen on them is not chosen on the rows that are reported.
+    other rows (`tasks.SeededTask`), so that what is chosen on them is not chosen on the rows that are reported.
     by: "score", the headline metric, of which the greatest mean is chosen, or "loss", eval_loss, of which the least is:
     it scatters less where few rows are held back.
     at: of a grid of one setting, the values at which every row is run with the study's seeds as well, whatever is

@@ -303,7 +303,7 @@ def _is_drawn(config: RunConfig) -> bool:
     """Whether other seeds are evaluated on other rows."""
     from basisadapt import tasks
 
-    return isinstance(tasks.find(config.task, config.data), tasks.DrawnTask)
+    return isinstance(tasks.find(config.task, config.data), tasks.SeededTask)
 
 
 def _check_drawn(rows: Sequence[Row]) -> None:
