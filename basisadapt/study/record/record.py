@@ -318,11 +318,10 @@ class Record:
 
         with tempfile.TemporaryDirectory() as folder:
             try:
-                names = [file.path for file in self._client.list_artifacts(run_id) if file.path.endswith(".png")]
-                paths = {name: self._client.download_artifacts(run_id, name, folder) for name in sorted(names)}
+                files = Path(self._client.download_artifacts(run_id, "", folder))
             except (OSError, MlflowException):
                 return {}
-            return {name: Path(path).read_bytes() for name, path in paths.items()}
+            return {path.name: path.read_bytes() for path in sorted(files.glob("*.png"))}
 
     def compare_path(self, run_ids: Sequence[str]) -> str | None:
         """The page of MLflow's UI that compares these runs, from the root of its address; None of too many for one."""
