@@ -49,12 +49,10 @@ from basisadapt.study.record.stores import (
     storable,
     store_errors,
 )
-from basisadapt.study.record.texts import METRICS, PARAMETERS, batches, clean, limited, warnings_text
+from basisadapt.study.record.texts import METRICS, PARAMETERS, batches, clean, limited, warnings_text, write_into
 from basisadapt.training.execution.lines import check_score, is_number
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from basisadapt.study.plan.cells import Cell
     from basisadapt.study.plan.spec import StudySpec
     from basisadapt.training import RunResult
@@ -290,13 +288,11 @@ class Record:
             self._client.log_text(run_id, storable(traceback), "traceback.txt")
         self.close(run_id, "failed", error)
 
-    def end(self, parent: str, note: str, files: Mapping[str, str | Figure]) -> None:
-        """Write an invocation's table and figure, and end its parent run."""
-        for name, content in files.items():
-            if isinstance(content, str):
-                self._client.log_text(parent, storable(content), name)
-            else:
-                self._client.log_figure(parent, content, name)
+    def end(self, parent: str, note: str, files: Mapping[str, str | bytes]) -> None:
+        """Write the files of an invocation's report, and end its parent run."""
+        with tempfile.TemporaryDirectory() as folder:
+            write_into(Path(folder), files)
+            self._client.log_artifacts(parent, folder)
         self._client.set_tag(parent, "mlflow.note.content", limited(note))
         self.close(parent, "finished")
 
