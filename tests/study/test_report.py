@@ -360,11 +360,15 @@ def test_a_folder_that_cannot_be_written_is_not_blamed_on_the_record(home, fake,
     assert (code, fake.ran) == (2, [])
     assert "--output 'out' cannot be written" in err
 
-    def full(path, *_, **__):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    write = Path.write_bytes
+
+    def full(path, content):
+        if path.parent == Path("out"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full)
+        patch.setattr(Path, "write_bytes", full)
         code, _, err = study("tiny.yaml", "--seeds", "1", "--output", "out")
     assert code == 1
     assert "error: --output 'out' cannot be written: No space left on device. What is recorded stays; to go on:" in err
