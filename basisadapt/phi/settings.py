@@ -201,7 +201,11 @@ def require(holds: bool, name: str, value: object, expected: str) -> None:
         raise refused(name, value, expected)
 
 
-@functools.cache
 def field_names(cls: type) -> tuple[str, ...]:
     """The names of a settings class's fields, in order."""
+    return _field_names(cls)
+
+
+@functools.cache
+def _field_names(cls: Any) -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(cls))
