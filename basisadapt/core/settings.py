@@ -26,7 +26,7 @@ def from_mapping(cls: type[S], values: Mapping[str, Any], where: str = "") -> S:
     wrong type; the dataclass itself checks ranges.
     """
     assert dataclasses.is_dataclass(cls)
-    names = [f.name for f in dataclasses.fields(cls) if f.init]
+    names = _names(cls)
     prefix = f"{where}." if where else ""
     for key in values:
         if key not in names:
@@ -41,9 +41,13 @@ def late(default: Any) -> Any:
 
 def without_late(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """`values` without the late settings of `cls` at their defaults: what was said of the same before they came."""
-    assert dataclasses.is_dataclass(cls)
-    late = {field.name: field.default for field in dataclasses.fields(cls) if field.metadata.get("late")}
+    late = _late(cls)
     return {key: value for key, value in values.items() if key not in late or value != late[key]}
+
+
+@functools.cache
+def _late(cls: Any) -> dict[str, Any]:
+    return {field.name: field.default for field in dataclasses.fields(cls) if field.metadata.get("late")}
 
 
 def seed() -> Any:
@@ -62,6 +66,11 @@ def checked(cls: type, values: Mapping[str, Any], where: str = "") -> dict[str, 
     """`values` of fields of the dataclass `cls`, each in its field's type. Raises InputError."""
     hints, prefix = _hints(cls), f"{where}." if where else ""
     return {key: _checked(value, hints[key], prefix + key) for key, value in values.items()}
+
+
+@functools.cache
+def _names(cls: Any) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(cls) if field.init)
 
 
 @functools.cache

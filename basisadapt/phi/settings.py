@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -200,6 +201,11 @@ def require(holds: bool, name: str, value: object, expected: str) -> None:
         raise refused(name, value, expected)
 
 
-def field_names(cls: type) -> list[str]:
+def field_names(cls: type) -> tuple[str, ...]:
     """The names of a settings class's fields, in order."""
-    return [field.name for field in dataclasses.fields(cls)]
+    return _field_names(cls)
+
+
+@functools.cache
+def _field_names(cls: Any) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(cls))

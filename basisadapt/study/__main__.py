@@ -9,9 +9,10 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -43,10 +44,10 @@ same command resumes)."""
 
 
 class Answer(NamedTuple):
-    """What a call has to say: a text, the same as JSON, and the exit code."""
+    """What a call has to say: a text, the same for --json as a function of nothing, and the exit code."""
 
     text: str
-    document: Any
+    document: Callable[[], Any]
     code: int = DONE
 
 
@@ -67,7 +68,7 @@ def main(arguments: list[str]) -> int:
         # What plug-ins and libraries print must not get into the document.
         with redirect_stdout(sys.stderr) if options.json else nullcontext():
             answer = _run(options, command)
-        say(json.dumps(answer.document, indent=2, allow_nan=False) if options.json else answer.text)
+        say(json.dumps(answer.document(), indent=2, allow_nan=False) if options.json else answer.text)
         return answer.code
     except InputError as error:
         if "--debug" in arguments:
@@ -332,7 +333,7 @@ def _export(tuning: Tuning, place: Place, options: argparse.Namespace, command: 
         f"  {shlex.join(elsewhere)}",
         f"  {shlex.join(here)}",
     ]
-    return Answer("\n".join(lines), {"study": tuning.spec.name, "file": str(path), "cells": count})
+    return Answer("\n".join(lines), lambda: {"study": tuning.spec.name, "file": str(path), "cells": count})
 
 
 def _without(words: Sequence[str], option: str) -> list[str]:
@@ -411,7 +412,7 @@ def _studies() -> Answer:
     titles = {name: specs.read_spec(name).title for name in specs.list_studies()}
     width = max(map(len, titles), default=0)
     lines = [f"{name.ljust(width)}  {title}" for name, title in titles.items()]
-    return Answer("\n".join(lines), [{"study": name, "title": title} for name, title in titles.items()])
+    return Answer("\n".join(lines), lambda: [{"study": name, "title": title} for name, title in titles.items()])
 
 
 def _space(search: Search) -> Answer:
@@ -420,7 +421,7 @@ def _space(search: Search) -> Answer:
     lines = [f"{search.spec.title}: a search of {search.trials} trials over", ""]
     space = search.space()
     lines += [f"{key}: {where}" for key, where in space.items()]
-    return Answer("\n".join(lines), space_document(search.spec, space, search.trials, search.sampler))
+    return Answer("\n".join(lines), lambda: space_document(search.spec, space, search.trials, search.sampler))
 
 
 def _plans(tuning: Tuning, place: Place, executor: Executor) -> Answer:
@@ -442,7 +443,7 @@ def _plans(tuning: Tuning, place: Place, executor: Executor) -> Answer:
     expected = asdict(estimate) if estimate else None
     downloads = engine.downloads(cells, outcomes, place.data_dir)
     text = to_preview(tuning.spec, cells, plans, states, downloads)
-    return Answer(text, plan_document(tuning.spec, cells, plans, states, downloads, expected))
+    return Answer(text, lambda: plan_document(tuning.spec, cells, plans, states, downloads, expected))
 
 
 def _report(report: Report, place: Place) -> Answer:
@@ -463,7 +464,7 @@ def _report(report: Report, place: Place) -> Answer:
         lines.append(f"  {server}{compared}  the cells above, compared")
     if place.output is not None:
         lines.append(f"Written to {place.output}")
-    document = report_document(report, place.tracking_uri)
+    document = partial(report_document, report, place.tracking_uri)
     return Answer("\n".join(lines), document, UNSOUND if report.unsound else DONE)
 
 

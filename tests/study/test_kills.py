@@ -1,6 +1,7 @@
 """Drivers killed at random moments of everything that they do: nothing is lost, doubled, left open or beyond repair.
 
-BASISADAPT_KILLS says how many; workers and servers are killed in `test_cluster.py`.
+BASISADAPT_KILLS says how many, BASISADAPT_FIRST_KILL from which on: ten processes with 10 kills each, the first 0, 10,
+.. 90, make those of one with 100. Workers and servers are killed in `test_cluster.py`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import pytest
 from test_bad_content import results_of
 
 KILLS = int(os.environ.get("BASISADAPT_KILLS", "100"))
+FIRST = int(os.environ.get("BASISADAPT_FIRST_KILL", "0"))
 TUNE = "tune: {grid: {train.lr: [1e-3, 1e-2]}, seeds: [7], validation: 0.2}\n"
 SEEDS = ("--seeds", "1,2")
 COMMANDS = {
@@ -114,8 +116,9 @@ def test_whatever_a_driver_is_at_when_it_is_killed(folder, plugin, fake, study, 
         expected[state, command] = zygote.call(trial, command)
         assert expected[state, command][0] in (0, 1), (trial / "err").read_text()
 
-    draw, tally = random.Random(0), collections.Counter()
-    for n in range(KILLS):
+    tally = collections.Counter()
+    for n in range(FIRST, FIRST + KILLS):
+        draw = random.Random(n)
         state, command = kinds[n % len(kinds)]
         name = draw.choice(list(SIGNALS))
         code, table, seconds = expected[state, command]

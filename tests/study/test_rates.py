@@ -17,7 +17,7 @@ from basisadapt.core.errors import InputError
 from basisadapt.study.plan.cells import Cell, resolve
 from basisadapt.study.plan.spec import read_spec
 from basisadapt.study.plan.tuning import resolve_tuning
-from basisadapt.study.report import text
+from basisadapt.study.report import figures, text
 from basisadapt.study.report.files import report_files
 from basisadapt.study.report.report import make_report
 from basisadapt.study.report.table import tuned_table
@@ -244,7 +244,9 @@ def test_where_a_run_diverged_or_is_missing_there_is_no_plateau(write):
 
 
 def test_the_curves_have_a_panel_for_each_group(write):
-    figure = report_files(report_of(write(), score), no_pictures)["curves.png"]
+    found = report_of(write(), score)
+    assert report_files(found, no_pictures)["curves.png"].startswith(b"\x89PNG")
+    figure = figures.curves_figure(found.table)
     assert [axes.get_title() for axes in figure.axes] == ["r = 1", "r = 4"]
     for axes in figure.axes:
         assert axes.get_xscale() == "log"
@@ -259,7 +261,7 @@ def test_the_curves_have_a_panel_for_each_group(write):
         assert len(axes.collections) == 2, "a band each"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["LoRA", "wide"]
     tasks = write(sweep={"task": ["glue/cola", "glue/rte"], "variant": ["LoRA", "wide"], "r": [4]}, reference=None)
-    figure = report_files(report_of(tasks, score), no_pictures)["curves.png"]
+    figure = figures.curves_figure(report_of(tasks, score).table)
     assert [axes.get_title() for axes in figure.axes] == ["glue/cola", "glue/rte"]
 
 

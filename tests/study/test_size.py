@@ -7,6 +7,7 @@ import re
 import sys
 
 import pytest
+from matplotlib.figure import Figure
 
 from basisadapt.study.drive import engine
 from basisadapt.study.outcome import Outcome
@@ -94,27 +95,56 @@ def test_a_figure_has_the_rows_that_matter_and_says_so(many):
     assert figures.comparison_figure(all_of_them).get_suptitle() == "Many rows"
 
 
+def steps_of(function, *arguments):
+    """How many functions a call makes, and what it returns."""
+    count = 0
+
+    def call(frame, event, _):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(call)
+    try:
+        found = function(*arguments)
+    finally:
+        sys.setprofile(None)
+    return count, found
+
+
+def everything(study):
+    report = reported(study)
+    for words in (text.to_text, text.to_markdown, lambda report: text.to_csv(report.table)):
+        words(report)
+    report_document(report, "here")
+    to_html(report, {}, lambda _: {})
+
+
 def test_what_a_report_takes_grows_as_its_rows_do(many):
-    def steps(rows):
-        """How many functions are called."""
-        study, count = many(rows), 0
+    few, more = (steps_of(everything, many(rows))[0] for rows in (200, 400))
+    assert more < 2.2 * few
+    assert more - few < 200 * 1500
 
-        def call(frame, event, _):
-            nonlocal count
-            count += event in ("call", "c_call")
 
-        sys.setprofile(call)
-        try:
-            report = reported(study)
-            for words in (text.to_text, text.to_markdown, lambda report: text.to_csv(report.table)):
-                words(report)
-            report_document(report, "here")
-            to_html(report, {}, lambda _: {})
-        finally:
-            sys.setprofile(None)
-        return count
+def test_what_a_plan_takes_grows_as_its_rows_do(many):
+    many(200)
+    few, _ = steps_of(resolve_tuning, read_spec("many.yaml"))
+    many(400)
+    more, _ = steps_of(resolve_tuning, read_spec("many.yaml"))
+    assert more < 2.2 * few
+    assert more - few < 200 * 1500
 
-    assert steps(400) < 2.2 * steps(200)
+
+def test_a_report_is_laid_out_and_drawn_once(home, fake, study, monkeypatch):
+    made = []
+
+    def counted(owner, name):
+        function = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *values, **named: made.append(name) or function(*values, **named))
+
+    counted(text, "_main")
+    counted(Figure, "savefig")
+    assert study("tiny.yaml", "--output", "report")[0] == 0
+    assert sorted(made) == ["_main", "savefig"]
 
 
 def test_rows_that_differ_in_their_pace_alone_are_planned_once(many, fake, monkeypatch):

@@ -23,6 +23,7 @@ from basisadapt.study.record.stores import record_error, store_errors
 from basisadapt.study.record.trials import Trials
 from basisadapt.study.report.files import report_files
 from basisadapt.study.report.report import Report
+from basisadapt.study.report.text import to_markdown
 from basisadapt.training.execution.executor import Executor
 
 
@@ -132,7 +133,7 @@ class Invocation:
         compared = self._record.compare_path(report.table.run_ids)
         link = f"Compare its runs: `{compared}`\n\n" if compared else ""
         with self._interrupt.held():
-            self._record.end(self.run_id, f"{link}{files['table.md']}", files)
+            self._record.end(self.run_id, f"{link}{to_markdown(report)}", files)
             self._ended = True
         if self._place.output is not None:
             write_files(files, self._place.output)

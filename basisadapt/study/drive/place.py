@@ -6,22 +6,17 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from basisadapt.core.errors import InputError, RecordError
-from basisadapt.core.redaction import redacted
 from basisadapt.study.record.stores import (
     artifact_folder,
     check_database,
     same_database,
     sqlite_file,
     sqlite_url,
-    storable,
 )
+from basisadapt.study.record.texts import write_into
 from basisadapt.study.report.files import KEPT, MARK
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +67,9 @@ def make_folder(output: Path) -> None:
         raise InputError(f"--output {str(output)!r} has a {others[0]} that no report has written; give another folder")
 
 
-def write_files(files: Mapping[str, str | Figure], output: Path) -> None:
+def write_files(files: Mapping[str, str | bytes], output: Path) -> None:
     """Write a report's files into its folder. Raises RecordError."""
     try:
-        for name, content in files.items():
-            if isinstance(content, str):
-                (output / name).write_text(redacted(storable(content)), encoding="utf-8")
-            else:
-                content.savefig(output / name, dpi=150)
+        write_into(output, files)
     except OSError as error:
         raise RecordError(f"--output {str(output)!r} cannot be written: {error.strerror}") from error

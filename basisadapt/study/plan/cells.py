@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args, get_type_hints
 
 from basisadapt.core.errors import InputError, shown, unknown
 from basisadapt.study.plan.spec import (
@@ -174,11 +174,12 @@ def resolve(
     swept = [] if only_tasks or not sweep else product(sweep.values())
     tasks = sweep["task"][1] if "task" in sweep else [None]
     check_count((len(swept) + len(spec.beside) * len(tasks)) * len(seeds))
+    layers = _Layers(_flat(spec.base), above)
     with _hint_at_axes(split.lists):
-        rows = [_swept_row(spec, above, point, seeds) for point in swept]
+        rows = [_swept_row(spec, layers, point, seeds) for point in swept]
         for beside in spec.beside:
             for point in [(("task", task),) for task in tasks] if "task" in sweep else [()]:
-                base = _base(spec, above, point)
+                base = _base(spec, layers, point)
                 config = {**base, **_scaled(base, _with_full_keys(beside.set)), **dict(point)}
                 published = None if beside.published is None else (beside.published,)
                 rows.append(_row(spec, Row((), point, beside.label, published), config, seeds))
@@ -274,12 +275,19 @@ def check_count(count: int) -> None:
         raise InputError(f"a study may have at most {MOST_CELLS:,} cells, and its axes and seeds make {shown(count)}")
 
 
-def _base(spec: StudySpec, above: Mapping[str, Any], point: Point) -> dict[str, Any]:
+class _Layers(NamedTuple):
+    """Settings by full keys that hold for every point: the study's base, and what is above what a point gives."""
+
+    base: Mapping[str, Any]
+    above: Mapping[str, Any]
+
+
+def _base(spec: StudySpec, layers: _Layers, point: Point) -> dict[str, Any]:
     """The base of a point's rows, by full keys: the study's, what the point's values set over it, and what is above."""
-    base = _flat(spec.base)
+    base = {**layers.base}
     for name, value in point:
         base.update(_given(spec, name, value) if name != VARIANT else {})
-    return {**base, **above}
+    return {**base, **layers.above}
 
 
 def _given(spec: StudySpec, name: str, value: Any) -> dict[str, Any]:
@@ -312,14 +320,14 @@ def _check_variants(spec: StudySpec, sweep: Mapping[str, tuple[str, list[Any]]])
                 raise InputError(f"variant {value!r} sets {key}, which is an axis of its own")
 
 
-def _swept_row(spec: StudySpec, above: Mapping[str, Any], point: Point, seeds: Sequence[int]) -> Row:
+def _swept_row(spec: StudySpec, layers: _Layers, point: Point, seeds: Sequence[int]) -> Row:
     # A task that a preset or the command line adds is none of the published table's.
     told = [(name, value) for name, value in point if name != "task" or "task" in spec.sweep]
     published = ",".join(f"{name}={plain(value)}" for name, value in told)
     if spec.answers is not None:
         published = {plain(row): name for row, name in spec.answers.rows.items()}.get(label_of(told), published)
     row = Row((), point, published=(published,))
-    return _row(spec, row, {**_base(spec, above, point), **_set_by(spec, point)}, seeds)
+    return _row(spec, row, {**_base(spec, layers, point), **_set_by(spec, point)}, seeds)
 
 
 def _row(spec: StudySpec, row: Row, flat: Mapping[str, Any], seeds: Sequence[int]) -> Row:

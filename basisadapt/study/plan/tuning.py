@@ -318,8 +318,9 @@ def _check_drawn(rows: Sequence[Row]) -> None:
 
 def _check_values(rows: Iterable[Sequence[Row]], grid: Mapping[str, Sequence[Any]]) -> None:
     """Raise InputError for a row that sets itself what is tuned; rows: each with every point of the grid."""
-    for same in rows:
+    tuned = [key for key, values in grid.items() if len(values) > 1]
+    for same in rows if tuned else ():
         settings = [row.cells[0].settings for row in same]
-        for key, values in grid.items():
-            if len(values) > 1 and key in settings[0] and len({plain(found[key]) for found in settings}) == 1:
+        for key in tuned:
+            if key in settings[0] and len({plain(found[key]) for found in settings}) == 1:
                 raise InputError(f"row {same[0].label!r} sets {key}, which is tuned")

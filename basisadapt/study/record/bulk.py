@@ -63,7 +63,7 @@ def read_runs(tracking_uri: str, experiment_id: str, metrics: Collection[str], h
     numbers = text(f"{METRICS} AND (key NOT LIKE '%/%' OR key IN :wanted)").bindparams(shown)
     known: dict[Any, Any] = {}  # of equal texts, one is kept
     of: Mapping[str, Any] = {"experiment": int(experiment_id)}
-    with engine.connect() as connection:
+    with engine.connect().execution_options(yield_per=1000) as connection:  # rows at a time: one by one is slow
         runs = {
             run_id: StoredRun(Info(run_id, status, began, ended), Data())
             for run_id, status, began, ended in connection.execute(text(RUNS), of)

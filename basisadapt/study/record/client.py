@@ -29,13 +29,13 @@ class RedactingClient:
 
 
 def _cleared(value: Any) -> Any:
-    from mlflow.entities import Param, RunTag
+    from mlflow.entities import Metric, Param, RunTag
 
     if isinstance(value, list):
         return [_cleared(item) for item in value]
     if isinstance(value, Param | RunTag):
         return type(value)(redacted(value.key), redacted(value.value))
-    return redacted(value)
+    return value if isinstance(value, Metric) else redacted(value)
 
 
 @contextmanager

@@ -49,12 +49,10 @@ from basisadapt.study.record.stores import (
     storable,
     store_errors,
 )
-from basisadapt.study.record.texts import METRICS, PARAMETERS, batches, clean, limited, warnings_text
+from basisadapt.study.record.texts import METRICS, PARAMETERS, batches, clean, limited, warnings_text, write_into
 from basisadapt.training.execution.lines import check_score, is_number
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from basisadapt.study.plan.cells import Cell
     from basisadapt.study.plan.spec import StudySpec
     from basisadapt.training import RunResult
@@ -294,13 +292,11 @@ class Record:
             self._client.log_text(run_id, storable(traceback), "traceback.txt")
         self.close(run_id, "failed", error)
 
-    def end(self, parent: str, note: str, files: Mapping[str, str | Figure]) -> None:
-        """Write an invocation's table and figure, and end its parent run."""
-        for name, content in files.items():
-            if isinstance(content, str):
-                self._client.log_text(parent, storable(content), name)
-            else:
-                self._client.log_figure(parent, content, name)
+    def end(self, parent: str, note: str, files: Mapping[str, str | bytes]) -> None:
+        """Write the files of an invocation's report, and end its parent run."""
+        with tempfile.TemporaryDirectory() as folder:
+            write_into(Path(folder), files)
+            self._client.log_artifacts(parent, folder)
         self._client.set_tag(parent, "mlflow.note.content", limited(note))
         self.close(parent, "finished")
 
@@ -322,11 +318,10 @@ class Record:
 
         with tempfile.TemporaryDirectory() as folder:
             try:
-                names = [file.path for file in self._client.list_artifacts(run_id) if file.path.endswith(".png")]
-                paths = {name: self._client.download_artifacts(run_id, name, folder) for name in sorted(names)}
+                files = Path(self._client.download_artifacts(run_id, "", folder))
             except (OSError, MlflowException):
                 return {}
-            return {name: Path(path).read_bytes() for name, path in paths.items()}
+            return {path.name: path.read_bytes() for path in sorted(files.glob("*.png"))}
 
     def compare_path(self, run_ids: Sequence[str]) -> str | None:
         """The page of MLflow's UI that compares these runs, from the root of its address; None of too many for one."""

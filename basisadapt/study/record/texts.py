@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from basisadapt.core.redaction import redacted
 from basisadapt.study.record.stores import storable
 
 TEXT_LIMIT = 5000  # below every limit that MLflow sets for tags, parameters and notes
@@ -50,3 +52,10 @@ def read_warnings(text: str) -> tuple[str, ...]:
 def batches(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
     """The items, so many at a time."""
     return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def write_into(folder: Path, files: Mapping[str, str | bytes]) -> None:
+    """Write files, by name, into a folder: texts without secrets. Raises OSError."""
+    for name, content in files.items():
+        whole = content if isinstance(content, bytes) else redacted(storable(content)).encode()
+        (folder / name).write_bytes(whole)

@@ -100,10 +100,11 @@ def _rows(table: Table) -> Document:
 
 def _row(line: Line, table: Table) -> Document:
     first = line.row.cells[0]
+    settings = first.settings
     return {
         "label": line.label,
         "task": line.task,
-        "settings": {key: first.settings[key] for key in first.named if key in first.settings},
+        "settings": {key: settings[key] for key in first.named if key in settings},
         **_numbers(line),
         "metrics": {name: line.mean_of(name) for name in table.columns},
         "states": line.seeds_by_state(),

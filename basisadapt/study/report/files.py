@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ MARK = "table.md"  # which every folder with a report has, shipped ones too
 KEPT = ("table.txt", "table.csv", "report.html", "comparison.png", "against.png", "search.png")
 
 
-def report_files(report: Report, pictures: Callable[[str], dict[str, bytes]]) -> dict[str, str | Figure]:
+def report_files(report: Report, pictures: Callable[[str], dict[str, bytes]]) -> dict[str, str | bytes]:
     """Everything that is kept of a report: file name to content.
 
     pictures: the PNG files of the MLflow run with an id, name to content; the page holds those of each row.
@@ -30,11 +31,18 @@ def report_files(report: Report, pictures: Callable[[str], dict[str, bytes]]) ->
         figures["against.png"] = against_figure(report.table)
     if report.search is not None:
         figures["search.png"] = search_figure(report.search, report.table.headline)
+    drawn = {name: _png(figure) for name, figure in figures.items()}
     return {
         "table.txt": text.to_text(report),
         "table.md": text.to_markdown(report),
         "table.csv": text.to_csv(report.table),
         **{f"{grid.title.lower().replace(' ', '_')}.csv": text.grid_to_csv(grid) for grid in text.grids(report)[1:]},
-        "report.html": to_html(report, figures, pictures),
-        **figures,
+        "report.html": to_html(report, drawn, pictures),
+        **drawn,
     }
+
+
+def _png(figure: Figure) -> bytes:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=150, metadata={"Software": None})
+    return content.getvalue()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Callable, Iterable, Mapping
 from html import escape
 from typing import TYPE_CHECKING
@@ -12,8 +11,6 @@ from basisadapt.study.report import text
 from basisadapt.study.report.table import by_name
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from basisadapt.study.plan.cells import Row
     from basisadapt.study.report.report import Report
     from basisadapt.study.report.table import Table
@@ -142,13 +139,13 @@ CAPTIONS = {
 }
 
 
-def to_html(report: Report, figures: Mapping[str, Figure], pictures: Callable[[str], dict[str, bytes]]) -> str:
-    """The page. figures: file name to figure. pictures: the PNG files of the MLflow run with an id."""
+def to_html(report: Report, figures: Mapping[str, bytes], pictures: Callable[[str], dict[str, bytes]]) -> str:
+    """The page. figures, pictures: PNG files, those of the report and those of the MLflow run with an id."""
     table, spec = report.table, report.table.study.spec
     reference = None if spec.reference is None else str(spec.reference)
     alerts = set(text.trouble(table))
     grids = text.grids(report)
-    drawn = {name: _figure(name, _png(figure), spec.title, "lines") for name, figure in figures.items()}
+    drawn = {name: _figure(name, content, spec.title, "lines") for name, content in figures.items()}
     search = drawn.pop("search.png", None)
     sections = [
         _section("Result", _grid(grids[0], alerts, reference), *drawn.values()),
@@ -221,12 +218,6 @@ def _verdicts(verdicts: Iterable[Verdict]) -> str:
         "the intervals are too wide to tell."
     )
     return f'<ul class="verdicts">{"".join(items)}</ul>\n<p class="states">{escape(note)}</p>'
-
-
-def _png(figure: Figure) -> bytes:
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=150, metadata={"Software": None})
-    return content.getvalue()
 
 
 def _figure(name: str, content: bytes, of: str, kind: str = "coloured") -> str:

@@ -47,7 +47,7 @@ class Found:
         return sorted(self.trials, key=lambda trial: (trial.value is None, -(trial.value or 0.0), trial.number))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Report:
     """What is said of a study. search, tuned: what a search or tuning has found, where there was one."""
 

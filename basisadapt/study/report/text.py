@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -61,7 +62,8 @@ class Grid:
     notes: list[str]
 
 
-def grids(report: Report) -> list[Grid]:
+@functools.lru_cache(maxsize=1)  # a report is written as text, Markdown, CSV and a page
+def grids(report: Report) -> tuple[Grid, ...]:
     """Every table of a report, the study's own first."""
     table, found, tuned = report.table, report.search, report.tuned
     made = [_main(table)]
@@ -73,7 +75,7 @@ def grids(report: Report) -> list[Grid]:
         made.append(_across(table))
     if found is not None:
         made += [_trials(found, _number_form(table)), _importance(found)]
-    return made
+    return tuple(made)
 
 
 def to_text(report: Report) -> str:
