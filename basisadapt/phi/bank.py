@@ -226,7 +226,7 @@ class TransferBank(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def roughness(self) -> Tensor:
-        """The mean of φ''² over [−I, I] and the modules, a scalar, by differences at ROUGH points per basis function."""
+        """The mean of φ''² over [−I, I] and the modules, a scalar, by differences at ROUGH points per function."""
         one = self.alpha.new_ones(len(self.rows))
         functions = self.transfers(self.alpha, self.raw_omega, self.grid, one)
         count = ROUGH * self.alpha.shape[1] + 2
