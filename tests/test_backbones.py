@@ -738,7 +738,7 @@ def test_weights_in_half_precision_carry_an_adapter_and_a_head_in_full(language_
 
 @pytest.mark.parametrize("weights", QUANTISED)
 def test_quantised_weights_are_refused_where_they_cannot_be(monkeypatch, language_model, weights):
-    with pytest.raises(InputError, match="method 'full' cannot work on quantised weights"):
+    with pytest.raises(InputError, match="method 'full' cannot work on quantized weights"):
         config(language_model, method="full", train={"weights": weights})
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=f"train.weights {weights} needs bitsandbytes: pip install bitsandbytes"):

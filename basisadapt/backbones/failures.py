@@ -1,4 +1,4 @@
-"""Why a backbone could not be had, in one line, and what to do about it."""
+"""Explains in one line why a backbone could not be loaded, and what to do about it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NO_SAFETENSORS = (
     "has no safetensors; pickled weights are not read, since they can run code. Where you trust them, load them and "
     "save_pretrained writes safetensors"
 )
-# Where transformers raises nothing more telling than a sentence: a part of it, and ours.
+# Where only the text of transformers' error tells the cause: a part of the text, and our explanation.
 SENTENCES = {
     "custom code": "brings code of its own, which is not run; choose a model that transformers knows",
     "does not recognize this architecture": "has a model type that this transformers does not know: pip install -U "
@@ -28,7 +28,7 @@ SENTENCES = {
 
 @contextmanager
 def explained(backbone: Backbone) -> Iterator[None]:
-    """Turns whatever is raised inside into an InputError: a hub or a folder of others may hold anything."""
+    """Turn whatever is raised inside into an InputError: a hub repository or a folder may hold anything."""
     try:
         yield
     except InputError:
@@ -67,7 +67,7 @@ def _reason(source: str, error: Exception) -> str:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and what led to it."""
+    """The error and the chain of its causes."""
     cause: BaseException | None = error
     while cause is not None:
         yield cause
