@@ -1,4 +1,4 @@
-"""Tasks whose rows are drawn at random: there is nothing to read, and nothing to hold out."""
+"""Tasks whose rows are drawn at random, so that nothing is read and nothing is held out."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from basisadapt.tasks.task import Rows, Task, TaskData
 
 
 class DrawnTask(Task):
-    """A task that draws its rows, others for every seed of a run; all of them are trained on and all are evaluated.
+    """A task that draws new rows for every seed of a run, and trains and evaluates on all of them.
 
-    What is chosen for it, such as a rate, is chosen on other seeds, so on other rows.
+    Choices for it, such as a learning rate, are made on other seeds and so on other rows.
     """
 
     comparable = False
@@ -21,20 +21,20 @@ class DrawnTask(Task):
     @property
     @abstractmethod
     def drawn_as(self) -> str:
-        """What is drawn, in words: with the seed, all that the rows follow from."""
+        """A description of what is drawn. Together with the seed it determines the rows."""
 
     @abstractmethod
     def draw(self, generator: np.random.Generator) -> Rows:
-        """The rows."""
+        """Draw the rows of one run from `generator` alone."""
 
     def check(self, data_dir: Path | None) -> None:
-        """There are no files."""
+        """Nothing to check: the task reads no files."""
 
     def load(self, data_dir: Path | None) -> TaskData:
-        """The rows of seed 0."""
+        """The rows of seed 0; a run uses `of_seed` with its own."""
         return self.of_seed(0)
 
     def of_seed(self, seed: int) -> TaskData:
-        """The rows that a run with this seed is trained on and measured by."""
+        """The rows that a run with this seed is trained and evaluated on."""
         rows = self.draw(np.random.default_rng(seed))
         return TaskData(rows, rows, mark=self.drawn_as)
