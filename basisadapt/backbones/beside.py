@@ -35,8 +35,8 @@ def check_beside(backbone: Backbone, ask: bool) -> None:
         raise InputError(f"backbone {backbone.name!r} has a damaged {INDEX}") from error
     if odd:
         raise InputError(
-            f"backbone {backbone.name!r} has an index, {INDEX}, that names {shown(odd[0])}, which is no safetensors "
-            "file beside it; nothing else is read"
+            f"backbone {backbone.name!r} has an index, {INDEX}, that names {shown(odd[0])}, which is not a "
+            "safetensors file in the same folder; nothing else is read"
         )
 
 

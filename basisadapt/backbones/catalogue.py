@@ -195,7 +195,7 @@ BACKBONES = {
 def register(name: str, backbone: Backbone) -> None:
     """Add a backbone to the catalog. Raises InputError if another one has the name."""
     if BACKBONES.setdefault(name, backbone) != backbone:
-        raise InputError(f"backbone {name!r} exists already ({BACKBONES[name].source})")
+        raise InputError(f"backbone {name!r} already exists ({BACKBONES[name].source})")
 
 
 def find(name: str) -> Backbone:

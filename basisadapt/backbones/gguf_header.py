@@ -53,7 +53,7 @@ def read_header(file: Path) -> Header:
     Raises InputError if it is missing, damaged or not GGUF. Source: the GGUF specification, versions 2 and 3.
     """
     if not file.is_file():
-        raise InputError(f"backbone {str(file)!r} is not there; the weights of a model in GGUF were expected")
+        raise InputError(f"backbone {str(file)!r} does not exist; expected a GGUF file with the weights of a model")
     return _read_once(file, stamp(file))
 
 

@@ -59,13 +59,13 @@ def check_tokenizer(backbone: Backbone, form: str, tokenizer: Any, model: PreTra
     embeddings: Any = model.get_input_embeddings()
     if (last := _last_token(tokenizer)) >= embeddings.num_embeddings:
         raise InputError(
-            f"backbone {backbone.name!r} has embeddings for {embeddings.num_embeddings} tokens, and its tokenizer "
-            f"numbers up to {last}: they do not belong together"
+            f"backbone {backbone.name!r} has embeddings for {embeddings.num_embeddings} tokens, but its tokenizer "
+            f"has ids up to {last}: they do not belong together"
         )
     if tokenizer.eos_token is None and (form == "completion" or tokenizer.pad_token is None):
         needed = "ends an answer" if form == "completion" else "pads a batch"
         raise InputError(
-            f"the tokenizer of backbone {backbone.name!r} has no eos_token, so that nothing {needed}; "
+            f"the tokenizer of backbone {backbone.name!r} has no eos_token, so nothing {needed}; "
             "set it in its tokenizer_config.json"
         )
 

@@ -104,7 +104,7 @@ def _class_embeddings(backbone: Backbone, num_labels: int, prompts: Sequence[Seq
     from basisadapt.backbones import clip
 
     if len(prompts) != num_labels:
-        raise InputError(f"data.head zero_shot needs {num_labels} classes with names, and the data have {len(prompts)}")
+        raise InputError(f"data.head zero_shot needs {num_labels} classes with names, but the data has {len(prompts)}")
     whole = _ask(transformers.CLIPModel, backbone, dtype=torch.float32, use_safetensors=True)
     return clip.class_embeddings(whole, _ask(transformers.AutoTokenizer, backbone), prompts)
 
@@ -115,7 +115,7 @@ def _check_shapes(backbone: Backbone) -> None:
     for key, expected in backbone.shapes.items():
         if (found := getattr(config, key, None)) != expected:
             raise InputError(
-                f"backbone {backbone.name!r} has {key} {expected}, and what {OWN} has for it {found}: another model"
+                f"backbone {backbone.name!r} has {key} {expected}, but its copy in {OWN} has {found}: another model"
             )
 
 

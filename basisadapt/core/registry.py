@@ -39,7 +39,7 @@ class Registry(Generic[T]):
             raise InputError(f"{self.kind} name {name!r} may hold only letters, digits, _, - and /")
         if name in self._classes:
             taken = self._classes[name]
-            raise InputError(f"{self.kind} {name!r} exists already ({taken.__module__}.{taken.__qualname__})")
+            raise InputError(f"{self.kind} {name!r} already exists ({taken.__module__}.{taken.__qualname__})")
         self._classes[name] = cls
 
     def __getitem__(self, name: str) -> type[T]:

@@ -43,7 +43,7 @@ class ABBALinear(ProductLinear):
     def start(self, adapter: str, settings: ABBASettings) -> Mapping[str, Tensor]:
         """A₁ (k, n), B₁ (m, k), A₂ (k, n), B₂ (m, k). Raises InputError for a quantized W."""
         if self._quantised:
-            raise InputError(f"{self.title} starts at the decomposition of W, which {self.name!r} holds quantized")
+            raise InputError(f"{self.title} starts from the SVD of W, but {self.name!r} is quantized")
         k = settings.r // 2
         U, sigma, Vt = torch.linalg.svd(self._matrix(self.base_layer.weight.detach()).float(), full_matrices=False)
         root = sigma[:k].sqrt()

@@ -128,7 +128,7 @@ class Phi(TransferMethod, name="phi", settings=PhiSettings):
                 "A dead start: with alpha = 0 and no identity path, phi stays even on a symmetric grid, so phi'(0) = 0 "
                 "and, with B = 0, A and B get no gradient; preset=residual has none."
             )
-        return "phi(0), the same on every weight, outweighs the rest; centre=true subtracts it."
+        return "phi(0), the same on every weight, outweighs the rest; centre=true takes it out."
 
     def before_step(self, model: Any, settings: PhiSettings, step: int, total: int) -> None:
         """Freeze φ for the first `transfer_delay` share of the steps; then add the gradient of the smoothing term."""

@@ -111,7 +111,7 @@ class ProductLinear(AddedLinear):
         Raises InputError for a method without ΔW.
         """
         if self.not_a_weight is not None:
-            raise InputError(f"{self.title} {self.not_a_weight}, so that no weight equals it: it cannot be merged")
+            raise InputError(f"{self.title} {self.not_a_weight}, so it has no ΔW and cannot be merged")
         training = self.training
         self.training = False
         A, B = self.factors(adapter)

@@ -48,7 +48,7 @@ class Layout:
         Raises InputError for more options than have names.
         """
         if len(options) > len(self.names):
-            raise InputError(f"there are {len(options)} options, and names for {len(self.names)}")
+            raise InputError(f"there are {len(options)} options, but names for only {len(self.names)}")
         labeled = [f"{name.capitalize()}: {text}" for name, text in zip(self.names, options, strict=False)]
         listing = f"\n\n{self.between.join(labeled)}" if self.listed else ""
         names = self.names[: len(options)] if self.listed else self.names

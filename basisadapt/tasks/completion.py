@@ -131,7 +131,8 @@ class CompletionTask(Task):
         longest = max(map(len, wholes))
         if longest > processor.model_max_length:
             raise InputError(
-                f"a question with its answer has {longest} tokens, and the backbone reads {processor.model_max_length}"
+                f"a question with its answer has {longest} tokens, but the backbone reads at most "
+                f"{processor.model_max_length}"
             )
 
         examples: list[dict[str, Any]] = [

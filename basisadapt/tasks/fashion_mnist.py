@@ -76,7 +76,8 @@ def read_idx(path: Path) -> np.ndarray:
         raise InputError(f"{str(path)!r} cannot be unzipped: {error}") from error
     start = 4 + 4 * content[3] if len(content) > 3 else 4
     if content[:3] != b"\0\0\x08" or len(content) < start:
-        raise InputError(f"{str(path)!r} is no IDX file of bytes: it begins with {content[:4].hex(' ') or 'nothing'}")
+        begin = content[:4].hex(" ") or "nothing"
+        raise InputError(f"{str(path)!r} is not an IDX file of bytes: it begins with {begin}")
     shape = np.frombuffer(content[4:start], ">u4").tolist()
     if len(content) - start != math.prod(shape) or 0 in shape:
         raise InputError(f"{str(path)!r} has {len(content) - start} bytes of data, expected {shape} of them")

@@ -34,7 +34,7 @@ class HubTask(OwnData):
                 "page on the hub shows"
             )
         if not all(re.fullmatch(r"\w[\w.-]*", part, re.ASCII) for part in parts[:2]):
-            raise InputError(f"task {name!r}: owner and name on the hub are of letters, digits, '-', '_' and '.'")
+            raise InputError(f"task {name!r}: owner and name on the hub consist of letters, digits, '-', '_' and '.'")
         self._source, self._config = "/".join(parts[:2]), parts[2] if len(parts) == 3 else None
 
     def sources(self, data_dir: Path | None) -> Sequence[str]:
@@ -85,7 +85,7 @@ def ask_hub(source: str, config: str | None, revision: str | None = None) -> Any
     from datasets import load_dataset
 
     if os.path.exists(source):  # `datasets` would read it instead
-        raise InputError(f"hub data set {source!r} is the name of a folder here too; start elsewhere, or rename that")
+        raise InputError(f"hub data set {source!r} is also a local folder's name; start elsewhere, or rename it")
     try:
         return load_dataset(source, config, revision=revision)
     except Exception as error:  # the hub's client raises many kinds

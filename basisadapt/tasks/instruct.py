@@ -151,7 +151,7 @@ class MTBench(Task, name="instruct/mt_bench"):
         if longest + 2 * self.settings.max_new_tokens > processor.model_max_length:
             raise InputError(
                 f"data.max_new_tokens {self.settings.max_new_tokens} is too long: MT-Bench's questions have up to "
-                f"{longest} tokens, with two answers, and the backbone reads {processor.model_max_length}"
+                f"{longest} tokens, and two answers, but the backbone reads at most {processor.model_max_length}"
             )
         return [
             {"input_ids": first, "second": [processor.eos_token_id, *second], "temperature": question.temperature}

@@ -91,7 +91,7 @@ class EndpointJudge(Judge):
                 reason = _short(str(error)) or type(error).__name__
             if attempt + 1 < ATTEMPTS:
                 time.sleep(min(pause, LONGEST_PAUSE))
-        raise InputError(f"judge {self.name!r} gave no answer in {ATTEMPTS} attempts, at last: {reason}")
+        raise InputError(f"judge {self.name!r} gave no answer in {ATTEMPTS} attempts; the last error: {reason}")
 
     def _post(self, messages: Sequence[Message]) -> Any:
         content = {"model": self.name, "messages": list(messages), "temperature": 0, "max_tokens": 2048}

@@ -181,7 +181,7 @@ def _grading(
         grading.messages(question, ("", ""))
     except (KeyError, IndexError, ValueError, AttributeError) as error:
         raise InputError(
-            f"{folder / PROMPTS}: a template of {' and '.join(names)} cannot be filled: {error}"
+            f"{folder / PROMPTS}: a template of {' and '.join(names)} cannot be filled in: {error}"
         ) from error
     return grading
 

@@ -148,8 +148,8 @@ def _check_present(table: Table, labels: Sequence[str]) -> None:
         label = labels[missing[0]].strip()
         raise table.error(
             missing[0],
-            f"the label {label!r} is what a missing one is written as; leave the row out, or make it a class with "
-            "data.kind=classes",
+            f"the label {label!r} usually stands for a missing value; leave the row out, or set data.kind=classes to "
+            "make it a class",
         )
 
 
@@ -189,7 +189,7 @@ def _classes(table: Table, labels: Sequence[str], kind: str | None) -> tuple[str
     if 2 * len(names) > len(labels):
         raise InputError(
             f"{table.source}: {len(names)} different labels in {len(labels)} rows are too many for classes, or "
-            "the rows too few"
+            "there are too few rows"
         )
     return tuple(names)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from basisadapt.core.errors import LONGEST, MOST_COMPARED, InputError, unknown
 
-CARRIAGE_RETURN = "a carriage return ends a line, where a line feed must, alone or after it"
+CARRIAGE_RETURN = "a carriage return ends a line; expected a line feed, alone or after it"
 ALIKE = 0.75  # names of columns below this similarity are not suggested: "extra" is not a typing error for "text"
 csv.field_size_limit(2**31 - 1)  # characters; texts may be as long as in the other formats
 
@@ -83,7 +83,7 @@ def _unknown(column: str, names: Sequence[str]) -> str:
     """The message for an unknown column; if a name only looks the same, both are shown with escapes."""
     for name in names[:MOST_COMPARED]:
         if _looks(name) == _looks(column):
-            return f"there is a column {_letters(name)}, with other space, capitals or accents than {_letters(column)}"
+            return f"there is a column {_letters(name)}, with other spaces, case or accents than {_letters(column)}"
     return str(unknown("column", column, {" ".join(name.split()) for name in names}, alike=ALIKE))
 
 
@@ -107,7 +107,7 @@ def _read_separated(path: Path, source: str, columns: Sequence[str], header: Seq
             raise InputError(f"{source} is empty")
     for separator, called in (";", "semicolons"), ("\t", "tabs"), ("|", "bars"), (",", "commas"):
         if len(header) == 1 and set(columns) <= set(header[0].split(separator)):
-            raise InputError(f"{source} has fields between {called}; those of .csv stand between commas, of .tsv, tabs")
+            raise InputError(f"{source} has fields separated by {called}; .csv needs commas, and .tsv needs tabs")
     check_columns(source, header, columns)
     places = [header.index(column) for column in columns]
     numbers: list[int] = []
@@ -145,7 +145,9 @@ def _read_jsonl(path: Path, source: str, columns: Sequence[str]) -> Table:
         begun = False
         for number, line in enumerate(_lines(path, source), 1):
             if not begun and line.lstrip().startswith("["):
-                raise InputError(f"{source}, line {number} is a list; a file with one list of objects is called .json")
+                raise InputError(
+                    f"{source}, line {number} is a list; a file with one list of objects needs the suffix .json"
+                )
             if line.strip():
                 begun = True
                 yield number, _json(line, f"{source}, line {number}")
@@ -156,7 +158,9 @@ def _read_jsonl(path: Path, source: str, columns: Sequence[str]) -> Table:
 def _read_json(path: Path, source: str, columns: Sequence[str]) -> Table:
     lines = list(_lines(path, source))
     if lines and _is_object(lines[0]):
-        raise InputError(f"{source} must hold a list of objects; a file with an object in each line is called .jsonl")
+        raise InputError(
+            f"{source} must hold a list of objects; a file with an object in each line needs the suffix .jsonl"
+        )
     values = _json("".join(lines), source)
     if not isinstance(values, list):
         raise InputError(f"{source} must hold a list of objects")
@@ -219,10 +223,10 @@ def _lines(path: Path, source: str) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 byte = error.object[error.start]
                 raise InputError(
-                    f"{source}, line {number}: byte 0x{byte:02x} is not UTF-8, in which the file must be"
+                    f"{source}, line {number}: byte 0x{byte:02x} is not UTF-8, the encoding that is expected"
                 ) from error
             if "\0" in text:
-                raise InputError(f"{source}, line {number}: a NUL byte, which is no text")
+                raise InputError(f"{source}, line {number}: a NUL byte, which is not text")
             yield text
 
 

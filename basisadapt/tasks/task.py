@@ -61,7 +61,7 @@ class Rows:
         Raises InputError for fewer than two rows.
         """
         if len(self) < 2:
-            raise InputError(f"train.validation splits the training rows, and there is no more than {len(self)}")
+            raise InputError(f"train.validation splits the training rows, which needs at least 2, got {len(self)}")
         place = min(max(1, round((1 - share) * len(self))), len(self) - 1)
         return self.between(0, place), self.between(place, None)
 

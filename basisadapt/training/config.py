@@ -116,7 +116,7 @@ class TrainSettings:
         shared = self.parallel == "ddp" or self.processes > 1
         require(shared, "train.parallel", self.parallel, "used together with train.processes of at least 2")
         plain = self.parallel == "ddp" or self.weights not in QUANTISED
-        require(plain, "train.parallel", self.parallel, f"ddp with train.weights {self.weights}, which have no shards")
+        require(plain, "train.parallel", self.parallel, f"ddp with train.weights {self.weights}, which has no shards")
 
 
 @dataclass(frozen=True, kw_only=True)

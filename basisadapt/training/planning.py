@@ -64,10 +64,10 @@ def plan(config: RunConfig, data_dir: Path | None = None, dry: bool = False) -> 
     if config.data.packed and config.train.processes > 1:
         raise InputError("data.packed is for one process; set it to false, or train.processes to 1")
     if config.train.validation is not None and not task.comparable:
-        raise InputError(f"train.validation measures a run on training rows, which task {config.task!r} cannot")
+        raise InputError(f"train.validation evaluates on training rows, which task {config.task!r} cannot do")
     if task.form == "weight" and (config.train.precision, config.train.weights) != ("fp32", "fp32"):
         raise InputError(
-            f"task {config.task!r} is a small change of a weight, which train.precision and weights must hold: fp32"
+            f"task {config.task!r} is a small change of a weight; train.precision and train.weights must be fp32"
         )
     task.check(data_dir)
     backbone = backbones.find(config.backbone)
@@ -95,7 +95,7 @@ def attach(model: PreTrainedModel, method: Method, config: RunConfig, form: str)
             raise InputError(f"adapter.r must be at most {smaller}, the smaller side of {name!r}, got {r}")
     if config.train.parallel == "fsdp" and not hasattr(adapted, "peft_config"):
         raise InputError(
-            f"train.parallel fsdp shards the weights below an adapter, and method {config.method!r} has none"
+            f"train.parallel fsdp shards the weights below an adapter, but method {config.method!r} has none"
         )
     return adapted
 
