@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from basisadapt.core.errors import refused
 
-LARGEST = 1e6  # larger values are typing errors, and would overflow float32
+LARGEST = 1e6  # larger values are typing errors, and would lead to numbers beyond the range of float32
 MODERATE = "above 0, from 1e-6 to 1e6"
 
 Value = float | str | None  # of a setting; None is invalid, and every preset replaces it

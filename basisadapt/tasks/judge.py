@@ -1,4 +1,4 @@
-"""Judges of answers: any OpenAI-compatible endpoint, or judgements that were recorded earlier."""
+"""Judges of answers: any OpenAI-compatible endpoint, or judgments that were recorded earlier."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def _seconds(text: str | None, otherwise: float) -> float:
 
 
 class RecordedJudge(Judge):
-    """The judgements by `name` that the file `path` records; missing ones are asked of the judge `behind` and added.
+    """The judgments by `name` that the file `path` records; missing ones are asked of the judge `behind` and added.
 
     A line of the file is `{"judge": name, "messages": [...], "text": "..."}`. If there is a judge behind, a malformed
     line, such as one cut off by a kill, is skipped, and the judge is asked again. Raises InputError for a file that
@@ -175,10 +175,10 @@ class RecordedJudge(Judge):
             return self._path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError as error:
             if self._behind is None:
-                raise InputError(f"there are no recorded judgements in {self._path}") from error
+                raise InputError(f"there are no recorded judgments in {self._path}") from error
             return ""
         except OSError as error:
-            raise InputError(f"recorded judgements {self._path} cannot be read: {error.strerror}") from error
+            raise InputError(f"recorded judgments {self._path} cannot be read: {error.strerror}") from error
 
     def ask(self, messages: Sequence[Message]) -> str:
         """The recorded answer, or that of the judge behind. Raises InputError if there is neither."""
@@ -186,7 +186,7 @@ class RecordedJudge(Judge):
         if key not in self._texts:
             if self._behind is None:
                 end = messages[-1]["content"][-80:]
-                raise InputError(f"{self._path} has no judgement by {self.name!r} of the message that ends in {end!r}")
+                raise InputError(f"{self._path} has no judgment by {self.name!r} of the message that ends in {end!r}")
             text = self._behind.ask(messages)
             with self._writing:
                 self._append(json.dumps({"judge": self.name, "messages": list(messages), "text": text}))
@@ -199,7 +199,7 @@ class RecordedJudge(Judge):
             with self._path.open("ab") as file:
                 file.write(f"{'' if self._whole else chr(10)}{line}\n".encode())
         except OSError as error:
-            raise InputError(f"judgements cannot be recorded in {self._path}: {error.strerror}") from error
+            raise InputError(f"judgments cannot be recorded in {self._path}: {error.strerror}") from error
         self._whole = True
 
 
@@ -211,7 +211,7 @@ def _canonical(messages: Sequence[Message]) -> str:
 
 
 def folder() -> Path:
-    """The folder for answers and judgements: BASISADAPT_JUDGE_DIR, or `mt_bench` in the current folder."""
+    """The folder for answers and judgments: BASISADAPT_JUDGE_DIR, or `mt_bench` in the current folder."""
     return Path(os.environ.get("BASISADAPT_JUDGE_DIR") or "mt_bench")
 
 
@@ -241,4 +241,4 @@ def _check_writable(place: Path) -> None:
     """Raise InputError unless files can be created in the folder `place`. Creates nothing."""
     existing = next(path for path in (place, *place.absolute().parents) if path.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
-        raise InputError(f"the folder {str(place)!r} for answers and judgements cannot be written: see {existing}")
+        raise InputError(f"the folder {str(place)!r} for answers and judgments cannot be written: see {existing}")

@@ -104,7 +104,7 @@ class Grading:
 
 
 def rating(text: str) -> float | None:
-    """The first `[[number]]` in a judgement, the published rule; None if there is none, or it is not in [1, 10]."""
+    """The first `[[number]]` in a judgment, the published rule; None if there is none, or it is not in [1, 10]."""
     found = RATING.search(text)
     value = float(found[1]) if found else 0.0
     return value if 1 <= value <= 10 else None
@@ -115,7 +115,7 @@ def judged(rows: Rows, answers: Sequence[Turns], judge: Judge) -> dict[str, floa
 
     - "score": the mean rating over questions and turns, in [1, 10].
     - "score.turn1", "score.turn2": of each turn; "score.math" and so on: of each category.
-    - "unparsable": the number of judgements without a rating, which the means leave out.
+    - "unparsable": the number of judgments without a rating, which the means leave out.
 
     A mean over no ratings is missing. Raises InputError as soon as the judge does not answer.
     """
@@ -181,7 +181,7 @@ def _grading(
         grading.messages(question, ("", ""))
     except (KeyError, IndexError, ValueError, AttributeError) as error:
         raise InputError(
-            f"{folder / PROMPTS}: a template of {' and '.join(names)} cannot be filled in: {error}"
+            f"{folder / PROMPTS}: a template of {' and '.join(names)} cannot be filled: {error}"
         ) from error
     return grading
 
