@@ -255,7 +255,7 @@ RESPONSE = SimpleNamespace(headers={}, request=None)
             "is gated: ask for access at https://.*/org/model, then `hf auth",
         ),
         (hub.RepositoryNotFoundError("401", response=RESPONSE), "is not on the hub, or is private"),
-        (hub.LocalEntryNotFoundError("offline"), ".*the hub cannot be reached: `hf download org/model`"),
+        (hub.LocalEntryNotFoundError("offline"), ".*the hub cannot be reached: run `hf download org/model`"),
         (hub.OfflineModeIsEnabled("offline"), ".*the hub cannot be reached"),
         (ConnectionResetError("reset"), ".*the hub cannot be reached"),
         (OSError(errno.ENOSPC, "No space left on device"), "does not fit on the disk: free some space"),
@@ -622,7 +622,7 @@ def cut(file, keep):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: f.unlink(), "is not there"),
+        (lambda f: f.unlink(), "does not exist"),
         (lambda f: cut(f, 0), "is not a GGUF file"),
         (lambda f: f.write_bytes(b"PK\3\4 an archive"), "is not a GGUF file"),
         (lambda f: cut(f, 300), "is a damaged GGUF file"),
