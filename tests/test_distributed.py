@@ -215,7 +215,7 @@ def test_a_run_in_two_processes_repeats_bitwise(backbone):
 
 def test_shards_need_an_adapter(backbone):
     config = {"backbone": backbone, "method": "head", "train": {"processes": 2, "parallel": "fsdp"}}
-    with pytest.raises(InputError, match="fsdp shards the weights below an adapter, and method 'head' has none"):
+    with pytest.raises(InputError, match="fsdp shards the weights below an adapter, but method 'head' has none"):
         training.plan(RunConfig.from_mapping(config))
 
 

@@ -89,7 +89,7 @@ def test_a_tokenizer_larger_than_the_embedding(language_model, tmp_path, count):
     if count == 258:
         assert planned(folder, "docstrings").modules == 6
         return
-    message = "has embeddings for 257 tokens, and its tokenizer numbers up to 257: they do not belong together$"
+    message = "has embeddings for 257 tokens, but its tokenizer has ids up to 257: they do not belong together$"
     with pytest.raises(InputError, match=message):
         planned(folder, "docstrings")
     with pytest.raises(InputError, match=message):
@@ -104,7 +104,7 @@ def test_special_tokens_count_where_something_puts_them_there(language_model, tm
     assert tokenizer.convert_tokens_to_ids("<beyond>") == 258
     tokenizer.save_pretrained(folder)
     if refused:
-        with pytest.raises(InputError, match=r"embeddings for 258 tokens, and its tokenizer numbers up to 258"):
+        with pytest.raises(InputError, match=r"embeddings for 258 tokens, but its tokenizer has ids up to 258"):
             planned(folder, "docstrings")
     else:
         assert planned(folder, "docstrings").modules == 6

@@ -27,7 +27,7 @@ def test_registry():
     registry.add("first", int)
     assert registry["first"] is int
     assert "second" not in registry
-    with pytest.raises(InputError, match="thing 'first' exists already"):
+    with pytest.raises(InputError, match="thing 'first' already exists"):
         registry.add("first", str)
     with pytest.raises(InputError, match=r"unknown thing 'frist'; did you mean 'first'\? \(known: first\)"):
         registry["frist"]

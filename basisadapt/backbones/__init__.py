@@ -1,4 +1,4 @@
-"""Pretrained models: a catalogue of them by name, the forms that they take for a task, and loading them."""
+"""Pretrained models: a catalog by name, the forms that models take for a task, and loading."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files beside a backbone's weights that would let something else be loaded than safetensors of its own."""
+"""Refuses files beside a backbone's weights that would make transformers load anything but its own safetensors."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ INDEX, ADAPTER = "model.safetensors.index.json", "adapter_config.json"
 
 
 def check_beside(backbone: Backbone, ask: bool) -> None:
-    """Raise InputError for an adapter beside the weights, which transformers would add to them without a word, and for
-    an index of shards that names other files than safetensors of the same folder.
+    """Raise InputError for an adapter beside the weights, or for a bad index of shards.
 
-    ask: whether to ask the hub, where the backbone is no folder here.
+    transformers would silently add the adapter. The index may name only safetensors files of the same folder.
+    ask: ask the hub if the backbone is not a local folder.
     """
     folder = Path(backbone.source)
     if backbone.package is not None or backbone.file is not None or not (ask or folder.is_dir()):
@@ -35,13 +35,13 @@ def check_beside(backbone: Backbone, ask: bool) -> None:
         raise InputError(f"backbone {backbone.name!r} has a damaged {INDEX}") from error
     if odd:
         raise InputError(
-            f"backbone {backbone.name!r} has an index, {INDEX}, that names {shown(odd[0])}, which is no safetensors "
-            "file beside it; nothing else is read"
+            f"backbone {backbone.name!r} has an index, {INDEX}, that names {shown(odd[0])}, which is not a "
+            "safetensors file in the same folder; nothing else is read"
         )
 
 
 def file_of(source: str, name: str) -> Path | None:
-    """A file of a folder, or of a repository of the hub, if it is there and can be had."""
+    """The path of the file `name` in a local folder or a hub repository; None if it is missing or out of reach."""
     if (folder := Path(source)).is_dir():
         return folder / name if (folder / name).is_file() else None
     from transformers.utils import cached_file

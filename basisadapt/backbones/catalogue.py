@@ -1,4 +1,4 @@
-"""Pretrained models by name: where the weights come from, and the shapes that counting needs."""
+"""Pretrained models by name: the source of their weights, and the shapes that counting needs."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from basisadapt.backbones import gguf
 from basisadapt.core.errors import InputError, unknown
 from basisadapt.core.registry import load_entry_points
 
-OWN = "BASISADAPT_BACKBONES"  # names a folder of the user's: NAME/ or NAME.gguf in it are the weights of backbone NAME
+OWN = "BASISADAPT_BACKBONES"  # a folder of the user's; NAME/ or NAME.gguf in it holds the weights of backbone NAME
 
 
 @dataclass(frozen=True)
 class Package:
-    """Weights in an installed Python package, which is looked into and never imported.
+    """Weights in an installed Python package, which is read and never imported.
 
-    weights: the file, by its path in the package: safetensors beside their configuration, or GGUF, which is converted
-    once. sha256: of that file, checked at load. install: the command that gets what is needed.
+    - `weights` (str): the path of the file in the package: safetensors next to their configuration, or GGUF, which is
+      converted once.
+    - `sha256` (str): of that file, checked when it is loaded.
+    - `install` (str): the command that installs what is needed.
     """
 
     weights: str
@@ -31,9 +33,12 @@ class Package:
 class Backbone:
     """A pretrained model.
 
-    source: a hub id, a local folder or GGUF file, or the import name of its `package`. shapes: the transformers
-    configuration, so that counting needs no download; empty where the source is asked. note: what every result with it
-    has to say. called: its name in BACKBONES, where the source is the user's own copy of the weights.
+    - `source` (str): a hub id, a local folder or GGUF file, or the import name of its `package`.
+    - `shapes` (dict, default empty): the transformers configuration, so that counting needs no download; if it is
+      empty, the source is asked.
+    - `package` (default None): the installed package with the weights.
+    - `note` (str, default ""): a remark that every result with it records.
+    - `called` (str, default ""): its name in BACKBONES, if the source is the user's own copy of the weights.
     """
 
     source: str
@@ -44,12 +49,12 @@ class Backbone:
 
     @property
     def name(self) -> str:
-        """What users call it: its name in BACKBONES, or the source."""
+        """The name that users give: its name in BACKBONES, or the source."""
         return self.called or next((name for name, backbone in BACKBONES.items() if backbone == self), self.source)
 
     @property
     def file(self) -> Path | None:
-        """The GGUF file that is the source, if it is one."""
+        """The source as a path, if it is a GGUF file; else None."""
         return Path(self.source) if self.package is None and self.source.endswith(".gguf") else None
 
 
@@ -181,23 +186,23 @@ BACKBONES = {
             "num_key_value_heads": 8,
         },
     ),
-    # Both are transformers' defaults but for what is written.
+    # Both have transformers' default shapes, except for what is given.
     "clip-vit-b32": Backbone(source="openai/clip-vit-base-patch32", shapes={"model_type": "clip"}),
     "dinov2-base": Backbone(source="facebook/dinov2-base", shapes={"model_type": "dinov2", "image_size": 518}),
 }
 
 
 def register(name: str, backbone: Backbone) -> None:
-    """Add a backbone to the catalogue. Raises InputError if the name is taken by another."""
+    """Add a backbone to the catalog. Raises InputError if another one has the name."""
     if BACKBONES.setdefault(name, backbone) != backbone:
-        raise InputError(f"backbone {name!r} exists already ({BACKBONES[name].source})")
+        raise InputError(f"backbone {name!r} already exists ({BACKBONES[name].source})")
 
 
 def find(name: str) -> Backbone:
     """The backbone called `name`: one of BACKBONES, a local folder, a GGUF file, or a hub id such as "Qwen/Qwen2-0.5B".
 
-    Where BASISADAPT_BACKBONES names a folder, the weights of one of BACKBONES are those in NAME/ or NAME.gguf there, if
-    there are any. Raises InputError for anything else, naming the nearest, and for a file that is not there or is not
+    If BASISADAPT_BACKBONES names a folder, it takes precedence: NAME/ or NAME.gguf there holds the weights of NAME, one
+    of BACKBONES. Raises InputError for any other name, with the nearest one, and for a file that is missing or not
     GGUF.
     """
     if name not in BACKBONES:
@@ -214,7 +219,7 @@ def find(name: str) -> Backbone:
 
 
 def _own_copy(name: str, backbone: Backbone) -> Backbone:
-    """The backbone with the weights that the user's folder has of it, if any."""
+    """The backbone with the weights from the user's folder, if it has them. Raises InputError if it is no folder."""
     if not (place := os.environ.get(OWN)):
         return backbone
     if not os.path.isdir(place):

@@ -1,4 +1,4 @@
-"""The tensors of a pretrained model one at a time, without the model."""
+"""Reads the matrices of a pretrained model one at a time, without building the model."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ MATRIX = ".weight"
 
 
 class Checkpoint:
-    """The matrices of a backbone's safetensors, by the names of their modules.
+    """The matrices in a backbone's safetensors, by the names of their modules.
 
-    name: the backbone's. shapes: of every two-dimensional ".weight". Raises InputError where there are no safetensors,
-    or damaged ones.
+    - `name` (str): the backbone's name.
+    - `shapes`: module to the shape (out_features, in_features) of its two-dimensional ".weight".
+
+    Raises InputError if there are no safetensors, or if they are damaged.
     """
 
     def __init__(self, backbone: Backbone) -> None:
@@ -41,7 +43,7 @@ class Checkpoint:
                             self.shapes[name.removesuffix(MATRIX)] = shape
 
     def read(self, module: str) -> Tensor:
-        """The matrix of a module, in the dtype that it is stored in."""
+        """The matrix of a module, in its shape in `shapes` and the dtype of the file. Raises InputError."""
         name = module + MATRIX
         with explained(self._backbone), safe_open(self._files[name], framework="pt") as opened:
             tensor: Tensor = opened.get_tensor(name)
@@ -49,7 +51,7 @@ class Checkpoint:
 
 
 def _files(backbone: Backbone) -> Mapping[str, Path]:
-    """Every tensor's name, and the file that holds it."""
+    """Every tensor's name and the file that holds it. Raises InputError for a missing file."""
     source = place_of(backbone)
     index = file_of(source, INDEX)
     if index is not None:
@@ -61,7 +63,7 @@ def _files(backbone: Backbone) -> Mapping[str, Path]:
     file = file_of(source, WEIGHTS)
     if file is None:
         if not Path(source).is_dir():
-            cached_file(source, "config.json")  # which tells why a hub could not be asked
+            cached_file(source, "config.json")  # raises an error that says why the hub could not be asked
         raise InputError(f"backbone {backbone.name!r} {NO_SAFETENSORS}")
     with safe_open(file, framework="pt") as opened:
         return dict.fromkeys(opened.keys(), file)

@@ -1,4 +1,4 @@
-"""CLIP as a classifier with no head to train: a class is the mean embedding of sentences about it."""
+"""CLIP as a classifier without a trained head: each class is the mean embedding of sentences about it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from transformers.modeling_outputs import ImageClassifierOutput
 class ZeroShotCLIP(CLIPPreTrainedModel):  # type: ignore[misc]
     """Logits W z / ‖z‖ with z = P v, shape (rows, num_labels).
 
-    v: the vision tower's pooled output, (rows, hidden). P: CLIP's projection, (projection_dim, hidden). W: `classes`,
-    (num_labels, projection_dim), see `class_embeddings`; a buffer, which no method trains and no adapter saves.
-    Source: Radford et al. (2021); the frozen head is that of the fine-tuning in Albert et al. (2025).
+    - v: the pooled output of the vision tower, (rows, hidden).
+    - P: CLIP's projection, (projection_dim, hidden).
+    - W: `classes`, (num_labels, projection_dim), see `class_embeddings`; a buffer, which no method trains and no
+      adapter saves.
+
+    Source: Radford et al. (2021); fine-tuning with the frozen head follows Albert et al. (2025).
     """
 
     main_input_name = "pixel_values"
@@ -31,11 +34,11 @@ class ZeroShotCLIP(CLIPPreTrainedModel):  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, config: Any) -> ZeroShotCLIP:
-        """The model with no weights loaded."""
+        """The model without loaded weights, as transformers' classes have it."""
         return cls(config)
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
-        """Logits of images of shape (rows, 3, side, side), and their cross-entropy where there are labels."""
+        """Logits (rows, num_labels) of images (rows, 3, side, side); with labels (rows,) also the cross-entropy."""
         embedding = self.visual_projection(self.vision_model(pixel_values).pooler_output)
         logits = normalize(embedding, dim=-1) @ self.classes.T
         return ImageClassifierOutput(loss=None if labels is None else cross_entropy(logits, labels), logits=logits)
@@ -43,10 +46,13 @@ class ZeroShotCLIP(CLIPPreTrainedModel):  # type: ignore[misc]
 
 @torch.no_grad()
 def class_embeddings(clip: Any, tokenizer: Any, prompts: Sequence[Sequence[str]]) -> Tensor:
-    """W, shape (classes, projection_dim): w_k = e^τ m_k / ‖m_k‖, m_k the mean of t / ‖t‖ over the sentences of class k.
+    """W (classes, projection_dim) with w_k = e^τ m_k / ‖m_k‖, m_k the mean of t / ‖t‖ over the sentences of class k.
 
-    clip: a CLIPModel, whose text tower embeds a sentence as t and whose logit scale is τ. Source: Radford et al.
-    (2021), section 3.1.4.
+    - `clip`: a CLIPModel; its text tower embeds a sentence as t, and its logit scale is τ.
+    - `tokenizer`: CLIP's.
+    - `prompts`: the sentences of each class.
+
+    Source: Radford et al. (2021), section 3.1.4.
     """
     means = []
     for sentences in prompts:

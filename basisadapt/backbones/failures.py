@@ -1,4 +1,4 @@
-"""Why a backbone could not be had, in one line, and what to do about it."""
+"""Explains in one line why a backbone could not be loaded, and what to do about it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from basisadapt.backbones.catalogue import Backbone
 from basisadapt.core.errors import InputError
 
 NO_SAFETENSORS = (
-    "has no safetensors; pickled weights are not read, since they can run code. Where you trust them, load them and "
-    "save_pretrained writes safetensors"
+    "has no safetensors; pickled weights are not read, since they can run code. If you trust them, load them and "
+    "call save_pretrained, which writes safetensors"
 )
-# Where transformers raises nothing more telling than a sentence: a part of it, and ours.
+# Where only the text of transformers' error tells the cause: a part of the text, and our explanation.
 SENTENCES = {
-    "custom code": "brings code of its own, which is not run; choose a model that transformers knows",
-    "does not recognize this architecture": "has a model type that this transformers does not know: pip install -U "
-    "transformers, or choose another model",
-    "is not supported yet": "has an architecture that this transformers does not unpack from GGUF: pip install -U "
-    "transformers, or choose another file",
+    "custom code": "needs its own code, which is not run; choose a model that transformers knows",
+    "does not recognize this architecture": "has a model type that the installed transformers does not know: pip "
+    "install -U transformers, or choose another model",
+    "is not supported yet": "has an architecture that the installed transformers does not convert from GGUF: pip "
+    "install -U transformers, or choose another file",
     "Unrecognized model": "has no config.json with a model_type that transformers knows",
     "model.safetensors": NO_SAFETENSORS,
 }
@@ -28,7 +28,7 @@ SENTENCES = {
 
 @contextmanager
 def explained(backbone: Backbone) -> Iterator[None]:
-    """Turns whatever is raised inside into an InputError: a hub or a folder of others may hold anything."""
+    """Turn whatever is raised inside into an InputError: a hub repository or a folder may hold anything."""
     try:
         yield
     except InputError:
@@ -53,21 +53,21 @@ def _reason(source: str, error: Exception) -> str:
     if caused_by(errors.RepositoryNotFoundError):
         return "is not on the hub, or is private: check the name; for a private one `hf auth login`, or set HF_TOKEN"
     if any(isinstance(cause, OSError) and cause.errno == errno.ENOSPC for cause in causes):
-        return "does not fit on the disk: make room, or let HF_HOME name a folder on another one"
+        return "does not fit on the disk: free some space, or set HF_HOME to a folder on another disk"
     unreachable = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError, TimeoutError)
     if caused_by(*unreachable, socket.gaierror):
         return (
-            f"is neither a folder nor in the cache, and the hub cannot be reached: `hf download {source}` where there "
-            "is a network, and without HF_HUB_OFFLINE"
+            f"is neither a folder nor in the cache, and the hub cannot be reached: run `hf download {source}` with "
+            "network access and without HF_HUB_OFFLINE"
         )
     if caused_by(SafetensorError):
-        return f"has a damaged safetensors file, to be fetched again: {text}"
+        return f"has a damaged safetensors file; download it again: {text}"
     sentence = next((ours for theirs, ours in SENTENCES.items() if theirs in str(error)), None)
     return sentence or f"could not be loaded: {text}"
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and what led to it."""
+    """The error and the chain of its causes."""
     cause: BaseException | None = error
     while cause is not None:
         yield cause

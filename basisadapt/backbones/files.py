@@ -1,4 +1,4 @@
-"""What tells files of weights apart: their content, hashed once."""
+"""The identity of weight files: a hash of their content, computed once."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from basisadapt.core.errors import InputError
 
 
 def stamp(file: Path) -> tuple[int, ...]:
-    """What changes when a file does."""
+    """A file's size in bytes and its time of modification in nanoseconds, which change when the file does.
+
+    Raises OSError.
+    """
     found = file.stat()
     return found.st_size, found.st_mtime_ns
 
 
 def sha256_of(file: Path) -> str:
-    """The sha256 of what `file` holds, computed once for as long as it does not change. Raises InputError."""
+    """The sha256 of the content of `file`, cached until it changes. Raises InputError if it cannot be read."""
     try:
         return _sha256_once(file, stamp(file))
     except OSError as error:

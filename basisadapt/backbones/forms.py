@@ -1,4 +1,4 @@
-"""The forms a model takes for a task, which models can take them, and the head that comes with some."""
+"""The forms that a model takes for a task, the models that can take them, and the head that some of them have."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from basisadapt.core.errors import InputError
 class Form:
     """What a model does for a task.
 
-    does: in words. model, processor: the classes, transformers' or ours, that load it and what a task makes its inputs
-    with: a tokenizer, an image processor, or for parts of a model (`parts`) the frozen rest.
-    models: transformers' table of the model types that can. peft: peft's word for it.
+    - `does` (str): in words, for messages.
+    - `model` (str): the class, of transformers or ours, that loads the model.
+    - `models` (str): transformers' mapping of the model types that can take the form.
+    - `processor` (str): the class that loads what a task makes inputs with: a tokenizer, an image processor, or for
+      parts of a model (`parts`) its frozen rest.
+    - `peft` (str or None): peft's name for the type of task, if it has one.
     """
 
     does: str
@@ -49,7 +52,7 @@ FORMS = {
     ),
     "feed_forward": Form(
         does="store facts in a feed-forward block (task facts)",
-        model="LastFeedForward",  # ours, as is what is below it
+        model="LastFeedForward",  # ours, like Below
         models="MODEL_FOR_MASKED_LM_MAPPING_NAMES",
         processor="Below",
         peft=None,
@@ -63,7 +66,7 @@ FORMS = {
     ),
     "weight": Form(
         does="be fitted to a given matrix (tasks matrix/...)",
-        model="LastQuery",  # ours, as is its weight
+        model="LastQuery",  # ours, like QueryWeight
         models="MODEL_FOR_MASKED_LM_MAPPING_NAMES",
         processor="QueryWeight",
         peft=None,
@@ -83,16 +86,16 @@ OURS = {
     "last_mlp": {"llama", "qwen2"},
     "weight": {"bert"},
 }  # our forms, of a few model types each
-HEADS = ("classifier", "score")  # what transformers calls the head of a classifier; peft trains the same
+HEADS = ("classifier", "score")  # transformers' names for a classifier's head; peft trains modules of these names
 
 
 def model_class(form: str) -> Any:
-    """What builds a model of that form from a configuration, or loads one."""
+    """The class that builds a model of that form from a configuration, or loads one."""
     return _class(FORMS[form].model)
 
 
 def processor_class(form: str) -> Any:
-    """What loads what a task makes a model's inputs with: mostly its tokenizer or image processor."""
+    """The class that loads what a task makes inputs with, in most forms a tokenizer or an image processor."""
     return _class(FORMS[form].processor)
 
 
@@ -112,7 +115,7 @@ def is_head(parameter: str) -> bool:
 
 
 def check_form(backbone: Backbone, form: str, model_type: str) -> None:
-    """Raise InputError, naming backbones that can, where a model of that type cannot take the form."""
+    """Raise InputError, naming backbones that can, if models of type `model_type` cannot take the form."""
     if not _can(form, model_type):
         able = [name for name, other in BACKBONES.items() if _can(form, other.shapes.get("model_type", ""))]
         hint = f"; among the named ones, {', '.join(able)} can" if able else ""

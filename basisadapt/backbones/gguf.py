@@ -1,4 +1,4 @@
-"""A GGUF file as a folder that transformers loads: unpacked once to float32 and kept in the user's cache."""
+"""Converts a GGUF file to a folder that transformers loads: unpacked once to float32, in the user's cache."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from basisadapt.core.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-EMBEDDING, HEAD = "token_embd.weight", "output.weight"  # what ggml calls the two ends of a language model
-# How finely floats are spaced, on the scale of bits a weight on which a rounding to b bits is off by some 2^(1 - b).
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"  # ggml's names for the two ends of a language model
+# The precision of float types in bits per weight, where rounding to b bits has a relative error of about 2^(1 - b).
 FLOATS = {"F32": 25.0, "F16": 12.0, "BF16": 9.0}
 
 
 def rounding(file: Path) -> str:
-    """What every result with the weights of `file` has to say: how they were rounded, and which file it was.
+    """The note that every result with the weights of `file` records: how they were rounded, and the file's hash.
 
-    Raises InputError where the file is not there, or not GGUF.
+    Raises InputError if the file is missing or not GGUF.
     """
     header, digest = read_header(file), sha256_of(file)[:16]
     kind = _file_type(header)
@@ -35,11 +35,11 @@ def rounding(file: Path) -> str:
 
 
 def converted(file: Path, sha256: str) -> Path:
-    """The folder with the weights and the tokenizer of `file`, whose sha256 is part of its name.
+    """The folder with the weights and the tokenizer of `file`; the sha256 is part of the folder's name.
 
-    The first call makes it, in a minute or two for half a billion weights. The folder gets its name only when it is
-    complete, so that nothing half done is ever taken for it, and a lock lets one process work at a time. Raises
-    InputError where the cache cannot be written.
+    The first call makes it, in a minute or two for half a billion weights. The folder is renamed into place once it is
+    complete, so an unfinished one is never used, and a lock lets one process at a time do the work. Raises InputError
+    if the cache cannot be written, or the file is damaged.
     """
     cache = cache_folder()
     folder = cache / f"{file.stem}-{sha256[:16]}"
@@ -64,7 +64,7 @@ def converted(file: Path, sha256: str) -> Path:
 
 
 def _file_type(header: Header) -> str:
-    """What the file says it was rounded to, such as "Q4_K_M"; empty where it does not, or where gguf is missing."""
+    """The file type that the header states, such as "Q4_K_M"; empty if it states none, or gguf is not installed."""
     if importlib.util.find_spec("gguf") is None or "general.file_type" not in header.metadata:
         return ""
     from gguf import LlamaFileType
@@ -83,7 +83,7 @@ def _convert(file: Path, folder: Path) -> None:
     unpacked = transformers.GgufConfig(dequantize=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     for token, key in (("eos_token", "eos_token_id"), ("pad_token", "padding_token_id")):
-        # The file's own word: what transformers makes of it has changed between its versions.
+        # The numbers in the file itself: what transformers makes of them has changed between versions.
         if (number := header.metadata.get(f"tokenizer.ggml.{key}")) is not None:
             setattr(tokenizer, token, tokenizer.convert_ids_to_tokens(number))
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -106,11 +106,11 @@ def _check_whole(file: Path, header: Header) -> None:
 
 
 def _tie_head(model: PreTrainedModel, header: Header) -> None:
-    """Make head and embedding one again where the file has rounded them apart, both into the finer copy.
+    """Tie head and embedding again if they differ only by rounding, and keep the more precise copy.
 
-    A file may store the one tensor of a tied model twice, in two types; transformers then takes the model for an untied
-    one. They are one where they differ by no more than the coarser rounding: ‖E − H‖ ≤ 2^(2 − b) ‖H‖ at b bits a
-    weight, which is twice what such a rounding is off by, and no more than half.
+    A file may store the shared tensor of a tied model twice, in two types; transformers then treats the model as
+    untied. The two count as equal if ‖E − H‖ ≤ 2^(2 − b) ‖H‖ with b the bits per weight of the coarser type, which is
+    twice its rounding error, and at most ‖H‖ / 2.
     """
     if HEAD not in header.tensors or EMBEDDING not in header.tensors or not model._tied_weights_keys:
         return
@@ -126,7 +126,7 @@ def _tie_head(model: PreTrainedModel, header: Header) -> None:
 
 
 def _bits(kind: int) -> float:
-    """How finely a type of ggml's resolves, in bits a weight."""
+    """The precision of a ggml type, in bits per weight."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     per_block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]

@@ -1,4 +1,4 @@
-"""What stands before the weights in a GGUF file: its metadata, and the type and place of every tensor."""
+"""Reads the header of a GGUF file: its metadata, and the type and offset of every tensor."""
 
 from __future__ import annotations
 
@@ -14,14 +14,19 @@ from typing import Any
 from basisadapt.backbones.files import stamp
 from basisadapt.core.errors import InputError, one_line
 
-# Types of metadata, by number, as struct spells them; a text and a list come apart from these.
+# struct's formats of GGUF's numeric metadata types; texts and lists are read separately.
 NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 TEXT, LIST = 8, 9
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor's type and place. kind: ggml's number of its type. start: its first byte, from that of all tensors."""
+    """A tensor's type and place in the file.
+
+    - `kind` (int): ggml's number of its type.
+    - `elements` (int): how many numbers it holds.
+    - `start` (int): its offset in bytes from the first tensor.
+    """
 
     kind: int
     elements: int
@@ -30,8 +35,12 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Header:
-    """metadata: numbers and texts by key, without lists such as the vocabulary. tensors: by name. start: the byte of
-    the file at which they begin."""
+    """The header of a GGUF file.
+
+    - `metadata`: numbers and texts by key, without lists such as the vocabulary.
+    - `tensors`: by name.
+    - `start` (int): the offset in bytes at which the tensors begin.
+    """
 
     metadata: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
@@ -39,12 +48,12 @@ class Header:
 
 
 def read_header(file: Path) -> Header:
-    """The header of `file`, read once for as long as it does not change.
+    """The header of `file`, cached until the file changes.
 
-    Raises InputError where it is not there, or not GGUF. Source: the GGUF specification, versions 2 and 3.
+    Raises InputError if it is missing, damaged or not GGUF. Source: the GGUF specification, versions 2 and 3.
     """
     if not file.is_file():
-        raise InputError(f"backbone {str(file)!r} is not there; the weights of a model in GGUF were expected")
+        raise InputError(f"backbone {str(file)!r} does not exist; expected a GGUF file with the weights of a model")
     return _read_once(file, stamp(file))
 
 
@@ -65,7 +74,7 @@ def _read_once(file: Path, stamp: tuple[int, ...]) -> Header:
 
 
 class _Reader:
-    """Reads from place to place."""
+    """Reads the parts of a header one after the other, from just behind the four letters "GGUF"."""
 
     def __init__(self, content: mmap.mmap) -> None:
         self._content, self._place = content, 4
@@ -95,7 +104,7 @@ class _Reader:
         return self._content[self._place - length : self._place].decode()
 
     def _value(self, kind: int) -> Any:
-        """A number or a text; None for a list, which is passed over."""
+        """A number or a text; None for a list, which is skipped."""
         if kind == TEXT:
             return self._text()
         if kind != LIST:

@@ -1,4 +1,4 @@
-"""What a backbone can read: as many tokens as it has positions, and the tokens that it has embeddings for."""
+"""Limits on a backbone's inputs: the number of its positions, and the tokens that have embeddings."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ POSITIONS = ("position_embeddings", "position_embedding", "embed_positions", "wp
 
 
 def most_tokens(model: nn.Module) -> int | None:
-    """The positions that a model of texts has learned one by one; None where there are none, as with rotary ones.
+    """The number of tokens for which a text model has learned position embeddings; None without them (rotary).
 
-    RoBERTa and its kind count from behind the padding token's index on, OPT and BART from an offset.
+    RoBERTa and its relatives count positions from after the padding token's index, OPT and BART from an offset.
     """
     tables = [module for name, module in model.named_modules() if name.rpartition(".")[2] in POSITIONS]
     counts = [
@@ -33,9 +33,9 @@ def most_tokens(model: nn.Module) -> int | None:
 
 
 def check_inputs(backbone: Backbone, form: str, model: PreTrainedModel, max_length: int | None) -> None:
-    """Raise InputError where a task of that form would give the model more tokens, or others, than it knows.
+    """Raise InputError if a task of that form would give the model more tokens than it has positions, or unknown ones.
 
-    model: of shapes alone will do. Only the tokenizer of a local folder is looked at; `load` looks at all.
+    model: may be on the meta device. Only the tokenizer of a local folder is checked here; `load` checks all.
     """
     if FORMS[form].processor != "AutoTokenizer":
         return
@@ -53,25 +53,25 @@ def check_inputs(backbone: Backbone, form: str, model: PreTrainedModel, max_leng
 
 
 def check_tokenizer(backbone: Backbone, form: str, tokenizer: Any, model: PreTrainedModel) -> None:
-    """Raise InputError where tokens have no embedding, or where none pads or ends a text."""
+    """Raise InputError if there is no vocabulary, a token has no embedding, or no token can pad or end a text."""
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a missing vocabulary
         raise InputError(f"backbone {backbone.name!r} has no tokenizer")
     embeddings: Any = model.get_input_embeddings()
     if (last := _last_token(tokenizer)) >= embeddings.num_embeddings:
         raise InputError(
-            f"backbone {backbone.name!r} has embeddings for {embeddings.num_embeddings} tokens, and its tokenizer "
-            f"numbers up to {last}: they do not belong together"
+            f"backbone {backbone.name!r} has embeddings for {embeddings.num_embeddings} tokens, but its tokenizer "
+            f"has ids up to {last}: they do not belong together"
         )
     if tokenizer.eos_token is None and (form == "completion" or tokenizer.pad_token is None):
         needed = "ends an answer" if form == "completion" else "pads a batch"
         raise InputError(
-            f"the tokenizer of backbone {backbone.name!r} has no eos_token, so that nothing {needed}; "
+            f"the tokenizer of backbone {backbone.name!r} has no eos_token, so nothing {needed}; "
             "set it in its tokenizer_config.json"
         )
 
 
 def _last_token(tokenizer: Any) -> int:
-    """The largest number that a text may be given; special tokens that nothing puts there may lie beyond it."""
+    """The largest token id that can occur in an input; special tokens that never occur may be larger."""
     numbers: set[int] = set(tokenizer.get_vocab().values())
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     put = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id}

@@ -1,4 +1,4 @@
-"""A model for a task: its shapes alone on the meta device, or its pretrained weights."""
+"""Loads a model for a task: only its shapes, on the meta device, or with its pretrained weights."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 
 def shape_only(backbone: Backbone, form: str, num_labels: int) -> PreTrainedModel:
-    """A model of that form, with `num_labels` outputs, on the meta device: shapes and names, no weights and no memory.
+    """A model of that form with `num_labels` outputs on the meta device: names and shapes, without weights or memory.
 
-    Raises InputError where the backbone cannot have it.
+    Raises InputError if the backbone cannot take the form, or its configuration cannot be loaded.
     """
     import transformers
 
@@ -41,9 +41,9 @@ def shape_only(backbone: Backbone, form: str, num_labels: int) -> PreTrainedMode
 
 
 def check_at_hand(backbone: Backbone) -> None:
-    """Raise InputError where a look shows that `load` would fail: at a package, a local folder or a GGUF file.
+    """Raise InputError if it is clear that `load` would fail, from the package, the local folder or the GGUF file.
 
-    No hub is asked. A GGUF file is unpacked: whether it can be, nothing less tells.
+    The hub is not asked. A GGUF file is converted, since only that shows whether it can be.
     """
     check_installed(backbone)
     folder = Path(backbone.source)
@@ -57,11 +57,15 @@ def check_at_hand(backbone: Backbone) -> None:
 def load(
     backbone: Backbone, form: str, num_labels: int, weights: str = "fp32", prompts: Sequence[Sequence[str]] = ()
 ) -> tuple[PreTrainedModel, Any]:
-    """The pretrained model, its head fresh and in float32, and its tokenizer, image processor or the frozen rest of it.
+    """The pretrained model with a new head in float32, and its tokenizer, image processor or frozen rest.
 
-    weights: how the backbone is held, one of precision.WEIGHTS. prompts: sentences about each class, by which the form
-    "zero_shot" knows it. Raises InputError where the weights cannot be had or are not what they should be. Only
-    safetensors are read, and no code from the hub is run.
+    - `form`: one of `FORMS`.
+    - `num_labels`: outputs of the head.
+    - `weights`: the storage of the backbone, one of `WEIGHTS`, default "fp32".
+    - `prompts`: sentences about each class, for the form "zero_shot".
+
+    Only safetensors are read, and no code from the hub is run. Raises InputError if the weights cannot be loaded or do
+    not fit the backbone.
     """
     import transformers
 
@@ -74,7 +78,7 @@ def load(
         backbone,
         config=config,
         use_safetensors=True,
-        ignore_mismatched_sizes=True,  # a head for other labels is replaced; of anything else the report tells
+        ignore_mismatched_sizes=True,  # a head for other labels is replaced; `_check_fit` finds anything else
         output_loading_info=True,
         **loading_options(weights),
     )
@@ -102,18 +106,18 @@ def _class_embeddings(backbone: Backbone, num_labels: int, prompts: Sequence[Seq
     from basisadapt.backbones import clip
 
     if len(prompts) != num_labels:
-        raise InputError(f"data.head zero_shot needs {num_labels} classes with names, and the data have {len(prompts)}")
+        raise InputError(f"data.head zero_shot needs {num_labels} classes with names, but the data has {len(prompts)}")
     whole = _ask(transformers.CLIPModel, backbone, dtype=torch.float32, use_safetensors=True)
     return clip.class_embeddings(whole, _ask(transformers.AutoTokenizer, backbone), prompts)
 
 
 def _check_shapes(backbone: Backbone) -> None:
-    """Raise InputError where the user's own copy of a named backbone is another model."""
+    """Raise InputError if the user's own copy of a named backbone is another model."""
     config = _config(backbone, 1)
     for key, expected in backbone.shapes.items():
         if (found := getattr(config, key, None)) != expected:
             raise InputError(
-                f"backbone {backbone.name!r} has {key} {expected}, and what {OWN} has for it {found}: another model"
+                f"backbone {backbone.name!r} has {key} {expected}, but its copy in {OWN} has {found}: another model"
             )
 
 
@@ -133,7 +137,7 @@ def _ask(auto_class: Any, backbone: Backbone, **options: Any) -> Any:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """No progress bars and no warnings of transformers: a fresh head, say, is what we ask for."""
+    """Suppress transformers' progress bars and its warnings, such as that of a new head, which is intended."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -147,9 +151,9 @@ def quietly() -> Iterator[None]:
 
 
 def _check_fit(backbone: Backbone, form: str, report: dict[str, Any]) -> None:
-    """Raise InputError where weights are missing or have other shapes than their configuration says.
+    """Raise InputError if weights are missing, or differ in shape from the configuration.
 
-    A classifier's head may, and so may what some models put between the blocks and the head, such as a pooler.
+    In a classifier the head may be missing or differ, and layers outside the blocks, such as a pooler, may be missing.
     """
     block = re.compile(r".*\.\d+\..*")
     missing = [name for name in report["missing_keys"] if form == "completion" or block.fullmatch(name)]

@@ -1,4 +1,4 @@
-"""Weights that are on this machine, in a package or a file: found, checked and, from GGUF, converted once."""
+"""Finds weights in an installed package or a local file, checks them, and converts GGUF once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from basisadapt.core.errors import InputError
 
 
 def check_installed(backbone: Backbone) -> None:
-    """Raise InputError, with the command to run, where a package that the backbone needs is not installed."""
+    """Raise InputError, with the command to run, if a package that the backbone needs is not installed."""
     if backbone.package is not None:
         from_gguf = backbone.package.weights.endswith(".gguf")
         needed, install = [backbone.source, *(["gguf"] if from_gguf else [])], backbone.package.install
@@ -24,7 +24,10 @@ def check_installed(backbone: Backbone) -> None:
 
 
 def place_of(backbone: Backbone) -> str:
-    """What transformers is to load: a hub id, or a folder, to which a GGUF file is converted. Raises InputError."""
+    """What transformers loads: a hub id, or a local folder, which is converted from GGUF if need be.
+
+    Raises InputError if the weights are not installed, damaged or changed.
+    """
     if backbone.package is not None:
         return str(folder_of(backbone, backbone.package))
     if backbone.file is not None:
@@ -34,7 +37,7 @@ def place_of(backbone: Backbone) -> str:
 
 
 def folder_of(backbone: Backbone, package: Package) -> Path:
-    """The folder of the checked weights, for transformers. Raises InputError if they cannot be had."""
+    """The folder of a package's weights, checked by their hash. Raises InputError if they are missing or changed."""
     check_installed(backbone)
     found = importlib.util.find_spec(backbone.source)
     assert found is not None

@@ -1,4 +1,4 @@
-"""Parts of a BERT's last block as models of their own, and what makes their inputs."""
+"""Parts of BERT's last block as separate models, and the frozen rest that makes their inputs."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ KEYS_AT_ONCE = 64  # keys that are embedded together
 class LastFeedForward(BertPreTrainedModel):  # type: ignore[misc]
     """Logits C y, shape (rows, num_labels), with y = LayerNorm(h + W₂ gelu(W₁ h + b₁) + b₂).
 
-    h: the hidden state of the first token at the input of the last block's feed-forward layers, (rows, hidden), see
-    `Below`. W₁ (intermediate, hidden) and W₂ (hidden, intermediate) have the names that they have in the whole model.
-    C: `classes`, (num_labels, hidden), drawn from N(0, 1 / hidden), so that its rows are about 1 long; a buffer, which
-    no method trains and no adapter saves. There is no dropout, as what is stored is all that is asked for.
+    - h: the hidden state of the first token at the input of the last block's feed-forward layers, (rows, hidden), see
+      `Below`.
+    - W₁ (intermediate, hidden) and W₂ (hidden, intermediate): named as in the whole model.
+    - C: `classes`, (num_labels, hidden), drawn from N(0, 1 / hidden), so that its rows have norm 1 or so; a buffer,
+      which no method trains and no adapter saves.
+
+    There is no dropout: the task asks only for stored facts.
     """
 
     main_input_name = "hidden"
@@ -36,7 +39,7 @@ class LastFeedForward(BertPreTrainedModel):  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, config: Any) -> LastFeedForward:
-        """The model with no weights loaded."""
+        """The model without loaded weights, as transformers' classes have it."""
         return cls(config)
 
     def draw_classes(self) -> None:
@@ -44,7 +47,7 @@ class LastFeedForward(BertPreTrainedModel):  # type: ignore[misc]
         self.classes.normal_(std=self.config.hidden_size**-0.5)
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
-        """Logits of hidden states of shape (rows, hidden), and their cross-entropy where there are labels."""
+        """Logits (rows, num_labels) of hidden states (rows, hidden); with labels (rows,) also the cross-entropy."""
         block, h = _block(self.encoder), hidden.to(self.dtype)
         y = block["output"](block["intermediate"](h), h)
         logits = y @ self.classes.T
@@ -52,7 +55,7 @@ class LastFeedForward(BertPreTrainedModel):  # type: ignore[misc]
 
 
 class Below:
-    """A BERT below the feed-forward layers of its last block, frozen: keys in, hidden states out."""
+    """BERT up to the feed-forward layers of its last block, frozen: maps keys to hidden states."""
 
     def __init__(self, tokenizer: Any, encoder: Any) -> None:
         last = encoder.encoder.layer[-1]
@@ -62,20 +65,19 @@ class Below:
 
     @classmethod
     def from_pretrained(cls, source: str, **options: Any) -> Below:
-        """The tokenizer and the encoder of a hub id or a folder, in float32."""
+        """Load the tokenizer and the encoder, in float32, from a hub id or a folder."""
         encoder = BertModel.from_pretrained(source, add_pooling_layer=False, dtype=torch.float32, **options)
         return cls(AutoTokenizer.from_pretrained(source, **options), encoder)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """The tokenizer; the encoder is the backbone's own."""
+        """Save the tokenizer; the encoder is not saved, as it is the backbone's."""
         self._tokenizer.save_pretrained(folder)
 
     @torch.no_grad()
     def __call__(self, keys: Sequence[Sequence[int]]) -> Tensor:
-        """The first token's hidden state of every key, shape (keys, hidden).
+        """The hidden state of the first token for every key, shape (keys, hidden).
 
-        A key is a number of tokens, all keys as many, each given by a number: token n is the word n mod W of the W
-        tokens that are whole words.
+        keys: lists of integers, all of one length. The integer n stands for word n mod W of the W whole-word tokens.
         """
         words = torch.tensor(self._words)[torch.tensor(keys) % len(self._words)]
         ids = pad(words, (1, 0), value=self._tokenizer.cls_token_id)
@@ -84,9 +86,9 @@ class Below:
 
 
 class LastQuery(BertPreTrainedModel):  # type: ignore[misc]
-    """ΔW, shape (rows, m, n), of the query projection of the last block, whose own weight W is (m, n).
+    """ΔW, shape (rows, m, n), of the query projection of the last block, whose weight W has shape (m, n).
 
-    ΔW = Yᵀ − W, with Y what the adapted projection, without its bias, makes of the rows of the identity.
+    ΔW = Yᵀ − W, with Y the output of the adapted projection, without its bias, for the identity matrix.
     """
 
     main_input_name = "weight"
@@ -99,11 +101,11 @@ class LastQuery(BertPreTrainedModel):  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, config: Any) -> LastQuery:
-        """The model with no weights loaded."""
+        """The model without loaded weights, as transformers' classes have it."""
         return cls(config)
 
     def forward(self, weight: Tensor, target: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
-        """ΔW as the logits, and ‖ΔW − T‖² / ‖T‖² as the loss, for W and T of shape (rows, m, n)."""
+        """The logits ΔW, and the loss ‖ΔW − T‖² / ‖T‖², for weight W and target T of shape (rows, m, n)."""
         query = _block(self.encoder)["attention"]["self"]["query"]
         unit = torch.eye(weight.shape[-1], dtype=self.dtype, device=weight.device)
         change = query(unit).T - weight
@@ -112,23 +114,23 @@ class LastQuery(BertPreTrainedModel):  # type: ignore[misc]
 
 
 class QueryWeight:
-    """The weight W of `LastQuery` before anything trains, shape (m, n), in float32."""
+    """The weight W of `LastQuery` before training, shape (m, n), float32."""
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
 
     @classmethod
     def from_pretrained(cls, source: str, **options: Any) -> QueryWeight:
-        """That of a hub id or a folder."""
+        """Load W from a hub id or a folder."""
         model = LastQuery.from_pretrained(source, dtype=torch.float32, **options)
         return cls(_block(model.encoder)["attention"]["self"]["query"].weight.detach())
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Nothing: the weight is the backbone's own."""
+        """Save nothing, as the weight is the backbone's."""
 
 
 def _last_block(config: Any, **parts: nn.Module) -> nn.ModuleDict:
-    """An encoder that has nothing but these parts of its last block, by the names that they have in the whole one."""
+    """An encoder of which only these parts of the last block exist, named as in the whole encoder."""
     below = [nn.Identity() for _ in range(config.num_hidden_layers - 1)]
     return nn.ModuleDict({"layer": nn.ModuleList([*below, nn.ModuleDict(parts)])})
 
@@ -139,7 +141,7 @@ def _block(encoder: Any) -> Any:
 
 
 class _Residual(nn.Module):
-    """What reaches the block by its residual path."""
+    """Returns its second input, the residual stream."""
 
     def forward(self, _: Tensor, residual: Tensor) -> Tensor:
         return residual

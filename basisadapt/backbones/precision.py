@@ -1,4 +1,4 @@
-"""The precision in which a frozen backbone is held: full, half, or quantised by bitsandbytes."""
+"""The precision in which a frozen backbone is stored: float32, bfloat16, or quantized by bitsandbytes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WEIGHTS = ("fp32", "bf16", *QUANTISED)
 
 
 def check_weights(weights: str) -> None:
-    """Raise InputError where this machine cannot hold weights so."""
+    """Raise InputError if this machine cannot store weights as `weights`, one of `WEIGHTS`."""
     if weights not in QUANTISED:
         return
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -37,14 +37,17 @@ def check_weights(weights: str) -> None:
 
 
 def loading_options(weights: str) -> dict[str, Any]:
-    """What `from_pretrained` is told; what is not quantised of a quantised model is in bfloat16."""
+    """Arguments of `from_pretrained` for weights stored as `weights`, one of `WEIGHTS`.
+
+    In a quantized model, everything that is not quantized is in bfloat16.
+    """
     if weights == "fp32":
         return {"dtype": torch.float32}
     options: dict[str, Any] = {"dtype": torch.bfloat16}
     if weights in QUANTISED:
         from transformers import BitsAndBytesConfig
 
-        # It would tell at every product of LLM.int8 that it takes bfloat16 for float16.
+        # It warns at every product of LLM.int8 that it converts bfloat16 to float16.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_8bit=weights == "int8",
@@ -57,7 +60,7 @@ def loading_options(weights: str) -> dict[str, Any]:
 
 
 def keep_head_exact(model: PreTrainedModel) -> None:
-    """Put the task's head, which trains, into float32; what reaches it in another precision is converted."""
+    """Convert the task's head, which trains, to float32; its inputs are converted too."""
     for name in HEADS:
         head = getattr(model, name, None)
         if isinstance(head, nn.Module):

@@ -1,3 +1,3 @@
-"""The ground: what every package may use, and which knows none of them."""
+"""What every other package builds on: errors, settings, registries, redaction. It imports none of them."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is made once and kept in the user's cache."""
+"""The user's cache folder, for results that are computed once and kept."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def cache_folder() -> Path:
-    """BASISADAPT_CACHE, or basisadapt in the platform's folder for caches."""
+    """The folder BASISADAPT_CACHE, or "basisadapt" in the platform's cache folder. It need not exist yet."""
     if chosen := os.environ.get("BASISADAPT_CACHE"):
         return Path(chosen)
     home = {"darwin": Path.home() / "Library" / "Caches", "win32": Path.home() / "AppData" / "Local"}
@@ -20,9 +20,10 @@ def cache_folder() -> Path:
 
 
 def kept(name: str, make: Callable[[], Any]) -> Any:
-    """The JSON value in the cache's file `name`, which `make` gives where there is none that can be read.
+    """The JSON value in the cache file `name`; if the file cannot be read, `make()` computes the value and it is saved.
 
-    The file gets its name only when it is complete. A cache that cannot be written keeps nothing.
+    The file is renamed into place once it is complete, so no process reads half of one. If the cache cannot be
+    written, the value is returned and not kept. Raises what `make` raises.
     """
     file = cache_folder() / name
     try:

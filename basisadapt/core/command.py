@@ -1,4 +1,4 @@
-"""What the command lines share: exit codes, errors that are one line, and output without secrets."""
+"""What the command lines share: exit codes, one-line errors, and output without secrets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TextIO, cast
 from basisadapt.core.errors import InputError
 from basisadapt.core.redaction import hide_in, redacted
 
-# What steers a terminal: control characters, and marks that turn the direction of writing.
+# Characters that control a terminal, and marks that change the direction of writing.
 CONTROLS = [code for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"]
 TURNING = [*range(0x202A, 0x202F), *range(0x2066, 0x206A)]
 STEERING = {**{code: f"\\x{code:02x}" for code in CONTROLS}, **{code: f"\\u{code:04x}" for code in TURNING}}
@@ -24,10 +24,10 @@ DONE, UNSOUND, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser to which bad arguments are bad input like any other."""
+    """An argument parser that raises InputError for bad arguments, as all other bad input does."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise InputError."""
+        """Raise InputError with argparse's message, instead of printing it and exiting."""
         raise InputError(f"{message} (--help lists the options)")
 
 
@@ -39,7 +39,7 @@ def complete(parser: argparse.ArgumentParser) -> None:
 
 
 def say(text: str) -> None:
-    """Tell the user the answer. Who has read enough of it and closed the pipe, as `head` does, is not bothered."""
+    """Print an answer to stdout. A reader that has closed the pipe, as `head` does, causes no error."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -47,26 +47,27 @@ def say(text: str) -> None:
 
 
 def tell(text: str, end: str = "\n") -> None:
-    """Tell the user, on stderr, what goes on. Nothing is interrupted by that nobody listens."""
+    """Print progress and errors to stderr. A closed stderr causes no error."""
     try:
         print(text, end=end, file=sys.stderr, flush=True)
     except RuntimeError:
-        return  # a signal's text, in the middle of another
+        return  # a signal handler printed while another print was under way
     except OSError:
         with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def complain(error: object) -> None:
-    """Tell the user of an error."""
+    """Print an error to stderr, as "basisadapt: error: ...", in one line."""
     tell(f"basisadapt: error: {error}")
 
 
 def guarded(main: Callable[[list[str]], int]) -> Callable[..., int]:
-    """A command line, a function of its arguments, that prints no secret and nothing that steers a terminal: no answer,
-    no error, no progress and no traceback.
+    """`main`, a function of its arguments that returns an exit code, with everything it prints made safe.
 
-    Called without arguments it has those of the process.
+    Answers, errors, progress and tracebacks lose their secrets and their terminal control characters. Called without
+    arguments, the result uses those of the process. It returns BAD_INPUT where a package is not installed, and UNSOUND,
+    after a traceback, for any other exception.
     """
 
     @functools.wraps(main)
@@ -84,15 +85,16 @@ def guarded(main: Callable[[list[str]], int]) -> Callable[..., int]:
                 if isinstance(error, ModuleNotFoundError) and not (error.name or "basisadapt").startswith("basisadapt"):
                     complain(f"this needs {error.name}, which is not installed: pip install 'basisadapt[lab]'")
                     return BAD_INPUT
-                traceback.print_exc()  # where the interpreter would do so, nobody listens any more
+                traceback.print_exc()  # printed here, since the interpreter's own would not be redacted
                 return UNSOUND
 
     return run
 
 
 class _Guarded:
-    """A stream to which texts are written without their secrets, and with what steers a terminal escaped: labels, names
-    of files and errors are others' texts. For the rest it is the stream itself.
+    """A stream that writes texts without secrets and with terminal control characters escaped.
+
+    Labels, file names and error messages come from others and may hold either. All else is the stream's own.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -115,8 +117,10 @@ class _Guarded:
 
 
 def _inert(text: str) -> str:
-    """The text with what steers a terminal escaped, but for tabs, line ends, and the returns at its ends, by which a
-    progress bar is written over the one before."""
+    """The text with terminal control characters escaped.
+
+    Tabs and line feeds stay, and so do carriage returns at either end, with which a progress bar overwrites itself.
+    """
     bare = text.strip("\r")
     begin = len(text) - len(text.lstrip("\r")) if bare else len(text)
     return text[:begin] + bare.translate(STEERING) + text[begin + len(bare) :]

@@ -1,4 +1,4 @@
-"""What a run ran on: versions, commit, machine."""
+"""What a run ran on: package versions, git commit, machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ PACKAGES = ("basisadapt", "torch", "transformers", "peft", "accelerate", "datase
 
 
 def environment() -> dict[str, str]:
-    """Names to values, all text. `git_commit` is that of the package's source, "unknown" outside a repository."""
+    """Names to values, all text: git_commit, python, platform, device, threads, and the version of each package.
+
+    git_commit is the commit of this package's source, "unknown" outside a repository. A package that is missing is
+    "not installed".
+    """
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
         "git_commit": git_commit(),
@@ -26,7 +30,7 @@ def environment() -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """The commit of this source, with "-dirty" behind it where tracked files differ from it."""
+    """The commit of this source, followed by "-dirty" if tracked files differ from it; "unknown" without git."""
     folder = Path(__file__).parent
     try:
         # Only a repository that tracks this very file is ours: a user's own may surround an installed package.

@@ -1,4 +1,4 @@
-"""The errors that users are meant to read, the nearest valid choice that goes into one, and others in one line."""
+"""Errors that users are meant to read: their types, the nearest valid choice, and values shortened for a message."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import reprlib
 from collections.abc import Iterable
 
 LONGEST = 100  # characters of a value in a message
-MOST_NAMES, MOST_COMPARED = 40, 10_000  # names that are listed, and among which the nearest is looked for
+MOST_NAMES, MOST_COMPARED = 40, 10_000  # names that are listed, and names searched for the nearest one
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = LONGEST
@@ -15,18 +15,18 @@ _short.maxlong, _short.maxlevel = 40, 4
 
 
 class InputError(ValueError):
-    """Something the user asked for cannot be done. The message is one line: what was wrong, what was expected."""
+    """The user asked for something that cannot be done. The message is one line: what was wrong, what was expected."""
 
 
 class RecordError(Exception):
-    """What was run cannot be recorded. What is recorded stays as it is. The message is one line."""
+    """A result cannot be recorded. Existing records are unchanged. The message is one line."""
 
 
 def unknown(kind: str, name: object, known: Iterable[str], alike: float = 0.5) -> InputError:
-    """The error for a `name` that is not among the `known` names of a `kind`, with the nearest one.
+    """The error for a `name` that is not among the `known` names of a `kind`, such as "basis", with the nearest one.
 
-    The nearest is a name that the last words are, as dropout is of lora_dropout, or one that is `alike`, from 0 to 1. A
-    long list of names is left out where there is a nearest one.
+    The nearest ends in the name, as lora_dropout does in dropout, or is `alike`, a similarity from 0 to 1. The known
+    names are listed if there is no nearest one or there are at most 12.
     """
     names = sorted(known)
     name = str(name) if isinstance(name, str | int | float) else shown(name)
@@ -41,12 +41,12 @@ def unknown(kind: str, name: object, known: Iterable[str], alike: float = 0.5) -
 
 
 def refused(name: str, value: object, expected: str) -> InputError:
-    """The error for a setting's value."""
+    """The error for a setting's value: "`name` must be `expected`, got `value`"."""
     return InputError(f"{name} must be {expected}, got {shown(value)}")
 
 
 def shown(value: object) -> str:
-    """A value as messages show it: its repr, with the middle of what is long left out."""
+    """The repr of a value, for a message; the middle of a long one is left out."""
     try:
         return _short.repr(value)
     except ValueError:  # Python writes no whole number of more than 4,300 digits
@@ -54,5 +54,5 @@ def shown(value: object) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception in one line."""
+    """The type and message of an exception in one line, such as "KeyError: 'x'"."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -1,7 +1,7 @@
-"""Registers our methods with peft, now or as soon as peft is imported.
+"""Registers our methods with peft, at once or as soon as peft is imported.
 
-`import basisadapt` has to be enough for peft to know them, and has to be quick; importing peft takes seconds. So
-where peft is not there yet, its registration follows its import.
+`import basisadapt` must be enough for peft to know them, and must be quick, but importing peft takes seconds. So if
+peft is not loaded yet, the registration runs at the end of its import.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ METHODS = ("basisadapt.adapter", "basisadapt.methods")  # φ(BA), and the rivals
 
 
 def register_with_peft() -> None:
-    """Import what registers our methods if peft is loaded, else arrange for that to follow peft's import."""
+    """Register our methods now if peft is loaded, otherwise at the end of peft's import."""
     if "peft" in sys.modules:
         _register()
     elif not any(isinstance(finder, _PeftFinder) for finder in sys.meta_path):
@@ -30,10 +30,10 @@ def _register() -> None:
 
 
 class _PeftFinder(MetaPathFinder):
-    """Finds peft as the others do, and adds one step to the end of its import; then it is gone.
+    """Finds peft as the other finders do, adds the registration to the end of its import, then removes itself.
 
-    Until then it stays: transformers and others look for peft, to know whether it is installed, long before they
-    import it, and an import may fail and be tried again.
+    It stays until an import succeeds: transformers and others look for peft, to know whether it is installed, long
+    before they import it, and an import may fail and be retried.
     """
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:

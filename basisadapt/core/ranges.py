@@ -1,4 +1,4 @@
-"""Where a search may look: what a plug-in or a study declares for a setting."""
+"""Search spaces: the range or the choices that a plug-in or a study declares for a setting."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from basisadapt.core.errors import InputError, shown
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers from `low` to `high`, both included; evenly by their logarithm where `log`.
+    """The numbers from `low` to `high`, both included. Whether they are integers follows from the setting's type.
 
-    Whether they are whole numbers follows from the setting's type. Raises InputError unless low < high, and
-    0 < low where `log`.
+    - `low` (float): the smallest.
+    - `high` (float): the largest, above `low`.
+    - `log` (bool, default False): sample evenly in the logarithm; `low` is then above 0.
+
+    Raises InputError unless low < high, and 0 < low if `log`.
     """
 
     low: float
@@ -28,7 +31,7 @@ class Range:
             raise InputError(f"a range needs {expected}, got {self.low!r} to {self.high!r}")
 
     def __or__(self, other: Range) -> Range:
-        """The smallest range that holds both."""
+        """The smallest range that contains both; logarithmic if both are."""
         return Range(min(self.low, other.low), max(self.high, other.high), self.log and other.log)
 
     def __str__(self) -> str:
@@ -39,7 +42,10 @@ Choices = tuple[Any, ...]
 
 
 def parse_range(values: Any, key: str) -> Range | Choices:
-    """[low, high] or [low, high, log] as a Range; any other list as its choices. Raises InputError naming `key`."""
+    """[low, high] or [low, high, "log"] as a Range, any other list as choices. Raises InputError naming `key`.
+
+    A list of two numbers is always a range.
+    """
     if not isinstance(values, list) or not values:
         raise InputError(
             f"search.{key} must be [low, high], [low, high, log] or a list of choices, got {shown(values)}"

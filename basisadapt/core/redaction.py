@@ -1,7 +1,7 @@
-"""Texts without secrets. What leaves a process passes through `redacted`: streams, the record, files, other processes.
+"""Removes secrets from texts. Everything that leaves a process passes through `redacted`: streams, records, files.
 
-Known as secrets are the passwords in the environment and in addresses, and what `hide` was told. One is found however a
-text escapes it (JSON, percent signs, HTML, repr, a shell's quotes) and where the text that holds it was cut.
+Secrets are the passwords in the environment and in addresses, and whatever was given to `hide`. A secret is found
+however a text escapes it (JSON, percent signs, HTML, repr, shell quotes), and also if the text was cut off inside it.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar, cast
 
 MARK, CUT = "***", "..."
-SHORTEST = 6  # characters: a shorter secret would be found in every other word; addresses hide it all the same
+SHORTEST = 6  # characters: a shorter secret would match ordinary words; in an address it is hidden all the same
 
-# Names of what is secret: of variables of the environment, and in the query of an address.
+# Names of secrets: environment variables, and fields in the query of an address.
 VARIABLE = re.compile(r"(?:KEY|TOKEN|PASSWORD|SECRET)$", re.IGNORECASE)
 FIELD = r"[?&;][\w.-]*(?:pass|pwd|secret|token|key)[\w.-]*="
 
-OCTET = re.compile(r"(?:%(?:25)*|(?<!\\)\\+x)([0-9a-fA-F]{2})")  # as often as a text was put into another
+OCTET = re.compile(r"(?:%(?:25)*|(?<!\\)\\+x)([0-9a-fA-F]{2})")  # escaped any number of times
 ESCAPED = re.compile(
     rf"(?P<units>(?:(?<!\\)\\+u[0-9a-fA-F]{{4}})+)|(?P<octets>(?:{OCTET.pattern})+)|(?<!\\)\\+[nrt]"
     r"|&(?:amp;)*(?P<entity>#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z]{2,8});"
@@ -36,20 +36,20 @@ _told: set[str] = set()
 
 
 def hide(secret: str) -> None:
-    """Let a text count as a secret from now on. Space around it does not belong to it."""
+    """Treat a text as a secret from now on, without the whitespace around it."""
     _told.add(secret)
 
 
 def hide_in(address: str) -> None:
-    """Let the passwords in an address count as secrets, where it holds any."""
+    """Treat the passwords in an address as secrets from now on, if it has any."""
     _told.update(_passwords(address))
 
 
 def redacted(value: T) -> T:
-    """The value with `***` for every secret in its texts: a text, or lists, tuples, mappings and dataclasses of such.
+    """The value with `***` for every secret in its texts: a text, or lists, tuples, mappings and dataclasses of texts.
 
-    Passwords in addresses that nobody has told of are hidden too, where they are written as they should be:
-    postgresql://me:***@host/name?password=***.
+    Passwords in well-formed addresses are hidden even if they are not known as secrets:
+    `postgresql://me:***@host/name?password=***`.
     """
     return cast(T, _redacted(value, _known()))
 
@@ -73,7 +73,7 @@ def _redacted(value: object, secrets: frozenset[str]) -> object:
 
 
 def _known() -> frozenset[str]:
-    """The secrets, bare."""
+    """All secrets known now, each without escapes (see `_bare`), as far as they are long enough to be searched for."""
     found = set(_told)
     for name, value in os.environ.items():
         if VARIABLE.search(name):
@@ -90,10 +90,10 @@ def _bare_ones(secrets: frozenset[str]) -> frozenset[str]:
 
 @functools.lru_cache(maxsize=256)
 def _passwords(address: str) -> frozenset[str]:
-    """Whatever may be a password in an address.
+    """Every part of an address that may be a password.
 
-    Users write @, / and spaces into users and passwords as they are, of which each library makes something else and
-    quotes that in its errors: so every end that a password may have is one, and its parts are secrets too.
+    Users leave @, / and spaces in names and passwords unescaped. Libraries then split the address at different places
+    and quote the pieces in their errors. So the password may end at any @, and its parts are secrets too.
     """
     _, there, rest = address.partition("://")
     if not there:
@@ -114,7 +114,7 @@ def _passwords(address: str) -> frozenset[str]:
 
 
 def _without(text: str, secrets: Iterable[str]) -> str:
-    """The text with a mark for every secret, whole or at a cut."""
+    """The text with a mark for every secret, whether whole or cut off."""
     bare = _bare(text)
     spans = sorted(span for secret in secrets for span in _spans(bare, secret))
     if not spans:
@@ -130,7 +130,7 @@ def _without(text: str, secrets: Iterable[str]) -> str:
 
 
 def _spans(bare: str, secret: str) -> Iterator[tuple[int, int]]:
-    """Where a secret is in a text, both bare: all of it, its beginning before a cut, or its end after one."""
+    """The places of a secret in a text, both bare: all of it, its beginning before a cut, or its end after one."""
     size = len(secret)
     for start in _every(secret[:SHORTEST], bare):
         same = next((n for n in range(SHORTEST, size) if bare[start + n : start + n + 1] != secret[n]), size)
@@ -154,13 +154,12 @@ def _every(part: str, text: str) -> Iterator[int]:
 
 
 def _bare(text: str) -> str:
-    """A text without escapes, and without what is escaped by one and not by another: space, plus signs, quotes,
-    backslashes."""
+    """A text without escapes, and without the characters that only some encodings escape: space, +, quotes, \\."""
     return (ESCAPED.sub(_meant, text) if any(sign in text for sign in "\\%&") else text).translate(DROPPED)
 
 
 def _places(text: str) -> Iterator[tuple[int, int]]:
-    """For each letter of the bare text, where what stands for it begins and ends in the text."""
+    """For each character of the bare text, the start and end of what stands for it in the text."""
     end = 0
     for found in (*ESCAPED.finditer(text), None):
         begin = len(text) if found is None else found.start()
@@ -171,7 +170,7 @@ def _places(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _meant(found: re.Match[str]) -> str:
-    """What an escape means; nothing, of space."""
+    """The characters that an escape stands for; empty for escaped whitespace (\\n, \\r, \\t)."""
     if found["units"]:
         return bytes.fromhex("".join(re.findall("u(....)", found["units"]))).decode("utf-16-be", "replace")
     if found["octets"]:

@@ -1,4 +1,4 @@
-"""Names to classes. Everything that users may add (bases, grids, sharing policies) is found through a Registry."""
+"""Registries of classes by name. Everything that users can add (bases, methods, tasks, ...) is found through one."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ ENTRY_POINT_GROUP = "basisadapt.plugins"
 
 
 class Registry(Generic[T]):
-    """A mapping from a name to a class of one `kind` ("basis", "grid", ...).
+    """A mapping from names to classes of one `kind` ("basis", "grid", ...); iteration is in sorted order.
 
-    Classes enter when they are defined (see `TransferBasis`); those of installed packages enter through the
-    entry-point group `basisadapt.plugins`, which is read once, at the first name that is not there yet or at the
-    first listing.
+    A class is registered when it is defined (see `TransferBasis`). Classes of installed packages are registered through
+    the entry-point group `basisadapt.plugins`, which is loaded once: at the first unknown name or the first listing.
     """
 
     def __init__(self, kind: str) -> None:
@@ -32,12 +31,15 @@ class Registry(Generic[T]):
         self._classes: dict[str, type[T]] = {}
 
     def add(self, name: str, cls: type[T]) -> None:
-        """Register `cls` under `name`. Raises InputError if the name is taken or is not a plain word."""
+        """Register `cls` under `name`. Raises InputError if the name is taken or malformed.
+
+        A name may hold letters, digits, `_`, `-` and `/`.
+        """
         if not name.replace("_", "").replace("-", "").replace("/", "").isalnum():
             raise InputError(f"{self.kind} name {name!r} may hold only letters, digits, _, - and /")
         if name in self._classes:
             taken = self._classes[name]
-            raise InputError(f"{self.kind} {name!r} exists already ({taken.__module__}.{taken.__qualname__})")
+            raise InputError(f"{self.kind} {name!r} already exists ({taken.__module__}.{taken.__qualname__})")
         self._classes[name] = cls
 
     def __getitem__(self, name: str) -> type[T]:
@@ -61,11 +63,11 @@ class Registry(Generic[T]):
 
 FILE = "basisadapt_plugin_"  # what the module of a plug-in's file is called, before the file's own name
 _entry_points_loaded = False
-_plugins: dict[str, None] = {}  # what load_plugin has imported, in order
+_plugins: dict[str, None] = {}  # the sources that load_plugin has imported, in order
 
 
 def load_entry_points() -> None:
-    """Import every module of the entry-point group, once. A broken one is a warning, not the end of the program."""
+    """Import every module of the entry-point group, once. A module that fails to import causes a warning."""
     global _entry_points_loaded
     if _entry_points_loaded:
         return
@@ -73,19 +75,19 @@ def load_entry_points() -> None:
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         try:
             entry.load()
-        except Exception as error:  # a stranger's code: whatever it raises, the rest must go on
+        except Exception as error:  # third-party code may raise anything, and the rest must still load
             warnings.warn(f"plug-in {entry.name!r} ({entry.value}) did not load: {error}", stacklevel=2)
 
 
 def loaded_plugins() -> list[str]:
-    """What load_plugin has imported here, for a process that is to know the same names."""
+    """The sources that `load_plugin` has imported in this process; a worker imports them to know the same names."""
     return list(_plugins)
 
 
 def load_plugin(source: str) -> ModuleType:
-    """Import a plug-in for its registrations: a path to a Python file, or the dotted name of a module.
+    """Import a plug-in, which registers its classes: a path that ends in ".py", or the dotted name of a module.
 
-    The same file is imported once per process. Raises InputError if it does not exist or does not import.
+    A file is imported once per process. Raises InputError if it does not exist or fails to import.
     """
     is_file = source.endswith(".py")
     module = _load_file(source) if is_file else _load_module(source)

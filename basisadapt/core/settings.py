@@ -1,4 +1,4 @@
-"""Plain mappings (YAML, JSON, the command line) to settings dataclasses, checked key by key and type by type."""
+"""Builds settings dataclasses from plain mappings (YAML, JSON, the command line), checking every key and type."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from basisadapt.core.errors import InputError, shown, unknown
 S = TypeVar("S")
 
 LARGEST = int(sys.float_info.max)
-WHOLE = 2**63  # whole numbers lie below, as in every file and database that they go to
+WHOLE = 2**63  # whole numbers lie below, as the files and databases that keep them require
 
 
 def from_mapping(cls: type[S], values: Mapping[str, Any], where: str = "") -> S:
     """Build the dataclass `cls` from `values`.
 
-    `where` is the dotted place that messages name, such as "train". Numbers given as whole floats or as 0/1 are taken
-    for integers and booleans; nothing else is converted. Raises InputError for an unknown key, or a value of the
-    wrong type; the dataclass itself checks ranges.
+    `where` is the dotted prefix of the keys in messages, such as "train". Integers may be given as whole floats,
+    booleans as 0 or 1, and floats as integers; nothing else is converted. The dataclass itself checks ranges.
+
+    Raises InputError for an unknown key, a value of the wrong type, or what the dataclass refuses.
     """
     assert dataclasses.is_dataclass(cls)
     names = _names(cls)
@@ -35,12 +36,15 @@ def from_mapping(cls: type[S], values: Mapping[str, Any], where: str = "") -> S:
 
 
 def late(default: Any) -> Any:
-    """The field of a setting that came when records were kept already: see `without_late`."""
+    """A field for a setting that was added when records already existed; see `without_late`."""
     return dataclasses.field(default=default, metadata={"late": True})
 
 
 def without_late(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` without the late settings of `cls` at their defaults: what was said of the same before they came."""
+    """`values` without those late settings of `cls` that are at their defaults.
+
+    So a configuration has the same identity as one recorded before the setting existed.
+    """
     late = _late(cls)
     return {key: value for key, value in values.items() if key not in late or value != late[key]}
 
@@ -51,19 +55,22 @@ def _late(cls: Any) -> dict[str, Any]:
 
 
 def seed() -> Any:
-    """The field of a seed, a whole number or None, by default None: the run's, see `with_seed`."""
+    """A field for a seed (int or None, default None: the run's seed, see `with_seed`)."""
     return dataclasses.field(default=None, metadata={"seed": True})
 
 
 def with_seed(settings: S, run_seed: int) -> S:
-    """`settings` with the run's seed in the place of every seed that is None."""
+    """`settings` with `run_seed` for every seed field that is None."""
     assert dataclasses.is_dataclass(settings) and not isinstance(settings, type)
     seeds = [field.name for field in dataclasses.fields(settings) if field.metadata.get("seed")]
     return dataclasses.replace(settings, **{name: run_seed for name in seeds if getattr(settings, name) is None})
 
 
 def checked(cls: type, values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """`values` of fields of the dataclass `cls`, each in its field's type. Raises InputError."""
+    """`values` of fields of the dataclass `cls`, each converted to its field's type (see `from_mapping`).
+
+    Raises InputError for a value of another type.
+    """
     hints, prefix = _hints(cls), f"{where}." if where else ""
     return {key: _checked(value, hints[key], prefix + key) for key, value in values.items()}
 
@@ -89,7 +96,7 @@ def _checked(value: Any, hint: Any, key: str) -> Any:
 
 
 def _matched(value: Any, hint: Any) -> tuple[bool, Any]:
-    """Whether `value` fits one plain type, and the value in that type."""
+    """Whether `value` fits the type `hint`, and the value converted to it."""
     if hint is Any:
         return True, value
     if hint is types.NoneType:

@@ -1,3 +1,3 @@
-"""What an update looks like, as plain numbers."""
+"""Measurements of updates, losses and training paths, as plain numbers, and figures of them."""
 
 from __future__ import annotations

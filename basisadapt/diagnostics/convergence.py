@@ -18,7 +18,13 @@ FEWEST = 8  # points
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """loss(t) = floor + drop · (t / unit)^exponent, exponent below 0."""
+    """loss(t) = floor + drop · (t / unit)^exponent.
+
+    - `floor` (float ≥ 0): the limit of the loss.
+    - `drop` (float ≥ 0): how far above the limit the loss is at t = unit.
+    - `exponent` (float < 0): the rate of convergence.
+    - `unit` (float > 0): a number of steps.
+    """
 
     floor: float
     drop: float
@@ -26,21 +32,21 @@ class PowerLaw:
     unit: float
 
     def __call__(self, t: float) -> float:
-        """The loss at step t."""
+        """The loss after t > 0 steps."""
         return float(self.floor + self.drop * (t / self.unit) ** self.exponent)
 
 
 def fit_power_law(curve: Sequence[tuple[int, float]]) -> PowerLaw | None:
-    """The power law of a logged loss, [(step, mean loss since the entry before), ...]; the exponents of Table 15.
+    """The power law of a logged loss, [(step, mean loss since the previous entry), ...]; the exponents of Table 15.
 
-    Fitted with 0 ≤ floor, 0 ≤ drop and STEEPEST ≤ exponent ≤ 0 to the residuals x, in units of the noise that second
-    differences show, under the Cauchy loss ln(1 + x²), which single bad batches do not sway; the best of several
-    starts. None where the data do not tell an exponent: fewer than FEWEST points, or an exponent that is less than two
-    standard errors away from 0 (Gauss-Newton, over what is not at its limit).
+    The fit minimizes the Cauchy loss Σ ln(1 + x²), which is robust to single bad batches, over 0 ≤ floor, 0 ≤ drop and
+    STEEPEST ≤ exponent ≤ 0, from several starts. The residuals x are in units of the noise, estimated from second
+    differences. Returns None if the data do not determine an exponent: fewer than FEWEST points, or an exponent less
+    than two standard errors away from 0 (Gauss-Newton, over the parameters that are not at a bound).
 
-    The paper prints t^exponent and names neither quantity nor method. A floor is fitted with it here, without which
-    every exponent of a loss that does not end at 0 is near 0. A loss that has hardly begun to fall has no visible
-    floor: it is fitted with floor 0 and an exponent near 0. A warm-up flattens the start, and the exponent with it.
+    The paper prints t^exponent and names neither quantity nor method. Here a floor is fitted too: without one, the
+    exponent of any loss that does not end at 0 is near 0. A loss that has hardly begun to fall shows no floor, and is
+    fitted with floor 0 and an exponent near 0. A warm-up flattens the start and with it the exponent.
     """
     import numpy as np
     from scipy.optimize import least_squares
@@ -49,7 +55,7 @@ def fit_power_law(curve: Sequence[tuple[int, float]]) -> PowerLaw | None:
     if len(points) < FEWEST:
         return None
     step, loss = points.T
-    t = (np.concatenate([[0.0], step[:-1]]) + 1 + step) / 2  # the middle of the steps that an entry is the mean of
+    t = (np.concatenate([[0.0], step[:-1]]) + 1 + step) / 2  # the middle of the steps that an entry averages
     unit = float(np.exp(np.log(t).mean()))
     spread = float(np.ptp(loss))
     # Of independent noise σ, second differences have the variance 6σ²; 1.48 makes a median absolute value a σ.

@@ -1,4 +1,4 @@
-"""The contract of a diagnostic: a number of every adapted module, whatever its method."""
+"""The contract of a diagnostic: a number for every adapted module, whatever its method."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ DIAGNOSTICS: Registry[Diagnostic] = Registry("diagnostic")
 
 
 class Diagnostic(ABC):
-    """A number of every adapted module that has a ΔW. Subclass it with a name and define `number`.
+    """A number for every adapted module that has a ΔW. Subclass it with a name and define `number`.
 
-    It is taken when a run starts, at its snapshots and at its end. A result has the last of them, where it is finite,
-    under its name in `modules`, and their mean over the modules as the metric "<name>.mean", which every table shows.
+    It is measured at the start of a run, at its snapshots and at its end. The result keeps the last value, if it is
+    finite, under the diagnostic's name in `modules`, and the mean over the modules as the metric `"NAME.mean"`, which
+    every table shows.
     """
 
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
@@ -30,14 +31,14 @@ class Diagnostic(ABC):
 
     @abstractmethod
     def number(self, change: Tensor, layer: Any) -> float:
-        """The number of one module; it draws no random numbers.
+        """The number of one module. It must draw no random numbers.
 
-        change: ΔW, shape (out_features, in_features) or, over a Conv1D, transposed; without gradient, finite. layer:
-        the module itself, a layer of peft's; W is `layer.get_base_layer().weight`.
+        - `change`: ΔW, shape (out_features, in_features), transposed over a Conv1D; finite, without gradient.
+        - `layer`: the module, a peft layer; W is `layer.get_base_layer().weight`.
         """
 
 
 def means(numbers: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of every number, as "<name>.mean", over those that have it."""
+    """The mean of every number, as `"NAME.mean"`, over the mappings that have it."""
     names = dict.fromkeys(name for one in numbers for name in one)
     return {f"{name}.mean": statistics.fmean(one[name] for one in numbers if name in one) for name in names}

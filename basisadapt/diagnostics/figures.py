@@ -1,4 +1,4 @@
-"""Pictures of plain numbers: those of one run, the fields of a `training.RunResult` or a `result.json`; and bases."""
+"""Figures of one run, from the fields of a `training.RunResult` or a `result.json`, and of bases."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PALEST = 0.9  # of the colour map: what lies beyond does not show on white
+PALEST = 0.9  # of the color map: paler colors do not show on white
 ROUNDING = 1e-6
-FEW_TICKS = 4  # intervals of an axis at most: ticks are most of the time that a picture takes
-LOWEST_SIGMA = 1e-4  # below, the spectrum is mostly rounding
-NUMBERS = {  # of a module: what is drawn against depth, and its label
+FEW_TICKS = 4  # the most intervals of an axis: ticks take most of the time of drawing
+LOWEST_SIGMA = 1e-4  # below it, the spectrum is mostly rounding
+NUMBERS = {  # numbers of a module that are drawn against depth, and their labels
     "dc_share": "DC share",
     "range_share": "max |g·BA| / I",
     "utilisation": "active N / N",
@@ -28,13 +28,16 @@ NUMBERS = {  # of a module: what is drawn against depth, and its label
     "omega_mean": "mean ω",
     "omega_std": "std of ω",
 }
-ELSEWHERE = ("stable_rank", "active_n", "alpha_mean", "alpha_std")  # numbers with a picture of their own, or none
+ELSEWHERE = ("stable_rank", "active_n", "alpha_mean", "alpha_std")  # numbers with a figure of their own, or with none
 
 Curve = Mapping[str, Sequence[float]]
 
 
 def figures(title: str, result: Mapping[str, Any]) -> dict[str, Figure]:
-    """File name to figure, of everything that the result has numbers for."""
+    """File names to figures, one for everything that the result has numbers for.
+
+    result: a mapping with the fields of `training.RunResult`.
+    """
     title = verbatim(title)
     modules, snapshots = result["modules"], result["snapshots"]
     drawn = {
@@ -50,10 +53,10 @@ def figures(title: str, result: Mapping[str, Any]) -> dict[str, Figure]:
 
 
 def pictures(title: str, result: Mapping[str, Any]) -> dict[str, bytes]:
-    """File name to PNG file, of the figures of a result."""
+    """File names to the contents of PNG files, of all `figures` of a result."""
     collects = gc.isenabled()
-    # A figure is made of so many objects that collections would take a third of the time: there is one, at the end, of
-    # what drawing has left behind alone.
+    # A figure has so many objects that garbage collections would take a third of the time. One at the end, over the
+    # new objects alone, is enough.
     gc.disable()
     gc.freeze()
     try:
@@ -82,26 +85,26 @@ def phi_figure(title: str, phi: Mapping[str, Curve]) -> Figure | None:
 
     panels = _by_name(phi)
     deepest = max(depth for lines in panels.values() for depth, _ in lines)
-    norm, colours = matplotlib.colors.Normalize(0, max(deepest, 1) / PALEST), matplotlib.colormaps["viridis"]
+    norm, colors = matplotlib.colors.Normalize(0, max(deepest, 1) / PALEST), matplotlib.colormaps["viridis"]
     figure, grid = _panels(title, len(panels), right=1.1)
     for axes, (name, lines) in zip(grid, panels.items(), strict=False):
         for depth, curve in lines:
-            axes.plot(curve["z"], curve["phi"], color=colours(norm(depth)), linewidth=1.2)
+            axes.plot(curve["z"], curve["phi"], color=colors(norm(depth)), linewidth=1.2)
         _name(axes, name)
         axes.locator_params(nbins=FEW_TICKS)
         axes.ticklabel_format(scilimits=(-2, 3))
     figure.supxlabel("entry of BA", fontsize=9)
     figure.supylabel("what φ adds to it", fontsize=9)
     place = figure.add_axes((1 - 0.8 / figure.get_figwidth(), 0.2, 0.15 / figure.get_figwidth(), 0.6))
-    bar = figure.colorbar(matplotlib.cm.ScalarMappable(norm, colours), cax=place, label="layer")
+    bar = figure.colorbar(matplotlib.cm.ScalarMappable(norm, colors), cax=place, label="layer")
     bar.ax.set_ylim(0, max(deepest, 1))
     return figure
 
 
 def evolution_figure(title: str, snapshots: Sequence[Mapping[str, Any]], phi: Mapping[str, Curve]) -> Figure | None:
-    """φ early, midway and at the end (paper, Figures 6 to 17), in the first, a middle and the last layer.
+    """φ early, midway and at the end (paper, Figures 6 to 17) in the first, a middle and the last layer.
 
-    A row per layer, a column per projection.
+    A row per layer, a column per projection. None without snapshots of φ.
     """
     stages = {_stage(s): s["phi"] for s in snapshots if s["step"] > 0} | {"end": phi}
     if not phi or len(stages) == 1:
@@ -118,9 +121,9 @@ def evolution_figure(title: str, snapshots: Sequence[Mapping[str, Any]], phi: Ma
     for depth, line in zip(rows, grid, strict=True):
         for name, axes in zip(columns, line, strict=True):
             module = places.get((depth, name))
-            for (stage, curves), colour in zip(stages.items(), _shades(len(stages)), strict=True):
+            for (stage, curves), color in zip(stages.items(), _shades(len(stages)), strict=True):
                 if module in curves:
-                    axes.plot(curves[module]["z"], curves[module]["phi"], color=colour, linewidth=1.3, label=stage)
+                    axes.plot(curves[module]["z"], curves[module]["phi"], color=color, linewidth=1.3, label=stage)
             _tick_ends(axes)
             _name(axes, f"layer {depth}, {name}", fontsize=7)
     handles, labels = grid[0, 0].get_legend_handles_labels()
@@ -136,7 +139,7 @@ def stable_rank_figure(
 ) -> Figure | None:
     """The stable rank against depth (paper, Figure 2): a panel per kind, a line per snapshot through the kind's mean.
 
-    Dots are the modules at the end. A snapshot without updates, as at a start with B = 0, has no rank to draw.
+    Dots are the modules at the end. A snapshot in which all updates are zero, as at a start with B = 0, is not drawn.
     """
     if not modules:
         return None
@@ -150,13 +153,13 @@ def stable_rank_figure(
             [_depth_and_name(name)[0] for name in members], [stages["end"][name] for name in members], "o",
             color="0.75", markersize=3, label="modules, end",
         )  # fmt: skip
-        for (stage, ranks), colour in zip(stages.items(), _shades(len(stages)), strict=True):
+        for (stage, ranks), color in zip(stages.items(), _shades(len(stages)), strict=True):
             by_depth: dict[int, list[float]] = {}
             for name in members:
                 by_depth.setdefault(_depth_and_name(name)[0], []).append(ranks[name])
             depths = sorted(by_depth)
             means = [statistics.fmean(by_depth[depth]) for depth in depths]
-            axes.plot(depths, means, ".-", color=colour, linewidth=1.3, label=stage)
+            axes.plot(depths, means, ".-", color=color, linewidth=1.3, label=stage)
         _name(axes, kind)
         axes.locator_params(axis="x", integer=True)
         axes.set_ylim(bottom=min(1.0, axes.get_ylim()[0]))
@@ -195,7 +198,7 @@ def spectrum_figure(title: str, modules: Mapping[str, Mapping[str, Any]]) -> Fig
 
 
 def modules_figure(title: str, modules: Mapping[str, Mapping[str, Any]]) -> Figure | None:
-    """The modules' other numbers at the end against depth: a panel per number, a line per projection."""
+    """The other numbers of the modules at the end, against depth: a panel per number, a line per projection."""
     if not modules:
         return None
     found = {key: key for numbers in modules.values() for key, value in numbers.items() if isinstance(value, float)}
@@ -212,7 +215,7 @@ def modules_figure(title: str, modules: Mapping[str, Mapping[str, Any]]) -> Figu
         axes.locator_params(axis="y", nbins=FEW_TICKS)
         axes.ticklabel_format(axis="y", scilimits=(-3, 4), useOffset=False)
         low, high = axes.get_ylim()
-        if high - low < ROUNDING:  # what rounding makes of equal numbers is not worth a scale
+        if high - low < ROUNDING:  # equal numbers up to rounding need no magnified scale
             axes.set_ylim(min(0.0, low), max(1.05, high))
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="center right", fontsize=7, frameon=False)
@@ -223,7 +226,7 @@ def modules_figure(title: str, modules: Mapping[str, Mapping[str, Any]]) -> Figu
 def training_figure(
     title: str, curves: Mapping[str, Sequence[tuple[int, float]]], metrics: Mapping[str, float]
 ) -> Figure | None:
-    """The loss with its power law and the evaluations, and how straight the adapter's path has been so far."""
+    """The loss with its power law and the evaluations, and the smoothness of the adapter's path up to each step."""
     if not curves.get("loss"):
         return None
     figure, (left, right, *_) = _panels(title, 2)
@@ -238,7 +241,7 @@ def training_figure(
     if "eval_loss" in curves:
         left.plot(*zip(*curves["eval_loss"], strict=True), ".-", color="C0", label="held-out loss")
     gap = metrics.get("generalisation_gap", math.nan)
-    _name(left, "loss" if math.isnan(gap) else f"loss (generalisation gap {gap:+.3f})")
+    _name(left, "loss" if math.isnan(gap) else f"loss (generalization gap {gap:+.3f})")
     left.legend(fontsize=7)
     if curves.get("update_smoothness"):
         steps, smoothness = zip(*curves["update_smoothness"], strict=True)
@@ -252,7 +255,7 @@ def training_figure(
 
 
 def landscape_figure(title: str, landscape: Mapping[str, Any]) -> Figure | None:
-    """The loss on the slice (paper, Figure 5) as filled contours; a cross marks the solution."""
+    """The loss on the slice of `landscape` (paper, Figure 5) as filled contours; a cross marks the solution."""
     if not landscape:
         return None
     import numpy as np
@@ -275,7 +278,7 @@ def landscape_figure(title: str, landscape: Mapping[str, Any]) -> Figure | None:
 
 
 def bases_figure(curves: Mapping[str, Curve]) -> Figure:
-    """b(u) of bases: a panel per curve, with its points "u" and their values "b"."""
+    """b(u) of bases, a panel for each. curves: names to {"u": arguments, "b": values}."""
     figure, grid = _panels("", len(curves))
     for axes, (name, curve) in zip(grid, curves.items(), strict=False):
         axes.plot(curve["u"], curve["b"], linewidth=1.5)
@@ -286,7 +289,7 @@ def bases_figure(curves: Mapping[str, Curve]) -> Figure:
 
 
 def _panels(title: str, count: int, right: float = 0.2) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels, three a row, with a margin of so many inches; panels left over are blank."""
+    """A figure of `count` panels, three per row, with a right margin in inches; panels left over are blank."""
     from matplotlib.figure import Figure
 
     columns = min(3, count)
@@ -303,19 +306,19 @@ def _panels(title: str, count: int, right: float = 0.2) -> tuple[Figure, list[Ax
 
 
 def _set_margins(figure: Figure, right: float) -> None:
-    """Margins in inches, and room for ticks and titles: a layout that fits itself to them takes half of the drawing."""
+    """Set fixed margins that leave space for ticks and titles: an automatic layout takes half of the drawing time."""
     width, height = figure.get_size_inches()
     top = 1 - 0.65 / height
     figure.subplots_adjust(0.75 / width, 0.6 / height, 1 - right / width, top, wspace=0.3, hspace=0.4)
 
 
 def verbatim(text: str) -> str:
-    """A text that matplotlib draws as it is, where it would take what is between two $ for a formula."""
+    """A text that matplotlib draws as it is: `$` is escaped, since text between two of them would be a formula."""
     return text.encode("utf-8", "replace").decode().replace("$", r"\$")
 
 
 def _name(axes: Axes, name: str, fontsize: int = 9, pad: float = 6) -> None:
-    axes.set_title(verbatim(name), fontsize=fontsize, pad=pad, y=1.0)  # a place is not searched for where one is given
+    axes.set_title(verbatim(name), fontsize=fontsize, pad=pad, y=1.0)  # without y, matplotlib searches for a place
 
 
 def _dress(axes: Axes) -> None:
@@ -326,7 +329,7 @@ def _dress(axes: Axes) -> None:
 
 
 def _tick_ends(axes: Axes) -> None:
-    """Label where the lines begin and end alone: a small panel has no room for more, see FEW_TICKS."""
+    """Label only the ends of the lines: a small panel has no space for more, and ticks are slow (see FEW_TICKS)."""
     box = axes.dataLim
     for axis, ends in ((axes.xaxis, box.intervalx), (axes.yaxis, box.intervaly)):
         shown = [float(end) for end in ends if math.isfinite(end)]
@@ -334,11 +337,11 @@ def _tick_ends(axes: Axes) -> None:
 
 
 def _shades(count: int) -> list[Any]:
-    """From dark to light, the last the most visible."""
+    """`count` colors; the last, of the end of training, is the darkest."""
     import matplotlib
 
-    colours = matplotlib.colormaps["viridis_r"]
-    return [colours(1 - PALEST + PALEST * i / max(count - 1, 1)) for i in range(count)]
+    colors = matplotlib.colormaps["viridis_r"]
+    return [colors(1 - PALEST + PALEST * i / max(count - 1, 1)) for i in range(count)]
 
 
 def _stage(snapshot: Mapping[str, Any]) -> str:
@@ -346,7 +349,7 @@ def _stage(snapshot: Mapping[str, Any]) -> str:
 
 
 def _by_name(modules: Mapping[str, Any]) -> dict[str, list[tuple[int, Any]]]:
-    """Projection, such as "attention.self.query", to (depth, value) of each of its modules."""
+    """Projections, such as "attention.self.query", to the (depth, value) of each of their modules."""
     found: dict[str, list[tuple[int, Any]]] = {}
     for module, value in modules.items():
         depth, name = _depth_and_name(module)

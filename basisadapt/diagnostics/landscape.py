@@ -12,14 +12,19 @@ from torch import Tensor
 
 @torch.no_grad()
 def landscape(parameters: Sequence[Tensor], loss: Callable[[], float], points: int, seed: int) -> dict[str, Any]:
-    """loss(θ* + a d₁ + b d₂) for a and b in [−1, 1], `points` values each (paper, appendix H.1 and Figure 5).
+    """loss(θ̂ + a d₁ + b d₂) for a and b in [−1, 1], `points` values each (paper, appendix H.1 and Figure 5).
 
-    parameters: θ*, moved in place and put back bit for bit. The directions are drawn from `seed`, without touching
-    the global generators, and filter-normalised: every row of every tensor of d has the norm of the same row of θ*
-    (Li et al., 2018, Visualizing the Loss Landscape of Neural Nets). So a and b are shares of the parameters' size,
-    and a row that is zero stays so.
+    - `parameters`: θ̂, the solution; moved in place and restored bit for bit.
+    - `loss`: computes the loss at the current parameters.
+    - `points`: values on each axis.
+    - `seed`: of the directions; the global generators are not touched.
 
-    Returns {"axis": [a, ...], "loss": [[loss at (a, b) for each b] for each a]}; None where it is not finite.
+    The directions are filter-normalized: every row of every tensor of d has the norm of the same row of θ̂ (Li et al.,
+    2018, Visualizing the Loss Landscape of Neural Nets). So a and b are relative to the size of the parameters, and a
+    row of zeros stays zero.
+
+    Returns {"axis": [a, ...], "loss": [[loss at (a, b) for each b] for each a]}, with None for a loss that is not
+    finite.
     """
     generator = torch.Generator().manual_seed(seed)
     solution = [parameter.clone() for parameter in parameters]

@@ -1,4 +1,4 @@
-"""How far an update is from a multiple of the product that it is a function of."""
+"""How far an update φ(BA) is from a multiple of BA."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ import math
 import torch
 from torch import Tensor
 
-LINEAR = 0.01  # a nonlinear share below which φ(BA) is LoRA at another scale, in words too
-NEGLIGIBLE = 1e-12  # an entry that changes no weight of any precision, as a series' rounding where BA = 0
+LINEAR = 0.01  # a nonlinear share below it is reported as LoRA at another scale
+NEGLIGIBLE = 1e-12  # an entry too small to change a weight in any precision, such as rounding of a series at BA = 0
 
 
 @torch.no_grad()
 def linear_fit(update: Tensor, product: Tensor) -> tuple[float, float]:
-    """c, the best of all ΔW ≈ c P by least squares, and the share of ΔW that it leaves out.
+    """The least-squares fit ΔW ≈ c P: c and the share of ΔW that it leaves unexplained.
 
-    c = ⟨ΔW, P⟩ / ⟨P, P⟩ and ‖ΔW − c P‖ / ‖ΔW‖, from 0 for ΔW = c P to 1, with Frobenius norms, in float64. update: ΔW;
-    product: P = s · BA, of its shape. Where P = 0 no c is best, and it is NaN; so is the share where ΔW = 0.
+    c = ⟨ΔW, P⟩ / ⟨P, P⟩; the share is ‖ΔW − c P‖ / ‖ΔW‖ in Frobenius norms, from 0 for ΔW = c P to 1. In float64.
+
+    - `update`: ΔW, shape (m, n).
+    - `product`: P = s · BA, shape (m, n).
+
+    c is NaN if P = 0, and the share is NaN if ΔW = 0.
     """
     norm = torch.linalg.vector_norm
     update, product = update.double().flatten(), product.double().flatten()

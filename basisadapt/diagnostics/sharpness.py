@@ -8,19 +8,23 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-STEP = 1e-3  # how far gradients are taken from θ, relative to ‖θ‖
+STEP = 1e-3  # the distance of the finite difference from θ, relative to ‖θ‖
 
 
 def largest_eigenvalue(
     parameters: Sequence[Tensor], gradients: Callable[[], Sequence[Tensor]], iterations: int, seed: int
 ) -> float:
-    """λ, the eigenvalue of the Hessian at θ that is largest in size, by power iteration: gradient descent with a rate
-    above 2 / λ leaves a minimum that bends so.
+    """λ, the eigenvalue of the Hessian at θ that is largest in magnitude, by power iteration.
 
-    parameters: θ, moved in place and put back bit for bit. gradients: of the loss at θ, one for each parameter. A
-    product of the Hessian with a vector is a central difference of them, Hv ≈ (∇L(θ + hv) − ∇L(θ − hv)) / 2h, so that
-    they need not be differentiable themselves. The first vector is drawn from `seed`, without touching the global
-    generators. Returns vᵀHv of the last vector; NaN where a gradient is not finite.
+    Gradient descent with a learning rate above 2 / λ leaves a minimum with this λ.
+
+    - `parameters`: θ, moved in place and restored bit for bit.
+    - `gradients`: computes the gradients of the loss at the current parameters, one for each.
+    - `iterations`: steps of power iteration.
+    - `seed`: of the first vector; the global generators are not touched.
+
+    Hessian-vector products are central differences, Hv ≈ (∇L(θ + hv) − ∇L(θ − hv)) / 2h, so the gradients need not be
+    differentiable. Returns vᵀHv of the last vector v; NaN if a gradient is not finite.
     """
     here = [parameter.detach().clone() for parameter in parameters]
     step = STEP * max(_norm(here), 1.0)

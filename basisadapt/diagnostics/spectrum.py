@@ -1,4 +1,4 @@
-"""How many directions an update has, and how much of it is a mere constant."""
+"""The singular values of an update, what follows from them, and the share of it that is constant."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ SQUARINGS = 25
 
 
 def singular_values(matrix: Tensor) -> Tensor:
-    """σ₁ ≥ σ₂ ≥ … of M, in float64: the square roots of the eigenvalues of its Gram matrix, faster than an SVD.
+    """σ₁ ≥ σ₂ ≥ … of a matrix M (m, n), shape (min(m, n),), float64.
 
-    What lies below 1e-8 σ₁ is rounding.
+    They are the square roots of the eigenvalues of the Gram matrix, which is faster than an SVD. Values below 1e-8 σ₁
+    are rounding.
     """
     matrix = matrix.double()
     largest = matrix.abs().max()
@@ -26,12 +27,15 @@ def singular_values(matrix: Tensor) -> Tensor:
 
 
 def stable_rank(sigma: Tensor) -> float:
-    """S(M) = ‖M‖_F² / ‖M‖₂² = Σ (σᵢ / σ₁)² (paper, eq. 5): 1 for rank one, up to min(m, n); 0 for the zero matrix."""
+    """S(M) = ‖M‖_F² / ‖M‖₂² = Σ (σᵢ / σ₁)² (paper, eq. 5), from 1 for rank one to min(m, n); 0 for the zero matrix.
+
+    sigma: the singular values of M in descending order.
+    """
     return (sigma / sigma[0]).square().sum().item() if sigma[0] > 0 else 0.0
 
 
 def stable_rank_of(matrix: Tensor) -> float:
-    """S(M) without the other singular values: on a GPU from σ₁ alone, as eigenvalues are found slowly there."""
+    """S(M) of a matrix M (m, n), see `stable_rank`; on a GPU, where eigenvalues are slow, from σ₁ alone."""
     if not matrix.is_cuda:
         return stable_rank(singular_values(matrix))
     matrix = matrix.double()
@@ -40,7 +44,7 @@ def stable_rank_of(matrix: Tensor) -> float:
 
 
 def largest_singular_value(matrix: Tensor) -> Tensor:
-    """σ₁ in float64, a scalar, from products alone; it is off by less than 1e-8, relative.
+    """σ₁ of a matrix (m, n), a float64 scalar, from matrix products alone; the relative error is below 1e-8.
 
     σ₁² is the Rayleigh quotient of the longest column of G^(2^SQUARINGS), where G is the Gram matrix.
     """
@@ -58,19 +62,20 @@ def largest_singular_value(matrix: Tensor) -> Tensor:
 
 
 def captured(sigma: Tensor) -> Tensor:
-    """For k = 1, 2, ..., the share of ‖M‖² that the best matrix of rank k captures (Eckart & Young, 1936).
+    """The share of ‖M‖² that the best approximation of rank k captures, for k = 1, 2, ... (Eckart & Young, 1936).
 
-    Σ_{i≤k} σᵢ² / Σ σᵢ², in float64; zeros for the zero matrix.
+    Σ_{i≤k} σᵢ² / Σ σᵢ², in the shape and dtype of `sigma`, the singular values in descending order; zeros for the zero
+    matrix.
     """
     energy = sigma.square().cumsum(0)
     return energy / energy[-1] if energy[-1] > 0 else energy
 
 
 def power_exponent(sigma: Tensor) -> float:
-    """p of the power law σᵢ ∝ i^−p, by least squares of log σᵢ on log i; NaN where fewer than two σᵢ tell.
+    """p of the power law σᵢ ∝ i^−p, by least squares of log σᵢ on log i; NaN with fewer than two usable σᵢ.
 
-    Over i = 1, 2, 4, ... up to half of the values, of which those below 1e-6 σ₁ are left out: every octave counts
-    alike, and the end, where any spectrum falls to its least value, does not.
+    The fit uses i = 1, 2, 4, ... up to half of the values, without those below 1e-6 σ₁. So every octave has the same
+    weight, and the end, where any spectrum drops to its smallest value, has none. sigma: in descending order.
     """
     index = 2.0 ** torch.arange(64, dtype=torch.float64, device=sigma.device)
     index = index[index <= max(len(sigma) // 2, 1)]
@@ -84,12 +89,12 @@ def power_exponent(sigma: Tensor) -> float:
 
 
 def normalised(sigma: Tensor, count: int) -> list[float]:
-    """The first `count` of σᵢ / σ₁ (paper, Figure 4); empty for the zero matrix."""
+    """The first `count` values of σᵢ / σ₁ (paper, Figure 4); empty for the zero matrix. sigma: in descending order."""
     return (sigma[:count] / sigma[0]).tolist() if sigma[0] > 0 else []
 
 
 def dc_share(matrix: Tensor) -> float:
-    """‖mean(M)‖² / ‖M‖², the part of ‖M‖_F² that a constant matrix holds: in [0, 1]; 0 for the zero matrix."""
+    """m n mean(M)² / ‖M‖_F², the share of ‖M‖_F² in the constant part of M (m, n): in [0, 1]; 0 for the zero matrix."""
     matrix = matrix.double()
     total = matrix.square().sum().item()
     return matrix.numel() * matrix.mean().item() ** 2 / total if total > 0 else 0.0

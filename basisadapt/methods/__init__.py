@@ -1,4 +1,4 @@
-"""The methods that a run may use, one file each. Importing this package registers them, with peft too."""
+"""Fine-tuning methods, one file each. Importing this package registers them here and with peft."""
 
 from __future__ import annotations
 

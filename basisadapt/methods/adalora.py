@@ -1,4 +1,4 @@
-"""AdaLoRA, peft's own, with its allocation at work."""
+"""AdaLoRA from peft, with its rank allocation run after every step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class AdaLoRASettings(AllocationSettings):
-    """orthogonality: weight of the regularisation. Raises InputError out of range."""
+    """The settings of `AllocationSettings` and:
+
+    - `orthogonality` (float ≥ 0, default 0.5): weight of the orthogonality penalty.
+
+    Raises InputError for a value out of range.
+    """
 
     orthogonality: float = 0.5
 
@@ -28,32 +33,32 @@ class AdaLoRASettings(AllocationSettings):
 
 
 class AdaLoRA(Method, name="adalora", settings=AdaLoRASettings, quantisable=False):
-    """ΔW ∝ B diag(E) A, E = 0 at the start; the least important ranks are cut until r a module are left on average.
+    """ΔW ∝ B diag(E) A with E = 0 at the start; the least important ranks are pruned to r per module on average.
 
-    Importance: |p g| of every entry of a triplet, smoothed, times its smoothed uncertainty. A penalty on ‖AAᵀ − I‖ and
-    ‖BᵀB − I‖ keeps triplets apart; peft adds it to every loss, that of evaluation included. Parameters are counted with
-    the room of the start. Source: Zhang et al. (2023).
+    Importance of a triplet: |p g| of each entry p with gradient g, smoothed, times its smoothed uncertainty. A penalty
+    on ‖AAᵀ − I‖ and ‖BᵀB − I‖ keeps the triplets orthogonal; peft adds it to every loss, including the evaluation
+    loss. Parameters are counted before pruning. Source: Zhang et al. (2023).
     """
 
     def __init__(self) -> None:
         self._pattern: dict[str, list[bool]] | None = None
 
     def attach(self, model: PreTrainedModel, settings: AdaLoRASettings, task_type: str | None) -> PeftModel:
-        """Peft's AdaLoRA; its schedule in steps follows at the first step, when their number is known."""
+        """Attach peft's AdaLoRA. Its schedule is set at the first step, when the number of steps is known."""
         adapted = put_into(model, settings, task_type, _config)
         for name, parameter in adapted.named_parameters():
-            if ".ranknum." in name:  # a number of ranks, which peft sets free where it moves a layer
+            if ".ranknum." in name:  # a number of ranks; peft makes it trainable when it moves a layer
                 parameter.requires_grad_(False)
         return adapted
 
     def after_step(self, model: Any, settings: AdaLoRASettings, step: int, total: int) -> None:
-        """Peft's allocation."""
+        """Run peft's rank allocation for this step, with its schedule spread over `total` steps."""
         config = model.peft_config[ADAPTER]
         if config.total_step != total:
             settle = math.floor(settings.settle * total)
             config.total_step, config.tinit, config.tfinal = total, settle, settle
         # Kept out of the configuration between steps: saved with it, it would cut the tensors in the file, and those of
-        # a model that goes back to its best checkpoint. The ranks that are cut have E = 0 in any case.
+        # a model that returns to its best checkpoint. Pruned ranks have E = 0 in any case.
         config.rank_pattern = self._pattern
         model.base_model.update_and_allocate(step)
         self._pattern, config.rank_pattern = config.rank_pattern, None

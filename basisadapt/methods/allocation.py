@@ -10,10 +10,13 @@ from basisadapt.phi.settings import LowRankSettings, require
 
 @dataclass(kw_only=True)
 class AllocationSettings(LowRankSettings):
-    """r: ranks per module on average, when all is settled. Raises InputError out of range.
+    """The settings of `LowRankSettings`, with r the final mean number of ranks per module, and:
 
-    spare: a module has room for ⌈(1 + spare) r⌉ ranks, spare at most 100. settle: the first and the last so many of the
-    steps, as a share, leave the ranks alone. every: steps between two moves.
+    - `spare` (float in [0, 100], default 0.5): a module can hold ⌈(1 + spare) r⌉ ranks.
+    - `settle` (float in [0, 0.5), default 0.2): no rank moves in the first and the last `settle` share of the steps.
+    - `every` (int ≥ 1, default 1): steps between two moves.
+
+    Raises InputError for a value out of range.
     """
 
     spare: float = 0.5
@@ -28,5 +31,5 @@ class AllocationSettings(LowRankSettings):
 
     @property
     def room(self) -> int:
-        """⌈(1 + spare) r⌉."""
+        """The ranks that a module can hold, ⌈(1 + spare) r⌉."""
         return math.ceil((1 + self.spare) * self.r)

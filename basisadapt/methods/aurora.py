@@ -14,12 +14,17 @@ from basisadapt.methods.product import ProductConfig, ProductLinear, ProductMeth
 from basisadapt.phi.basis import BASES
 from basisadapt.phi.settings import MOST_FUNCTIONS, LowRankSettings, require
 
-REACH = 3.0  # ours: the splines' knots lie evenly on ±REACH; x Aᵀ is about 0.6 in size for a normalised x at the start
+REACH = 3.0  # ours: the knots are evenly spaced on ±REACH; at the start |x Aᵀ| is about 0.6 for a normalized x
 
 
 @dataclass(kw_only=True)
 class AuroRASettings(LowRankSettings):
-    """num_knots: K, splines of each channel, at most 4,096. Raises InputError out of range."""
+    """The settings of `LowRankSettings` and:
+
+    - `num_knots` (int in [2, 4096], default 8): K, the number of splines per channel.
+
+    Raises InputError for a value out of range.
+    """
 
     num_knots: int = 8
 
@@ -32,11 +37,13 @@ class AuroRASettings(LowRankSettings):
 class AuroRALinear(ProductLinear):
     """y = x Wᵀ + b + s ANL(x Aᵀ) Bᵀ, with ANL(z) = tanh(W_b tanh z) + spline(z).
 
-    A (r × n) Kaiming-uniform, B (m × r) = 0, W_b (r × r) = I; spline_j(z) = Σ_k c_jk B₃((z_j − x_k) / h), with the
-    cubic B-spline B₃ and K knots x_k of distance h; c (r × K) = 0. All train. It acts on activations: there is no ΔW.
-    This is the published form in training, and their variant AuroRA-D after it; theirs then takes s B ANL(A) for ΔW,
-    which is another function than the one trained. The paper leaves the starts of W_b and c open, and the grid; it
-    writes one spline weight a channel: all these, and K of them a channel, are ours.
+    A (r × n) is Kaiming-uniform, B (m × r) = 0, W_b (r × r) = I; spline_j(z) = Σ_k c_jk B₃((z_j − x_k) / h) with the
+    cubic B-spline B₃, K knots x_k of spacing h, and c (r × K) = 0. All train. The map acts on activations, so there is
+    no ΔW.
+
+    This is the published form in training, and the published variant AuroRA-D afterwards; plain AuroRA then uses
+    ΔW = s B ANL(A), which is not the function that was trained. The paper does not state the starts of W_b and c or the
+    knots, and writes one spline weight per channel: these choices, and K weights per channel, are ours.
     """
 
     title = "AuroRA"
@@ -44,7 +51,7 @@ class AuroRALinear(ProductLinear):
     adapter_layer_names = ("aurora_A", "aurora_B", "aurora_W", "aurora_spline")
 
     def start(self, adapter: str, settings: AuroRASettings) -> Mapping[str, Tensor]:
-        """A, B, W_b and c."""
+        """A (r, n), B (m, r), W_b (r, r) and c (r, K) at the start."""
         r = settings.r
         return {
             "aurora_A": kaiming(r, self.in_features),
@@ -54,12 +61,12 @@ class AuroRALinear(ProductLinear):
         }
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """A and B."""
+        """A (r, n) and B (m, r)."""
         A, B, _, _ = self.trained(adapter)
         return A, B
 
     def between(self, adapter: str, h: Tensor) -> Tensor:
-        """ANL(h)."""
+        """ANL(h) = tanh(W_b tanh h) + spline(h), for h = x Aᵀ of shape (..., r); same shape."""
         _, _, W, c = self.trained(adapter)
         knots = torch.linspace(-REACH, REACH, c.shape[1], dtype=h.dtype, device=h.device)
         splines = BASES["bspline"]()(h.unsqueeze(-1), 1 / (knots[1] - knots[0]), knots)
@@ -68,10 +75,10 @@ class AuroRALinear(ProductLinear):
 
 @dataclass(kw_only=True)
 class AuroRAConfig(AuroRASettings, ProductConfig, method="aurora", layer=AuroRALinear):
-    """AuroRASettings."""
+    """`AuroRASettings` as a peft configuration."""
 
     def saved_shapes(self) -> Mapping[str, Shape]:
-        """A, B, W and the splines."""
+        """A (r, n), B (m, r), W_b (r, r) and the spline weights c (r, K)."""
         return {
             "aurora_A": (self.r, None),
             "aurora_B": (None, self.r),
@@ -81,8 +88,8 @@ class AuroRAConfig(AuroRASettings, ProductConfig, method="aurora", layer=AuroRAL
 
 
 class AuroRA(ProductMethod, name="aurora", config=AuroRAConfig, settings=AuroRASettings):
-    """A nonlinear bottleneck, see `AuroRALinear`; it cannot be merged. Source: Dong et al. (2025)."""
+    """A nonlinear bottleneck, which cannot be merged; see `AuroRALinear`. Source: Dong et al. (2025)."""
 
     def weight_change(self, layer: Any) -> Tensor | None:
-        """None."""
+        """Always None: the method changes activations, not the weight."""
         return None

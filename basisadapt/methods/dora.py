@@ -1,4 +1,4 @@
-"""DoRA, peft's own."""
+"""DoRA, the implementation of peft."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ ROUNDING = 1e-6  # of a norm in float32
 
 
 class DoRA(PeftMethod, name="dora", quantisable=False):
-    """W + ΔW = diag(μ) V, with V = W + s BA and rows of V scaled to length 1; μ (m,) starts at the lengths of W's rows.
+    """W + ΔW = diag(μ / ‖V‖) V with V = W + s BA and ‖V‖ the norms of its rows; μ (m,) starts at the row norms of W.
 
     A, B and s as in LoRA. Source: Liu et al. (2024).
     """
 
     def peft_config(self, settings: LowRankSettings, common: Mapping[str, Any]) -> PeftConfig:
-        """Peft's LoraConfig with its variant's magnitudes."""
+        """Peft's LoraConfig with use_dora."""
         return lora_config(settings, common, use_dora=True)
 
     def weight_change(self, layer: Any) -> Tensor | None:
-        """diag(μ / ‖V‖) V − W; lengths that differ by their rounding alone are equal."""
+        """ΔW = diag(μ / ‖V‖) V − W, shape of the weight; norms that differ only by rounding count as equal."""
         W, transposed = layer.get_base_layer().weight, layer.fan_in_fan_out
         W, delta = (M.T if transposed else M for M in (W, layer.get_delta_weight(ADAPTER)))
         V = W + delta

@@ -1,4 +1,4 @@
-"""DyLoRA: a LoRA that works at every rank up to r."""
+"""DyLoRA: a LoRA that can be used at every rank up to r."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from basisadapt.phi.settings import LowRankSettings
 
 
 class DyLoRALinear(ProductLinear):
-    """ΔW = (lora_alpha / b) B[:, :b] A[:b], b uniform on 1..r at each training forward of a module, b = r otherwise.
+    """ΔW = (lora_alpha / b) B[:, :b] A[:b]; b is uniform on 1..r in each training forward of a module, else b = r.
 
-    All b ranks train; the authors also have a variant in which the b-th alone does. Ours: a draw for each module, and
-    the scale, for which implementations in use have lora_alpha / b as well as lora_alpha / √(r b).
+    All b ranks train; the authors also have a variant that trains only the b-th. Two choices are ours: each module
+    draws its own b, and the scale, for which implementations use lora_alpha / b or lora_alpha / √(r b).
     """
 
     title = "DyLoRA"
@@ -29,12 +29,12 @@ class DyLoRALinear(ProductLinear):
         return {"dylora_A": kaiming(r, self.in_features), "dylora_B": torch.zeros(self.out_features, r)}
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """A and B."""
+        """A (r, n) and B (m, r), all ranks."""
         A, B = self.trained(adapter)
         return A, B
 
     def between(self, adapter: str, h: Tensor) -> Tensor:
-        """Cut to the first b entries, times r / b; b comes from torch's generator of the CPU."""
+        """h (..., r) times r / b with all but the first b channels zero; b is drawn from torch's CPU generator."""
         if not self.training:
             return h
         r = h.shape[-1]
@@ -44,12 +44,12 @@ class DyLoRALinear(ProductLinear):
 
 @dataclass(kw_only=True)
 class DyLoRAConfig(ProductConfig, method="dylora", layer=DyLoRALinear):
-    """The settings that all share."""
+    """`LowRankSettings` as a peft configuration."""
 
     def saved_shapes(self) -> Mapping[str, Shape]:
-        """A and B."""
+        """A (r, n) and B (m, r), all ranks."""
         return {"dylora_A": (self.r, None), "dylora_B": (None, self.r)}
 
 
 class DyLoRA(ProductMethod, name="dylora", config=DyLoRAConfig):
-    """LoRA whose every prefix of ranks is trained, see `DyLoRALinear`. Source: Valipour et al. (2023)."""
+    """LoRA in which every prefix of the ranks is trained; see `DyLoRALinear`. Source: Valipour et al. (2023)."""

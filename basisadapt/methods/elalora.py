@@ -1,4 +1,4 @@
-"""ElaLoRA: ranks are cut where they matter least and grown where they matter most, while training."""
+"""ElaLoRA: during training, ranks move from where they matter least to where they matter most."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MOVED = 0.25  # ranks moved at the first move, as a share of the modules
 
 
 class ElaLoRALinear(ProductLinear):
-    """ΔW = s B diag(E) A, with room for R = ⌈(1 + spare) r⌉ ranks; E (R,) = 0 at the start, and for ranks not in use.
+    """ΔW = s B diag(E) A with up to R = ⌈(1 + spare) r⌉ ranks; E (R,) is 0 at the start and for unused ranks.
 
     A (R × n) and B (m × R) start normal with standard deviation 0.02.
     """
@@ -31,7 +31,7 @@ class ElaLoRALinear(ProductLinear):
     adapter_layer_names = ("elalora_A", "elalora_B", "elalora_E")
 
     def start(self, adapter: str, settings: AllocationSettings) -> Mapping[str, Tensor]:
-        """A, B and E."""
+        """A (R, n), B (m, R) and E (R,) at the start."""
         R = settings.room
         return {
             "elalora_A": 0.02 * torch.randn(R, self.in_features),
@@ -40,38 +40,39 @@ class ElaLoRALinear(ProductLinear):
         }
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """diag(E) A and B."""
+        """diag(E) A (R, n) and B (m, R)."""
         A, B, E = self.trained(adapter)
         return E.unsqueeze(1) * A, B
 
 
 @dataclass(kw_only=True)
 class ElaLoRAConfig(AllocationSettings, ProductConfig, method="elalora", layer=ElaLoRALinear):
-    """AllocationSettings."""
+    """`AllocationSettings` as a peft configuration."""
 
     def saved_shapes(self) -> Mapping[str, Shape]:
-        """A, B and E, with room for more ranks than r."""
+        """A (R, n), B (m, R) and E (R,), with R = `room`, the ranks that a module can hold."""
         return {"elalora_A": (self.room, None), "elalora_B": (None, self.room), "elalora_E": (self.room,)}
 
 
 class ElaLoRA(ProductMethod, name="elalora", config=ElaLoRAConfig, settings=AllocationSettings):
-    """Every module starts with r of its R ranks; then ranks move from module to module, their sum unchanged.
+    """Every module starts with r of its R ranks; then ranks move between modules, and their total stays the same.
 
-    The importance of an entry p with gradient g is Ī Ū, with I = |p g|, Ī its running mean and Ū that of |I − Ī|; that
-    of a rank is the sum of its entry of E's and of the means over its row of A and column of B. A move takes the least
-    important ranks of all, but no module's last, and gives as many to the modules with the most important ranks on
-    average that have room. Moves become smaller, from a quarter of the modules to none as 1 − P³ does, with P the part
-    of the moving steps that is over. A new rank starts at E = 0. Source: Chang et al. (2025).
+    The importance of an entry p with gradient g is Ī Ū, where I = |p g|, Ī is its running mean and Ū the running mean
+    of |I − Ī|. The importance of a rank is that of its entry of E plus the means over its row of A and its column of B.
+    A move takes the least important ranks of all modules, never a module's last, and gives as many to the modules with
+    the highest mean importance that can hold more. The number of ranks moved falls from a quarter of the modules to
+    zero as 1 − P³, with P the elapsed share of the steps in which ranks move. A new rank starts at E = 0.
+    Source: Chang et al. (2025).
 
-    Otherwise than there: they compare only the k least important ranks of each module, and of these the most important
-    say which modules grow, without a limit; a new rank is orthogonal to the others, and a penalty keeps it so.
+    The published method differs: it compares only the k least important ranks of each module, lets the most important
+    of these choose the modules that grow, without a limit, and keeps ranks orthogonal by a penalty.
     """
 
     def __init__(self) -> None:
         self._allocator: Allocator | None = None
 
     def after_step(self, model: Any, settings: AllocationSettings, step: int, total: int) -> None:
-        """Measure importance, and move ranks where it is time to."""
+        """Update the importance from this step's gradients, and move ranks if a move is due."""
         if self._allocator is None:
             layers = [module for module in model.modules() if isinstance(module, ElaLoRALinear)]
             self._allocator = Allocator(layers, settings.r)
@@ -84,9 +85,9 @@ class ElaLoRA(ProductMethod, name="elalora", config=ElaLoRAConfig, settings=Allo
 
 
 class Allocator:
-    """Which ranks of each layer are in use, and how important each is.
+    """Tracks which ranks of each layer are in use, and how important each is.
 
-    in_use: (layers, R), whether a rank is.
+    in_use: bool, shape (layers, R).
     """
 
     def __init__(self, layers: Sequence[ElaLoRALinear], r: int) -> None:
@@ -100,7 +101,7 @@ class Allocator:
 
     @torch.no_grad()
     def measure(self) -> None:
-        """Take the gradients of this step into account."""
+        """Update the running means of importance and uncertainty with the gradients of this step."""
         for tensors, means, spreads in zip(self._tensors, self._mean, self._spread, strict=True):
             for p, mean, spread in zip(tensors, means, spreads, strict=True):
                 if p.grad is not None:
@@ -109,7 +110,7 @@ class Allocator:
                     spread.lerp_((importance - mean).abs(), 1 - SMOOTHING)
 
     def importance(self) -> Tensor:
-        """Of every rank, (layers, R), on the CPU."""
+        """The importance of every rank, shape (layers, R), float64 on the CPU."""
         scores = []
         for means, spreads in zip(self._mean, self._spread, strict=True):
             A, B, E = (mean * spread for mean, spread in zip(means, spreads, strict=True))
@@ -117,7 +118,7 @@ class Allocator:
         return torch.stack(scores)
 
     def move(self, count: int, step: int) -> None:
-        """Move up to `count` ranks, one after the other, from where they are least important to where they are most."""
+        """Move up to `count` ranks, one at a time, from where they are least important to where they are most."""
         scores = self.importance()
         average = (scores * self.in_use).sum(1) / self.in_use.sum(1)
         growing = iter(average.argsort(descending=True, stable=True).tolist() * count)
@@ -135,6 +136,6 @@ class Allocator:
 
     @torch.no_grad()
     def silence(self) -> None:
-        """E = 0 for the ranks that are not in use."""
+        """Set E = 0 for the ranks that are not in use."""
         for (_, _, E), in_use in zip(self._tensors, self.in_use, strict=True):
             E.mul_(in_use.to(E.device))

@@ -1,4 +1,4 @@
-"""HiRA, peft's own."""
+"""HiRA, the implementation of peft."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 class HiRA(PeftMethod, name="hira", quantisable=False):
-    """ΔW = W ∘ (BA), elementwise, A Kaiming-uniform, B = 0; lora_alpha means nothing. Source: Huang et al. (2025)."""
+    """ΔW = W ∘ (BA), elementwise, A Kaiming-uniform, B = 0; lora_alpha has no effect. Source: Huang et al. (2025)."""
 
     def peft_config(self, settings: LowRankSettings, common: Mapping[str, Any]) -> PeftConfig:
-        """Peft's HiraConfig."""
+        """Peft's HiraConfig with r and dropout."""
         from peft import HiraConfig
 
         return HiraConfig(r=settings.r, hira_dropout=settings.dropout, **common)
 
     def weight_change(self, layer: Any) -> Tensor | None:
-        """W ∘ (BA)."""
+        """ΔW = W ∘ (BA), shape of the weight."""
         change: Tensor = layer.get_base_layer().weight * layer.get_delta_weight(ADAPTER)
         return change

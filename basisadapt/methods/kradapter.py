@@ -17,24 +17,24 @@ from basisadapt.phi.settings import LowRankSettings
 
 
 class KRAdapterLinear(AddedLinear):
-    """ΔW = s K for m ≤ n, else s Kᵀ: K (min, max) has the rows vec(uᵢ vᵢᵀ), cut to max = max(m, n) entries.
+    """ΔW = s K for m ≤ n, else s Kᵀ; the rows of K (min, max) are vec(uᵢ vᵢᵀ), cut to max = max(m, n) entries.
 
-    uᵢ (k₁,) and vᵢ (k₂,) are the rows of U (min, k₁) and V (min, k₂), k₁ = ⌊√max⌋ and k₂ = ⌈max / k₁⌉. Both train, U
-    from 0, so ΔW = 0, and V from LoRA's start of A. A random K is of full rank: each row is its own k₁ × k₂ matrix of
-    rank one. The size follows from the weight, and r has no say but in s = lora_alpha / r.
+    uᵢ (k₁,) and vᵢ (k₂,) are the rows of U (min, k₁) and V (min, k₂), with k₁ = ⌊√max⌋ and k₂ = ⌈max / k₁⌉. Both train:
+    U starts at 0, so ΔW = 0, and V like LoRA's A. A random K has full rank: each row is its own k₁ × k₂ matrix of rank
+    one. The number of parameters follows from the weight's shape; r enters only through s = lora_alpha / r.
     """
 
     title = "KRAdapter"
     adapter_layer_names = ("kradapter_U", "kradapter_V")
 
     def start(self, adapter: str, settings: LowRankSettings) -> Mapping[str, Tensor]:
-        """U = 0 and V."""
+        """U (min, k₁) = 0 and V (min, k₂) at the start."""
         smaller, larger = sorted((self.out_features, self.in_features))
         k1 = math.isqrt(larger)
         return {"kradapter_U": torch.zeros(smaller, k1), "kradapter_V": kaiming(smaller, math.ceil(larger / k1))}
 
     def added(self, adapter: str, x: Tensor) -> Tensor:
-        """x ΔWᵀ / s."""
+        """x ΔWᵀ / s, shape (..., m), for x of shape (..., n)."""
         change = self._product(adapter)
         return F.linear(x.to(change.dtype), change)
 
@@ -53,12 +53,12 @@ class KRAdapterLinear(AddedLinear):
 
 @dataclass(kw_only=True)
 class KRAdapterConfig(ProductConfig, method="kradapter", layer=KRAdapterLinear):
-    """The settings that all share."""
+    """`LowRankSettings` as a peft configuration."""
 
     def saved_shapes(self) -> Mapping[str, Shape]:
-        """U and V, of sizes that follow from the weight."""
+        """U and V, whose sizes follow from the weight's shape."""
         return {"kradapter_U": (None, None), "kradapter_V": (None, None)}
 
 
 class KRAdapter(ProductMethod, name="kradapter", config=KRAdapterConfig):
-    """An update of full rank from two factors, see `KRAdapterLinear`. Source: Albert et al. (2025)."""
+    """An update of full rank from two factors; see `KRAdapterLinear`. Source: Albert et al. (2025)."""

@@ -1,4 +1,4 @@
-"""LoRA, peft's own, and the configuration that its variants share."""
+"""LoRA, the implementation of peft, and the configuration that its variants share."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class LoRA(PeftMethod, name="lora"):
     """ΔW = (lora_alpha / r) BA, A (r × n) Kaiming-uniform, B (m × r) = 0. Source: Hu et al. (2022)."""
 
     def peft_config(self, settings: LowRankSettings, common: Mapping[str, Any]) -> PeftConfig:
-        """Peft's LoraConfig."""
+        """Peft's LoraConfig with r, lora_alpha and dropout."""
         return lora_config(settings, common)
 
 
 def lora_config(settings: LowRankSettings, common: Mapping[str, Any], **variant: Any) -> PeftConfig:
-    """Peft's LoraConfig from the settings that all share, and what a `variant` adds."""
+    """Peft's LoraConfig with r, lora_alpha and dropout of `settings`; `variant`: further arguments of LoraConfig."""
     from peft import LoraConfig
 
     return LoraConfig(r=settings.r, lora_alpha=settings.lora_alpha, lora_dropout=settings.dropout, **common, **variant)

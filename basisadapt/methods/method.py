@@ -27,17 +27,24 @@ ADAPTER = "default"  # peft's name for the adapter of a run
 
 @dataclass(kw_only=True)
 class RandomBasisSettings(LowRankSettings):
-    """A method whose random matrices are frozen. basis_seed: they follow from it; None takes the run's seed, or 0."""
+    """The settings of `LowRankSettings` and, for a method with frozen random matrices:
+
+    - `basis_seed` (int or None, default None): the seed of these matrices; None uses the run's seed, or 0 outside a
+      run.
+    """
 
     basis_seed: int | None = seed()
 
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that train in a way of their own.
+    """Parameters with a learning rate and weight decay of their own.
 
-    parameters: of the model, none of them in another group. lr: their learning rate. weight_decay: decoupled.
-    transfer: whether they are counted as parameters.transfer, a learned function's, and not as parameters.factors.
+    - `parameters`: parameters of the model that are in no other group.
+    - `lr` (float): their learning rate.
+    - `weight_decay` (float, default 0): decoupled weight decay.
+    - `transfer` (bool, default False): count them as parameters.transfer, of a learned function, instead of
+      parameters.factors.
     """
 
     parameters: Sequence[nn.Parameter]
@@ -48,9 +55,10 @@ class ParameterGroup:
 
 @dataclass(frozen=True)
 class Description:
-    """What a method has to say of an adapted layer. Where a value is not finite, none of it is taken.
+    """A method's own measurements of an adapted layer. If any value is not finite, all of it is dropped.
 
-    numbers: by name. curve: of a learned function, its arguments "z" and its values "phi", equally many; or empty.
+    - `numbers`: values by name.
+    - `curve`: a learned function, as "z" (arguments) and "phi" (values) of equal length; empty without one.
     """
 
     numbers: dict[str, float] = field(default_factory=dict)
@@ -58,10 +66,11 @@ class Description:
 
 
 class Method(ABC):
-    """A way to fine-tune a model. Subclass it with a name and the class of its `settings`; an object serves one run.
+    """A way to fine-tune a model. Subclass it with a name and the class of its `settings`; an instance serves one run.
 
-    bounded: whether r must not exceed the smaller side of an adapted weight. quantisable: whether it trains on a
-    backbone with quantised weights.
+    - `settings`: the dataclass of its settings, `LowRankSettings` by default.
+    - `bounded` (default True): r must not exceed the smaller side of an adapted weight.
+    - `quantisable` (default True): the method can train on a backbone with quantized weights.
     """
 
     settings: ClassVar[type[LowRankSettings]]
@@ -85,58 +94,64 @@ class Method(ABC):
 
     @abstractmethod
     def attach(self, model: PreTrainedModel, settings: Any, task_type: str | None) -> PreTrainedModel | PeftModel:
-        """The model, changed in place, with exactly what this method trains set to train.
+        """The model, changed in place; requires_grad is set for exactly the parameters that this method trains.
 
-        task_type: in peft's words, such as "SEQ_CLS", or None where it has none; the task's head, if there is one,
-        trains as well. Raises InputError for a placement or a rank that the model does not have.
+        task_type: peft's name for the task, such as "SEQ_CLS", or None if it has none. The task's head, if there is
+        one, trains as well. Raises InputError for a placement that matches no module, or a rank that does not fit.
         """
 
     def parameter_groups(self, model: Any, settings: Any, lr: float) -> Sequence[ParameterGroup]:
-        """What does not train at the run's own rate `lr` and decay; all else that trains does."""
+        """The parameters with rates or decays of their own. All others train at the run's rate `lr` and its decay."""
         return ()
 
     def weight_change(self, layer: Any) -> Tensor | None:
-        """ΔW of an adapted layer, shape of its weight; None where there is no such matrix to look at."""
+        """ΔW of an adapted layer, in the shape of its weight; None if the method has no such matrix."""
         delta: Tensor = layer.get_delta_weight(ADAPTER)
         return delta
 
     def describe(self, layer: Any) -> Description:
-        """What there is to say of an adapted layer beside its ΔW. Only reads, and draws no random numbers."""
+        """The method's own measurements of an adapted layer, besides those of ΔW.
+
+        It changes nothing and draws no random numbers.
+        """
         return Description()
 
     def measure(self, layer: Any, change: Tensor) -> Mapping[str, float]:
-        """Further numbers of an adapted layer and its ΔW, taken once, at the end of a run; finite ones are kept.
+        """Further numbers of an adapted layer and its ΔW, measured once, at the end of a run; finite ones are kept.
 
-        change: what `weight_change` gives, its entries finite. Only reads, and draws no random numbers.
+        change: the result of `weight_change`, with finite entries. It changes nothing and draws no random numbers.
         """
         return {}
 
     def summary(self, numbers: Sequence[Mapping[str, float]]) -> dict[str, float]:
-        """Metrics of a run, from what `describe` and `measure` gave of its modules: the mean of each."""
+        """Metrics of a run from the numbers that `describe` and `measure` gave for the modules: the mean of each.
+
+        numbers: one mapping for each module that has any.
+        """
         return means(numbers)
 
     def why_constant(self, settings: Any) -> str:
-        """A sentence that says why most updates may have become one constant; empty where nothing is known."""
+        """A sentence that explains why most updates may have become constant matrices; empty if no cause is known."""
         return ""
 
     def before_step(self, model: Any, settings: Any, step: int, total: int) -> None:
-        """Called when the gradients are there, clipped, that the optimiser makes step number `step` of `total` with."""
+        """Called before the optimizer's step number `step` of `total`, when the clipped gradients are available."""
         return
 
     def after_step(self, model: Any, settings: Any, step: int, total: int) -> None:
-        """Called when the optimiser has made step number `step` of `total`, with the gradients still there."""
+        """Called after the optimizer's step number `step` of `total`, while the gradients are still available."""
         return
 
 
 class PeftMethod(Method):
-    """A method that is a peft configuration."""
+    """A method that peft attaches, given by its peft configuration."""
 
     @abstractmethod
     def peft_config(self, settings: Any, common: Mapping[str, Any]) -> PeftConfig:
-        """The configuration; `common` is what all share: task_type and target_modules."""
+        """The configuration. common: the arguments that all configurations share, task_type and target_modules."""
 
     def attach(self, model: PreTrainedModel, settings: Any, task_type: str | None) -> PeftModel:
-        """The model with the adapter in it."""
+        """Attach the adapter of `peft_config`. Raises InputError as `Method.attach`."""
         return put_into(model, settings, task_type, self.peft_config)
 
 
@@ -146,17 +161,20 @@ def put_into(
     task_type: str | None,
     peft_config: Callable[[Any, Mapping[str, Any]], PeftConfig],
 ) -> PeftModel:
-    """The model with an adapter in it, where the settings want it. Raises InputError as `Method.attach`."""
+    """The model with the adapter of `peft_config` in the modules that the settings name.
+
+    Raises InputError as `Method.attach`.
+    """
     import peft
 
     names = [name for name, _ in model.named_modules()]
     targets = settings.target_modules or target_pattern(settings.placement, model)
     common = {"task_type": task_type, "target_modules": targets}
-    if task_type is None:  # peft finds a head by the task's type
+    if task_type is None:  # peft finds a head only by the task's type
         common["modules_to_save"] = [name for name in HEADS if name in names]
     try:
         return peft.get_peft_model(model, peft_config(settings, common))
     except InputError:
         raise
-    except (TypeError, ValueError) as error:  # peft's answer to target modules that match nothing, or the head
+    except (TypeError, ValueError) as error:  # what peft raises for target modules that match nothing, or the head
         raise InputError(f"adapter.target_modules {targets}: {' '.join(str(error).split())}") from error

@@ -18,7 +18,12 @@ from basisadapt.phi.settings import MOST_RANK, require
 
 @dataclass(kw_only=True)
 class NoLASettings(RandomBasisSettings):
-    """num_random: K, random matrices in each factor, at most 16,384. Raises InputError out of range."""
+    """The settings of `RandomBasisSettings` and:
+
+    - `num_random` (int in [1, 16384], default 64): K, the number of random matrices in each factor.
+
+    Raises InputError for a value out of range.
+    """
 
     num_random: int = 64
 
@@ -31,8 +36,8 @@ class NoLASettings(RandomBasisSettings):
 class NoLALinear(ProductLinear):
     """ΔW = s B A, A = A₀ + Σ_k a_k U_k / √K and B = Σ_k b_k V_k / √K, k = 1..K.
 
-    A₀ (r × n) is drawn as LoRA's A is; U_k (r × n) and V_k (m × r) are uniform on ±1. They are frozen, follow from the
-    seed and the module's name, and are not saved; a and b (K,) train and start at 0, so ΔW = 0.
+    A₀ (r × n) is drawn like LoRA's A; U_k (r × n) and V_k (m × r) are uniform on [−1, 1]. These are frozen, follow from
+    the seed and the module's name, and are not saved. a and b (K,) train and start at 0, so ΔW = 0.
     """
 
     title = "NoLA"
@@ -45,7 +50,7 @@ class NoLALinear(ProductLinear):
         self.frozen_B = BufferDict({}, persistent=False)
 
     def start(self, adapter: str, settings: NoLASettings) -> Mapping[str, Tensor]:
-        """a = b = 0, and the frozen matrices: A₀, U_1, .., U_K as (K + 1, r, n), V_1, .., V_K as (K, m, r)."""
+        """a = b = 0, shape (K,). Also makes the frozen A₀, U_1, ..., U_K (K + 1, r, n) and V_1, ..., V_K (K, m, r)."""
         K, r, m, n = settings.num_random, settings.r, self.out_features, self.in_features
         base = self.base_layer.weight
         if base.is_meta:
@@ -60,7 +65,7 @@ class NoLALinear(ProductLinear):
         return {"nola_a": torch.zeros(K), "nola_b": torch.zeros(K)}
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """A and B, combined anew."""
+        """A (r, n) and B (m, r), combined from the frozen matrices and the current coefficients."""
         a, b = self.trained(adapter)
         first, *_ = frozen_A = self.frozen_A[adapter].to(a.dtype)
         scale = len(a) ** -0.5
@@ -70,15 +75,15 @@ class NoLALinear(ProductLinear):
 
 @dataclass(kw_only=True)
 class NoLAConfig(NoLASettings, ProductConfig, method="nola", layer=NoLALinear):
-    """NoLASettings."""
+    """`NoLASettings` as a peft configuration."""
 
     def saved_shapes(self) -> Mapping[str, Shape]:
-        """The coefficients."""
+        """The coefficients a and b, shape (K,)."""
         return {"nola_a": (self.num_random,), "nola_b": (self.num_random,)}
 
 
 class NoLA(ProductMethod, name="nola", config=NoLAConfig, settings=NoLASettings):
-    """Coefficients of random matrices, as few as one likes at any rank, see `NoLALinear`.
+    """Trains coefficients of random matrices, as few as one likes at any rank; see `NoLALinear`.
 
     Source: Koohpayegani et al. (2024).
     """

@@ -1,4 +1,4 @@
-"""φ(BA), ours."""
+"""φ(BA), this project's method: a learned function on a low-rank product."""
 
 from __future__ import annotations
 
@@ -22,20 +22,22 @@ if TYPE_CHECKING:
 
     from basisadapt.adapter.layer import PhiLinear
 
-FINE = 1025  # points on the range of BA, where φ's terms are looked at
-COARSE = 16  # of which one in so many is kept of the curve
+FINE = 1025  # points on the range of BA at which φ's terms are evaluated
+COARSE = 16  # one in this many of them is kept for the curve
 LINEARITY = ("linear_fit", "nonlinear_share")  # the numbers of `diagnostics.linear.linear_fit`
 
 
 class TransferMethod(PeftMethod):
-    """A method whose layers are `PhiLinear`: what there is to say of φ."""
+    """A method whose layers are `PhiLinear`; measures φ."""
 
     def describe(self, layer: PhiLinear) -> Description:
         """A module's numbers of φ, and the curve f(z) = (φ(g z) − c φ(0)) / g on the range of BA.
 
-        "active_n" (`diagnostics.transfer`) and "utilisation", its share of N; "omega_mean", "omega_std", "alpha_mean",
-        "alpha_std" and "alpha_mean_abs" over the N functions; "range_share", max |g·BA| / I. Nothing for a module of
-        `rest: lora`, which has no φ.
+        - "active_n": the active functions (`diagnostics.transfer`); "utilisation": their share of N.
+        - "omega_mean", "omega_std", "alpha_mean", "alpha_std", "alpha_mean_abs": over the N functions.
+        - "range_share": max |g·BA| / I.
+
+        Empty for a module of `rest: lora`, which has no φ.
         """
         if ADAPTER not in layer.phi_source:
             return Description()
@@ -44,7 +46,7 @@ class TransferMethod(PeftMethod):
         alpha, omega = transfer.alpha, transfer.omega
         reach = (B.float() @ A.float()).abs().max().item()
         z = torch.linspace(-reach, reach, FINE, dtype=torch.float64, device=alpha.device)
-        # N functions side by side, each with one amplitude of φ's: its terms.
+        # N functions side by side, each with one of φ's amplitudes: the terms of φ.
         terms = dataclasses.replace(transfer, alpha=alpha.diag(), path=False, scaling=1.0)(z)
         active = active_count(terms)
         numbers = {
@@ -60,15 +62,20 @@ class TransferMethod(PeftMethod):
         return Description(numbers, {"z": z[::COARSE].tolist(), "phi": terms[::COARSE].sum(1).tolist()})
 
     def measure(self, layer: PhiLinear, change: Tensor) -> Mapping[str, float]:
-        """How much of ΔW is LoRA: "linear_fit", c of the best ΔW ≈ c · s · BA, and "nonlinear_share", what it leaves
-        out (`diagnostics.linear`). Nothing for a module of `rest: lora`, which has no φ."""
+        """How much of ΔW is LoRA's update: the least-squares fit ΔW ≈ c · s · BA (`diagnostics.linear`).
+
+        "linear_fit" is c, and "nonlinear_share" the share of ΔW that the fit leaves unexplained. Empty for a module of
+        `rest: lora`, which has no φ.
+        """
         if ADAPTER not in layer.phi_source:
             return {}
         return dict(zip(LINEARITY, linear_fit(change, layer.get_product(ADAPTER)), strict=True))
 
     def summary(self, numbers: Sequence[Mapping[str, float]]) -> dict[str, float]:
-        """Means over the modules with φ, the deviation of all ω of all modules, and the widest range; of what is
-        measured at the end, the mean and the largest."""
+        """Means over the modules with φ, the standard deviation of all ω of all modules, and the largest range share.
+
+        For each number of `measure`, the mean and the largest value.
+        """
         return {**_of_terms([one for one in numbers if "omega_mean" in one]), **_of_linearity(numbers)}
 
 
@@ -99,23 +106,23 @@ def _of_linearity(numbers: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 class Phi(TransferMethod, name="phi", settings=PhiSettings):
-    """ΔW = s · (p·BA + (φ(g·BA) − c·φ(0)) / g), see `PhiSettings`. Source: Garg, Lucey & Saratchandran."""
+    """ΔW = s · (p·BA + (φ(g·BA) − c·φ(0)) / g); see `PhiSettings`. Source: Garg, Lucey & Saratchandran."""
 
     def peft_config(self, settings: PhiSettings, common: Mapping[str, Any]) -> PeftConfig:
-        """Our PhiConfig."""
+        """The `PhiConfig` with these settings."""
         from basisadapt.adapter import PhiConfig
 
         return PhiConfig(**{**asdict(settings), **common})
 
     def parameter_groups(self, model: Any, settings: PhiSettings, lr: float) -> Sequence[ParameterGroup]:
-        """α, with its own decay; ω, learned grid points and gains; all at φ's rate."""
+        """α with its own decay, and ω, learned grid points and gains without; all at φ's learning rate."""
         from basisadapt.adapter.optimizing import table_groups
 
         groups = table_groups(model.base_model.phi_bank[ADAPTER], settings, lr)
         return [ParameterGroup(tables, rate, decay, transfer=True) for tables, rate, decay in groups]
 
     def why_constant(self, settings: PhiSettings) -> str:
-        """A dead start, or φ(0)."""
+        """Either the start is a dead point, at which A and B get no gradient, or φ(0) outweighs the rest."""
         if settings.amplitudes.kind == "zero" and not (settings.identity_path or settings.centre):
             return (
                 "A dead start: with alpha = 0 and no identity path, phi stays even on a symmetric grid, so phi'(0) = 0 "
@@ -124,7 +131,7 @@ class Phi(TransferMethod, name="phi", settings=PhiSettings):
         return "phi(0), the same on every weight, outweighs the rest; centre=true takes it out."
 
     def before_step(self, model: Any, settings: PhiSettings, step: int, total: int) -> None:
-        """Let φ rest while it is to, and add the gradient of its roughness afterwards."""
+        """Freeze φ for the first `transfer_delay` share of the steps; then add the gradient of the smoothing term."""
         from basisadapt.adapter.optimizing import regulate
 
         regulate(model.base_model.phi_bank[ADAPTER], settings, step, total)

@@ -1,4 +1,4 @@
-"""PiSSA, peft's own."""
+"""PiSSA, the implementation of peft."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ if TYPE_CHECKING:
 
 
 class PiSSA(Method, name="pissa", quantisable=False):
-    """LoRA that starts at W's leading singular triplets: s BA = U_r Σ_r V_rᵀ, with W − s BA frozen in W's place.
+    """LoRA that starts at W's leading singular triplets: s BA = U_r Σ_r V_rᵀ, and W − s BA is frozen instead of W.
 
-    Training begins at the pretrained function, so ΔW = s (BA − B₀A₀), with the factors at the start. Source: Meng, Wang
-    & Zhang (2024).
+    Training begins at the pretrained function, so ΔW = s (BA − B₀A₀), with B₀ and A₀ the factors at the start.
+    Source: Meng, Wang & Zhang (2024).
     """
 
     def attach(self, model: PreTrainedModel, settings: LowRankSettings, task_type: str | None) -> PeftModel:
-        """Peft's LoRA with its variant's start; there is none to be computed for a model of shapes alone."""
+        """Attach peft's LoRA with the PiSSA start; a model on the meta device has no weights to start from."""
         from peft.tuners.lora import LoraLayer
 
         start = True if next(model.parameters()).is_meta else "pissa"
         adapted = put_into(model, settings, task_type, functools.partial(lora_config, init_lora_weights=start))
         for layer in adapted.modules():
-            if isinstance(layer, LoraLayer):  # kept beside the layer's state, since saving needs no start
+            if isinstance(layer, LoraLayer):  # not part of the layer's state: a saved adapter needs no start
                 layer.pissa_start = [factor.detach().clone() for factor in _factors(layer)]
         return adapted
 
     def weight_change(self, layer: Any) -> Tensor | None:
-        """s (BA − B₀A₀); None for an adapter that was loaded, whose start is not known."""
+        """ΔW = s (BA − B₀A₀), shape of the weight; None for a loaded adapter, whose start is not known."""
         start = getattr(layer, "pissa_start", None)
         if start is None:
             return None

@@ -1,4 +1,4 @@
-"""The references without an adapter: nothing, the task's head alone, and everything."""
+"""References without an adapter: train nothing, only the task's head, or everything."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
 
 
 class Frozen(Method, name="frozen", quantisable=False):
-    """Nothing trains: the model as it was pretrained, where the task asks for no fresh head. No setting has effect."""
+    """Nothing trains: the pretrained model, unless the task adds a new head. Adapter settings have no effect."""
 
     def attach(self, model: PreTrainedModel, settings: LowRankSettings, task_type: str | None) -> PreTrainedModel:
-        """The model itself."""
+        """The model itself, with no parameter trainable."""
         return model.requires_grad_(False)
 
 
 class HeadOnly(Method, name="head", quantisable=False):
-    """The frozen backbone with a trained head: what a task gives without an adapter. Adapter settings mean nothing."""
+    """A trained head on the frozen backbone: the baseline without an adapter. Adapter settings have no effect."""
 
     def attach(self, model: PreTrainedModel, settings: LowRankSettings, task_type: str | None) -> PreTrainedModel:
-        """The model itself. Raises InputError if it has no head."""
+        """The model itself, with only its head trainable. Raises InputError if it has no head."""
         if not any(is_head(name) for name, _ in model.named_parameters()):
             raise InputError("method head trains the task's head, and this model has none; frozen trains nothing")
         for name, parameter in model.named_parameters():
@@ -34,8 +34,8 @@ class HeadOnly(Method, name="head", quantisable=False):
 
 
 class FullFineTuning(Method, name="full", quantisable=False):
-    """Every parameter trains. Adapter settings mean nothing."""
+    """Every parameter trains. Adapter settings have no effect."""
 
     def attach(self, model: PreTrainedModel, settings: LowRankSettings, task_type: str | None) -> PreTrainedModel:
-        """The model itself."""
+        """The model itself, with every parameter trainable."""
         return model.requires_grad_(True)

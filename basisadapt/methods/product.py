@@ -1,7 +1,7 @@
-"""The common form of the rivals that peft lacks, y = x Wᵀ + b + s g(x Aᵀ) Bᵀ, as a peft method.
+"""The common form of the methods that peft lacks, y = x Wᵀ + b + s g(x Aᵀ) Bᵀ, as a peft method.
 
-A method is a subclass of `ProductLinear`, its formula; one of `ProductConfig`, its settings, which enters it into
-peft's tables; and one of `ProductMethod`. Where ΔW is no product of thin matrices, the first is an `AddedLinear`.
+A method consists of three subclasses: of `ProductLinear`, its formula; of `ProductConfig`, its settings, which
+registers it with peft; and of `ProductMethod`. If ΔW is not a product of thin matrices, the first is an `AddedLinear`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from basisadapt.phi.settings import LowRankSettings
 
 
 class AddedLinear(AdaptedLinear):
-    """y = x Wᵀ + b + s f(x) over W (m, n), with trained tensors of its own."""
+    """y = x Wᵀ + b + s f(x) for a base weight W (m, n), with the trained tensors named in `adapter_layer_names`."""
 
     other_param_names: ClassVar[tuple[str, ...]] = ("settings", "dropout")
 
@@ -41,14 +41,14 @@ class AddedLinear(AdaptedLinear):
 
     @abstractmethod
     def start(self, adapter: str, settings: Any) -> Mapping[str, Tensor]:
-        """The trained tensors at the start, by name; also the place to make what is frozen."""
+        """The trained tensors at the start, by name. Frozen tensors are made here too."""
 
     @abstractmethod
     def added(self, adapter: str, x: Tensor) -> Tensor:
         """f(x) in the dtype of the trained tensors, shape (..., m), for x of shape (..., n)."""
 
     def update_layer(self, adapter: str, settings: Any) -> None:
-        """Add an adapter. Raises InputError if r exceeds the smaller side of the weight."""
+        """Add an adapter with these settings. Raises InputError if r exceeds the smaller side of the weight."""
         self._check_rank(settings.r)
         self.settings[adapter] = settings
         self.dropout[adapter] = nn.Dropout(settings.dropout)
@@ -65,7 +65,10 @@ class AddedLinear(AdaptedLinear):
         return cast(nn.ParameterDict, self.get_submodule(name))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The adapted layer; several active adapters add up. Raises InputError for a batch of mixed adapters."""
+        """y of shape (..., m) for x of shape (..., n); the updates of several active adapters add up.
+
+        Raises InputError for a batch of mixed adapters.
+        """
         self.refuse_mixed_batches(kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -81,9 +84,9 @@ class AddedLinear(AdaptedLinear):
 
 
 class ProductLinear(AddedLinear):
-    """f(x) = g(x Aᵀ) Bᵀ with A (k, n), B (m, k); for a linear g, ΔW is s B g(A).
+    """f(x) = g(x Aᵀ) Bᵀ with A (k, n) and B (m, k). If g is linear, ΔW = s B g(Aᵀ)ᵀ.
 
-    not_a_weight: why there is no ΔW, for a nonlinear g.
+    not_a_weight: for a nonlinear g, the reason why there is no ΔW, as a part of a sentence; None otherwise.
     """
 
     not_a_weight: ClassVar[str | None] = None
@@ -93,19 +96,22 @@ class ProductLinear(AddedLinear):
         """A (k, n) and B (m, k), differentiable in the trained tensors."""
 
     def between(self, adapter: str, h: Tensor) -> Tensor:
-        """g(h) for h = x Aᵀ, shape (..., k); h itself for a method that does not say otherwise."""
+        """g(h) for h = x Aᵀ, both of shape (..., k); h itself unless a method overrides it."""
         return h
 
     def added(self, adapter: str, x: Tensor) -> Tensor:
-        """g(x Aᵀ) Bᵀ."""
+        """f(x) = g(x Aᵀ) Bᵀ, shape (..., m), for x of shape (..., n)."""
         A, B = self.factors(adapter)
         return F.linear(self.between(adapter, F.linear(x.to(A.dtype), A)), B)
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """ΔW in evaluation, in the layout of the base weight, in at least float32. Raises InputError without one."""
+        """ΔW of evaluation mode, in the layout of the base weight and at least float32.
+
+        Raises InputError for a method without ΔW.
+        """
         if self.not_a_weight is not None:
-            raise InputError(f"{self.title} {self.not_a_weight}, so that no weight equals it: it cannot be merged")
+            raise InputError(f"{self.title} {self.not_a_weight}, so it has no ΔW and cannot be merged")
         training = self.training
         self.training = False
         A, B = self.factors(adapter)
@@ -116,7 +122,7 @@ class ProductLinear(AddedLinear):
 
 
 class ProductModel(AdaptedModel):
-    """A model with the layers of one method."""
+    """A model whose adapted layers belong to one method; its class is made by `ProductConfig`."""
 
     tuner_layer_cls: type[AddedLinear]
 
@@ -136,12 +142,15 @@ class ProductModel(AdaptedModel):
 
 @dataclass(kw_only=True)
 class ProductConfig(LowRankSettings, CheckedConfig):
-    """Settings and peft's configuration in one. Subclass it, behind the settings, with the method's name and layer."""
+    """Settings and peft configuration in one. Subclass it, after the settings, with the method's name and its layer."""
 
     method: ClassVar[str]
 
     def __init_subclass__(cls, *, method: str, layer: type[AddedLinear], **kwargs: Any) -> None:
-        """Enter the method into peft's tables. The layer's trained tensors must be called "<method>_..."."""
+        """Register the method with peft. The names of the layer's trained tensors must begin with the method's and "_".
+
+        Raises as `register`.
+        """
         super().__init_subclass__(**kwargs)
         cls.method = method
         members = {"prefix": f"{method}_", "tuner_layer_cls": layer}
@@ -154,21 +163,24 @@ class ProductConfig(LowRankSettings, CheckedConfig):
 
 
 class ProductMethod(PeftMethod):
-    """A method whose layers are an `AddedLinear`. Subclass it with the `config` that has its settings."""
+    """A method whose layers are an `AddedLinear`. Subclass it with the `config` that holds its settings."""
 
     config: ClassVar[type[ProductConfig]]
 
     def __init_subclass__(cls, *, config: type[ProductConfig], **kwargs: Any) -> None:
-        """As in `Method`."""
+        """Register the class as `Method` does, with the class of its peft configuration."""
         super().__init_subclass__(**kwargs)
         cls.config = config
 
     def peft_config(self, settings: LowRankSettings, common: Mapping[str, Any]) -> PeftConfig:
-        """The method's own."""
+        """The method's `config` with these settings."""
         return self.config(**{**asdict(settings), **common})
 
 
 def kaiming(rows: int, columns: int, generator: torch.Generator | None = None) -> Tensor:
-    """LoRA's start of A: uniform on ±1 / √columns, shape (rows, columns)."""
+    """LoRA's start of A: uniform on [−1 / √columns, 1 / √columns], shape (rows, columns), float32.
+
+    Without a generator it is drawn from torch's global one.
+    """
     drawn = 2 * torch.rand(rows, columns, generator=generator) - 1
     return drawn / math.sqrt(columns)

@@ -1,4 +1,4 @@
-"""RandLoRA, peft's own."""
+"""RandLoRA, the implementation of peft."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
 
 
 class RandLoRA(PeftMethod, name="randlora", settings=RandomBasisSettings, quantisable=False):
-    """ΔW = s Σ_j B_j diag(λ_j) A diag(γ_j), j = 1..K, A and B_j frozen and random of rank r, enough for full rank.
+    """ΔW = s Σ_j B_j diag(λ_j) A diag(γ_j), j = 1..K, with A and B_j frozen, random and of rank r.
 
-    K = ⌈min(m, n) / r⌉; λ_j (r,) = 0 and γ_j (min(m, n),) train; transposed where m < n. A larger r means fewer
-    parameters. The bases follow from the seed and are not saved. peft takes lora_alpha = 20 r. Source: Albert et al.
-    (2025).
+    K = ⌈min(m, n) / r⌉ terms suffice for full rank. λ_j (r,) = 0 and γ_j (min(m, n),) train; for m < n the formula is
+    transposed. A larger r means fewer parameters. The bases follow from the seed and are not saved. peft's default is
+    lora_alpha = 20 r. Source: Albert et al. (2025).
     """
 
     def peft_config(self, settings: RandomBasisSettings, common: Mapping[str, Any]) -> PeftConfig:
-        """Peft's RandLoraConfig."""
+        """Peft's RandLoraConfig, whose bases follow from basis_seed."""
         from peft import RandLoraConfig
 
-        with warnings.catch_warnings():  # that another machine may draw other numbers from the seed
+        with warnings.catch_warnings():  # peft warns that other machines may draw other numbers from the seed
             warnings.simplefilter("ignore", UserWarning)
             return RandLoraConfig(
                 r=settings.r,

@@ -1,4 +1,4 @@
-"""rsLoRA, peft's own."""
+"""rsLoRA, the implementation of peft."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ class RankStabilisedLoRA(PeftMethod, name="rslora"):
     """
 
     def peft_config(self, settings: LowRankSettings, common: Mapping[str, Any]) -> PeftConfig:
-        """Peft's LoraConfig with its variant's scale."""
+        """Peft's LoraConfig with use_rslora."""
         return lora_config(settings, common, use_rslora=True)

@@ -1,4 +1,4 @@
-"""SineLoRA: a fixed sine as the transfer function, so φ's code with one basis function and nothing to learn in it."""
+"""SineLoRA: a fixed sine as the transfer function. It runs as φ with one basis function that does not train."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class SineSettings(LowRankSettings):
-    """frequency: ω > 0, at most 1e6, the same for all modules. Raises InputError out of range."""
+    """The settings of `LowRankSettings` and:
+
+    - `frequency` (float in (0, 1e6], default 200): ω, the same for all modules.
+
+    Raises InputError for a value out of range.
+    """
 
     frequency: float = 200.0
 
@@ -32,7 +37,7 @@ class SineLoRA(TransferMethod, name="sinelora", settings=SineSettings):
     """
 
     def peft_config(self, settings: SineSettings, common: Mapping[str, Any]) -> PeftConfig:
-        """Our PhiConfig: φ(x) = α sin(ωx), with α = 1 / √n and ω fixed, in the place of LoRA's BA."""
+        """The `PhiConfig` of ΔW = s φ(BA) with φ(x) = α sin(ωx), where α = 1 / √n and ω do not train."""
         from basisadapt.adapter import PhiConfig
 
         shared = {key: value for key, value in asdict(settings).items() if key != "frequency"}

@@ -1,4 +1,4 @@
-"""VeRA, peft's own."""
+"""VeRA, the implementation of peft."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ if TYPE_CHECKING:
 
 
 class VeRA(PeftMethod, name="vera", settings=RandomBasisSettings, bounded=False):
-    """ΔW = diag(λ_b) B diag(λ_d) A: A and B frozen, random and shared by all modules, λ_d (r,) = 0.1, λ_b (m,) = 0.
+    """ΔW = diag(λ_b) B diag(λ_d) A, with A and B frozen, random and shared by all modules; λ_d (r,) and λ_b (m,) train.
 
-    lora_alpha means nothing. A and B follow from the seed and are not saved. Source: Kopiczko et al. (2024).
+    They start at λ_d = 0.1 and λ_b = 0. lora_alpha has no effect. A and B follow from the seed and are not saved.
+    Source: Kopiczko et al. (2024).
     """
 
     def peft_config(self, settings: RandomBasisSettings, common: Mapping[str, Any]) -> PeftConfig:
-        """Peft's VeraConfig."""
+        """Peft's VeraConfig, whose matrices follow from basis_seed."""
         from peft import VeraConfig
 
-        with warnings.catch_warnings():  # that another machine may draw other numbers from the seed
+        with warnings.catch_warnings():  # peft warns that other machines may draw other numbers from the seed
             warnings.simplefilter("ignore", UserWarning)
             return VeraConfig(
                 r=settings.r,

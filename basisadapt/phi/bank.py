@@ -21,8 +21,8 @@ from basisadapt.phi.notation import Amplitudes
 from basisadapt.phi.settings import PhiSettings
 from basisadapt.phi.sharing import SHARING, AdaptedModule, rows
 
-LEAST_SIZE = 1e-6  # of BA where a gain is normalised by it: at the start it is zero
-ROUGH = 8  # points a basis function
+LEAST_SIZE = 1e-6  # a lower bound on the size of BA by which a gain is normalized: at the start BA is zero
+ROUGH = 8  # points per basis function
 ONE = torch.ones(())
 
 
@@ -30,9 +30,17 @@ ONE = torch.ones(())
 class Transfer:
     """The transfer function of one module: ΔW = F(BA) with F(z) = s (p z + (φ(g z) − c φ(0)) / g).
 
-    φ(x) = Σᵢ αᵢ b(ωᵢ, x, xᵢ). alpha, omega, grid: shape (N,), or (M, N) for the functions of M modules at once. gain
-    g > 0: shape (), or (M,). centre c; identity path p; scaling s. Where alpha has one dimension more than the grid,
-    (..., N, k), there are k functions side by side, which differ in their amplitudes alone.
+    φ(x) = Σᵢ αᵢ b(ωᵢ, x, xᵢ), i = 1..N. One object may hold the functions of M modules.
+
+    - `basis`: b.
+    - `alpha`: α, shape (N,) or (M, N). With one dimension more than the grid, (..., N, k), there are k functions side
+      by side, which differ only in their amplitudes.
+    - `omega`: ω > 0, shape (N,) or (M, N).
+    - `grid`: x₁..x_N, shape (N,) or (M, N).
+    - `gain`: g > 0, shape () or (M,), default 1.
+    - `centre` (bool, default False): c.
+    - `path` (bool, default False): p, the identity path.
+    - `scaling` (float, default 1): s.
     """
 
     basis: TransferBasis
@@ -46,11 +54,11 @@ class Transfer:
 
     @property
     def parameters(self) -> tuple[Tensor, ...]:
-        """α, ω, the grid and g: what gradients flow to."""
+        """α, ω, the grid and g, to which gradients flow."""
         return self.alpha, self.omega, self.grid, self.gain
 
     def with_parameters(self, alpha: Tensor, omega: Tensor, grid: Tensor, gain: Tensor) -> Transfer:
-        """The same function of other parameters."""
+        """The same function with other parameters, of shapes as in the class."""
         return dataclasses.replace(self, alpha=alpha, omega=omega, grid=grid, gain=gain)
 
     def double(self) -> Transfer:
@@ -58,9 +66,9 @@ class Transfer:
         return self.with_parameters(*(parameter.double() for parameter in self.parameters))
 
     def phi(self, x: Tensor) -> Tensor:
-        """φ(x) for x of shape (..., K), (M, ..., K) for M modules; the result has that shape, and k last if there is k.
+        """φ(x) for x of shape (..., K), or (M, ..., K) for M modules; the same shape, plus (k,) for k functions.
 
-        Holds N values per element of x: pass few elements, or pieces.
+        It needs memory for N values per element of x, so pass few elements at a time.
         """
         modules = self.grid.shape[:-1]
         points = x.reshape(*modules, -1, 1)
@@ -70,7 +78,7 @@ class Transfer:
         return phi.reshape(*x.shape, -1) if side_by_side else phi.reshape(x.shape)
 
     def __call__(self, z: Tensor) -> Tensor:
-        """F(z), shapes as in `phi`."""
+        """F(z) = s (p z + (φ(g z) − c φ(0)) / g), with the shapes of `phi`."""
         phi = self.phi(_beside(self.gain, z) * z)
         if self.centre:
             first = self.grid.shape[:-1]
@@ -88,11 +96,15 @@ def _beside(gain: Tensor, values: Tensor) -> Tensor:
 
 
 class TransferBank(nn.Module):
-    """The tables alpha, raw_omega and grid, each of shape (rows, N); a sharing policy gives each module its rows.
+    """The parameters of φ of all M adapted modules, in tables; a sharing policy assigns each module its rows.
 
-    ω = softplus(raw_omega) > 0, started at ω₀ (paper, section 3.3). What does not train is a buffer, saved all the
-    same, so that an adapter file alone defines φ. Where the gain is learned there is log_gain too, shape (M,).
-    loaded: how often a state was loaded.
+    - `alpha`, `raw_omega`, `grid`: shape (rows, N) each; ω = softplus(raw_omega) > 0 starts at ω₀ (paper, section 3.3).
+    - `log_gain`: log g, shape (M,); only if the gain is learned.
+    - `rows`: each module's name and its rows of alpha, raw_omega and grid.
+    - `loaded` (int): how many times a state was loaded.
+
+    Tables that do not train are buffers. They are saved too, so an adapter file alone defines φ. Raises InputError for
+    settings that do not fit the modules.
     """
 
     alpha: Tensor
@@ -123,8 +135,8 @@ class TransferBank(nn.Module):
         self._table("alpha", alpha, settings.amplitudes.kind != "fan_in")
         if self._gain_form.kind == "learned":
             self._table("log_gain", torch.full((len(modules),), math.log(self._gain_form.number)), True)
-        if not self.alpha.is_meta:  # where peft makes empty modules to load into, there is nothing to initialise
-            self._initialise_alpha(settings.amplitudes, settings.interval, modules)
+        if not self.alpha.is_meta:  # peft makes empty modules to load into, which need no initialization
+            self._initialize_alpha(settings.amplitudes, settings.interval, modules)
 
     def _table(self, name: str, values: Tensor, trainable: bool) -> None:
         if trainable:
@@ -133,7 +145,7 @@ class TransferBank(nn.Module):
             self.register_buffer(name, values)
 
     @torch.no_grad()
-    def _initialise_alpha(self, init: Amplitudes, interval: float, modules: Sequence[AdaptedModule]) -> None:
+    def _initialize_alpha(self, init: Amplitudes, interval: float, modules: Sequence[AdaptedModule]) -> None:
         if init.kind == "normal":
             self.alpha.normal_(0.0, init.sigma)
         if init.kind == "fan_in":
@@ -149,12 +161,15 @@ class TransferBank(nn.Module):
 
     @property
     def tables(self) -> tuple[Tensor, ...]:
-        """What the bank holds, trained or not."""
+        """alpha, raw_omega, grid and, if it is learned, log_gain, whether or not they train."""
         gain = (self.log_gain,) if self._gain_form.kind == "learned" else ()
         return self.alpha, self.raw_omega, self.grid, *gain
 
     def gains(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """g of every module, shape (M,), float64; a normalised one is a constant to the gradient. pairs: A and B."""
+        """g of every module, shape (M,), float64. No gradient flows through a normalized gain.
+
+        pairs: A (r, n) and B (m, r) of every module, in the order of `rows`.
+        """
         form = self._gain_form
         if form.kind == "learned":
             return self.log_gain.double().exp()
@@ -163,12 +178,15 @@ class TransferBank(nn.Module):
         return torch.full((len(self.rows),), form.number, dtype=torch.float64, device=self.alpha.device)
 
     def transfer(self, module: str, gain: Tensor) -> Transfer:
-        """The transfer function of the adapted module of that name, at its gain."""
+        """The transfer function of the module of that name; gain: its g, shape ()."""
         alpha, omega, x = self.rows[module]
         return self._transfer(self.alpha[alpha], self.raw_omega[omega], self.grid[x], gain)
 
     def functions(self, gains: Tensor) -> Callable[..., Transfer]:
-        """What makes the transfer functions of all M modules of `tables`, or of copies; gains: g where it is given."""
+        """A function that makes the transfer functions of all M modules from `tables`, or from copies of them.
+
+        gains: g, shape (M,), which is used unless the gain is learned.
+        """
 
         def make(alpha: Tensor, raw_omega: Tensor, grid: Tensor, log_gain: Tensor | None = None) -> Transfer:
             return self.transfers(alpha, raw_omega, grid, gains if log_gain is None else log_gain.double().exp())
@@ -176,9 +194,10 @@ class TransferBank(nn.Module):
         return make
 
     def kept_transfer(self, module: str, gain: Tensor, copies: tuple[Tensor, ...]) -> Transfer:
-        """`transfer` at copies of the tables, in float64: where amplitudes are large, rounding ω before would show.
+        """`transfer` from copies of the tables, in float64: with large amplitudes, rounding ω first would show.
 
-        Its gradients flow to the tables themselves, in several backward passes. gain: g where it is not learned.
+        Gradients flow to the tables themselves, in any number of backward passes. gain: g, shape (), which is used
+        unless the gain is learned.
         """
         rows, index = self.rows[module], list(self.rows).index(module)
 
@@ -190,7 +209,10 @@ class TransferBank(nn.Module):
         return Transfer(self.basis, alpha, omega, grid, learned[0] if learned else gain, *self._formula)
 
     def transfers(self, alpha: Tensor, raw_omega: Tensor, grid: Tensor, gains: Tensor) -> Transfer:
-        """The transfer functions of all M modules, in their order, at these tables: those of the bank, or copies."""
+        """The transfer functions of all M modules, in the order of `rows`, from the bank's tables or copies of them.
+
+        gains: g, shape (M,).
+        """
         columns = zip(*self.rows.values(), strict=True)
         tables = (alpha, raw_omega, grid)
         picked = [_pick(table, rows) for table, rows in zip(tables, columns, strict=True)]
@@ -204,7 +226,7 @@ class TransferBank(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def roughness(self) -> Tensor:
-        """The mean of φ''² over the grid's interval and the modules, by differences of φ at ROUGH points a function."""
+        """The mean of φ''² over [−I, I] and the modules, a scalar, by differences at ROUGH points per function."""
         one = self.alpha.new_ones(len(self.rows))
         functions = self.transfers(self.alpha, self.raw_omega, self.grid, one)
         count = ROUGH * self.alpha.shape[1] + 2
@@ -214,7 +236,7 @@ class TransferBank(nn.Module):
 
 
 class _Kept(torch.autograd.Function):
-    """choose(*tables) of copies, which it keeps: no saved tensors, which the first backward pass would free."""
+    """`choose(*copies)`, with gradients to the tables. One backward pass would free saved tensors, but not copies."""
 
     @staticmethod
     def forward(
@@ -234,26 +256,29 @@ class _Kept(torch.autograd.Function):
 
 def _pick(table: Tensor, rows: tuple[int, ...]) -> Tensor:
     everything = rows == tuple(range(len(table)))
-    # Indexing by a tensor, whose gradient adds up in a fixed order on a GPU too.
+    # Indexing by a tensor: its gradient is summed in a fixed order on a GPU too.
     return table if everything else table[index_tensor(rows, table.device)]
 
 
 @functools.cache
 def index_tensor(rows: tuple[int, ...], device: torch.device) -> Tensor:
-    """`rows` on the device, sent there once: sending makes the host wait."""
+    """`rows` as an integer tensor on the device, shape (len(rows),), copied there once: copying blocks the host."""
     with torch.inference_mode(False):
         return torch.tensor(rows, device=device)
 
 
 @torch.no_grad()
 def root_mean_squares(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """The root mean square of BA of every pair (A, B), shape (M,), float64: from ‖BA‖² = tr(BᵀB AAᵀ)."""
+    """The root mean square of the entries of BA for every pair A (r, n), B (m, r): shape (M,), float64.
+
+    Computed as ‖BA‖² = tr(BᵀB AAᵀ), without the product.
+    """
     wide = [(A.double(), B.double()) for A, B in pairs]
     return torch.stack([((B.T @ B) * (A @ A.T)).sum().div(len(B) * A.shape[1]).sqrt() for A, B in wide])
 
 
 def _omega0(settings: PhiSettings, modules: Sequence[AdaptedModule], rows: Sequence[int]) -> list[float]:
-    """ω̃ at the start, for every row of its table. Raises InputError where ω₀ depends on a depth that is not known."""
+    """raw_omega at the start, for every row. Raises InputError if ω₀ depends on a depth that is not known."""
     bandwidth = settings.bandwidth
     last = max((module.layer or 0 for module in modules), default=0)
     values: dict[int, list[float]] = {}
@@ -265,12 +290,12 @@ def _omega0(settings: PhiSettings, modules: Sequence[AdaptedModule], rows: Seque
 
 
 def inverse_softplus(omega: float) -> float:
-    """ω̃ = ln(e^ω − 1), so that softplus(ω̃) = ω; written so that a large ω does not overflow."""
+    """ω̃ = ln(e^ω − 1) for ω > 0, so that softplus(ω̃) = ω; a large ω does not overflow."""
     return omega + math.log(-math.expm1(-omega))
 
 
 def _identity_fit(transfer: Transfer, interval: float) -> Tensor:
-    """Least-squares amplitudes for φ(x) = x on [−I, I], in float64 with singular values below 1e-6 cut off."""
+    """Least-squares amplitudes for φ(x) = x on [−I, I], in float64, without relative singular values below 1e-6."""
     reference = transfer.double()
     x = torch.linspace(
         -interval, interval, 8 * len(reference.alpha) + 1, dtype=torch.float64, device=reference.grid.device

@@ -12,21 +12,21 @@ from torch import Tensor
 from basisadapt.core.ranges import Range
 from basisadapt.phi.basis import TransferBasis
 
-TINY = 1e-300  # added to a float64 it changes zero alone
+TINY = 1e-300  # added to a float64 it changes only zero
 
 
 class Sinc(TransferBasis, name="sinc"):
-    """b(u) = sin(πu) / (πu), b(0) = 1: the normalised sinc of the sampling theorem (paper, eq. 2 and 4)."""
+    """b(u) = sin(πu) / (πu), b(0) = 1: the normalized sinc of the sampling theorem (paper, eq. 2 and 4)."""
 
     def forward(self, u: Tensor) -> Tensor:
-        """b(u)."""
+        """sin(πu) / (πu), elementwise."""
         return torch.sinc(u)
 
     def values(self, u: Tensor, slopes: bool) -> tuple[Tensor, Tensor]:
-        """sin(v) / v and π (cos(v) − sin(v) / v) / v at v = πu."""
+        """b = sin(v) / v and b' = π (cos(v) − sin(v) / v) / v at v = πu."""
         v = u.mul_(math.pi).add_(TINY)
         b = torch.sin(v).div_(v)
-        # For |v| < 1e-8 both cosine and quotient are 1 exactly.
+        # For |v| < 1e-8 both the cosine and the quotient are exactly 1.
         return b, torch.cos(v).sub_(b).div_(v).mul_(math.pi) if slopes else b
 
 
@@ -36,12 +36,12 @@ class GaussianRBF(TransferBasis, name="gaussian_rbf"):
     support: ClassVar[float] = 6.5
 
     def forward(self, u: Tensor) -> Tensor:
-        """b(u)."""
+        """exp(−u²), elementwise."""
         return torch.exp(-u.square())
 
 
 class BSpline(TransferBasis, name="bspline"):
-    """The centred cubic cardinal B-spline B₃ (paper, Table 13): B₃(u) = ((2 − |u|)₊³ − 4 (1 − |u|)₊³) / 6.
+    """The centered cubic cardinal B-spline B₃ (paper, Table 13): B₃(u) = ((2 − |u|)₊³ − 4 (1 − |u|)₊³) / 6.
 
     Support [−2, 2], twice continuously differentiable, B₃(0) = 2/3. Source: Schoenberg (1946).
     """
@@ -50,30 +50,30 @@ class BSpline(TransferBasis, name="bspline"):
     jumps: ClassVar[Mapping[float, float]] = {-2.0: 1.0, -1.0: -4.0, 0.0: 6.0, 1.0: -4.0, 2.0: 1.0}
 
     def forward(self, u: Tensor) -> Tensor:
-        """b(u)."""
+        """B₃(u), elementwise; zero beyond ±2."""
         distance = u.abs()
         return ((2 - distance).clamp_min(0).pow(3) - 4 * (1 - distance).clamp_min(0).pow(3)) / 6
 
 
 class Fourier(TransferBasis, name="fourier", argument="phase"):
-    """cos(ωᵢ x + ϕᵢ), the phase ϕᵢ being the grid point xᵢ in radians (paper, Table 13)."""
+    """cos(ωᵢ x + ϕᵢ); the phase ϕᵢ is the grid point xᵢ, in radians (paper, Table 13)."""
 
-    # At 30 there are about five periods on [−0.5, 0.5].
+    # ω = 30 gives about five periods on [−0.5, 0.5].
     search: ClassVar[Mapping[str, Range]] = {"omega_init": Range(0.3, 30.0, log=True)}
 
     def forward(self, u: Tensor) -> Tensor:
-        """b(u)."""
+        """cos(u), elementwise, at u = ωᵢ x + ϕᵢ."""
         return torch.cos(u)
 
     def values(self, u: Tensor, slopes: bool) -> tuple[Tensor, Tensor]:
-        """cos(u) and −sin(u)."""
+        """b = cos(u) and b' = −sin(u)."""
         return torch.cos(u), torch.sin(u).neg_() if slopes else u
 
 
 class Polynomial(TransferBasis, name="polynomial", argument="scaled"):
-    """(1 + ωᵢ x)³ (paper, Table 13). It has no grid: N of them together span one cubic, four degrees of freedom."""
+    """(1 + ωᵢ x)³ (paper, Table 13), without a grid. However large N is, the sum is one cubic: 4 degrees of freedom."""
 
-    # It grows without bound, so that a large ω or gain leaves the range in which training is stable.
+    # It grows without bound, so a large ω or gain makes training unstable.
     search: ClassVar[Mapping[str, Range]] = {
         "omega_init": Range(0.1, 2.0, log=True),
         "gain": Range(1.0, 30.0, log=True),
@@ -81,27 +81,27 @@ class Polynomial(TransferBasis, name="polynomial", argument="scaled"):
     }
 
     def forward(self, u: Tensor) -> Tensor:
-        """b(u)."""
+        """(1 + u)³, elementwise, at u = ωᵢ x."""
         return (1 + u).pow(3)
 
 
 class Sinusoid(TransferBasis, name="sinusoid", argument="scaled"):
-    """sin(ωᵢ x), which has no grid. With N = 1 it is SineLoRA's function. Source: Ji et al. (2025)."""
+    """sin(ωᵢ x), without a grid. With N = 1 it is SineLoRA's function. Source: Ji et al. (2025)."""
 
     search: ClassVar[Mapping[str, Range]] = {"omega_init": Range(10.0, 1000.0, log=True)}
 
     def forward(self, u: Tensor) -> Tensor:
-        """b(u)."""
+        """sin(u), elementwise, at u = ωᵢ x."""
         return torch.sin(u)
 
 
 class Linear(TransferBasis, name="linear", argument="scaled"):
-    """ωᵢ x, which has no grid: φ(BA) = (Σᵢ αᵢ ωᵢ) BA.
+    """ωᵢ x, without a grid: φ(BA) = (Σᵢ αᵢ ωᵢ) BA.
 
-    With N = 1 and `learn_omega: false` it is LoRA with one learned number a module: the control of what is gained by
-    the size of an update and not by its nonlinearity.
+    With N = 1 and `learn_omega: false` it is LoRA with one learned scale per module. It is the control that separates
+    the effect of an update's size from that of its nonlinearity.
     """
 
     def forward(self, u: Tensor) -> Tensor:
-        """b(u)."""
+        """u itself, where u = ωᵢ x."""
         return u

@@ -1,4 +1,4 @@
-"""The contract of a basis: one elementwise function b(u), and how u is made of x, ω and a grid point."""
+"""The contract of a basis: one elementwise function b(u), and how u depends on x, ω and a grid point."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from basisadapt.core.registry import Registry
 
 BASES: Registry[TransferBasis] = Registry("basis")
 
-SEEN, FINE = 8, 512  # of a basis, to see how narrow it is: the range of u, and samples per unit
+SEEN, FINE = 8, 512  # `width` samples u on ±SEEN, FINE times per unit
 
 ARGUMENTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "shifted": lambda x, omega, grid: omega * (x - grid),
@@ -27,21 +27,23 @@ ARGUMENTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 class TransferBasis(ABC):
-    """One function b of a basis {b(uᵢ(x))}, from which φ(x) = Σᵢ αᵢ b(uᵢ(x)) is built (paper, section 3.3).
+    """The function b of a basis {b(uᵢ(x))}, from which φ(x) = Σᵢ αᵢ b(uᵢ(x)) is built (paper, section 3.3).
 
-    Subclass it with a name and define `forward`; that is all:
+    Subclass it with a name and define `forward`:
 
         class Morlet(TransferBasis, name="morlet"):
             def forward(self, u):
                 return torch.cos(5 * u) * torch.exp(-u.square() / 2)
 
-    `argument` says how u depends on x, the bandwidth ωᵢ > 0 and the grid point xᵢ: "shifted" (the default)
-    uᵢ = ωᵢ (x − xᵢ), "phase" uᵢ = ωᵢ x + xᵢ, or "scaled" uᵢ = ωᵢ x, for functions that have no place on a grid.
-    `search` maps settings of an adapter to the ranges in which a search should look for them with this basis, such as
-    {"omega_init": Range(0.5, 10, log=True)}; settings that it leaves out keep their general range.
-    `support` and `jumps` make tables quick and change nothing else: beyond ±support b is zero to within rounding, and
-    of a cubic spline that is zero beyond its knots `jumps` maps each knot to the jump of the third derivative there.
-    `basisadapt.testing.check_basis` checks a basis against the contract.
+    - `argument` (default "shifted"): how u depends on x, the bandwidth ωᵢ > 0 and the grid point xᵢ: "shifted" is
+      uᵢ = ωᵢ (x − xᵢ), "phase" uᵢ = ωᵢ x + xᵢ, and "scaled" uᵢ = ωᵢ x, for functions without a place on a grid.
+    - `support` (default ∞): b is zero to within rounding for |u| > support.
+    - `jumps` (default empty): for a cubic spline that is zero beyond its knots, each knot and the jump of the third
+      derivative there. `support` and `jumps` only make evaluation faster.
+    - `search` (default empty): settings of an adapter and the ranges in which to search for them with this basis, such
+      as `{"omega_init": Range(0.5, 10, log=True)}`. Other settings keep their general range.
+
+    `basisadapt.testing.check_basis` checks a basis against this contract.
     """
 
     argument: ClassVar[str]
@@ -55,7 +57,7 @@ class TransferBasis(ABC):
         if argument not in ARGUMENTS:
             raise unknown("argument of a basis", argument, ARGUMENTS)
         cls.argument = argument
-        if "forward" in vars(cls):  # what is known of another b is not true of this one
+        if "forward" in vars(cls):  # what is known of an inherited b does not hold for this one
             for known in {"support", "jumps", "values"} - vars(cls).keys():
                 setattr(cls, known, vars(TransferBasis)[known])
         if name is not None:
@@ -66,10 +68,10 @@ class TransferBasis(ABC):
         """b(u), elementwise, in torch operations: u has any shape, the result has u's shape, dtype and device."""
 
     def values(self, u: Tensor, slopes: bool) -> tuple[Tensor, Tensor]:
-        """b(u) and, if `slopes`, b'(u), without gradients; override it where there is a quicker way. u may be
-        overwritten.
+        """b(u) and, if `slopes`, b'(u), in the shape of u, without gradients. Override it if there is a faster way.
 
-        Each may be off by some units in the last place of its largest value; b' near zero by 1e-7 of it.
+        The call may overwrite u. Each result may be off by a few units in the last place of its largest value, and b'
+        near u = 0 by 1e-7 of it. Without `slopes`, the second tensor is meaningless.
         """
         with torch.set_grad_enabled(slopes):
             u = u.detach().requires_grad_(slopes)
@@ -78,15 +80,15 @@ class TransferBasis(ABC):
         return b.detach(), slope
 
     def __call__(self, x: Tensor, omega: Tensor, grid: Tensor) -> Tensor:
-        """b(u(x, ω, grid)), shapes broadcast against each other."""
+        """b(u(x, ω, grid)), elementwise; the three shapes are broadcast against each other."""
         return self.forward(ARGUMENTS[self.argument](x, omega, grid))
 
 
 @functools.cache
 def width(basis: type[TransferBasis]) -> float:
-    """How narrow b is, in units of u: max |b| over its steepest rise, by differences on [−8, 8]; 0 for a pole.
+    """How narrow b is, in units of u: max |b| / max |b'|, by finite differences on [−8, 8]; 0 if b has a pole.
 
-    Whoever samples φ at places much further apart than width / ω may pass over one of its functions.
+    Samples of φ that are much further apart than width / ω can miss one of its functions.
     """
     with torch.inference_mode(False), torch.no_grad():
         u = torch.linspace(-SEEN, SEEN, 2 * SEEN * FINE + 1, dtype=torch.float64, device="cpu")

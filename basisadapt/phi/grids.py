@@ -1,4 +1,4 @@
-"""Where the grid points x₁..x_N lie on [−I, I] (paper, Table 14)."""
+"""Strategies that place the grid points x₁..x_N on [−I, I] (paper, Table 14)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ GRIDS: Registry[GridStrategy] = Registry("grid")
 
 
 class GridStrategy(ABC):
-    """Places N points on [−I, I]. Subclass it with a name; `trainable=True` lets the points be learned from there.
+    """Places N points on [−I, I]. Subclass it with a name and define `points`.
 
-    `search`: ranges of settings under this grid, as in `TransferBasis`.
+    - `trainable` (default False): the points are trained parameters that start there.
+    - `search` (default empty): search ranges of settings with this grid, as in `TransferBasis`.
     """
 
     trainable: ClassVar[bool]
@@ -34,25 +35,25 @@ class GridStrategy(ABC):
 
     @abstractmethod
     def points(self, num: int, interval: float, generator: torch.Generator) -> Tensor:
-        """The `num` points on [−interval, interval], shape (num,), float64 on the CPU.
+        """The `num` points on [−interval, interval], distinct, shape (num,), float64 on the CPU.
 
-        Anything random is drawn from `generator` alone, so that equal seeds give equal grids.
+        Random numbers come only from `generator`, so equal seeds give equal grids.
         """
 
 
 class Uniform(GridStrategy, name="uniform"):
-    """xᵢ = −I + 2Ii / (N − 1), i = 0..N − 1; the single point of N = 1 is 0."""
+    """xᵢ = −I + 2Ii / (N − 1), i = 0..N − 1; for N = 1 the single point is 0."""
 
     def points(self, num: int, interval: float, generator: torch.Generator) -> Tensor:
-        """The points."""
+        """Evenly spaced points that include ±interval, shape (num,); `generator` is not used."""
         return _uniform(num, interval)
 
 
 class Chebyshev(GridStrategy, name="chebyshev"):
-    """xᵢ = I cos(π (2i − 1) / (2N)), i = 1..N: the roots of T_N on [−I, I], denser towards the ends."""
+    """xᵢ = I cos(π (2i − 1) / (2N)), i = 1..N: the roots of T_N on [−I, I], denser toward the ends."""
 
     def points(self, num: int, interval: float, generator: torch.Generator) -> Tensor:
-        """The points."""
+        """The Chebyshev nodes in descending order, shape (num,); `generator` is not used."""
         i = torch.arange(1, num + 1, dtype=torch.float64)
         return interval * torch.cos(math.pi * (2 * i - 1) / (2 * num))
 
@@ -61,27 +62,27 @@ class Random(GridStrategy, name="random"):
     """xᵢ ~ U(−I, I), independent."""
 
     def points(self, num: int, interval: float, generator: torch.Generator) -> Tensor:
-        """The points."""
+        """Independent uniform points, unsorted, shape (num,), drawn from `generator`."""
         return interval * (2 * torch.rand(num, generator=generator, dtype=torch.float64) - 1)
 
 
 class Jittered(GridStrategy, name="jittered"):
-    """The uniform grid, each point moved by U(−τ/10, τ/10) for a spacing of τ, cut off at ±I (paper, Table 21)."""
+    """The uniform grid of spacing τ, each point moved by U(−τ/10, τ/10) and clamped to [−I, I] (paper, Table 21)."""
 
     def points(self, num: int, interval: float, generator: torch.Generator) -> Tensor:
-        """The points."""
+        """Evenly spaced points plus noise drawn from `generator`, shape (num,)."""
         spacing = 2 * interval / max(num - 1, 1)
         noise = 2 * torch.rand(num, generator=generator, dtype=torch.float64) - 1
         return (_uniform(num, interval) + 0.1 * spacing * noise).clamp(-interval, interval)
 
 
 class Learned(GridStrategy, name="learned", trainable=True):
-    """The uniform grid at the start; then the points are parameters like α and ω."""
+    """The uniform grid at the start; then the points train, like α and ω."""
 
     search: ClassVar[Mapping[str, Range]] = {"transfer_lr": Range(0.01, 3.0, log=True)}  # x moves as well
 
     def points(self, num: int, interval: float, generator: torch.Generator) -> Tensor:
-        """The points."""
+        """The points at the start, those of the uniform grid, shape (num,); `generator` is not used."""
         return _uniform(num, interval)
 
 

@@ -1,4 +1,4 @@
-"""Every setting of an adapter, by name: the one table behind PhiConfig, study files and the command line."""
+"""All settings of a φ(BA) adapter, shared by PhiConfig, study files and the command line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "factor_init": "lora",
         "transfer_lr": 1.0,
     },
-    # phi learns what LoRA's linear update lacks: same start as LoRA, no dead point.
+    # φ adds to LoRA's linear update: the start is LoRA's, and it is no dead point.
     "residual": {
         "identity_path": True,
         "centre": True,
@@ -34,8 +34,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "factor_init": "lora",
         "transfer_lr": 1.0,
     },
-    # The grid's own bandwidth, a gain that brings BA onto the grid, and a rate of φ that does not follow the base rate:
-    # α and ω have no unit, whatever A and B are trained with.
+    # The bandwidth of the grid, a gain that scales BA to the grid, and a learning rate of φ that does not follow the
+    # base rate: α and ω are dimensionless, whatever the rate of A and B.
     "nyquist": {
         "identity_path": True,
         "centre": True,
@@ -48,7 +48,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-# Beyond these a setting is a slip of the pen, and would be memory that nobody has.
+# Larger values are typing errors, and would need more memory than any machine has.
 MOST_RANK = 16_384
 MOST_FUNCTIONS = 4_096
 
@@ -58,14 +58,20 @@ BACKENDS = ("auto", "triton", "torch", "direct")
 # Not frozen, unlike the other settings: peft's configuration class, which PhiConfig also extends, is not.
 @dataclass(kw_only=True)
 class LowRankSettings:
-    """What every low-rank method shares.
+    """The settings of every low-rank method.
 
-    r: rank of B (out_features × r) and A (r × in_features), at most 16,384.
-    lora_alpha: the update is scaled by s = lora_alpha / r; None means lora_alpha = r, so s = 1; at most 1e6 in size.
-    dropout: probability of dropping an input of the adapter's path while training (paper, appendix C).
-    placement: which linear modules are adapted, resolved from the architecture: "all", "attention", "mlp", "qkv",
-    "gate_up", "odd", "even", "first_last:K" (see adapter/placement.py), or a regular expression over their names.
-    target_modules: explicit module names (suffixes) or one regular expression; overrides `placement`.
+    - `r` (int in [1, 16384], default 8): rank of B (out_features × r) and A (r × in_features).
+    - `lora_alpha` (float in [−1e6, 1e6] or None, default None): the update is scaled by s = lora_alpha / r; None means
+      lora_alpha = r, so s = 1.
+    - `dropout` (float in [0, 1), default 0): probability of dropping an input of the adapter while training (paper,
+      appendix C).
+    - `placement` (str, default "all"): the linear modules to adapt, found from the architecture: "all", "attention",
+      "mlp", "qkv", "gate_up", "odd", "even" or "first_last:K" (see `adapter.placement`), or a regular expression over
+      their names.
+    - `target_modules` (list of str, str or None, default None): module names (suffixes), or one regular expression;
+      overrides `placement`.
+
+    Raises InputError for a value out of range.
     """
 
     r: int = 8
@@ -83,7 +89,7 @@ class LowRankSettings:
 
     @property
     def scaling(self) -> float:
-        """s = lora_alpha / r."""
+        """The scale of the update, s = lora_alpha / r."""
         assert self.lora_alpha is not None
         return self.lora_alpha / self.r
 
@@ -92,27 +98,41 @@ class LowRankSettings:
 class PhiSettings(LowRankSettings):
     """ΔW = s · (p·BA + (φ(g·BA) − c·φ(0)) / g),  φ(x) = Σᵢ αᵢ b(ωᵢ, x, xᵢ),  i = 1..N.
 
-    A preset ("paper": p = 0, c = 0, g = 1; "residual" and "nyquist": p = c = 1) fills every setting left at None.
+    The settings of `LowRankSettings` and, in this order (a setting that is None takes the preset's value):
 
-    basis, grid, sharing: names in the registries. num_basis N, at most 4,096; interval I: the grid lies on [−I, I].
-    interval, ω₀ and the number of the gain are from 1e-6 to 1e6.
-    rest: the projections outside the placement are "frozen", or get "lora": BA of the same rank, scale and start,
-    without φ. omega_init: ω₀ > 0, or "nyquist" for (N − 1) / (2I), one over the grid's spacing, or "depth:LOW:HIGH",
-    linear in depth from LOW in the first block to HIGH in the last adapted one (paper, Table 23; a shared row starts
-    at the mean of its modules). learn_omega: whether ω trains.
-    identity_path p, centre c, gain g: see the formula; "learned:G" trains log g of every module, from g = G on;
-    "normalised:G" is G over the root mean square of BA, a constant to the gradient.
-    amplitude_init: "zero", "identity" (least-squares fit of φ(x) = x on the grid's interval), "normal:σ", or "fan_in":
-    1 / √in_features, which does not train. factor_init: "lora" (A Kaiming-uniform, B = 0) or "both" (B as A).
-    transfer_lr: learning rate of α, ω, learned x and learned g as a ratio to the base rate, or "absolute:RATE".
-    transfer_decay: decoupled weight decay of α, towards φ = 0. transfer_delay: for this share of the steps they rest,
-    and A and B train alone.
-    smoothing λ: the loss gets λ times the mean of φ''² over the grid's interval and the modules.
-    grid_seed: of the random grid; None takes the run's seed, or 0 outside a run. backend: "auto" compiles φ once a step
-    and takes fused kernels on a GPU with Triton; "triton" and "torch" choose; "direct" sums the N basis functions for
-    every weight (the reference, N times slower). tolerance: of compiled φ, relative to the largest value of ΔW; None
-    takes 1e-6, over half-precision weights what their rounding hides. dense_gradient: of the one product no elementwise
-    φ avoids: "exact", "fp8" (8-bit operands) or "sketch:K" (K tokens added up under random signs; unbiased).
+    - `preset` (str, default "residual"): "paper" (the published recipe, p = c = 0 and g = 1; section 3.3 and Table 10),
+      "residual" or "nyquist" (both p = c = 1); `PRESETS` holds their values.
+    - `rest` (str, default "frozen"): the projections outside the placement are "frozen", or get "lora": BA of the same
+      rank, scale and start, without φ.
+    - `basis` (str, default "sinc"): the name of b in the registry of bases (paper, Table 13).
+    - `grid` (str, default "uniform"): the name of the placement of the grid points xᵢ (paper, Table 14).
+    - `grid_seed` (int or None, default None): the seed of a random grid; None uses the run's seed, or 0 outside a run.
+    - `num_basis` (int in [1, 4096], default 50): N, the number of basis functions.
+    - `interval` (float in [1e-6, 1e6], default 3): I; the grid lies on [−I, I].
+    - `omega_init` (float in [1e-6, 1e6] or str): ω₀; "nyquist" for (N − 1) / (2I), one over the spacing of the uniform
+      grid; or "depth:LOW:HIGH", linear in depth from LOW in the first block to HIGH in the last adapted one (paper,
+      Table 23), where a shared row starts at the mean over its modules.
+    - `learn_omega` (bool, default True): ω trains.
+    - `identity_path` (bool): p, whether BA itself is part of the update.
+    - `centre` (bool): c, whether φ(0) is subtracted.
+    - `gain` (float in [1e-6, 1e6] or str): g; "learned:G" trains log g of every module, starting at g = G;
+      "normalised:G" is G over the root mean square of BA, without a gradient through it.
+    - `amplitude_init` (str): the start of α: "zero", "identity" (the least-squares fit of φ(x) = x on [−I, I]),
+      "normal:SIGMA" (N(0, SIGMA²), SIGMA in [0, 1e6]), or "fan_in" (1 / √in_features, which does not train).
+    - `factor_init` (str): "lora" (A Kaiming-uniform, B = 0) or "both" (B drawn like A).
+    - `sharing` (str, default "none"): the name of the policy by which modules share α, ω and x (paper, Table 20).
+    - `transfer_lr` (float ≥ 0 or str): the learning rate of α, ω, learned x and learned g, as a ratio to the base rate;
+      or "absolute:RATE".
+    - `transfer_decay` (float ≥ 0, default 0): decoupled weight decay of α, toward φ = 0.
+    - `backend` (str, default "auto"): "auto" compiles φ once per step, and uses fused kernels on a GPU with Triton;
+      "triton" and "torch" force one of the two; "direct" sums the N basis functions for every weight (the reference, N
+      times slower).
+    - `tolerance` (float in (0, 0.01] or None, default None): the error of compiled φ, relative to the largest value of
+      ΔW; None is 1e-6, or more where the rounding of half-precision weights hides it.
+    - `dense_gradient` (str, default "exact"): the one dense product that an elementwise φ cannot avoid: "exact", "fp8"
+      (8-bit operands) or "sketch:K" (K sums of tokens under random signs; unbiased).
+    - `transfer_delay` (float in [0, 1], default 0): for this share of the steps φ is frozen, and only A and B train.
+    - `smoothing` (float ≥ 0, default 0): λ; the loss gets λ times the mean of φ''² over [−I, I] and the modules.
 
     Raises InputError for a name that is not registered or a value out of range. Source: paper, section 3.3.
     """
@@ -152,7 +172,7 @@ class PhiSettings(LowRankSettings):
         require(few, "num_basis", self.num_basis, f"at least 1 and at most {MOST_FUNCTIONS}")
         require(moderate(self.interval), "interval", self.interval, MODERATE)
         require(self.rest in ("frozen", "lora"), "rest", self.rest, '"frozen" or "lora"')
-        _ = self.bandwidth, self.gain_form, self.rate, self.amplitudes, self.dense  # what cannot be parsed is refused
+        _ = self.bandwidth, self.gain_form, self.rate, self.amplitudes, self.dense  # parsing raises InputError
         require(0.0 <= self.transfer_decay < math.inf, "transfer_decay", self.transfer_decay, "at least 0")
         require(0.0 <= self.transfer_delay <= 1.0, "transfer_delay", self.transfer_delay, "from 0 to 1")
         require(0.0 <= self.smoothing < math.inf, "smoothing", self.smoothing, "at least 0")
@@ -162,7 +182,7 @@ class PhiSettings(LowRankSettings):
         require(self.backend in BACKENDS, "backend", self.backend, " or ".join(f'"{name}"' for name in BACKENDS))
 
     def _check_names(self) -> None:
-        # Imported here: the registries' modules are siblings that need no settings, and a user's plug-ins come late.
+        # Imported here: the registries need no settings, and a user's plug-ins are loaded late.
         from basisadapt.phi.basis import BASES
         from basisadapt.phi.grids import GRIDS
         from basisadapt.phi.sharing import SHARING
@@ -171,38 +191,38 @@ class PhiSettings(LowRankSettings):
 
     @property
     def bandwidth(self) -> Bandwidth:
-        """omega_init, parsed; "nyquist" is one over the spacing of a uniform grid."""
+        """The parsed omega_init. Raises InputError."""
         return Bandwidth.parse(self.omega_init, (self.num_basis - 1) / (2 * self.interval))
 
     @property
     def gain_form(self) -> Gain:
-        """gain, parsed."""
+        """The parsed gain. Raises InputError."""
         return Gain.parse(self.gain)
 
     @property
     def rate(self) -> Rate:
-        """transfer_lr, parsed."""
+        """The parsed transfer_lr. Raises InputError."""
         return Rate.parse(self.transfer_lr)
 
     @property
     def amplitudes(self) -> Amplitudes:
-        """amplitude_init, parsed."""
+        """The parsed amplitude_init. Raises InputError."""
         return Amplitudes.parse(self.amplitude_init)
 
     @property
     def dense(self) -> DenseGradient:
-        """dense_gradient, parsed."""
+        """The parsed dense_gradient. Raises InputError."""
         return DenseGradient.parse(self.dense_gradient)
 
 
 def require(holds: bool, name: str, value: object, expected: str) -> None:
-    """Raise InputError unless `holds`."""
+    """Raise InputError, with the message of `refused`, unless `holds`."""
     if not holds:
         raise refused(name, value, expected)
 
 
 def field_names(cls: type) -> tuple[str, ...]:
-    """The names of a settings class's fields, in order."""
+    """The field names of a settings dataclass, in order."""
     return _field_names(cls)
 
 

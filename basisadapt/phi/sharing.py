@@ -15,9 +15,12 @@ SHARING: Registry[SharingPolicy] = Registry("sharing")
 
 @dataclass(frozen=True)
 class AdaptedModule:
-    """One adapted module: its name in the model, its kind ("attention", "mlp" or "other") and the block's index.
+    """One adapted module.
 
-    in_features: of its weight; None where nobody asked.
+    - `name` (str): its name in the model.
+    - `kind` (str): "attention", "mlp" or "other".
+    - `layer` (int or None): the index of its block; None outside the blocks.
+    - `in_features` (int or None, default None): of its weight; None if unknown.
     """
 
     name: str
@@ -27,9 +30,9 @@ class AdaptedModule:
 
 
 class SharingPolicy(ABC):
-    """A grouping: modules of one group share one row of a parameter's table. Subclass it with a name.
+    """Groups modules; the modules of one group share one row of a parameter's table. Subclass it with a name.
 
-    `search`: ranges of settings under this policy, as in `TransferBasis`.
+    search (default empty): search ranges of settings with this policy, as in `TransferBasis`.
     """
 
     search: ClassVar[Mapping[str, Range]] = {}
@@ -42,61 +45,61 @@ class SharingPolicy(ABC):
 
     @abstractmethod
     def group(self, parameter: str, module: AdaptedModule) -> Hashable:
-        """The group of `module` for `parameter` ("x", "omega" or "alpha"); equal groups share."""
+        """The group of `module` for `parameter` ("x", "omega" or "alpha"). Modules with equal groups share a row."""
 
 
 class ShareNone(SharingPolicy, name="none"):
     """Every module has a φ of its own (the paper's default)."""
 
     def group(self, parameter: str, module: AdaptedModule) -> Hashable:
-        """The module itself."""
+        """The module's name, so no two modules share."""
         return module.name
 
 
 class ShareGrid(SharingPolicy, name="x"):
-    """One grid for all modules."""
+    """All modules share one grid x; each has its own α and ω."""
 
     def group(self, parameter: str, module: AdaptedModule) -> Hashable:
-        """One group for x."""
+        """One group for x; the module's name for α and ω."""
         return None if parameter == "x" else module.name
 
 
 class ShareOmega(SharingPolicy, name="omega"):
-    """One set of bandwidths for all modules."""
+    """All modules share one set of bandwidths ω; each has its own α and x."""
 
     def group(self, parameter: str, module: AdaptedModule) -> Hashable:
-        """One group for omega."""
+        """One group for ω; the module's name for α and x."""
         return None if parameter == "omega" else module.name
 
 
 class ShareAlpha(SharingPolicy, name="alpha"):
-    """One set of amplitudes for all modules."""
+    """All modules share one set of amplitudes α; each has its own ω and x."""
 
     def group(self, parameter: str, module: AdaptedModule) -> Hashable:
-        """One group for alpha."""
+        """One group for α; the module's name for ω and x."""
         return None if parameter == "alpha" else module.name
 
 
 class ShareAll(SharingPolicy, name="all"):
-    """One φ for the whole model."""
+    """All modules share one φ."""
 
-    # Every module adds its gradient, so that a rate means more.
+    # The gradients of all modules add up, so the same learning rate has more effect.
     search: ClassVar[Mapping[str, Range]] = {"transfer_lr": Range(0.003, 3.0, log=True)}
 
     def group(self, parameter: str, module: AdaptedModule) -> Hashable:
-        """One group."""
+        """The same group for every module and parameter."""
         return None
 
 
 class ShareKind(SharingPolicy, name="kind"):
-    """One φ for the attention's modules and one for the MLP's."""
+    """The attention modules share one φ, the MLP modules another."""
 
     def group(self, parameter: str, module: AdaptedModule) -> Hashable:
-        """A group per kind."""
+        """The module's kind, for every parameter."""
         return module.kind
 
 
 def rows(policy: SharingPolicy, parameter: str, modules: Sequence[AdaptedModule]) -> list[int]:
-    """The row of `parameter`'s table that each module uses; rows are numbered as their groups first appear."""
+    """The row of `parameter`'s table that each module uses. Rows are numbered in the order in which groups appear."""
     numbers: dict[Hashable, int] = {}
     return [numbers.setdefault(policy.group(parameter, module), len(numbers)) for module in modules]

@@ -362,7 +362,7 @@ def _merge(options: argparse.Namespace) -> Answer:
         load_plugin(plugin)
     needs = merge_run(options.merge, options.tracking_uri, options.output)
     said = f"{needs.config['method']} on {needs.backbone}, merged, is in {options.output}: transformers loads it"
-    return Answer(said, {"model": str(options.output), "config": needs.config})
+    return Answer(said, lambda: {"model": str(options.output), "config": needs.config})
 
 
 def _executor(options: argparse.Namespace, adapters: Path | None) -> Executor:

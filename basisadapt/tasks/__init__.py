@@ -1,4 +1,4 @@
-"""Data, prompts, metrics. Importing this package registers the built-in tasks."""
+"""Tasks: their data, prompts and metrics. Importing this package registers the built-in ones."""
 
 from __future__ import annotations
 

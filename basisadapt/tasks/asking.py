@@ -1,4 +1,4 @@
-"""Many messages put to one judge, several at once, until all are answered, one fails, or the user has had enough."""
+"""Sends many messages to one judge, several at a time, until all are answered, one fails, or the user interrupts."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from types import FrameType
 
 from basisadapt.tasks.judge import Judge, Message
 
-AT_ONCE = 8  # judgements asked for at the same time
-LOOK = 0.2  # seconds between two looks at whether Ctrl-C was pressed
-PATIENCE, TIMES = 1.0, 3.0  # a judge hangs that is silent for so many seconds and so many times longer than before
+AT_ONCE = 8  # concurrent requests
+LOOK = 0.2  # seconds between two checks for Ctrl-C
+# After Ctrl-C, a judge counts as hanging after PATIENCE seconds of silence, or TIMES its longest silence before.
+PATIENCE, TIMES = 1.0, 3.0
 
 
 def ask_all(judge: Judge, asked: Sequence[Sequence[Message]]) -> list[str]:
-    """What the judge says to each, in their order.
+    """The judge's answers to the messages `asked`, in their order.
 
-    Raises what the judge raises, and asks no more then; what was asked already is waited for, as it is paid for. No
-    KeyboardInterrupt waits for the judge. A Ctrl-C that whoever runs this means to answer later, at the end of the
-    run, becomes a KeyboardInterrupt here where the judge hangs.
+    If the judge raises, its exception is raised after the pending requests, which are paid for, have finished; no
+    further ones are sent. A KeyboardInterrupt does not wait for the judge. If the caller's handler of Ctrl-C only takes
+    note of it, to stop after this run, and the judge hangs, this raises KeyboardInterrupt.
     """
     todo, said = queue.SimpleQueue[int](), queue.SimpleQueue[tuple[int, str | BaseException]]()
     for place in range(len(asked)):
@@ -40,7 +41,7 @@ def ask_all(judge: Judge, asked: Sequence[Sequence[Message]]) -> list[str]:
                 _empty(todo)
                 said.put((place, error))
 
-    # Daemons, for which no interpreter waits at its end: a pool's threads would hold it until the judge has answered.
+    # Daemon threads, for which the interpreter does not wait at exit; it would wait for the threads of a pool.
     threads = [threading.Thread(target=ask, daemon=True) for _ in range(min(AT_ONCE, len(asked)))]
     for thread in threads:
         thread.start()
@@ -73,8 +74,10 @@ def _empty(todo: queue.SimpleQueue[int]) -> None:
 
 @contextmanager
 def _presses() -> Iterator[list[int]]:
-    """Inside, a list that grows with every Ctrl-C, beside what that does anyway; outside of the main thread, where
-    Python lets no one listen, it stays empty."""
+    """Yield a list that grows with every Ctrl-C, in addition to what the previous handler does.
+
+    Outside the main thread, where Python allows no signal handlers, it stays empty.
+    """
     pressed: list[int] = []
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):

@@ -1,4 +1,4 @@
-"""Questions with options, and three ways to see which option a language model chooses."""
+"""Multiple-choice questions, and three ways to determine which option a language model chooses."""
 
 from __future__ import annotations
 
@@ -21,15 +21,18 @@ from basisadapt.tasks.completion import (
 )
 from basisadapt.tasks.task import Rows
 
-WRITTEN = 32  # new tokens that the published scripts let a model write
+WRITTEN = 32  # new tokens that the published scripts let a model generate
 RESPONSE = "### Response:"
 
 
 @dataclass(frozen=True)
 class Option:
-    """An option: its name, such as "answer3", the response that chooses it, and its text.
+    """An option of a question.
 
-    lead: what stands between the plain question and the text, and is not scored.
+    - `name` (str): such as "answer3".
+    - `response` (str): the response that chooses it.
+    - `text` (str): its text.
+    - `lead` (str, default ""): the unscored words between the plain question and the text.
     """
 
     name: str
@@ -40,10 +43,14 @@ class Option:
 
 @dataclass(frozen=True)
 class ChoiceQuestion(Question):
-    """group: the task of a suite whose accuracy it counts for. names: what the published rule looks for in an answer.
+    """A question with options.
 
-    plain: the question without instructions, which the options' texts continue. per_character: whether their
-    log-probabilities are divided by their lengths.
+    - `prompt` (str): all that the model reads before its response.
+    - `group` (str): the task of a suite to whose accuracy it counts.
+    - `names`: the names that the published rule searches for in an answer.
+    - `plain` (str): the question without instructions, which the texts of the options continue.
+    - `options`: the options, in order.
+    - `per_character` (bool): divide the log-probabilities of the texts by their lengths in characters.
     """
 
     group: str
@@ -54,19 +61,23 @@ class ChoiceQuestion(Question):
 
 
 class ChoiceTask(CompletionTask):
-    """Inputs are `ChoiceQuestion`s, labels the response of the right option.
+    """Inputs are `ChoiceQuestion`s, labels the response of the correct option.
 
-    data.scoring says how the model's choice is found. "likelihood": the option whose response has the largest log p
-    after the prompt. "cloze": the option whose text has the largest log p as a continuation of the plain question, per
-    character where the question says so. "generation": the first name in up to 32 greedily written tokens
-    (`extract`); of the published scripts, one searches with four beams instead. eval_loss is the mean loss per token of
-    the right text: in "cloze" the option's, else the response.
+    data.scoring selects how the model's choice is determined:
+
+    - "likelihood": the option whose response has the largest log p after the prompt.
+    - "cloze": the option whose text has the largest log p as a continuation of the plain question, per character if the
+      question says so.
+    - "generation": the first name in up to 32 greedily decoded tokens (`extract`); one of the published scripts uses
+      beam search with four beams instead.
+
+    eval_loss is the mean loss per token of the correct text: of the option in "cloze", otherwise of the response.
     """
 
     headline = "accuracy"
 
     def probe(self, question: ChoiceQuestion, response: str) -> Probe:
-        """The responses after the prompt, the texts after the plain question, or the right response alone."""
+        """The responses after the prompt, the texts after the plain question, or only the correct response."""
         if self.settings.scoring == "generation":
             return Probe(question.prompt, (Continuation(response, ends=True),))
         right = [option.response for option in question.options].index(response)
@@ -76,7 +87,7 @@ class ChoiceTask(CompletionTask):
         return Probe(question.prompt, tuple(Continuation(option.response) for option in question.options), right)
 
     def score(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The loss; log p of every continuation, shape (rows, options), or the tokens written, (rows, 32)."""
+        """The loss, and log p of every continuation (rows, options) or the generated tokens (rows, 32)."""
         log_probs, _ = teacher_forced(model, batch)
         loss = response_loss(log_probs, batch)
         if self.settings.scoring == "generation":
@@ -84,7 +95,7 @@ class ChoiceTask(CompletionTask):
         return loss, log_probs.sum(-1)
 
     def measure(self, scores: np.ndarray, rows: Rows, processor: Any) -> dict[str, float]:
-        """The accuracy, in a suite of every task ("accuracy.boolq", ...) and as the tasks' unweighted mean."""
+        """The accuracy: the unweighted mean over the tasks of a suite, which also has "accuracy.boolq" and so on."""
         if self.settings.scoring == "generation":
             texts = processor.batch_decode(scores.astype(int), skip_special_tokens=True)
             answers = zip(rows.inputs, texts, strict=True)
@@ -108,11 +119,11 @@ class ChoiceTask(CompletionTask):
 
 
 def extract(text: str, names: Sequence[str]) -> str | None:
-    """The answer in a text, by the published rule: the first of `names` after "### Response:", in their case.
+    """The answer in a text, by the published rule: the first of `names` after "### Response:", case-sensitive.
 
-    A text without those words is an answer as a whole; where they come again, the answer ends. A name counts also
-    inside a longer word. None where there is no name, which counts as wrong. Source: the evaluation scripts of
-    LLM-Adapters (Hu et al., 2023).
+    A text without these words is an answer as a whole; a second "### Response:" ends the answer. A name inside a longer
+    word counts too. None if there is no name, which counts as wrong. Source: the evaluation scripts of LLM-Adapters (Hu
+    et al., 2023).
     """
     _, marker, after = text.partition(RESPONSE)
     answer = after.partition(RESPONSE)[0] if marker else text

@@ -1,11 +1,12 @@
 """The eight commonsense tasks and their suites (Hu et al., 2023), from a local folder or from the hub.
 
-The folder is that of LLM-Adapters: `commonsense/boolq/train.json` and `test.json`, and beside the tasks the published
-mixtures `commonsense_15k.json` and `commonsense_170k.json`, which are rebuilt from the training files where they are
-missing, and mixtures of one's own. Of HellaSwag it may have a `subset.json` to be tested on.
-Without `--data-dir` the original data sets are read from the hub; their development sets are the tests where the test
-labels are withheld, as published. The published mixture has Winogrande's training rows in all six sizes, from the hub
-they are those of the largest, "xl".
+The folder is that of LLM-Adapters: `commonsense/boolq/train.json` and `test.json` and so on; next to the tasks' folders
+the published mixtures `commonsense_15k.json` and `commonsense_170k.json`, which are rebuilt from the training files if
+they are missing; and the user's own mixtures. HellaSwag's folder may have a `subset.json` as its test set.
+
+Without `--data-dir` the original data sets are read from the hub. If their test labels are withheld, the development
+sets are the test sets, as published. The published mixture has Winogrande's training rows in all six sizes; from the
+hub they are those of the largest, "xl".
 """
 
 from __future__ import annotations
@@ -27,18 +28,22 @@ from basisadapt.tasks.hub import ask_hub
 from basisadapt.tasks.settings import DataSettings
 from basisadapt.tasks.task import TASKS, Rows, TaskData, readable_folder
 
-CONVERTED = "refs/convert/parquet"  # the hub's own conversion of data sets that are scripts
+CONVERTED = "refs/convert/parquet"  # the hub's own conversion of data sets that consist of scripts
 SUBSET = "subset.json"
 PREFIX = "commonsense/"
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a task's rows come from.
+    """The source of a task's rows.
 
-    folder: under `commonsense/`. mixed: its rows in the published mixture of 170,000. hub: the original data set, its
-    `subset` and `revision`; test: its split for testing. convert: one of its rows to question, options and the right
-    one.
+    - `folder` (str): under `commonsense/`.
+    - `mixed` (int): the number of its rows in the published mixture of 170,000.
+    - `layout`: the form of its instructions.
+    - `hub` (str): the original data set on the hub.
+    - `convert`: turns a row of the original into question, options and the index of the correct one.
+    - `subset`, `revision` (str or None, default None): of the data set on the hub.
+    - `test` (str, default "validation"): its split for testing.
     """
 
     folder: str
@@ -80,12 +85,12 @@ SOURCES = {
 
 
 class CommonsenseTask(ChoiceTask):
-    """One of the eight, trained on its own training rows. The subclasses below are data: a key of SOURCES."""
+    """One of the eight tasks, trained on its own training rows. The subclasses only name a key of SOURCES."""
 
     source: ClassVar[str]
 
     def check(self, data_dir: Path | None) -> None:
-        """Raise InputError unless both files are there, or the hub is to be asked."""
+        """Raise InputError unless both files exist, or the hub is used (data_dir is None)."""
         if data_dir is None:
             return
         if _test_file(data_dir, self.source) is None:
@@ -101,14 +106,14 @@ class CommonsenseTask(ChoiceTask):
         return _sources([self.source], data_dir)
 
     def load(self, data_dir: Path | None) -> TaskData:
-        """Train and test rows, both mixed by a fixed seed."""
+        """Training and test rows, both shuffled by a fixed seed. Raises InputError naming file and row."""
         self.check(data_dir)
         trained = {self.source: _train_rows(self.source, data_dir)}
         return _data(trained, {self.source: _test_rows(self.source, data_dir)})
 
 
 class BoolQ(CommonsenseTask, name="commonsense/boolq"):
-    """True or false?"""
+    """Yes-or-no questions, answered true or false. Source: Clark et al. (2019)."""
 
     source = "boolq"
 
@@ -126,13 +131,13 @@ class SocialIQA(CommonsenseTask, name="commonsense/social_i_qa"):
 
 
 class HellaSwag(CommonsenseTask, name="commonsense/hellaswag"):
-    """How does it go on? Four endings."""
+    """How does the situation continue? Four endings."""
 
     source = "hellaswag"
 
 
 class WinoGrande(CommonsenseTask, name="commonsense/winogrande"):
-    """Which of two fills the blank?"""
+    """Which of two options fills the blank?"""
 
     source = "winogrande"
 
@@ -156,13 +161,14 @@ class OpenBookQA(CommonsenseTask, name="commonsense/openbookqa"):
 
 
 class CommonsenseSuite(ChoiceTask, name="commonsense/all"):
-    """Trained on every training file of the folder, tested on every test file; all eight from the hub.
+    """Trained on every training file of the folder and tested on every test file; from the hub, on all eight tasks.
 
-    "accuracy" is the unweighted mean over the tasks that the folder has. The first test rows are as many of each task.
+    "accuracy" is the unweighted mean over the tasks that the folder has. The test rows alternate between the tasks, so
+    the first ones have equal shares.
     """
 
     def check(self, data_dir: Path | None) -> None:
-        """Raise InputError unless there are a training file and a test file, or the hub is to be asked."""
+        """Raise InputError unless there are a training file and a test file, or the hub is used (data_dir is None)."""
         _tested(data_dir)
         if not _trained(data_dir):
             raise InputError(f"data folder {str(data_dir)!r} has no {_file('boolq', 'train.json')} or another task's")
@@ -172,16 +178,16 @@ class CommonsenseSuite(ChoiceTask, name="commonsense/all"):
         return _sources(SOURCES, data_dir)
 
     def load(self, data_dir: Path | None) -> TaskData:
-        """The training rows of all tasks mixed by a fixed seed, the test rows in turn."""
+        """The training rows of all tasks, shuffled by a fixed seed, and the test rows, alternating between tasks."""
         self.check(data_dir)
         trained = {source: _train_rows(source, data_dir) for source in _trained(data_dir)}
         return _data(trained, {source: _test_rows(source, data_dir) for source in _tested(data_dir)})
 
 
 class CommonsenseMixture(ChoiceTask):
-    """Trained on a mixture of the tasks' rows, tested on every test file of the folder, as `commonsense/all` is.
+    """Trained on a mixture of the tasks' rows, and tested on every test file of the folder, like `commonsense/all`.
 
-    file: beside the tasks' folders in `--data-dir`, rows of all layouts.
+    file: the mixture's name, next to the tasks' folders in `--data-dir`; its rows may have any of the layouts.
     """
 
     file: str
@@ -195,19 +201,19 @@ class CommonsenseMixture(ChoiceTask):
         _tested(data_dir)
 
     def load(self, data_dir: Path | None) -> TaskData:
-        """The mixture, mixed by a fixed seed, and the test rows in turn."""
+        """The mixture, shuffled by a fixed seed, and the test rows, alternating between tasks. Raises InputError."""
         self.check(data_dir)
         assert data_dir is not None
         mixture = {self.file: _rows(data_dir / "commonsense" / self.file, prompts.LAYOUTS, "mixture")}
         return _data(mixture, {source: _test_rows(source, data_dir) for source in _tested(data_dir)})
 
     def has_file(self, data_dir: Path) -> bool:
-        """Whether the mixture is there."""
+        """Whether the data folder has the mixture."""
         return (data_dir / "commonsense" / self.file).is_file()
 
 
 class OwnMixture(CommonsenseMixture):
-    """`commonsense/NAME`: the mixture is `NAME.json`."""
+    """The task `commonsense/NAME`: the user's own mixture `NAME.json`."""
 
     def __init__(self, name: str, settings: DataSettings) -> None:
         super().__init__(settings)
@@ -224,15 +230,15 @@ class OwnMixture(CommonsenseMixture):
 
 
 class PublishedMixture(CommonsenseMixture):
-    """A regime of the paper's, rebuilt from the eight training files where its own file is missing.
+    """A published training mixture, which is rebuilt from the eight training files if its own file is missing.
 
-    rows: that are then drawn, in the published mixture's proportions; None takes all.
+    rows (int or None): how many rows to draw then, in the published proportions; None takes all.
     """
 
     rows: ClassVar[int | None]
 
     def check(self, data_dir: Path | None) -> None:
-        """Raise InputError unless the mixture or all training files, and a test file, are there; the hub has them."""
+        """Raise InputError unless the mixture or all training files exist, and a test file; the hub has all tasks."""
         if data_dir is None:
             return None
         if self.has_file(readable_folder(data_dir)):
@@ -249,7 +255,7 @@ class PublishedMixture(CommonsenseMixture):
         return _sources(SOURCES, data_dir)
 
     def load(self, data_dir: Path | None) -> TaskData:
-        """The published mixture, or the rebuilt one, which data and tables then say."""
+        """The published mixture, or the rebuilt one; the recorded `split` then says so. Raises InputError."""
         self.check(data_dir)
         if data_dir is not None and self.has_file(data_dir):
             return super().load(data_dir)
@@ -273,9 +279,9 @@ class Commonsense170k(PublishedMixture, name="commonsense/170k"):
 
 
 def _drawn(trained: Mapping[str, Rows], count: int) -> dict[str, Rows]:
-    """`count` rows in the published mixture's proportions, made whole by largest remainders.
+    """`count` rows in the proportions of the published mixture, rounded by largest remainders.
 
-    Each task's are drawn by a seed of its own, so that no other task's rows change them. Raises InputError where a
+    Each task's rows are drawn with a seed of its own, so they do not depend on the other tasks. Raises InputError if a
     task has too few.
     """
     published = sum(place.mixed for place in SOURCES.values())
@@ -308,7 +314,7 @@ def _file(source: str, name: str) -> Path:
 
 
 def _test_file(data_dir: Path, source: str) -> Path | None:
-    """A task's test file, where the folder has one."""
+    """A task's test file, or None. Raises InputError if the folder cannot be read."""
     names = ("test.json", SUBSET) if source == "hellaswag" else ("test.json",)
     paths = [readable_folder(data_dir) / _file(source, name) for name in names]
     return next((path for path in paths if path.is_file()), None)
@@ -377,7 +383,7 @@ def _subset_rows(path: Path) -> Rows:
 def _converted(
     rows: Iterable[Mapping[str, Any]], convert: Callable[[Mapping[str, Any]], Asked], source: str, where: str
 ) -> Rows:
-    """Rows of another layout in the published one."""
+    """Rows of another data set, in the published layout. Raises InputError naming the row."""
     layout, questions, responses = SOURCES[source].layout, [], []
     for number, row in enumerate(rows, start=1):
         try:
@@ -408,9 +414,9 @@ def _from_hub(source: str, split: str) -> Rows:
 
 
 def _data(trained: Mapping[str, Rows], tested: Mapping[str, Rows], before: str = "") -> TaskData:
-    """Training rows in one mixed order; test rows mixed task by task, then taken from the tasks in turn.
+    """Training rows, shuffled together; test rows, shuffled per task, then taken from the tasks in turn.
 
-    before: what the words about the split begin with.
+    before: the beginning of the description of the split.
     """
     pairs = [[*zip(rows.inputs, rows.labels, strict=True)] for rows in map(Rows.mixed, tested.values())]
     train = _of_pairs(pair for rows in trained.values() for pair in zip(rows.inputs, rows.labels, strict=True)).mixed()

@@ -1,7 +1,7 @@
-"""The published instructions of the eight commonsense tasks, read and written; pure functions.
+"""Reads and writes the published instructions of the eight commonsense tasks, in pure functions.
 
-An instruction is an opening, the question, the options one after another, and the format of the answer. Source: the
-data of LLM-Adapters (Hu et al., 2023).
+An instruction consists of an opening, the question, the options, and the format of the answer. Source: the data of
+LLM-Adapters (Hu et al., 2023).
 """
 
 from __future__ import annotations
@@ -24,11 +24,15 @@ def answer_sentence(name: str) -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the instructions of one kind are written, and the plain form of their questions.
+    """The form of the instructions of one kind of task, and of their plain questions.
 
-    opening: the words before the question. names: what options can be called. listed: whether the options stand in the
-    instruction, after their names. between, before_format: what separates options, and them from the answer's format.
-    plain: "question", "sentence" that an option continues, or "blank" that an option fills.
+    - `opening` (str): the words before the question.
+    - `names`: the possible names of the options.
+    - `listed` (bool, default True): the instruction lists the options, each after its name.
+    - `between` (str, default " "): separates the options.
+    - `before_format` (str): separates the options from the format of the answer.
+    - `plain` (str, default "question"): "question"; "sentence", which an option continues; or "blank", which an option
+      fills.
     """
 
     opening: str
@@ -44,14 +48,14 @@ class Layout:
         Raises InputError for more options than have names.
         """
         if len(options) > len(self.names):
-            raise InputError(f"there are {len(options)} options, and names for {len(self.names)}")
-        labelled = [f"{name.capitalize()}: {text}" for name, text in zip(self.names, options, strict=False)]
-        listing = f"\n\n{self.between.join(labelled)}" if self.listed else ""
+            raise InputError(f"there are {len(options)} options, but names for only {len(self.names)}")
+        labeled = [f"{name.capitalize()}: {text}" for name, text in zip(self.names, options, strict=False)]
+        listing = f"\n\n{self.between.join(labeled)}" if self.listed else ""
         names = self.names[: len(options)] if self.listed else self.names
         return f"{self.opening}{question}{listing}{self.before_format}Answer format: {'/'.join(names)}"
 
     def parse(self, instruction: str) -> tuple[str, tuple[str, ...]]:
-        """Question and texts of the options. Raises InputError if `render` could not have written the instruction."""
+        """The question and the texts of the options. Raises InputError for anything that `render` does not write."""
         body, _, written = instruction.removeprefix(self.opening).rpartition(f"{self.before_format}Answer format: ")
         names, texts = written.split("/"), list[str]()
         if self.listed:
@@ -64,19 +68,23 @@ class Layout:
         return body, tuple(texts)
 
     def opens(self, instruction: str) -> bool:
-        """Whether the instruction begins as those of this kind."""
+        """Whether the instruction begins with the opening of this layout."""
         return instruction.startswith(self.opening)
 
     def _form(self) -> str:
         return self.render("...", ["..."] * min(3, len(self.names)) if self.listed else [])
 
     def question(self, instruction: str, group: str) -> ChoiceQuestion:
-        """What a task asks with the instruction. Raises InputError as `parse`.
+        """The question that a task asks with the instruction; group: the task. Raises InputError as `parse`.
 
-        The plain form, for "cloze": "Question: ...\\nAnswer:" and an option, true and false being yes and no; the
-        sentence of hellaswag and an ending; or winogrande's sentence up to its blank, the option there, of which only
-        what follows the blank is scored (Trinh & Le, 2018). Log-probabilities are per character, but not where the
-        options are yes and no, or what is scored is the same for all.
+        The plain form, for "cloze", is one of:
+
+        - "Question: ...\\nAnswer:" and an option, where yes and no stand for true and false;
+        - the sentence of HellaSwag and an ending;
+        - Winogrande's sentence with an option in its blank, where only the words after the blank are scored (Trinh &
+          Le, 2018).
+
+        Log-probabilities are per character, except if the options are yes and no, or the scored words are the same.
         """
         question, texts = self.parse(instruction)
         names = self.names[: len(texts)] if self.listed else self.names
@@ -94,7 +102,7 @@ class Layout:
         )
 
     def _plain(self, question: str, texts: Sequence[str]) -> tuple[str, list[tuple[str, str]]]:
-        """The plain question; lead and text of every option."""
+        """The plain question, and the lead and text of every option. Raises InputError for a missing blank."""
         if self.plain == "blank":
             before, blank, after = question.partition(BLANK)
             if not blank:
@@ -128,23 +136,23 @@ FILLINGS = Layout(
 LAYOUTS = (TRUE_FALSE, SOLUTIONS, ANSWERS, ENDINGS, FILLINGS)
 
 
-# --- rows of the original data sets: question, texts of the options, number of the right one ---
+# --- rows of the original data sets: question, texts of the options, index of the correct one ---
 
 Asked = tuple[str, tuple[str, ...], int]
 
 
 def from_boolq(row: Mapping[str, Any]) -> Asked:
-    """google/boolq, without its passage, as published."""
+    """A row of google/boolq, without its passage, as published."""
     return f"{row['question']}?", (), 0 if row["answer"] else 1
 
 
 def from_piqa(row: Mapping[str, Any]) -> Asked:
-    """ybisk/piqa."""
+    """A row of ybisk/piqa: the goal and two solutions."""
     return row["goal"], (row["sol1"], row["sol2"]), int(row["label"])
 
 
 def from_social_i_qa(row: Mapping[str, Any]) -> Asked:
-    """allenai/social_i_qa; its labels count from one."""
+    """A row of allenai/social_i_qa, whose labels count from one."""
     return (
         f"{row['context']} {row['question']}",
         (row["answerA"], row["answerB"], row["answerC"]),
@@ -153,25 +161,25 @@ def from_social_i_qa(row: Mapping[str, Any]) -> Asked:
 
 
 def from_hellaswag(row: Mapping[str, Any]) -> Asked:
-    """Rowan/hellaswag: the activity before the context, as published."""
+    """A row of Rowan/hellaswag: the activity before the context, as published."""
     return f"{row['activity_label']}: {row['ctx']}", tuple(row["endings"]), int(row["label"])
 
 
 def from_winogrande(row: Mapping[str, Any]) -> Asked:
-    """allenai/winogrande; its answers count from one."""
+    """A row of allenai/winogrande, whose answers count from one."""
     return row["sentence"], (row["option1"], row["option2"]), int(row["answer"]) - 1
 
 
 def from_arc(row: Mapping[str, Any]) -> Asked:
-    """allenai/ai2_arc, whose labels are letters or digits."""
+    """A row of allenai/ai2_arc, whose labels are letters or digits."""
     return row["question"], tuple(row["choices"]["text"]), list(row["choices"]["label"]).index(row["answerKey"])
 
 
 def from_openbookqa(row: Mapping[str, Any]) -> Asked:
-    """allenai/openbookqa."""
+    """A row of allenai/openbookqa, whose labels are letters."""
     return row["question_stem"], tuple(row["choices"]["text"]), list(row["choices"]["label"]).index(row["answerKey"])
 
 
 def from_subset(row: Mapping[str, Any]) -> Asked:
-    """A row of a HellaSwag subset with lettered choices. It has no activity, so the sentence is the context alone."""
+    """A row of a HellaSwag subset with lettered choices. It has no activity, so the sentence is only the context."""
     return row["question"], tuple(row["choices"].values()), list(row["choices"]).index(row["answer"])

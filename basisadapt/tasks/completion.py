@@ -1,4 +1,4 @@
-"""Language models that complete prompts: Alpaca's template, how responses are trained, looked at and generated."""
+"""Tasks of language models that complete prompts: Alpaca's template, training, scoring and generation of responses."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from basisadapt.core.errors import InputError
 from basisadapt.tasks.task import Example, Rows, Task
 
 IGNORED = -100  # torch's label for tokens that a loss leaves out
-LOGITS = 2**27  # numbers of a vocabulary's logits held at once: half a GB in float32
+LOGITS = 2**27  # logits in memory at a time: half a GB in float32
 
 
 def alpaca_prompt(instruction: str, input: str = "") -> str:
-    """Alpaca's template (Taori et al., 2023) up to the place where the response begins.
+    """Alpaca's template (Taori et al., 2023) up to the point where the response begins.
 
-    The commonsense scripts of LLM-Adapters use the same words, with every line but the first indented by sixteen
-    spaces, which we leave out.
+    The commonsense scripts of LLM-Adapters use the same words but indent every line except the first by sixteen spaces;
+    here nothing is indented.
     """
     with_input = ", paired with an input that provides further context" if input else ""
     further = f"### Input:\n{input}\n\n" if input else ""
@@ -39,17 +39,18 @@ def alpaca_prompt(instruction: str, input: str = "") -> str:
 
 @dataclass(frozen=True)
 class Question:
-    """What a completion task's row asks. prompt: all that the model reads before its response. Tasks extend it."""
+    """The input of a completion task's row; tasks extend it. prompt: all that the model reads before its response."""
 
     prompt: str
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """A text whose probability is looked at.
+    """A text whose probability is measured.
 
-    lead: what the model reads between the prompt and the text, and is not looked at. ends: whether the token that ends
-    a response belongs to the text.
+    - `text` (str): the text.
+    - `lead` (str, default ""): what the model reads between the prompt and the text; it is not scored.
+    - `ends` (bool, default False): the token that ends a response belongs to the text.
     """
 
     text: str
@@ -59,7 +60,12 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Probe:
-    """What is looked at of a row: continuations of a prompt, the model's own or a plain one, and which is right."""
+    """The texts whose probabilities evaluation measures for a row.
+
+    - `prompt` (str): that of the question, or a plain one.
+    - `continuations`: texts after the prompt.
+    - `right` (int, default 0): the index of the correct one.
+    """
 
     prompt: str
     continuations: tuple[Continuation, ...]
@@ -69,10 +75,10 @@ class Probe:
 class CompletionTask(Task):
     """Inputs are `Question`s, labels the responses, as texts.
 
-    Training examples are prompt, response and the token that ends it; the loss covers the prompt only where
-    data.train_on_inputs says so. A training row of more than train.max_length tokens is left out, never cut; a question
-    is always asked in full. Evaluation looks at `probe`'s continuations (`teacher_forced`), or lets the model write
-    (`generate`).
+    A training example is the prompt, the response and the token that ends it; the loss covers the prompt only with
+    data.train_on_inputs. A training row of more than train.max_length tokens is dropped, never truncated; a question is
+    always asked in full. Evaluation scores the continuations of `probe` (`teacher_forced`), or lets the model generate
+    text (`generate`).
     """
 
     form = "completion"
@@ -81,12 +87,13 @@ class CompletionTask(Task):
 
     @abstractmethod
     def probe(self, question: Any, response: str) -> Probe:
-        """What evaluation looks at: for free answers, the response."""
+        """The texts that evaluation scores for a question; for free answers, the response."""
 
     def examples(self, rows: Rows, processor: Any, max_length: int | None, training: bool) -> Sequence[Example]:
-        """For training input_ids and labels, fewer than `rows` where some are too long; else prompts and their probes.
+        """For training, input_ids and labels, without rows that are too long; for evaluation, prompts and probes.
 
-        Raises InputError if every training row is longer than max_length, or a question than the model can read.
+        Raises InputError if every training row is longer than max_length, or a question is longer than the model can
+        read.
         """
         return self._trained(rows, processor, max_length) if training else self._probed(rows, processor)
 
@@ -124,7 +131,8 @@ class CompletionTask(Task):
         longest = max(map(len, wholes))
         if longest > processor.model_max_length:
             raise InputError(
-                f"a question with its answer has {longest} tokens, and the backbone reads {processor.model_max_length}"
+                f"a question with its answer has {longest} tokens, but the backbone reads at most "
+                f"{processor.model_max_length}"
             )
 
         examples: list[dict[str, Any]] = [
@@ -139,15 +147,21 @@ class CompletionTask(Task):
         return list(examples)
 
     def collator(self, processor: Any) -> Callable[[list[Example]], dict[str, Tensor]]:
-        """Pads on the left, so that rows end together and what is looked at lies in few columns.
+        """Pads on the left, so that all rows end in the same column and scored tokens occupy few columns.
 
-        Of training examples: input_ids, attention_mask, position_ids and labels, shape (rows, length), and scored, the
-        positions before those that hold labels; or, with data.packed, see `packed`.
+        For training examples:
 
-        Of probes: input_ids and attention_mask, shape (rows, length), of the prompts; read_ids and read_mask, of the
-        prompts with what all continuations of a row begin with; shared, shape (rows, most shared tokens), the tokens of
-        that, padded on the left with -100; continuations, shape (rows, continuations, tokens), the rest of them, and
-        labels, of them whole, padded on the right; right, shape (rows,).
+        - `input_ids`, `attention_mask`, `position_ids`, `labels`: shape (rows, length).
+        - `scored`: the positions before those that hold labels. With data.packed see `packed`.
+
+        For probes, where the tokens that all continuations of a row begin with are called shared:
+
+        - `input_ids`, `attention_mask`: the prompts, shape (rows, length).
+        - `read_ids`, `read_mask`: the prompts followed by the shared tokens.
+        - `shared`: the shared tokens, shape (rows, most shared tokens), padded on the left with -100.
+        - `continuations`: the other tokens, shape (rows, continuations, tokens), padded on the right.
+        - `labels`: all tokens of the continuations, padded on the right with -100.
+        - `right`: the index of the correct continuation, shape (rows,).
         """
         pad = processor.pad_token_id
 
@@ -171,7 +185,7 @@ class CompletionTask(Task):
 
 
 def padded(examples: Sequence[Example], pad: int) -> dict[str, Tensor]:
-    """A batch of training examples, a row each; see `CompletionTask.collator`."""
+    """A batch of training examples, one per row; see `CompletionTask.collator`. pad: the padding token's id."""
     batch = pad_left([example["input_ids"] for example in examples], pad)
     labels = _padded_left([_predicted(example) for example in examples], IGNORED)
     places = positions(batch["attention_mask"])
@@ -179,10 +193,11 @@ def padded(examples: Sequence[Example], pad: int) -> dict[str, Tensor]:
 
 
 def packed(examples: Sequence[Example], pad: int) -> dict[str, Tensor | bool]:
-    """A batch of training examples, end to end in sequences as long as the longest one, each in the first with room.
+    """A batch of training examples, packed end to end into sequences as long as the longest one (first fit).
 
-    There is no attention mask: models of transformers tell rows apart by position_ids, which begin anew with each (see
-    `reads_rows_apart`). What is left over is rows of one token, without labels.
+    Tensors have shape (sequences, length); `scored` is as in `CompletionTask.collator`. There is no attention mask:
+    models of transformers separate rows by position_ids, which restart at 0 with each row (see `reads_rows_apart`).
+    Every padding token is a row of its own, without labels.
     """
     rows = sorted(examples, key=lambda example: -len(example["input_ids"]))
     length = len(rows[0]["input_ids"])
@@ -206,24 +221,24 @@ def packed(examples: Sequence[Example], pad: int) -> dict[str, Tensor | bool]:
         "input_ids": laid(lambda row: row["input_ids"], pad),
         "position_ids": laid(lambda row: list(range(len(row["input_ids"]))), 0),
         "labels": labels,
-        "use_cache": False,  # with a cache, position_ids say nothing of rows
+        "use_cache": False,  # with a cache, models do not separate rows by position_ids
         "scored": _scored(labels),
     }
 
 
 def _predicted(example: Example) -> list[int]:
-    """The labels, but for the first, which nothing predicts."""
+    """The labels of an example, the first one ignored, since nothing predicts it."""
     return [IGNORED, *example["labels"][1:]]
 
 
 def _scored(labels: Tensor) -> Tensor:
-    """The positions whose next token is a label, counted through the whole batch, shape (labels,)."""
+    """The positions in the flattened batch whose next token has a label, shape (labels,)."""
     return (labels.flatten()[1:] != IGNORED).nonzero().squeeze(1)
 
 
 @torch.no_grad()
 def reads_rows_apart(model: Any, examples: Sequence[Example], pad: int) -> bool:
-    """Whether a model in evaluation mode has the same loss on packed rows as on the same rows apart."""
+    """Whether a model in evaluation mode has the same loss, up to rounding, on packed as on separate rows."""
     device = next(model.parameters()).device
     losses = []
     for batch in (padded(examples, pad), packed(examples, pad)):
@@ -234,13 +249,13 @@ def reads_rows_apart(model: Any, examples: Sequence[Example], pad: int) -> bool:
 
 
 def pad_left(prompts: Sequence[list[int]], pad: int) -> dict[str, Tensor]:
-    """input_ids and attention_mask of prompts that are to be continued: each ends where its row ends."""
+    """input_ids and attention_mask of prompts, shape (rows, length), padded on the left with `pad`."""
     mask = _padded_left([[1] * len(row) for row in prompts], 0)
     return {"input_ids": _padded_left(prompts, pad), "attention_mask": mask}
 
 
 def positions(mask: Tensor) -> Tensor:
-    """The place of every token in its row, from an attention mask of shape (rows, length)."""
+    """The position of every token in its row, from and in the shape of an attention mask (rows, length)."""
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
@@ -250,13 +265,13 @@ def _padded_left(rows: Sequence[list[int]], fill: int) -> Tensor:
 
 
 def _shared(continuations: Sequence[list[int]]) -> list[int]:
-    """What all continuations of a row begin with, of which each keeps at least one token."""
+    """The longest common beginning of a row's continuations that leaves each at least one token."""
     columns = zip(*(ids[:-1] for ids in continuations), strict=False)
     return [column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, columns)]
 
 
 def _block(rows: Sequence[Sequence[list[int]]], fill: int) -> Tensor:
-    """Lists of lists of tokens in one tensor, shape (rows, most lists, most tokens)."""
+    """Lists of lists of tokens as one tensor, shape (rows, most lists, most tokens), padded with `fill`."""
     lists, tokens = max(map(len, rows)), max(len(ids) for row in rows for ids in row)
     block = torch.full((len(rows), lists, tokens), fill)
     for i, row in enumerate(rows):
@@ -266,15 +281,15 @@ def _block(rows: Sequence[Sequence[list[int]]], fill: int) -> Tensor:
 
 
 def token_ids(processor: Any, texts: Sequence[str], special: bool = True) -> list[list[int]]:
-    """Token ids, without the token that ends a text where a tokenizer adds one."""
+    """The token ids of each text, without a final end-of-text token; special: add the tokenizer's special tokens."""
     encoded: list[list[int]] = processor(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
     return [ids[:-1] if ids and ids[-1] == processor.eos_token_id else ids for ids in encoded]
 
 
 def _extended(processor: Any, starts: Sequence[str], ids: Sequence[list[int]], texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each start with its text after it, beginning with the start's `ids`.
+    """The token ids of each start followed by its text; they begin with the start's own `ids`.
 
-    Both are tokenized together, as a model has mostly seen them; apart where that would change the start's last token.
+    Both are tokenized together, as in pretraining, or separately if that would change the tokens of the start.
     """
     wholes = token_ids(processor, [start + text for start, text in zip(starts, texts, strict=True)])
     return [
@@ -285,10 +300,11 @@ def _extended(processor: Any, starts: Sequence[str], ids: Sequence[list[int]], t
 
 @torch.no_grad()
 def teacher_forced(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """log p of every token of the continuations, in float32, and whether it is the likeliest one.
+    """log p of every token of the continuations, in float32, and whether the token is the most likely one.
 
-    Both have the shape of the labels, (rows, continuations, tokens), and are zero where a label is -100. The prompt and
-    what all continuations of a row begin with are read once; the rest of each begins from a copy of their cache.
+    Both have the shape of the labels, (rows, continuations, tokens), and are zero where a label is -100. The model
+    reads the prompt and the shared tokens of a row once; the rest of each continuation starts from a copy of their
+    cache. batch: of probes, see `CompletionTask.collator`.
     """
     rows = len(batch["labels"])
     columns = batch["shared"].shape[1] + batch["continuations"].shape[-1]
@@ -328,7 +344,7 @@ def _teacher_forced(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Te
         parts = zip(of_shared, _looked_up(of_rest, tokens), strict=True)
         found.append([torch.cat(part, dim=1) for part in parts])
     log_probs, likeliest = (torch.stack(part, dim=1) for part in zip(*found, strict=True))
-    # A row's shared tokens end where its rest begins: from there back to its first token.
+    # A row's shared tokens are aligned at their end, so its first token is at the first column that is not padding.
     labels = batch["labels"]
     begin = (shared == IGNORED).sum(1)[:, None] + torch.arange(labels.shape[-1], device=labels.device)
     place = begin.clamp(max=width + length - 1)[:, None].expand(labels.shape)
@@ -337,19 +353,19 @@ def _teacher_forced(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Te
 
 
 def _looked_up(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """log p of `tokens`, shape (rows, tokens), in float32, and whether each is the likeliest."""
+    """log p of `tokens`, shape (rows, tokens), float32, and whether each is the most likely one."""
     losses = functional.cross_entropy(logits.float().transpose(1, 2), tokens, ignore_index=IGNORED, reduction="none")
     return -losses, logits.argmax(-1) == tokens
 
 
 def batch_loss(model: Any, batch: Mapping[str, Any]) -> tuple[Any, Tensor]:
-    """The model's outputs on a batch of training examples, and the summed loss of its labels, in float32.
+    """The model's outputs on a batch of training examples, and the summed loss of its labels, a float32 scalar.
 
-    A vocabulary is wide: logits are computed at the scored positions alone, shape (1, scored, vocabulary).
+    To save memory, logits are computed only at the scored positions, shape (1, scored, vocabulary).
     """
     scored, labels = batch["scored"], batch["labels"]
     head = getattr(model, "module", model).get_output_embeddings()  # DDP wraps a model
-    # `logits_to_keep` of transformers takes whole columns, and packed rows are scored in nearly all of them.
+    # transformers' `logits_to_keep` selects whole columns, and packed rows are scored in nearly all of them.
     hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].flatten(0, 1)[None, scored], *inputs[1:]))
     try:
         outputs = model(**{name: value for name, value in batch.items() if name not in ("labels", "scored")})
@@ -360,7 +376,10 @@ def batch_loss(model: Any, batch: Mapping[str, Any]) -> tuple[Any, Tensor]:
 
 
 def response_loss(log_probs: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """The mean over the rows of the right continuation's mean loss per token, whatever rows share a batch."""
+    """The mean over rows of the correct continuation's mean loss per token, a scalar.
+
+    log_probs: of `teacher_forced`, shape (rows, continuations, tokens). It does not depend on how rows are batched.
+    """
     chosen = torch.arange(len(log_probs), device=log_probs.device), batch["right"]
     tokens = (batch["labels"][chosen] != IGNORED).sum(-1)
     return -(log_probs[chosen].sum(-1) / tokens.clamp(min=1)).mean()
@@ -370,9 +389,9 @@ def response_loss(log_probs: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
 def generate(
     model: Any, batch: Mapping[str, Tensor], max_new_tokens: int, temperatures: Tensor | None = None
 ) -> Tensor:
-    """What the model writes after left-padded prompts: token ids, shape (rows, max_new_tokens).
+    """Token ids that the model generates after left-padded prompts, shape (rows, max_new_tokens), padded at the end.
 
-    temperatures: of the rows, shape (rows,); 0 is greedy, and so is every row without them.
+    temperatures: one for each row, shape (rows,); 0 is greedy. None is greedy for every row.
     """
     prompts, pad = batch["input_ids"], model.config.pad_token_id
     written = model.generate(
@@ -384,7 +403,7 @@ def generate(
         num_beams=1,
         use_cache=True,
         pad_token_id=pad,
-        # A backbone may come with other habits.
+        # A backbone's generation_config may have other values.
         repetition_penalty=1.0,
         temperature=None,
         top_p=None,
@@ -394,11 +413,11 @@ def generate(
 
 
 def _tempered(temperatures: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """Divides each row's logits by its temperature; at 0 the likeliest token alone remains."""
+    """A logits processor that divides each row's logits by its temperature; at 0 only the likeliest token remains."""
     warm = temperatures.clamp(min=1e-3)[:, None]
 
     def temper(_: Tensor, logits: Tensor) -> Tensor:
-        # A model whose training broke it draws any token; that it is broken, its losses tell.
+        # A model that diverged may have NaN logits, and then generates arbitrary tokens; its loss shows the divergence.
         logits = (logits - logits.amax(-1, keepdim=True)).nan_to_num(nan=0.0, neginf=-torch.inf)
         likeliest = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, logits.argmax(-1, keepdim=True), True)
         only = logits.masked_fill(~likeliest, -torch.inf)
@@ -409,7 +428,13 @@ def _tempered(temperatures: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
 
 @dataclass(frozen=True)
 class Instruction:
-    """A row of an instruction file. answer: what the output says in one word, where the file has that."""
+    """A row of an instruction file.
+
+    - `instruction` (str): the task in words.
+    - `input` (str): further context; may be empty.
+    - `output` (str): the response.
+    - `answer` (str, default ""): the response in one word, if the file has it.
+    """
 
     instruction: str
     input: str
@@ -418,7 +443,7 @@ class Instruction:
 
     @property
     def prompt(self) -> str:
-        """In Alpaca's template."""
+        """The instruction and its input in Alpaca's template, see `alpaca_prompt`."""
         return alpaca_prompt(self.instruction, self.input)
 
 
@@ -434,7 +459,7 @@ def read_instructions(path: Path) -> list[Instruction]:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds, which may begin with a byte-order mark. Raises InputError naming the file."""
+    """The content of a JSON file, with or without a byte-order mark. Raises InputError naming the file."""
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Handwritten digits that come with scikit-learn (Alpaydin & Kaynak, 1998): nothing to download."""
+"""Handwritten digits that scikit-learn includes (Alpaydin & Kaynak, 1998), without a download."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ HELD_OUT = 0.2
 
 
 class Digits(ImageTask, name="vision/digits"):
-    """Ten digits, 1,797 grey images of 8 × 8, of which one in five is held out."""
+    """Ten digits: 1,797 gray images of 8 × 8 pixels, of which one in five is held out."""
 
     headline, num_labels = "accuracy", 10
     templates = ('a photo of the number: "{}".',)
 
     def check(self, data_dir: Path | None) -> None:
-        """The data come with scikit-learn."""
+        """Nothing to check: scikit-learn includes the data."""
 
     def load(self, data_dir: Path | None) -> TaskData:
-        """Both parts, mixed by a fixed seed; the 17 shades of grey as bytes."""
+        """Training and held-out rows, shuffled by a fixed seed; the 17 gray levels are scaled to 0..255."""
         from sklearn.datasets import load_digits
 
         digits = load_digits()

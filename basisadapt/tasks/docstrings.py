@@ -1,7 +1,7 @@
-"""The embedded task: which standard-library package does this docstring come from?
+"""The embedded task: which standard-library package does a docstring come from?
 
-Real English that every Python carries: nothing to download, nothing to license. The rows differ a little from one
-Python version to the next; the data's fingerprint tells.
+Its texts are real English that every Python installation includes, so there is nothing to download or to license. The
+rows differ slightly between Python versions, and so does the recorded fingerprint of the data.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from basisadapt.tasks.task import Rows, TaskData
 from basisadapt.tasks.text import TextTask
 
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3", "turtledemo"}
-MINIMUM = 40  # characters: shorter docstrings say nothing
+MINIMUM = 40  # characters: shorter docstrings carry too little information
 
 
 class Docstrings(TextTask, name="docstrings"):
@@ -33,10 +33,10 @@ class Docstrings(TextTask, name="docstrings"):
     num_labels = 10
 
     def check(self, data_dir: Path | None) -> None:
-        """The data comes with Python."""
+        """Nothing to check: Python includes the data."""
 
     def load(self, data_dir: Path | None) -> TaskData:
-        """The docstrings of the ten largest packages; a text that occurs twice counts once, for its first package."""
+        """The docstrings of the ten packages with the most; a repeated text counts once, for its first package."""
         texts: dict[str, str] = {}
         for package, text in _docstrings(Path(sysconfig.get_path("stdlib"))):
             texts.setdefault(text, package)
@@ -46,14 +46,14 @@ class Docstrings(TextTask, name="docstrings"):
         return TaskData(*split(Rows(chosen, [packages.index(texts[text]) for text in chosen])))
 
     def metrics(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """Accuracy."""
+        """The accuracy of `scores` (rows, 10) against class indices `labels` (rows,)."""
         return {"accuracy": float(np.mean(scores.argmax(axis=-1) == labels))}
 
 
 def _docstrings(library: Path) -> list[tuple[str, str]]:
     """Package and docstring of every module, class and function in the library's packages, in a fixed order.
 
-    Parsed once and kept for as long as the library does not change.
+    The result is cached until the library changes.
     """
     files = list(_files(library))
     stamps = ((str(path), stat.st_size, stat.st_mtime_ns) for _, path in files for stat in [path.stat()])
@@ -66,7 +66,7 @@ def _docstrings(library: Path) -> list[tuple[str, str]]:
 
 
 def _files(library: Path) -> Iterator[tuple[str, Path]]:
-    """The name of a package and a file of it."""
+    """Every package's name with each of its files, in sorted order."""
     for package in sorted(path for path in library.iterdir() if (path / "__init__.py").is_file()):
         if package.name in SKIPPED:
             continue

@@ -1,4 +1,4 @@
-"""Tasks whose rows follow from the seed of a run, mostly drawn at random: there is nothing to hold out."""
+"""Tasks whose rows follow from the seed of a run, mostly drawn at random, so that nothing is held out."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from basisadapt.tasks.task import Rows, Task, TaskData
 
 
 class SeededTask(Task):
-    """A task with other rows for every seed of a run; all of them are trained on and all are evaluated.
+    """A task with other rows for every seed of a run, which trains and evaluates on all of them.
 
-    What is chosen for it, such as a rate, is chosen on other seeds, so on other rows.
+    Choices for it, such as a learning rate, are made on other seeds and so on other rows.
     """
 
     comparable = False
@@ -33,16 +33,16 @@ class DrawnTask(SeededTask):
     @property
     @abstractmethod
     def drawn_as(self) -> str:
-        """What is drawn, in words: with the seed, all that the rows follow from."""
+        """A description of what is drawn. Together with the seed it determines the rows."""
 
     @abstractmethod
     def draw(self, generator: np.random.Generator) -> Rows:
-        """The rows."""
+        """Draw the rows of one run from `generator` alone."""
 
     def check(self, data_dir: Path | None) -> None:
-        """There are no files."""
+        """Nothing to check: the task reads no files."""
 
     def of_seed(self, seed: int, data_dir: Path | None = None) -> TaskData:
-        """The rows that follow from the seed."""
+        """The rows that a run with this seed is trained and evaluated on."""
         rows = self.draw(np.random.default_rng(seed))
         return TaskData(rows, rows, mark=self.drawn_as)

@@ -19,25 +19,25 @@ NAMES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "
 
 
 class FashionMNIST(ImageTask, name="vision/fashion_mnist"):
-    """Ten kinds of clothes, grey images of 28 × 28, through `--data-dir`.
+    """Ten kinds of clothes: gray images of 28 × 28 pixels, read from `--data-dir`.
 
-    The files, such as train-images-idx3-ubyte.gz, lie in `vision/fashion_mnist`, or in `fashion-mnist` as in Debian's
+    The files, such as train-images-idx3-ubyte.gz, are in `vision/fashion_mnist`, or in `fashion-mnist` as in Debian's
     package dataset-fashion-mnist, whose data folder is /usr/share/datasets.
     """
 
     headline, num_labels = "accuracy", len(NAMES)
 
     def check(self, data_dir: Path | None) -> None:
-        """Raise InputError unless the four files are there."""
+        """Raise InputError unless the four files exist."""
         self._files(data_dir)
 
     def load(self, data_dir: Path | None) -> TaskData:
-        """Both parts, mixed by a fixed seed."""
+        """Training and test rows, shuffled by a fixed seed. Raises InputError naming a damaged file."""
         (train, seen), (held_out, unseen) = (self._read(*files) for files in self._files(data_dir))
         return TaskData(train, held_out, mark=seen + unseen, prompts=self.prompts(NAMES))
 
     def _files(self, data_dir: Path | None) -> list[tuple[Path, Path]]:
-        """Images and labels of the training part and of the test part."""
+        """The files of images and labels, of the training and of the test rows. Raises InputError if one is missing."""
         if data_dir is None:
             raise InputError("task vision/fashion_mnist needs --data-dir, a folder with vision/fashion_mnist")
         places = [readable_folder(data_dir) / "vision" / "fashion_mnist", data_dir / "fashion-mnist"]
@@ -65,9 +65,10 @@ class FashionMNIST(ImageTask, name="vision/fashion_mnist"):
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """The array of a gzipped IDX file of bytes: 0, 0, 8, the number of axes, their lengths as big-endian uint32, data.
+    """The array of a gzipped IDX file, in the shape that its header states, uint8.
 
-    Raises InputError naming a file that is none, or is cut short.
+    The layout is: bytes 0, 0, 8, the number of axes, their lengths as big-endian uint32, and the data. Raises
+    InputError naming a file that is not of this format, or is cut short.
     """
     try:
         content = gzip.decompress(path.read_bytes())
@@ -75,7 +76,8 @@ def read_idx(path: Path) -> np.ndarray:
         raise InputError(f"{str(path)!r} cannot be unzipped: {error}") from error
     start = 4 + 4 * content[3] if len(content) > 3 else 4
     if content[:3] != b"\0\0\x08" or len(content) < start:
-        raise InputError(f"{str(path)!r} is no IDX file of bytes: it begins with {content[:4].hex(' ') or 'nothing'}")
+        begin = content[:4].hex(" ") or "nothing"
+        raise InputError(f"{str(path)!r} is not an IDX file of bytes: it begins with {begin}")
     shape = np.frombuffer(content[4:start], ">u4").tolist()
     if len(content) - start != math.prod(shape) or 0 in shape:
         raise InputError(f"{str(path)!r} has {len(content) - start} bytes of data, expected {shape} of them")

@@ -1,4 +1,4 @@
-"""A task from a file of your own: `task: reviews.csv`."""
+"""A task from the user's own file: `task: reviews.csv`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from basisadapt.tasks.tables import SUFFIXES, Table, read_table
 
 
 class FileTask(OwnData):
-    """Rows from a file whose suffix names its format (`tables`); `data.test` is a file of rows to evaluate on.
+    """Rows from a file whose suffix gives its format (`tables`); `data.test` is a file of rows to evaluate on.
 
-    Paths are taken from the working directory, not from the data folder.
+    Paths are relative to the working directory, not to the data folder.
     """
 
     def __init__(self, path: Path, settings: DataSettings) -> None:
@@ -22,7 +22,7 @@ class FileTask(OwnData):
         self._path = path
 
     def tables(self) -> tuple[Table, Table | None]:
-        """Both files, each read once for as long as it does not change."""
+        """Both files, cached until they change. Raises InputError naming file and row."""
         train = self._read(self._path)
         if self.settings.test is None:
             return train, None
@@ -38,7 +38,7 @@ class FileTask(OwnData):
 
 
 def stamp(path: Path) -> tuple[int, ...]:
-    """What changes when a file does; empty where there is none."""
+    """Numbers that change when the file does (device, inode, size, times); empty if it does not exist."""
     try:
         found = path.stat()
     except OSError:

@@ -1,7 +1,7 @@
 """GLUE (Wang et al., 2019), from a local folder in the layout `glue/CoLA/train.tsv` or from the hub.
 
-Development sets are the evaluation sets, as usual where the test labels are withheld. Needs `--data-dir`, or, without
-it, the hub's `nyu-mll/glue`. Every row of a file counts: one that is malformed is an error that names it.
+Evaluation uses the development sets, as usual, since the test labels are withheld. Without `--data-dir`, the data is
+`nyu-mll/glue` on the hub. No row of a file is skipped: a malformed one raises an error that names it.
 """
 
 from __future__ import annotations
@@ -24,12 +24,16 @@ HUB = "nyu-mll/glue"
 
 
 class Glue(TextTask):
-    """One GLUE task. The subclasses below are data.
+    """One GLUE task. The subclasses only set these attributes:
 
-    folder: the folder under `glue/`; text, label: columns of its files, whose names are `header` where a file does not
-    begin with them; classes: the labels as written in the files, none for a regression; hub_text: the columns of the
-    texts on the hub. splits_dev: a folder without train.tsv is taken too: four in five rows of dev.tsv are trained on,
-    the others evaluated on, chosen by their first text.
+    - `folder` (str): under `glue/`.
+    - `text`: the columns of the texts in the files.
+    - `label` (str, default "label"): the column of the label.
+    - `header` (default None): the names of all columns, if the files do not begin with them.
+    - `classes`: the labels as written in the files; empty for a regression.
+    - `hub_text`: the columns of the texts on the hub.
+    - `splits_dev` (bool, default False): accept a folder without train.tsv; four in five rows of dev.tsv are then
+      trained on, and the others evaluated on, chosen by a hash of their first text.
     """
 
     folder: ClassVar[str]
@@ -41,7 +45,7 @@ class Glue(TextTask):
     splits_dev: ClassVar[bool] = False
 
     def check(self, data_dir: Path | None) -> None:
-        """Raise InputError unless the files are there, or the hub is to be asked."""
+        """Raise InputError unless the files exist, or the hub is used (data_dir is None)."""
         if data_dir is None:
             return
         readable_folder(data_dir)
@@ -54,7 +58,7 @@ class Glue(TextTask):
         return (HUB,) if data_dir is None else ()
 
     def load(self, data_dir: Path | None) -> TaskData:
-        """Train and development rows, the train rows mixed by a fixed seed."""
+        """Training rows, shuffled by a fixed seed, and development rows. Raises InputError naming file and row."""
         if data_dir is None:
             return self._from_hub()
         self.check(data_dir)
@@ -99,7 +103,10 @@ class Glue(TextTask):
         return TaskData(rows(parts["train"]).mixed(), rows(parts["validation"]))
 
     def metrics(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """Accuracy, F1 of the second class and Matthews' correlation; Pearson and Spearman of a regression."""
+        """Accuracy, F1 and Matthews correlation of classes; Pearson and Spearman correlation of a regression.
+
+        "f1" is that of the second class. scores: (rows, num_labels); labels: (rows,).
+        """
         from sklearn.metrics import f1_score
 
         if not self.classes:
@@ -108,12 +115,12 @@ class Glue(TextTask):
 
 
 def _texts(columns: list[Any]) -> list[Any]:
-    """One column of texts as it is, two as pairs."""
+    """The texts of one column, or the pairs of two."""
     return list(columns[0]) if len(columns) == 1 else list(zip(*columns, strict=True))
 
 
 class CoLA(Glue, name="glue/cola"):
-    """Is the sentence grammatical? Matthews' correlation."""
+    """Is the sentence grammatical? Matthews correlation."""
 
     folder, header, text = "CoLA", ("source", "label", "mark", "sentence"), ("sentence",)
     classes, hub_text = ("0", "1"), ("sentence",)
@@ -128,7 +135,7 @@ class SST2(Glue, name="glue/sst2"):
 
 
 class MRPC(Glue, name="glue/mrpc"):
-    """Do the sentences say the same? Accuracy; F1, which GLUE also gives, is recorded."""
+    """Do the sentences mean the same? Accuracy; F1, which GLUE reports too, is recorded."""
 
     folder, text, label, classes = "MRPC", ("#1 String", "#2 String"), "Quality", ("0", "1")
     hub_text = ("sentence1", "sentence2")
@@ -144,7 +151,7 @@ class RTE(Glue, name="glue/rte"):
 
 
 class QNLI(Glue, name="glue/qnli"):
-    """Does the sentence answer the question? Accuracy. Rows of one question stay together where dev.tsv is split."""
+    """Does the sentence answer the question? Accuracy. If dev.tsv is split, rows of one question stay together."""
 
     folder, text, classes = "QNLI", ("question", "sentence"), ("entailment", "not_entailment")
     hub_text, splits_dev = ("question", "sentence"), True
@@ -152,7 +159,7 @@ class QNLI(Glue, name="glue/qnli"):
 
 
 class STSB(Glue, name="glue/stsb"):
-    """How alike are the sentences, 0 to 5? Pearson's correlation."""
+    """How similar are the sentences, from 0 to 5? Pearson correlation."""
 
     folder, text, label, classes = "STS-B", ("sentence1", "sentence2"), "score", ()
     hub_text = ("sentence1", "sentence2")

@@ -19,13 +19,13 @@ PREFIX = "hub:"
 
 
 class HubTask(OwnData):
-    """Trains on the split "train"; evaluates on `data.test`, or else on "validation", or else on "test".
+    """Trains on the split "train", and evaluates on the split `data.test`, by default "validation" or else "test".
 
-    `datasets` downloads and caches; no code of the hub is run.
+    The library `datasets` downloads and caches the data; no code from the hub is run.
     """
 
     def __init__(self, name: str, settings: DataSettings) -> None:
-        """Raises InputError for a malformed name."""
+        """Raise InputError for a malformed name."""
         super().__init__(settings)
         parts = name.removeprefix(PREFIX).split("/")
         if len(parts) not in (2, 3) or not all(parts):
@@ -34,7 +34,7 @@ class HubTask(OwnData):
                 "page on the hub shows"
             )
         if not all(re.fullmatch(r"\w[\w.-]*", part, re.ASCII) for part in parts[:2]):
-            raise InputError(f"task {name!r}: owner and name on the hub are of letters, digits, '-', '_' and '.'")
+            raise InputError(f"task {name!r}: owner and name on the hub consist of letters, digits, '-', '_' and '.'")
         self._source, self._config = "/".join(parts[:2]), parts[2] if len(parts) == 3 else None
 
     def sources(self, data_dir: Path | None) -> Sequence[str]:
@@ -42,7 +42,7 @@ class HubTask(OwnData):
         return (self._source,)
 
     def tables(self) -> tuple[Table, Table | None]:
-        """The splits, from the hub or `datasets`' cache."""
+        """The splits, from the hub or the cache of `datasets`. Raises InputError."""
         parts = ask_hub(self._source, self._config)
         for split in ("train", *([self.settings.test] if self.settings.test else [])):
             if split not in parts:
@@ -64,7 +64,7 @@ class HubTask(OwnData):
 
 
 def _named(table: Table, column: str, names: list[str]) -> Table:
-    """The table with the classes' names for their indices; -1 marks a label that is withheld."""
+    """The table with class indices replaced by names. Raises InputError for -1, which marks a withheld label."""
     for row, index in enumerate(table.columns[column]):
         if index == -1:
             raise table.error(row, "the label is withheld; name another split with data.test")
@@ -81,11 +81,11 @@ def is_cached(source: str) -> bool:
 
 @functools.lru_cache(maxsize=2)
 def ask_hub(source: str, config: str | None, revision: str | None = None) -> Any:
-    """A data set's splits, name to rows. Raises InputError, in one line, where it cannot be had."""
+    """The splits of a data set, name to rows; the last two are cached. Raises InputError if it cannot be loaded."""
     from datasets import load_dataset
 
-    if os.path.exists(source):  # which would be read instead
-        raise InputError(f"hub data set {source!r} is the name of a folder here too; start elsewhere, or rename that")
+    if os.path.exists(source):  # `datasets` would read it instead
+        raise InputError(f"hub data set {source!r} is also a local folder's name; start elsewhere, or rename it")
     try:
         return load_dataset(source, config, revision=revision)
     except Exception as error:  # the hub's client raises many kinds

@@ -19,23 +19,26 @@ from basisadapt.core.errors import InputError
 from basisadapt.tasks.settings import DataSettings
 from basisadapt.tasks.task import Example, Rows, Task
 
-# Of ImageNet's red, green and blue; for every backbone, CLIP too, as the paper states (appendix D).
+# Of ImageNet's red, green and blue; used for every backbone, including CLIP, as the paper states (appendix D).
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of a random crop: its share of the area, its width to its height
+SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of a random crop: its share of the area, and width / height
 ATTEMPTS = 10
 DRAWS = 4 * ATTEMPTS + 1  # uniform numbers for one image: four for each attempt at a crop, one for the flip
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # none of which Pillow opens by starting a program
-READERS = min(16, os.cpu_count() or 1)  # threads that decode a batch; Pillow lets them run side by side
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # Pillow opens none of them by starting another program
+READERS = min(16, os.cpu_count() or 1)  # threads that decode a batch; Pillow releases the GIL
 
 Box = tuple[float, float, float, float]  # left, upper, right, lower, in pixels
 
 
 class ImageTask(Task):
-    """Inputs are images, labels class indices. An image is the path of a file, or a function without arguments that
-    gives a PIL image, opened only when a batch has its turn; or a file's bytes; or an array of bytes, (height, width)
-    or (height, width, 3); or a PIL image.
+    """Inputs are images, labels class indices. An image is one of:
 
-    templates: sentences with {} for a class's name, for backbones with a text tower (`data.head` zero_shot).
+    - the path of a file, or a function without arguments that returns a PIL image; opened only for its batch;
+    - the bytes of a file;
+    - an array of uint8, shape (height, width) or (height, width, 3);
+    - a PIL image.
+
+    templates: sentences with {} for the name of a class, for backbones with a text tower (data.head "zero_shot").
     """
 
     templates: ClassVar[tuple[str, ...]] = ("a photo of a {}.",)
@@ -45,29 +48,33 @@ class ImageTask(Task):
         self.form = "zero_shot" if self.settings.head == "zero_shot" else "image"
 
     def prompts(self, names: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-        """The sentences about each class; of a name with synonyms, as in ImageNet, the first counts."""
+        """The sentences about each class. Of a name with synonyms, as in ImageNet, the first is used."""
         plain = [name.split(",")[0].replace("_", " ").strip() for name in names]
         return tuple(tuple(template.format(name) for template in self.templates) for name in plain)
 
     def examples(self, rows: Rows, processor: Any, max_length: int | None, training: bool) -> Sequence[Example]:
-        """Pixels of the image processor's resolution, (3, side, side), made when they are asked for.
+        """Pixels at the image processor's resolution, (3, side, side), computed on access.
 
-        Training sees a random crop, flipped or not, drawn from torch's global generator; evaluation the largest square
-        in the middle. Both are resampled bicubically and normalised by MEAN and STD.
+        Training uses a random crop, flipped at random, drawn from torch's global generator; evaluation uses the largest
+        centered square. Both are resampled bicubically and normalized by MEAN and STD. Raises InputError for an
+        unreadable image on access.
         """
         return _Pixels(rows, resolution(processor), training)
 
     def collator(self, processor: Any) -> Callable[[list[Example]], dict[str, Tensor]]:
-        """Stacks."""
+        """Stacks pixel_values to (rows, 3, side, side) and labels to (rows,)."""
         return _stacked
 
     def score(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The head's loss and outputs."""
+        """The head's cross-entropy, and its logits (rows, num_labels)."""
         output = model(**batch)
         return output.loss, output.logits
 
     def measure(self, scores: np.ndarray, rows: Rows, processor: Any) -> dict[str, float]:
-        """Accuracy; of more than ten classes also top-5, the share of rows whose class is among the five likeliest."""
+        """The accuracy; with more than ten classes also "accuracy_top5", for a class among the five likeliest.
+
+        scores: logits (rows, num_labels).
+        """
         labels = np.asarray(rows.labels)
         measured = {"accuracy": float(np.mean(scores.argmax(axis=-1) == labels))}
         if self.num_labels > 10:
@@ -77,8 +84,10 @@ class ImageTask(Task):
 
 
 class _Pixels(Sequence[Example]):
-    """Examples of rows, none of them kept; a batch is decoded at once. The same draws give the same pixels, whatever
-    the number of threads."""
+    """The examples of rows, made on access and not cached; the images of a batch are decoded in parallel.
+
+    Random numbers are drawn before, so the pixels do not depend on the number of threads.
+    """
 
     def __init__(self, rows: Rows, side: int, training: bool) -> None:
         self._rows, self._side, self._training = rows, side, training
@@ -91,7 +100,7 @@ class _Pixels(Sequence[Example]):
         return self.__getitems__(indices) if isinstance(index, slice) else self.__getitems__([indices])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Example]:
-        """The examples of a batch; torch's DataLoader asks so."""
+        """The examples of a batch; torch's DataLoader calls it."""
         draws = torch.rand(len(indices), DRAWS).tolist() if self._training else [None] * len(indices)
         with ThreadPoolExecutor(READERS) as readers:
             return list(readers.map(self._example, indices, draws))
@@ -104,7 +113,7 @@ class _Pixels(Sequence[Example]):
 
 
 def resolution(processor: Any) -> int:
-    """The side in pixels of the squares that a model takes, from its image processor. Raises InputError for none."""
+    """The side, in pixels, of a model's square inputs, from its image processor. Raises InputError if it gives none."""
     size = getattr(processor, "crop_size", None) or processor.size
     side = size.get("height") or size.get("shortest_edge")
     if side is None:
@@ -113,7 +122,10 @@ def resolution(processor: Any) -> int:
 
 
 def decode(image: Any) -> Image.Image:
-    """The image in RGB, upright. Raises InputError naming a file that is none of FORMATS, or is cut short."""
+    """The image in RGB, upright; its forms: `ImageTask`. Raises InputError naming a file that cannot be decoded.
+
+    Files must have one of FORMATS.
+    """
     if callable(image):
         image = image()
     if isinstance(image, Image.Image):
@@ -129,27 +141,28 @@ def decode(image: Any) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """The image upright, as its EXIF says, and in RGB; of 16 bits the upper 8 count."""
+    """The image in RGB, rotated as its EXIF data says; of 16-bit values the upper 8 bits are used."""
     long = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
-    with suppress(Exception):  # a damaged EXIF says nothing; damaged pixels are found below
+    with suppress(Exception):  # damaged EXIF data is ignored; damaged pixels are found below
         image = ImageOps.exif_transpose(image)
-    if long:  # Pillow would cut off what is above 255
+    if long:  # Pillow would clip values above 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("RGB")
 
 
 def centre_box(width: int, height: int) -> Box:
-    """The largest square in the middle: resizing to it is resizing the shorter side, then cropping the middle."""
+    """The largest centered square of an image, in pixels; resampling it equals resizing, then center cropping."""
     side = min(width, height)
     left, upper = (width - side) / 2, (height - side) / 2
     return left, upper, left + side, upper + side
 
 
 def random_box(width: int, height: int, draws: Sequence[float]) -> Box:
-    """A crop of a random area and shape at a random place, whole pixels, from uniform draws in [0, 1).
+    """A crop of random area, shape and position, in whole pixels.
 
-    An attempt takes an area of SCALE · width · height and a ratio of log-uniform RATIO, and holds if it fits; after
-    ATTEMPTS that do not, the largest crop in the middle whose ratio is in RATIO. Source: Szegedy et al. (2015).
+    An attempt draws an area, uniform in SCALE · width · height, and a ratio of width to height, log-uniform in RATIO.
+    The first that fits is used; after ATTEMPTS that do not, the largest centered crop with a ratio in RATIO. draws:
+    DRAWS uniform numbers in [0, 1). Source: Szegedy et al. (2015).
     """
     low, high = (math.log(ratio) for ratio in RATIO)
     for area_draw, ratio_draw, left_draw, upper_draw in zip(*[iter(draws[: 4 * ATTEMPTS])] * 4, strict=True):
@@ -165,9 +178,9 @@ def random_box(width: int, height: int, draws: Sequence[float]) -> Box:
 
 
 def pixels(image: Image.Image, box: Box, side: int, flip: bool) -> Tensor:
-    """The box resampled bicubically to a square, mirrored if `flip`, normalised: float32, shape (3, side, side).
+    """The box, resampled bicubically to a square, mirrored if `flip`, and normalized: float32, shape (3, side, side).
 
-    Resampling is antialiased. At the box's edges it looks at what lies beyond, as if the whole image had been resized
+    Resampling is antialiased. At the edges of the box it uses the pixels beyond, as if the whole image had been resized
     and then cropped.
     """
     square = image.resize((side, side), Image.Resampling.BICUBIC, box=box)

@@ -1,4 +1,4 @@
-"""Instruction tuning: Alpaca, and MT-Bench's questions to a model that has learned from it."""
+"""Instruction tuning: Alpaca, and MT-Bench for models that are trained on it."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ from basisadapt.tasks.hub import ask_hub
 from basisadapt.tasks.settings import DataSettings
 from basisadapt.tasks.task import Example, Rows, Task, TaskData, readable_folder
 
-HELD_OUT = 20  # one row in so many
+HELD_OUT = 20  # one row in this many is held out
 HUB = "tatsu-lab/alpaca"
 
 
 class Alpaca(CompletionTask, name="instruct/alpaca"):
-    """Following instructions (Taori et al., 2023): the files `instruct/alpaca*.json`, or the hub's tatsu-lab/alpaca.
+    """Following instructions (Taori et al., 2023): the files `instruct/alpaca*.json`, or tatsu-lab/alpaca on the hub.
 
-    One row in twenty is held out, by a hash of its content; a row that occurs twice counts once. Metrics, of the
-    held-out responses and the tokens that end them, each token predicted from the right ones before it:
-    token_accuracy, how many are the likeliest one, and perplexity, exp of the mean loss per token.
+    One row in twenty is held out, by a hash of its content; repeated rows count once. The metrics are teacher-forced
+    and cover the held-out responses and the tokens that end them: "token_accuracy", the share of tokens that are the
+    most likely one, and "perplexity", exp of the mean loss per token.
     """
 
     headline = "token_accuracy"
 
     def check(self, data_dir: Path | None) -> None:
-        """Raise InputError unless there is a file, or the hub is to be asked."""
+        """Raise InputError unless there is a file, or the hub is used (data_dir is None)."""
         if data_dir is not None:
             _files(data_dir)
 
@@ -57,7 +57,7 @@ class Alpaca(CompletionTask, name="instruct/alpaca"):
         return (HUB,) if data_dir is None else ()
 
     def load(self, data_dir: Path | None) -> TaskData:
-        """The rows in the order of their hashes."""
+        """The rows, sorted by their hashes. Raises InputError naming file and row, or for too few rows."""
         if data_dir is None:
             found = _from_hub()
         else:
@@ -69,18 +69,18 @@ class Alpaca(CompletionTask, name="instruct/alpaca"):
         return TaskData(_rows(train), _rows(held_out))
 
     def probe(self, question: Any, response: str) -> Probe:
-        """The response, to its end."""
+        """The response and the token that ends it, after the question's prompt."""
         return Probe(question.prompt, (Continuation(response, ends=True),))
 
     def score(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The mean loss of a response's tokens; of each row how many are right, how many there are, and their loss."""
+        """The loss of `response_loss`, and for each row its correct tokens, its tokens and their loss: (rows, 3)."""
         log_probs, likeliest = teacher_forced(model, batch)
         tokens = batch["labels"] != IGNORED
         sums = [part.sum(dim=(1, 2), dtype=torch.float32) for part in (likeliest, tokens, -log_probs)]
         return response_loss(log_probs, batch), torch.stack(sums, dim=1)
 
     def measure(self, scores: np.ndarray, rows: Rows, processor: Any) -> dict[str, float]:
-        """token_accuracy and perplexity, over all tokens."""
+        """token_accuracy and perplexity over all tokens; scores: those of `score`, shape (rows, 3)."""
         right, tokens, loss = scores.sum(axis=0, dtype=np.float64)
         return {"token_accuracy": float(right / tokens), "perplexity": float(np.exp(loss / tokens))}
 
@@ -101,7 +101,7 @@ def _from_hub() -> list[Instruction]:
 
 
 def _order(row: Instruction) -> int:
-    """A number that depends on the row alone: it mixes the rows, and decides which are held out."""
+    """A hash of the row, by which rows are shuffled and held out."""
     return int.from_bytes(hashlib.sha256(f"{row.prompt}{row.output}".encode()).digest()[:8], "big")
 
 
@@ -110,12 +110,12 @@ def _rows(instructions: Sequence[Instruction]) -> Rows:
 
 
 class MTBench(Task, name="instruct/mt_bench"):
-    """Trained on Alpaca's rows, asked MT-Bench's questions (`mt_bench`), and judged by the judge that is set (`judge`).
+    """Trained on Alpaca, asked the questions of MT-Bench (`mt_bench`), and graded by the configured judge (`judge`).
 
-    Both turns are answered in Alpaca's template, the second after the first with its answer, at the temperature that
-    is published for the question's category; each answer has at most data.max_new_tokens tokens. The answers are saved
-    before the judge is asked, so that `python -m basisadapt.mt_bench` can have them judged again. There is no loss of
-    the answers, and no generalisation gap.
+    Both turns are answered in Alpaca's template, the second after the first and its answer, at the temperature that is
+    published for the question's category, with at most data.max_new_tokens tokens each. The answers are saved before
+    the judge is asked, so `python -m basisadapt.mt_bench` can have them judged again. The answers have no loss, and
+    there is no generalization gap.
     """
 
     form = "completion"
@@ -128,19 +128,20 @@ class MTBench(Task, name="instruct/mt_bench"):
         self._alpaca = Alpaca(self.settings)
 
     def check(self, data_dir: Path | None) -> None:
-        """Raise InputError unless there are rows of Alpaca, MT-Bench's files and a judge."""
+        """Raise InputError unless Alpaca's rows, MT-Bench's files and a judge are available."""
         mt_bench.check_files(data_dir)
         self._alpaca.check(data_dir)
         judge.configured_judge()
 
     def load(self, data_dir: Path | None) -> TaskData:
-        """Alpaca's training rows, and MT-Bench's questions with their gradings."""
+        """Alpaca's training rows, and MT-Bench's questions with their gradings. Raises InputError."""
         return TaskData(self._alpaca.load(data_dir).train, mt_bench.read_bench(data_dir))
 
     def examples(self, rows: Rows, processor: Any, max_length: int | None, training: bool) -> Sequence[Example]:
-        """Of questions input_ids, the first turn's prompt, second, what follows its answer, and temperature.
+        """For training, Alpaca's examples; for questions, input_ids, second and temperature.
 
-        Raises InputError for a conversation that would be longer than the backbone reads.
+        input_ids is the prompt of the first turn, and second the tokens that follow its answer. Raises InputError for
+        a conversation that could be longer than the backbone can read.
         """
         if not isinstance(rows.inputs[0], mt_bench.Question):
             return self._alpaca.examples(rows, processor, max_length, training)
@@ -150,7 +151,7 @@ class MTBench(Task, name="instruct/mt_bench"):
         if longest + 2 * self.settings.max_new_tokens > processor.model_max_length:
             raise InputError(
                 f"data.max_new_tokens {self.settings.max_new_tokens} is too long: MT-Bench's questions have up to "
-                f"{longest} tokens, with two answers, and the backbone reads {processor.model_max_length}"
+                f"{longest} tokens, and two answers, but the backbone reads at most {processor.model_max_length}"
             )
         return [
             {"input_ids": first, "second": [processor.eos_token_id, *second], "temperature": question.temperature}
@@ -158,7 +159,10 @@ class MTBench(Task, name="instruct/mt_bench"):
         ]
 
     def collator(self, processor: Any) -> Callable[[list[Example]], dict[str, Tensor]]:
-        """Pads a question's first prompt on the left, and what follows the answer on the right, with -100."""
+        """For training as in `CompletionTask`; for questions, input_ids, second and temperature.
+
+        input_ids is padded on the left, second on the right with -100; temperature has shape (rows,).
+        """
         of_responses = self._alpaca.collator(processor)
 
         def collate(examples: list[Example]) -> dict[str, Tensor]:
@@ -174,14 +178,17 @@ class MTBench(Task, name="instruct/mt_bench"):
         return collate
 
     def score(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Of questions no loss (NaN), and the answers' token ids, shape (rows, 2, data.max_new_tokens)."""
+        """For questions, NaN as the loss, and the token ids of the answers, shape (rows, 2, data.max_new_tokens)."""
         if "second" not in batch:
             return self._alpaca.score(model, batch)
         answers = converse(model, batch, self.settings.max_new_tokens)
         return torch.full((), torch.nan, device=answers.device), answers
 
     def measure(self, scores: np.ndarray, rows: Rows, processor: Any) -> dict[str, float]:
-        """`mt_bench.judged`. Raises InputError that says where the answers are, if the judge gives no answer."""
+        """The metrics of `mt_bench.judged`; scores: token ids, shape (rows, 2, data.max_new_tokens).
+
+        Raises InputError, which says where the answers are saved, if the judge does not answer.
+        """
         texts = [processor.batch_decode(turns, skip_special_tokens=True) for turns in scores]
         answers = [(first.strip(), second.strip()) for first, second in texts]
         saved = mt_bench.save_answers(rows, answers, judge.folder())
@@ -200,9 +207,9 @@ def _follow_up(text: str) -> str:
 
 @torch.no_grad()
 def converse(model: Any, batch: Mapping[str, Tensor], max_new_tokens: int) -> Tensor:
-    """The model's answers to both turns: token ids, shape (rows, 2, max_new_tokens), padded after their ends.
+    """The model's answers to both turns: token ids, shape (rows, 2, max_new_tokens), padded at the end.
 
-    Equal for equal seeds of the run (`torch.initial_seed`), and no random number of the run is used up.
+    They are reproducible from the seed of the run (`torch.initial_seed`), and leave its random state unchanged.
     """
     device, temperatures = batch["input_ids"].device, batch["temperature"]
     with _own_random_numbers(device):
@@ -215,7 +222,7 @@ def converse(model: Any, batch: Mapping[str, Tensor], max_new_tokens: int) -> Te
 
 
 def _conversations(model: Any, batch: Mapping[str, Tensor], answers: Tensor) -> list[list[int]]:
-    """The second turns' prompts: the first, its answer up to its end, and what follows."""
+    """The prompts of the second turn: the first prompt, its answer without the end, and the follow-up."""
     ends = model.generation_config.eos_token_id
     ends = {model.config.pad_token_id, *(ends if isinstance(ends, list) else [ends])}
     whole = []

@@ -1,4 +1,4 @@
-"""Who judges an answer: any OpenAI-compatible endpoint, or judgements that were recorded before."""
+"""Judges of answers: any OpenAI-compatible endpoint, or judgments that were recorded earlier."""
 
 from __future__ import annotations
 
@@ -21,32 +21,36 @@ from basisadapt.core.redaction import hide, hide_in, redacted
 
 ATTEMPTS = 5
 LONGEST_PAUSE = 60.0  # seconds
-MOST_BYTES = 1 << 20  # of a reply, where 2,048 tokens are some ten thousand
-PASSING = (408, 425, 429)  # HTTP statuses below 500 that another attempt may not meet again
+MOST_BYTES = 1 << 20  # of a reply; 2,048 tokens are about ten thousand bytes
+PASSING = (408, 425, 429)  # HTTP statuses below 500 that are worth another attempt
 ADDRESS = re.compile(r"https?://(\[[\da-fA-F:.]+\]|[^/?#@\s:\[\]]+)(:\d+)?(/[^?#@\s]*)?")
 
 Message = Mapping[str, str]  # {"role": "system" or "user", "content": text}
 
 
 class Judge(ABC):
-    """Answers messages with a text. name: the model's, as records have it. Safe to be asked from several threads."""
+    """Answers messages with a text; may be called from several threads. name: the model's name in records."""
 
     name: str
 
     @abstractmethod
     def ask(self, messages: Sequence[Message]) -> str:
-        """The judge's text. Raises InputError if there is none to be had."""
+        """The judge's answer to a conversation. Raises InputError if it gives none."""
 
 
 @dataclass(frozen=True)
 class EndpointJudge(Judge):
-    """A model behind `url`/chat/completions, asked at temperature 0 for up to 2,048 tokens, as MT-Bench asks its judge.
+    """A model at `url`/chat/completions, asked at temperature 0 for up to 2,048 tokens, as MT-Bench asks its judge.
 
-    key: sent as a bearer token, and nowhere else: not to another address that the endpoint names, not into a message,
-    and not into what the judge says, should it repeat the key; space around it is dropped.
-    timeout: seconds without a sign of life. pause: seconds before the second of at most ATTEMPTS attempts, doubled each
-    time, unless the endpoint says how long. Raises InputError for an address that is not http or https, or holds more
-    than host, port and path, and for a key with other letters than an HTTP header may have.
+    - `url` (str): the address, of http or https, with only a host, a port and a path.
+    - `name` (str): the model's name at the endpoint.
+    - `key` (str, default ""): sent as a bearer token. It is never sent to another address to which the endpoint
+      redirects, and is removed from messages and from the judge's answers. Whitespace around it is dropped.
+    - `timeout` (float, default 120): seconds without data after which an attempt fails.
+    - `pause` (float, default 1): seconds before the second of at most ATTEMPTS attempts, doubled each time, unless the
+      endpoint states a pause.
+
+    Raises InputError for another form of address, or a key with characters that an HTTP header cannot hold.
     """
 
     url: str
@@ -70,8 +74,10 @@ class EndpointJudge(Judge):
             raise InputError("BASISADAPT_JUDGE_KEY must be one word of ASCII letters, digits and signs")
 
     def ask(self, messages: Sequence[Message]) -> str:
-        """The first choice's text. Another attempt follows what may pass: 408, 425, 429, 5xx, silence, broken JSON, a
-        reply of more than MOST_BYTES."""
+        """The text of the first choice. Raises InputError for a refusal, or after ATTEMPTS attempts.
+
+        It retries after HTTP 408, 425, 429 and 5xx, a timeout, broken JSON, or a reply of more than MOST_BYTES.
+        """
         for attempt in range(ATTEMPTS):
             pause = self.pause * 2**attempt
             try:
@@ -85,7 +91,7 @@ class EndpointJudge(Judge):
                 reason = _short(str(error)) or type(error).__name__
             if attempt + 1 < ATTEMPTS:
                 time.sleep(min(pause, LONGEST_PAUSE))
-        raise InputError(f"judge {self.name!r} gave no answer in {ATTEMPTS} attempts, at last: {reason}")
+        raise InputError(f"judge {self.name!r} gave no answer in {ATTEMPTS} attempts; the last error: {reason}")
 
     def _post(self, messages: Sequence[Message]) -> Any:
         content = {"model": self.name, "messages": list(messages), "temperature": 0, "max_tokens": 2048}
@@ -102,7 +108,7 @@ class EndpointJudge(Judge):
 
 
 def _reason(error: urllib.error.HTTPError) -> str:
-    """Status and beginning of the body."""
+    """The HTTP status, and the beginning of the body."""
     try:
         body = error.read(10_000).decode(errors="replace")
     except (OSError, http.client.HTTPException):
@@ -111,7 +117,7 @@ def _reason(error: urllib.error.HTTPError) -> str:
 
 
 def _short(text: str) -> str:
-    """The beginning of a text in one line. A secret is hidden before it could be cut."""
+    """The beginning of a text in one line. Secrets are hidden before it is cut."""
     return " ".join(redacted(text).split())[:300]
 
 
@@ -119,7 +125,7 @@ class _Stay(urllib.request.HTTPRedirectHandler):
     """Follows no redirection: urllib would send the key along."""
 
     def redirect_request(self, *_: Any) -> None:
-        """None, which makes the redirection an error."""
+        """Return None, which makes a redirection an error."""
 
 
 def _text(reply: Any) -> str:
@@ -133,16 +139,16 @@ def _text(reply: Any) -> str:
 
 
 def _seconds(text: str | None, otherwise: float) -> float:
-    """The header Retry-After, where it is a number."""
+    """The seconds of the header Retry-After, or `otherwise` if it is not a number."""
     return float(text) if text is not None and text.isascii() and text.isdigit() else otherwise
 
 
 class RecordedJudge(Judge):
-    """What `path` records of the judge called `name`; what it lacks is asked of `behind` and added to it.
+    """The judgments by `name` that the file `path` records; missing ones are asked of the judge `behind` and added.
 
-    A line of the file is {"judge": name, "messages": [...], "text": "..."}. A line that a kill cut off is passed over
-    where there is a judge behind, who is asked again. Raises InputError for a file that cannot be read or written and,
-    with nobody behind, for a malformed line, naming it, and for messages that the file does not have.
+    A line of the file is `{"judge": name, "messages": [...], "text": "..."}`. If there is a judge behind, a malformed
+    line, such as one cut off by a kill, is skipped, and the judge is asked again. Raises InputError for a file that
+    cannot be read or written and, without a judge behind, for a malformed line or messages that the file lacks.
     """
 
     def __init__(self, path: Path, name: str, behind: Judge | None = None) -> None:
@@ -169,18 +175,18 @@ class RecordedJudge(Judge):
             return self._path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError as error:
             if self._behind is None:
-                raise InputError(f"there are no recorded judgements in {self._path}") from error
+                raise InputError(f"there are no recorded judgments in {self._path}") from error
             return ""
         except OSError as error:
-            raise InputError(f"recorded judgements {self._path} cannot be read: {error.strerror}") from error
+            raise InputError(f"recorded judgments {self._path} cannot be read: {error.strerror}") from error
 
     def ask(self, messages: Sequence[Message]) -> str:
-        """The recorded text, or that of the judge behind."""
+        """The recorded answer, or that of the judge behind. Raises InputError if there is neither."""
         key = _canonical(messages)
         if key not in self._texts:
             if self._behind is None:
                 end = messages[-1]["content"][-80:]
-                raise InputError(f"{self._path} has no judgement by {self.name!r} of the message that ends in {end!r}")
+                raise InputError(f"{self._path} has no judgment by {self.name!r} of the message that ends in {end!r}")
             text = self._behind.ask(messages)
             with self._writing:
                 self._append(json.dumps({"judge": self.name, "messages": list(messages), "text": text}))
@@ -193,7 +199,7 @@ class RecordedJudge(Judge):
             with self._path.open("ab") as file:
                 file.write(f"{'' if self._whole else chr(10)}{line}\n".encode())
         except OSError as error:
-            raise InputError(f"judgements cannot be recorded in {self._path}: {error.strerror}") from error
+            raise InputError(f"judgments cannot be recorded in {self._path}: {error.strerror}") from error
         self._whole = True
 
 
@@ -201,20 +207,23 @@ def _canonical(messages: Sequence[Message]) -> str:
     return json.dumps(list(messages), sort_keys=True)
 
 
-# --- the judge that the environment names ---
+# --- the judge that environment variables configure ---
 
 
 def folder() -> Path:
-    """Where answers and judgements are kept: BASISADAPT_JUDGE_DIR, or `mt_bench` in the current folder."""
+    """The folder for answers and judgments: BASISADAPT_JUDGE_DIR, or `mt_bench` in the current folder."""
     return Path(os.environ.get("BASISADAPT_JUDGE_DIR") or "mt_bench")
 
 
 def configured_judge() -> Judge:
-    """The judge BASISADAPT_JUDGE_MODEL at BASISADAPT_JUDGE_URL, such as https://api.openai.com/v1, with the key in
-    BASISADAPT_JUDGE_KEY if it needs one; `folder()`/judgements.jsonl records what it says and is asked first.
+    """The judge that the environment configures. Its answers are recorded in `folder()`/judgements.jsonl and reused.
 
-    Without an address only the record is asked, and only where BASISADAPT_JUDGE_DIR names its folder. Raises InputError
-    if no judge is set, or its judgements could not be recorded.
+    - BASISADAPT_JUDGE_URL: an OpenAI-compatible endpoint, such as https://api.openai.com/v1. Without it only the record
+      is used, and BASISADAPT_JUDGE_DIR must name its folder.
+    - BASISADAPT_JUDGE_MODEL: the model's name there.
+    - BASISADAPT_JUDGE_KEY: the key, if the endpoint needs one.
+
+    Raises InputError if no judge is configured, or its answers could not be recorded.
     """
     url, name = os.environ.get("BASISADAPT_JUDGE_URL"), os.environ.get("BASISADAPT_JUDGE_MODEL")
     if not name or not (url or os.environ.get("BASISADAPT_JUDGE_DIR")):
@@ -229,7 +238,7 @@ def configured_judge() -> Judge:
 
 
 def _check_writable(place: Path) -> None:
-    """Raise InputError unless files can be made there. Leaves nothing behind."""
+    """Raise InputError unless files can be created in the folder `place`. Creates nothing."""
     existing = next(path for path in (place, *place.absolute().parents) if path.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
-        raise InputError(f"the folder {str(place)!r} for answers and judgements cannot be written: see {existing}")
+        raise InputError(f"the folder {str(place)!r} for answers and judgments cannot be written: see {existing}")

@@ -1,4 +1,4 @@
-"""From what a configuration calls a task to the task."""
+"""Finds the task that a configuration names."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from basisadapt.tasks.task import TASKS, Task
 
 
 def find(name: str, settings: DataSettings) -> Task:
-    """The task called `name`: a registered one, a file by its suffix, "hub:owner/name", or "commonsense/NAME" of a
-    mixture of one's own in the data folder. Reads nothing.
+    """The task called `name`. No data is read.
 
-    Raises InputError naming the nearest.
+    A name is that of a registered task, the path of a file with a known suffix, "hub:owner/name", or
+    "commonsense/NAME" for the user's own mixture in the data folder. Raises InputError, with the nearest name, for any
+    other.
     """
     if "\0" in f"{name}{settings.test}":
         raise InputError("task and data.test may not hold a NUL character")
@@ -27,7 +28,7 @@ def find(name: str, settings: DataSettings) -> Task:
         return HubTask(name, settings)
     if Path(name).suffix.lower() in SUFFIXES:
         return FileTask(Path(name), settings)
-    if os.path.isfile(name):  # which takes any text, as Path.is_file does not
+    if os.path.isfile(name):  # Path.is_file would raise for some texts
         raise InputError(f"task {name!r} is a file of none of the formats {', '.join(SUFFIXES)}")
     if name not in TASKS and re.fullmatch(rf"{commonsense.PREFIX}[\w-]+", name):
         return commonsense.OwnMixture(name, settings)
@@ -35,6 +36,6 @@ def find(name: str, settings: DataSettings) -> Task:
 
 
 def stamp(name: str, settings: DataSettings) -> tuple[tuple[int, ...], ...]:
-    """What changes when one of the task's own files does."""
+    """Numbers that change when one of the user's files of the task does; empty tuples for missing files."""
     paths = [Path(path) for path in (name, settings.test) if path is not None]
     return tuple(files.stamp(path) for path in paths if path.suffix.lower() in SUFFIXES)

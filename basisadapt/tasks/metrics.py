@@ -1,4 +1,4 @@
-"""Metrics of classes and of numbers."""
+"""Metrics of classification and of regression."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import numpy as np
 
 
 def of_classes(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Accuracy, F1 as the mean over classes, and Matthews' correlation of the likeliest classes.
+    """Accuracy, macro F1 and Matthews correlation of the class with the highest score.
 
-    scores: shape (rows, classes); labels: shape (rows,), class indices.
+    scores: shape (rows, classes); labels: class indices, shape (rows,).
     """
     from sklearn.metrics import f1_score, matthews_corrcoef
 
@@ -21,7 +21,7 @@ def of_classes(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 def of_numbers(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Pearson's and Spearman's correlation; 0 where either side is constant, which tells nothing apart.
+    """Pearson and Spearman correlation; both are 0 if the scores or the labels are constant.
 
     scores: shape (rows, 1) or (rows,); labels: shape (rows,).
     """

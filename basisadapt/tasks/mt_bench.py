@@ -1,6 +1,6 @@
-"""MT-Bench (Zheng et al., 2023): two-turn questions, the prompts their judge gets, and the scores in what it says.
+"""MT-Bench (Zheng et al., 2023): two-turn questions, the prompts for their judge, and the scores in its answers.
 
-The files are those that FastChat publishes (`fastchat/llm_judge/data`), in the folder `instruct/` of the data:
+It needs three files that FastChat publishes (`fastchat/llm_judge/data`), in the folder `instruct/` of the data folder:
 mt_bench_question.jsonl, judge_prompts.jsonl and mt_bench_reference_gpt-4.jsonl.
 """
 
@@ -22,7 +22,7 @@ from basisadapt.tasks.judge import Judge, Message
 from basisadapt.tasks.task import Rows, readable_folder
 
 QUESTIONS, PROMPTS, REFERENCES = "mt_bench_question.jsonl", "judge_prompts.jsonl", "mt_bench_reference_gpt-4.jsonl"
-TEMPERATURES = {  # of the answers, by category, as published
+TEMPERATURES = {  # of the answers, by category of question, as published
     "writing": 0.7,
     "roleplay": 0.7,
     "reasoning": 0.0,
@@ -32,7 +32,7 @@ TEMPERATURES = {  # of the answers, by category, as published
     "stem": 0.1,
     "humanities": 0.1,
 }
-WITH_REFERENCE = ("reasoning", "math", "coding")  # categories whose judge sees a reference answer
+WITH_REFERENCE = ("reasoning", "math", "coding")  # categories for which the judge gets a reference answer
 RATING = re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]")
 
 T = TypeVar("T")
@@ -41,7 +41,12 @@ Turns = tuple[str, str]
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked: the second turn once the first is answered."""
+    """A question of two turns; the second is asked after the answer to the first.
+
+    - `number` (int): its id in MT-Bench.
+    - `category` (str): a key of TEMPERATURES.
+    - `turns`: the texts of both turns.
+    """
 
     number: int
     category: str
@@ -49,19 +54,23 @@ class Question:
 
     @property
     def temperature(self) -> float:
-        """At which it is answered; 0 is greedy."""
+        """The temperature at which the question is answered; 0 is greedy."""
         return TEMPERATURES[self.category]
 
 
 @dataclass(frozen=True)
 class JudgePrompt:
-    """The judge's system message, and the template of what it is asked."""
+    """A prompt for the judge.
+
+    - `system` (str): the system message.
+    - `template` (str): the user message, with named fields in braces.
+    """
 
     system: str
     template: str
 
     def messages(self, fields: Mapping[str, str]) -> list[Message]:
-        """The template filled in. Raises KeyError for a field that it names and `fields` lacks."""
+        """The messages with the template filled in. Raises KeyError for a field that `fields` lacks."""
         return [
             {"role": "system", "content": self.system},
             {"role": "user", "content": self.template.format_map(fields)},
@@ -70,13 +79,17 @@ class JudgePrompt:
 
 @dataclass(frozen=True)
 class Grading:
-    """How the answers to a question are judged: a prompt for each turn, and the reference answers, if it has any."""
+    """How the answers to a question are judged.
+
+    - `prompts`: a prompt for each turn.
+    - `references`: the reference answers of both turns, or None.
+    """
 
     prompts: tuple[JudgePrompt, JudgePrompt]
     references: Turns | None
 
     def messages(self, question: Question, answers: Turns) -> tuple[list[Message], list[Message]]:
-        """What the judge is asked about the first answer, and about the second."""
+        """The messages to the judge about the first answer, and those about the second. Raises KeyError."""
         fields = {"question": question.turns[0], "answer": answers[0]}
         for turn in (0, 1):
             fields[f"question_{turn + 1}"] = question.turns[turn]
@@ -91,18 +104,20 @@ class Grading:
 
 
 def rating(text: str) -> float | None:
-    """The number in the first [[number]] of a judgement, the published rule; None if there is none, or not 1 to 10."""
+    """The first `[[number]]` in a judgment, the published rule; None if there is none, or it is not in [1, 10]."""
     found = RATING.search(text)
     value = float(found[1]) if found else 0.0
     return value if 1 <= value <= 10 else None
 
 
 def judged(rows: Rows, answers: Sequence[Turns], judge: Judge) -> dict[str, float]:
-    """The metrics of `answers` to the questions of `rows`, by what `judge` says of each turn.
+    """The metrics of `answers` to the questions of `rows`, from the ratings that `judge` gives for each turn.
 
-    "score", the mean rating over questions and turns (1 to 10), "score.turn1", "score.turn2", and "score.math" and so
-    on of each category; "unparsable", how many judgements name no rating, which are left out of the means. A mean over
-    no ratings is missing. Raises InputError where the judge gives no answer, and asks no more then.
+    - "score": the mean rating over questions and turns, in [1, 10].
+    - "score.turn1", "score.turn2": of each turn; "score.math" and so on: of each category.
+    - "unparsable": the number of judgments without a rating, which the means leave out.
+
+    A mean over no ratings is missing. Raises InputError as soon as the judge does not answer.
     """
     asked = [
         message
@@ -123,7 +138,7 @@ def judged(rows: Rows, answers: Sequence[Turns], judge: Judge) -> dict[str, floa
 
 
 def check_files(data_dir: Path | None) -> None:
-    """Raise InputError unless the three files are there."""
+    """Raise InputError unless the three files exist."""
     if data_dir is None:
         raise InputError(
             f"MT-Bench needs --data-dir with instruct/{QUESTIONS}, {PROMPTS} and {REFERENCES}, "
@@ -136,8 +151,10 @@ def check_files(data_dir: Path | None) -> None:
 
 
 def read_bench(data_dir: Path | None) -> Rows:
-    """The questions, one of each category after the other, so that the first ones are a fair sample; labels are their
-    gradings. Raises InputError naming file and line."""
+    """The questions, alternating between categories so that the first ones are a fair sample, and their gradings.
+
+    Raises InputError naming file and line.
+    """
     check_files(data_dir)
     assert data_dir is not None
     folder = data_dir / "instruct"
@@ -170,7 +187,7 @@ def _grading(
 
 
 def _interleaved(questions: Sequence[Question]) -> list[Question]:
-    """Every category's first question, then every category's second, ..."""
+    """The first question of every category, then the second of every category, and so on."""
     before: dict[str, int] = {}
     places = []
     for question in questions:
@@ -206,7 +223,7 @@ def _named_prompt(entry: Any) -> tuple[str, JudgePrompt]:
 
 
 def _parsed(path: Path, parse: Callable[[Any], T]) -> list[T]:
-    """What `parse` makes of every line of a JSONL file. Raises InputError naming file and line."""
+    """Every line of a JSONL file, parsed by `parse`. Raises InputError naming file and line."""
     return [_named(f"{path}, line {number}", line, parse) for number, line in _lines(path)]
 
 
@@ -232,18 +249,18 @@ def _named(where: str, line: str, parse: Callable[[Any], T]) -> T:
         raise InputError(f"{where}: not an entry of this file: {error}") from error
 
 
-# --- answers that were saved ---
+# --- saved answers ---
 
 
 def save_answers(rows: Rows, answers: Sequence[Turns], folder: Path) -> Path:
-    """Write the answers in FastChat's format. Returns the file, whose name is a hash of them. Raises InputError."""
+    """Save the answers in FastChat's format. Returns the file, named by their hash. Raises InputError on failure."""
     chosen = [
         {"question_id": question.number, "choices": [{"index": 0, "turns": list(turns)}]}
         for question, turns in sorted(zip(rows.inputs, answers, strict=True), key=lambda pair: pair[0].number)
     ]
     name = f"answers-{hashlib.sha256(json.dumps(chosen).encode()).hexdigest()[:12]}"
     path = folder / f"{name}.jsonl"
-    half = path.with_name(f"{name}.{uuid.uuid4().hex}.half")  # equal answers may be saved at once
+    half = path.with_name(f"{name}.{uuid.uuid4().hex}.half")  # several processes may save equal answers
     try:
         folder.mkdir(parents=True, exist_ok=True)
         half.write_text("".join(f"{json.dumps({**entry, 'model_id': name})}\n" for entry in chosen), encoding="utf-8")
@@ -254,7 +271,10 @@ def save_answers(rows: Rows, answers: Sequence[Turns], folder: Path) -> Path:
 
 
 def read_answers(path: Path, bench: Rows) -> tuple[Rows, list[Turns]]:
-    """The questions of `bench` that a file in FastChat's format answers, and the answers. Raises InputError."""
+    """The questions of `bench` that a file in FastChat's format answers, and the answers.
+
+    Raises InputError for a malformed line, an unknown question, or a file that answers none.
+    """
     answers = dict(_parsed(path, _numbered_turns))
     chosen = [i for i, question in enumerate(bench.inputs) if question.number in answers]
     strangers = answers.keys() - {question.number for question in bench.inputs}

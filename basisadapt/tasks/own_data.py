@@ -1,4 +1,4 @@
-"""Your own texts and labels, from columns of a table: classes or numbers, as the labels say."""
+"""The user's own texts and labels, from columns of a table; the labels are classes or numbers."""
 
 from __future__ import annotations
 
@@ -21,58 +21,62 @@ from basisadapt.tasks.task import Rows, TaskData
 from basisadapt.tasks.text import TextTask
 
 MISSING = ("NaN", "nan", "None", "<NA>")
-MOST_NUMBERS = 20  # whole numbers with at most so many different values are classes
+MOST_NUMBERS = 20  # integers with at most this many distinct values are classes
 
 
 @dataclass(frozen=True)
 class Content:
-    """Rows, and the names of their classes in the order of their indices; none where the labels are numbers."""
+    """The rows, and the names of the classes by index; empty if the labels are numbers."""
 
     data: TaskData
     classes: tuple[str, ...]
 
 
 class OwnData(TextTask):
-    """Texts and labels in the columns `data.text`, `data.second` (of pairs) and `data.label`.
+    """Texts and labels in the columns `data.text`, `data.second` (for pairs) and `data.label`.
 
-    Labels that are texts, or whole numbers with at most 20 different values, are classes, in sorted order; numbers with
-    a fraction are numbers, of which the model learns (y − mean) / deviation over the training rows. Whole numbers with
-    more values may be either: `data.kind` says which, and may overrule the labels. Space around a label is dropped.
+    Labels that are texts, or integers with at most 20 distinct values, are classes, in sorted order. Numbers with a
+    fraction are regression targets; the model learns (y − mean) / deviation, with the statistics of the training rows.
+    For integers with more values, `data.kind` must say which they are; it also overrides the other rules. Whitespace
+    around a label is dropped.
 
-    Without rows to evaluate on, one row in five is held out, chosen by its (first) text, but the only row of a class is
-    trained on. A row without text or label, a number that is not finite, and a label that no training row has are
-    errors that name the row.
+    Without rows to evaluate on, one row in five is held out, chosen by a hash of its (first) text; the only row of a
+    class stays in training. A row without a text or label, a number that is not finite, and a label that no training
+    row has raise InputError naming the row.
     """
 
     @abstractmethod
     def tables(self) -> tuple[Table, Table | None]:
-        """The rows to train on, and those to evaluate on, with `columns`. Raises InputError."""
+        """The training rows, and the rows to evaluate on or None, each with `columns`. Raises InputError."""
 
     @property
     def columns(self) -> list[str]:
-        """The columns that are read: of one text or two, and of the label."""
+        """The names of the columns that are read: of one or two texts, and of the label."""
         return [name for name in (self.settings.text, self.settings.second, self.settings.label) if name is not None]
 
     @property
     def headline(self) -> str:
-        """Accuracy of classes, Pearson's correlation of numbers."""
+        """The main metric: "accuracy" of classes, "pearson" of numbers. Reads the rows; raises InputError."""
         return "accuracy" if self._content.classes else "pearson"
 
     @property
     def num_labels(self) -> int:
-        """The classes, or 1."""
+        """The number of classes, or 1 for a regression. Reads the rows; raises InputError."""
         return len(self._content.classes) or 1
 
     def check(self, data_dir: Path | None) -> None:
-        """Read the rows: an error in the last one is found before anything runs."""
+        """Read all rows, so that an error in any of them is raised before anything runs."""
         self.load(data_dir)
 
     def load(self, data_dir: Path | None) -> TaskData:
-        """The rows, mixed."""
+        """Training and held-out rows, in an order that depends only on their texts. Raises InputError."""
         return self._content.data
 
     def metrics(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """Accuracy, macro-F1 and Matthews' correlation of classes; Pearson's and Spearman's of numbers."""
+        """Accuracy, macro F1 and Matthews correlation of classes; Pearson and Spearman correlation of numbers.
+
+        scores: (rows, num_labels); labels: (rows,).
+        """
         return metrics.of_classes(scores, labels) if self._content.classes else metrics.of_numbers(scores, labels)
 
     @functools.cached_property
@@ -92,11 +96,11 @@ class OwnData(TextTask):
             split = f"evaluated on {test.source}"
         if classes:
             return Content(TaskData(rows, others, about={"split": split, "classes": list(classes)}), classes)
-        rows, others, scale = _standardised(rows, others, train.source)
+        rows, others, scale = _standardized(rows, others, train.source)
         return Content(TaskData(rows, others, about={"split": split, **scale}), ())
 
     def _written(self, table: Table) -> Rows:
-        """The rows with their labels as texts."""
+        """The rows, with their labels as texts. Raises InputError naming the row."""
         _check_truths(table, self.settings.label)
         *texts, labels = (_values(table, column) for column in self.columns)
         if self.settings.kind is None:
@@ -109,7 +113,7 @@ class OwnData(TextTask):
 
 
 def _values(table: Table, column: str) -> list[str]:
-    """A column as texts, none of them empty."""
+    """A column as texts. Raises InputError naming a row without a text."""
     return [_value(table, row, column, value) for row, value in enumerate(table.columns[column])]
 
 
@@ -128,24 +132,24 @@ def _value(table: Table, row: int, column: str, value: Any) -> str:
 
 
 def _check_truths(table: Table, column: str) -> None:
-    """Raise InputError for true or false beside numbers, which are 1 and 0 in one format and not in another."""
+    """Raise InputError for true or false among numbers: in some formats they equal 1 and 0, in others not."""
     truths = [row for row, value in enumerate(table.columns[column]) if isinstance(value, bool)]
     if truths and any(isinstance(value, int | float) for value in table.columns[column] if not isinstance(value, bool)):
         raise table.error(truths[0], f"column {column!r} has true or false here, and numbers in other rows")
 
 
 def _check_present(table: Table, labels: Sequence[str]) -> None:
-    """Raise InputError for what Python and pandas write in the place of a missing value, beside labels that are texts.
+    """Raise InputError for text labels among which Python's or pandas' names of a missing value occur.
 
-    Beside numbers it is no finite number.
+    Among numbers they are refused as not finite.
     """
     missing = [row for row, label in enumerate(labels) if label.strip() in MISSING]
     if missing and any(_number(label) is None for label in labels if label.strip() not in MISSING):
         label = labels[missing[0]].strip()
         raise table.error(
             missing[0],
-            f"the label {label!r} is what a missing one is written as; leave the row out, or make it a class with "
-            "data.kind=classes",
+            f"the label {label!r} usually stands for a missing value; leave the row out, or set data.kind=classes to "
+            "make it a class",
         )
 
 
@@ -157,7 +161,7 @@ def _number(label: str) -> float | None:
 
 
 def _whole(label: str) -> str:
-    """1, 1.0 and 01 as "1"; anything else as it is."""
+    """An integer label in one form ("1" for 1, 1.0 and 01); any other label unchanged."""
     number = _number(label)
     if number is None or not number.is_integer():
         return label
@@ -168,11 +172,11 @@ def _short(label: str) -> str:
     return label if len(label) <= 40 else f"{label[:40]}..."
 
 
-# --- what the labels are ---
+# --- classes or numbers ---
 
 
 def _classes(table: Table, labels: Sequence[str], kind: str | None) -> tuple[str, ...]:
-    """The classes in sorted order, whole numbers by size; none where the labels are numbers."""
+    """The classes, sorted (integers by value); empty if the labels are numbers. Raises InputError."""
     numbers = [_number(label) for label in labels]
     if kind == "numbers" or (kind is None and _are_numbers(table, labels, numbers)):
         return ()
@@ -185,7 +189,7 @@ def _classes(table: Table, labels: Sequence[str], kind: str | None) -> tuple[str
     if 2 * len(names) > len(labels):
         raise InputError(
             f"{table.source}: {len(names)} different labels in {len(labels)} rows are too many for classes, or "
-            "the rows too few"
+            "there are too few rows"
         )
     return tuple(names)
 
@@ -230,11 +234,11 @@ def _numbers(table: Table, labels: Sequence[str]) -> list[float]:
     return numbers
 
 
-# --- parts ---
+# --- training and evaluation rows ---
 
 
 def _hold_out(rows: Rows, source: str) -> tuple[Rows, Rows]:
-    """Mixed rows in two parts; of classes (whole labels) every one is trained on."""
+    """Training and held-out rows, from shuffled ones. Every class (an int label) has a row to train on."""
     held_out = [is_held_out(question) for question in rows.inputs]
     trained = {label for label, out in zip(rows.labels, held_out, strict=True) if not out}
     for row, label in enumerate(rows.labels):
@@ -247,8 +251,11 @@ def _hold_out(rows: Rows, source: str) -> tuple[Rows, Rows]:
     return train, test
 
 
-def _standardised(train: Rows, test: Rows, source: str) -> tuple[Rows, Rows, dict[str, float]]:
-    """Labels as (y − mean) / deviation over the training rows, and these two. Raises InputError if all are equal."""
+def _standardized(train: Rows, test: Rows, source: str) -> tuple[Rows, Rows, dict[str, float]]:
+    """Labels as (y − mean) / deviation over the training rows, and these two numbers.
+
+    Raises InputError if all labels of one part are equal, or their range is too large.
+    """
     largest = max(abs(label) for label in train.labels) or 1.0
     shares = np.array(train.labels) / largest  # whose squares do not overflow
     mean, deviation = float(shares.mean()), float(shares.std())

@@ -1,4 +1,4 @@
-"""How a task's data are read, and how a language model's answers are trained and scored."""
+"""Settings of a task's data, and of how a language model's answers are trained and scored."""
 
 from __future__ import annotations
 
@@ -15,22 +15,37 @@ HEADS = ("linear", "zero_shot")
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    """The `data.*` settings. Raises InputError out of range.
+    """The `data.*` settings.
 
-    Of your own data (a file or a hub data set): text, second, label are columns, second for pairs of texts; test is the
-    file or the split of the rows to evaluate on, where None holds out one row in five of a file. kind: whether labels
-    are "classes" or "numbers"; None lets them say it themselves.
+    For the user's own data, a file or a hub data set:
 
-    Of language models: train_on_inputs, whether the loss covers the prompt too. scoring, how an answer among options is
-    found: "likelihood", the published answer sentence that the model finds likeliest; "generation", the first option
-    named in what it writes, the published rule; "cloze", the option whose text it finds likeliest, per character, as
-    the question's continuation. max_new_tokens: of an answer to MT-Bench. packed: whether the training rows of a batch
-    are laid end to end in sequences of the longest one's length, where each reads itself alone: little is padded.
+    - `text` (str, default "text"): the column of the texts.
+    - `second` (str or None, default None): the column of the second texts, for pairs.
+    - `label` (str, default "label"): the column of the labels.
+    - `test` (str or None, default None): the file or the split to evaluate on; None holds out one row in five of a
+      file.
+    - `kind` (str or None, default None): the labels are "classes" or "numbers"; None decides by their values.
 
-    Of images: head, "linear", a layer that is trained; or "zero_shot", the embeddings of sentences about the classes,
-    which stay as they are, for a backbone with a text tower (CLIP).
+    For language models:
 
-    Of the tasks facts and phone_book: facts, how many there are, from 1 to 1,000,000.
+    - `train_on_inputs` (bool, default False): the loss covers the prompt too.
+    - `scoring` (str, default "likelihood"): how the chosen option is determined: "likelihood", the published answer
+      sentence that is most likely; "generation", the first option named in the generated text, the published rule; or
+      "cloze", the option whose text is most likely, per character, as a continuation of the question.
+    - `max_new_tokens` (int ≥ 1, default 1024): of an answer to MT-Bench.
+
+    For images:
+
+    - `head` (str, default "linear"): "linear", a trained layer; or "zero_shot", frozen embeddings of sentences about
+      the classes, for a backbone with a text tower (CLIP).
+
+    For single tasks:
+
+    - `facts` (int in [1, 1000000], default 1024): the number of facts in the tasks facts and phone_book.
+    - `packed` (bool, default False): for completion tasks, pack the training rows of a batch end to end into sequences
+      of the longest row's length, with little padding; each row attends only to itself.
+
+    Raises InputError for a value out of range.
     """
 
     text: str = "text"

@@ -1,4 +1,4 @@
-"""Which rows are held out, and in which order rows stand: by their texts alone, whatever else is in the data."""
+"""Chooses the held-out rows and the order of rows by hashes of their texts, whatever other rows there are."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from basisadapt.tasks.task import Rows
 
 
 def split(rows: Rows) -> tuple[Rows, Rows]:
-    """Training rows and held-out ones, one in five, both mixed. Rows of one (first) text stay together."""
+    """Training rows and held-out rows, one in five or so, both shuffled. Rows of one (first) text stay together."""
     rows = ordered(rows)
     return divide(rows, [is_held_out(question) for question in rows.inputs])
 
 
 def divide(rows: Rows, held_out: Sequence[bool]) -> tuple[Rows, Rows]:
-    """The rows that are not held out, and those that are."""
+    """The rows that are not held out, and those that are. held_out: a bool for each row."""
     train, test = ([i for i, out in enumerate(held_out) if out is part] for part in (False, True))
     return rows.take(train), rows.take(test)
 
 
 def ordered(rows: Rows) -> Rows:
-    """The rows in a fixed order that has nothing to do with their meaning."""
+    """The rows, sorted by hashes of their (first) texts: a fixed order, independent of their meaning."""
     return rows.take(sorted(range(len(rows)), key=lambda i: _number(rows.inputs[i])))
 
 
 def is_held_out(question: Any) -> bool:
-    """Whether a row with this text, or pair of texts, is one of the fifth that is evaluated on."""
+    """Whether a row with this text, or pair of texts, belongs to the held-out fifth."""
     return _number(question) % 5 == 0
 
 

@@ -1,8 +1,8 @@
-"""Files of rows with named columns: CSV, TSV, JSON lines, JSON and parquet.
+"""Reads files of rows with named columns: CSV, TSV, JSON lines, JSON and parquet.
 
-Text is UTF-8, with or without a byte-order mark. CSV follows RFC 4180: commas, and quotes around fields that hold a
-comma, a quote or a line's end. In TSV a quote is a letter like any other. Empty lines are passed over. A JSON file is a
-list of objects. Only the columns that are asked for are kept.
+Text is UTF-8, with or without a byte-order mark. CSV follows RFC 4180: fields are separated by commas, and quoted if
+they contain a comma, a quote or a line break. In TSV, a quote is an ordinary character. Empty lines are skipped. A JSON
+file holds a list of objects. Only the requested columns are kept.
 """
 
 from __future__ import annotations
@@ -17,18 +17,24 @@ from typing import Any
 
 from basisadapt.core.errors import LONGEST, MOST_COMPARED, InputError, unknown
 
-CARRIAGE_RETURN = "a carriage return ends a line, where a line feed must, alone or after it"
-ALIKE = 0.75  # a column's name that is less so is another's: "extra" is not what "text" was to be
-csv.field_size_limit(2**31 - 1)  # letters; a text may be as long as in the other formats
+CARRIAGE_RETURN = "a carriage return ends a line; expected a line feed, alone or after it"
+ALIKE = 0.75  # names of columns below this similarity are not suggested: "extra" is not a typing error for "text"
+csv.field_size_limit(2**31 - 1)  # characters; texts may be as long as in the other formats
 
 
 class UnknownColumn(InputError):
-    """A column that was asked for is not there."""
+    """A requested column does not exist."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Columns of a source, by name, and where its rows stand there: numbers, counted in `unit`, "line" or "row"."""
+    """Columns of a source.
+
+    - `source` (str): its name in messages.
+    - `unit` (str): "line" or "row", in which places are counted.
+    - `numbers`: the place of each row in the source.
+    - `columns`: the values of each column, by its name.
+    """
 
     source: str
     unit: str
@@ -39,15 +45,16 @@ class Table:
         return len(self.numbers)
 
     def error(self, row: int, what: str) -> InputError:
-        """The error for one of the rows."""
+        """An InputError that names the place of the row with index `row`, and says what is wrong."""
         return InputError(f"{self.source}, {self.unit} {self.numbers[row]}: {what}")
 
 
 def read_table(path: Path, columns: Sequence[str], header: Sequence[str] | None = None) -> Table:
-    """The named columns of a file; header: the names of all columns, where a CSV or TSV file does not begin with them.
+    """The named columns of a file whose suffix is one of SUFFIXES.
 
-    Values are as the format has them: texts in CSV and TSV. Raises InputError naming file and row for whatever cannot
-    be read, and for a table without rows.
+    header: the names of all columns, if a CSV or TSV file does not begin with them. Values have the types of the
+    format; in CSV and TSV they are texts. Raises InputError naming file and row for anything that cannot be read, and
+    for a table without rows.
     """
     source = f"data file {str(path)!r}"
     try:
@@ -63,7 +70,7 @@ def read_table(path: Path, columns: Sequence[str], header: Sequence[str] | None 
 
 
 def check_columns(source: str, names: Iterable[str], columns: Sequence[str]) -> None:
-    """Raise UnknownColumn or InputError unless every one of `columns` is among `names` once."""
+    """Raise UnknownColumn for one of `columns` that is not in `names`, and InputError for one that occurs twice."""
     names = list(names)
     for column in columns:
         if column not in names:
@@ -73,10 +80,10 @@ def check_columns(source: str, names: Iterable[str], columns: Sequence[str]) -> 
 
 
 def _unknown(column: str, names: Sequence[str]) -> str:
-    """What is wrong, where two names look the same too: they are then shown letter by letter."""
+    """The message for an unknown column; if a name only looks the same, both are shown with escapes."""
     for name in names[:MOST_COMPARED]:
         if _looks(name) == _looks(column):
-            return f"there is a column {_letters(name)}, with other space, capitals or accents than {_letters(column)}"
+            return f"there is a column {_letters(name)}, with other spaces, case or accents than {_letters(column)}"
     return str(unknown("column", column, {" ".join(name.split()) for name in names}, alike=ALIKE))
 
 
@@ -85,7 +92,7 @@ def _looks(name: str) -> str:
 
 
 def _letters(name: str) -> str:
-    """A name with what is not ASCII, or cannot be seen, escaped."""
+    """A name with invisible and non-ASCII characters escaped."""
     return ascii(name[:LONGEST])
 
 
@@ -100,7 +107,7 @@ def _read_separated(path: Path, source: str, columns: Sequence[str], header: Seq
             raise InputError(f"{source} is empty")
     for separator, called in (";", "semicolons"), ("\t", "tabs"), ("|", "bars"), (",", "commas"):
         if len(header) == 1 and set(columns) <= set(header[0].split(separator)):
-            raise InputError(f"{source} has fields between {called}; those of .csv stand between commas, of .tsv, tabs")
+            raise InputError(f"{source} has fields separated by {called}; .csv needs commas, and .tsv needs tabs")
     check_columns(source, header, columns)
     places = [header.index(column) for column in columns]
     numbers: list[int] = []
@@ -115,7 +122,7 @@ def _read_separated(path: Path, source: str, columns: Sequence[str], header: Seq
 
 
 def _records(path: Path, source: str) -> Iterator[tuple[int, list[str]]]:
-    """The fields of every record, and the line in which it begins."""
+    """Every record: the line in which it begins, and its fields. Raises InputError naming the line."""
     separator = SEPARATORS[path.suffix.lower()]
     lines = _lines(path, source)
     if separator == "\t":
@@ -138,7 +145,9 @@ def _read_jsonl(path: Path, source: str, columns: Sequence[str]) -> Table:
         begun = False
         for number, line in enumerate(_lines(path, source), 1):
             if not begun and line.lstrip().startswith("["):
-                raise InputError(f"{source}, line {number} is a list; a file with one list of objects is called .json")
+                raise InputError(
+                    f"{source}, line {number} is a list; a file with one list of objects needs the suffix .json"
+                )
             if line.strip():
                 begun = True
                 yield number, _json(line, f"{source}, line {number}")
@@ -149,7 +158,9 @@ def _read_jsonl(path: Path, source: str, columns: Sequence[str]) -> Table:
 def _read_json(path: Path, source: str, columns: Sequence[str]) -> Table:
     lines = list(_lines(path, source))
     if lines and _is_object(lines[0]):
-        raise InputError(f"{source} must hold a list of objects; a file with an object in each line is called .jsonl")
+        raise InputError(
+            f"{source} must hold a list of objects; a file with an object in each line needs the suffix .jsonl"
+        )
     values = _json("".join(lines), source)
     if not isinstance(values, list):
         raise InputError(f"{source} must hold a list of objects")
@@ -212,10 +223,10 @@ def _lines(path: Path, source: str) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 byte = error.object[error.start]
                 raise InputError(
-                    f"{source}, line {number}: byte 0x{byte:02x} is not UTF-8, in which the file must be"
+                    f"{source}, line {number}: byte 0x{byte:02x} is not UTF-8, the encoding that is expected"
                 ) from error
             if "\0" in text:
-                raise InputError(f"{source}, line {number}: a NUL byte, which is no text")
+                raise InputError(f"{source}, line {number}: a NUL byte, which is not text")
             yield text
 
 

@@ -1,4 +1,4 @@
-"""The contract of a task: rows, what a model sees of them, and the metrics of its answers."""
+"""The contract of a task: its rows, how a model sees them, and the metrics of the model's answers."""
 
 from __future__ import annotations
 
@@ -20,12 +20,16 @@ from basisadapt.tasks.settings import DataSettings
 
 TASKS: Registry[Task] = Registry("task")
 
-Example = Mapping[str, Any]  # a row as a model takes it: token ids, or pixels
+Example = Mapping[str, Any]  # a row as the model's input: token ids or pixels
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What is asked, in a form of the task's own such as a text or a pair of texts, and the right answers."""
+    """Questions and their correct answers.
+
+    - `inputs`: in the task's own form, such as a text or a pair of texts.
+    - `labels`: the answers, one for each input.
+    """
 
     inputs: Sequence[Any]
     labels: Sequence[Any]
@@ -34,38 +38,44 @@ class Rows:
         return len(self.labels)
 
     def take(self, indices: Sequence[int]) -> Rows:
-        """The rows of these numbers, in their order."""
+        """The rows with these indices, in this order."""
         return Rows([self.inputs[i] for i in indices], [self.labels[i] for i in indices])
 
     def mixed(self) -> Rows:
-        """The rows in an order drawn once for all, from a fixed seed."""
+        """The rows, shuffled with a fixed seed."""
         order = list(range(len(self)))
         random.Random(0).shuffle(order)
         return self.take(order)
 
     def head(self, count: int | None) -> Rows:
-        """The first `count` rows; all for None."""
+        """The first `count` rows, or all rows for None."""
         return self.between(0, count)
 
     def between(self, start: int, end: int | None) -> Rows:
-        """The rows from place `start` to before place `end`."""
+        """The rows from index `start` up to, not including, `end`; None is the end of the rows."""
         return Rows(self.inputs[start:end], self.labels[start:end])
 
     def split(self, share: float) -> tuple[Rows, Rows]:
-        """All but the last `share` of the rows, and these; at least one each. Raises InputError for a single row."""
+        """All but the last `share` of the rows, and that share, at least one row each.
+
+        Raises InputError for fewer than two rows.
+        """
         if len(self) < 2:
-            raise InputError(f"train.validation splits the training rows, and there is no more than {len(self)}")
+            raise InputError(f"train.validation splits the training rows, which needs at least 2, got {len(self)}")
         place = min(max(1, round((1 - share) * len(self))), len(self) - 1)
         return self.between(0, place), self.between(place, None)
 
 
 @dataclass(frozen=True)
 class TaskData:
-    """A task's rows, in a fixed, mixed order, so that the first ones are a fair sample.
+    """A task's rows, in a fixed, shuffled order, so that the first ones are a fair sample.
 
-    mark: what tells these data from others, where the rows are too many to be read for it. about: what is to be
-    recorded of them, in plain JSON types; "split", in words, where it is not the published one. prompts: sentences
-    about each class, for a model that knows classes by them.
+    - `train`: the training rows.
+    - `eval`: the rows to evaluate on.
+    - `mark` (str or None, default None): identifies the data, if there are too many rows to hash them.
+    - `about` (default empty): facts to record, in plain JSON types; "split" describes a split that is not the published
+      one.
+    - `prompts` (default empty): sentences about each class, for models that represent classes by them.
     """
 
     train: Rows
@@ -75,23 +85,25 @@ class TaskData:
     prompts: tuple[tuple[str, ...], ...] = ()
 
     def __hash__(self) -> int:
-        """That of their sizes: what is kept for rows is found by it, and the rows are not read."""
+        """A hash of the numbers of rows; caches use it, so it must not read the rows."""
         return hash((len(self.train), len(self.eval)))
 
     def fingerprint(self) -> str:
-        """A hash of every input and label, or of the mark."""
+        """A hash of all inputs and labels, or of the mark if there is one: 16 hexadecimal digits."""
         content = self.mark or [[repr(rows.inputs), repr(rows.labels)] for rows in (self.train, self.eval)]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 class Task(ABC):
-    """What a model is trained for and measured by. Subclass one of its forms with a name: `TextTask`, `ImageTask` or
-    `CompletionTask`.
+    """The data and the metrics that a model is trained and evaluated with.
 
-    form: what the model must be able to do, one of `backbones.FORMS`, such as "text" or "completion". max_length: what
-    train.max_length is where nobody sets it; None for no limit. comparable: whether training rows can be measured as
-    the held-out ones are, which then have a loss. notes: what the run's record is to say beside numbers, such as who
-    has judged.
+    Subclass one of its forms with a name: `TextTask`, `ImageTask` or `CompletionTask`.
+
+    - `form` (str): what the model must be able to do, a key of `backbones.FORMS`, such as "text" or "completion".
+    - `max_length` (int or None, default None): the default of train.max_length, in tokens; None is no limit.
+    - `comparable` (bool, default True): training rows can be evaluated like the held-out rows, which have a loss.
+    - `settings`: the `data.*` settings.
+    - `notes`: texts for the record of the run, such as the name of the judge.
     """
 
     form: str
@@ -111,16 +123,16 @@ class Task(ABC):
     @property
     @abstractmethod
     def headline(self) -> str:
-        """The key of the main metric, greater being better."""
+        """The key of the main metric, of which greater values are better."""
 
     @property
     @abstractmethod
     def num_labels(self) -> int:
-        """Classes, or 1 for a regression; without meaning for completions. Raises InputError."""
+        """The number of classes, or 1 for a regression; unused for completions. Raises InputError."""
 
     @abstractmethod
     def check(self, data_dir: Path | None) -> None:
-        """Raise InputError if the data cannot be had; the built-in tasks read no rows for it."""
+        """Raise InputError if the data is not available. Except for the user's own data, no rows are read."""
 
     def sources(self, data_dir: Path | None) -> Sequence[str]:
         """The ids of the hub's data sets that `load` asks for; none where all is on this machine."""
@@ -128,30 +140,36 @@ class Task(ABC):
 
     @abstractmethod
     def load(self, data_dir: Path | None) -> TaskData:
-        """The rows, from `data_dir` where the task lives in files. Raises InputError naming file and row."""
+        """The rows; data_dir: the data folder, for tasks that read files. Raises InputError naming file and row."""
 
     @abstractmethod
     def examples(self, rows: Rows, processor: Any, max_length: int | None, training: bool) -> Sequence[Example]:
-        """The rows as the model takes them, one for one; for training, some that are too long may be left out.
+        """The rows as inputs of the model, one for each row; for training, rows that are too long may be left out.
 
-        processor: what the form says, such as the backbone's tokenizer. max_length: in tokens.
+        - `rows`: the rows to encode.
+        - `processor`: that of the form, such as the backbone's tokenizer.
+        - `max_length` (int or None): in tokens.
+        - `training` (bool): the rows are trained on.
         """
 
     @abstractmethod
     def collator(self, processor: Any) -> Callable[[list[Example]], dict[str, Tensor]]:
-        """What makes a batch of examples."""
+        """A function that makes a batch, a mapping of tensors, from a list of examples."""
 
     @abstractmethod
     def score(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The model's loss on a batch, and what `measure` needs of its answers, shape (rows, ...)."""
+        """The model's loss on a batch, a scalar, and its answers as `measure` needs them, shape (rows, ...)."""
 
     @abstractmethod
     def measure(self, scores: np.ndarray, rows: Rows, processor: Any) -> dict[str, float]:
-        """Metrics of the answers, `scores` of all batches under one another, to `rows`."""
+        """The metrics of the answers to `rows`.
+
+        scores: those of `score`, concatenated over all batches, shape (rows, ...).
+        """
 
 
 def readable_folder(data_dir: Path) -> Path:
-    """`data_dir`, checked. Raises InputError if it is not a folder that can be read."""
+    """`data_dir` itself. Raises InputError if it is not a readable folder."""
     try:
         next(data_dir.iterdir(), None)
     except OSError as error:

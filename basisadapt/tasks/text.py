@@ -20,10 +20,10 @@ class TextTask(Task):
 
     @abstractmethod
     def metrics(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """Metrics of the model's `scores`, shape (rows, num_labels), against `labels`, shape (rows,)."""
+        """The metrics of the model's `scores`, shape (rows, num_labels), against `labels`, shape (rows,)."""
 
     def examples(self, rows: Rows, processor: Any, max_length: int | None, training: bool) -> Sequence[Example]:
-        """Token ids, cut at max_length."""
+        """Token ids, truncated to max_length, and the labels."""
         pairs = len(rows) > 0 and not isinstance(rows.inputs[0], str)
         texts = [list(column) for column in zip(*rows.inputs, strict=True)] if pairs else [list(rows.inputs)]
         encoded = processor(*texts, truncation=True, max_length=max_length)
@@ -31,17 +31,17 @@ class TextTask(Task):
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     def collator(self, processor: Any) -> Callable[[list[Example]], dict[str, Tensor]]:
-        """Pads to the batch's longest."""
+        """Pads token ids to the longest row of the batch, shape (rows, length)."""
         from transformers import DataCollatorWithPadding
 
         collate: Callable[[list[Example]], dict[str, Tensor]] = DataCollatorWithPadding(processor)
         return collate
 
     def score(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The head's loss and outputs."""
+        """The head's loss, and its outputs of shape (rows, num_labels)."""
         output = model(**batch)
         return output.loss, output.logits
 
     def measure(self, scores: np.ndarray, rows: Rows, processor: Any) -> dict[str, float]:
-        """`metrics`."""
+        """The task's `metrics` of scores (rows, num_labels) against the labels of `rows`."""
         return self.metrics(scores, np.asarray(rows.labels))

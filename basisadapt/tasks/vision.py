@@ -1,6 +1,6 @@
-"""The paper's sets of photographs (Tables 8 and 9): ImageNet-1k, CIFAR-100, Flowers, SUN and Pets.
+"""The paper's photograph data sets (Tables 8 and 9): ImageNet-1k, CIFAR-100, Flowers, SUN and Pets.
 
-They come from image folders through `--data-dir`, `vision/cifar100/{train,test}/<class>/*.jpg`, or from the hub.
+They are read from image folders in `--data-dir`, `vision/cifar100/{train,test}/<class>/*.jpg`, or from the hub.
 """
 
 from __future__ import annotations
@@ -24,15 +24,19 @@ from basisadapt.tasks.task import Rows, TaskData, readable_folder
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 PARTS = ("train", "test")
-WORDNET_ID = re.compile(r"n\d{8}")  # what ImageNet's folders are called
+WORDNET_ID = re.compile(r"n\d{8}")  # the names of ImageNet's folders
 
 
 class Photographs(ImageTask):
-    """One set of photographs. The subclasses below are data.
+    """A data set of photographs. The subclasses only set these attributes:
 
-    folder: under `vision/`; hub: the id there; image, label: its columns; held_out: its split to evaluate on. A class
-    is called as its folder, or as the hub says. Where the folders' names say nothing, as in ImageNet, a file
-    `classes.txt` beside them has a line for each: the folder, a space, the name.
+    - `folder` (str): under `vision/`.
+    - `hub` (str): its id on the hub.
+    - `image` (str, default "image"), `label` (str, default "label"): its columns there.
+    - `held_out` (str, default "test"): its split to evaluate on there.
+
+    A class has the name of its folder, or that on the hub. If the folders' names mean nothing, as in ImageNet, a file
+    `classes.txt` next to them has a line for each: the folder, a space, the name.
     """
 
     headline = "accuracy"
@@ -43,7 +47,7 @@ class Photographs(ImageTask):
     held_out: ClassVar[str] = "test"
 
     def check(self, data_dir: Path | None) -> None:
-        """Raise InputError unless both parts have a folder with images for each class, or the hub is to be asked."""
+        """Raise InputError unless training and test folders have images of each class, or data_dir is None (hub)."""
         if data_dir is None:
             return
         folder = readable_folder(data_dir) / "vision" / self.folder
@@ -64,7 +68,10 @@ class Photographs(ImageTask):
         return (self.hub,) if data_dir is None else ()
 
     def load(self, data_dir: Path | None) -> TaskData:
-        """Both parts, mixed by a fixed seed; no image is opened. Files that are no images are passed over."""
+        """Training and test rows, shuffled by a fixed seed. No image is opened; files of other suffixes are skipped.
+
+        Raises InputError for a data set that differs from what is expected.
+        """
         if data_dir is None:
             return self._from_hub()
         self.check(data_dir)
@@ -102,7 +109,7 @@ class Photographs(ImageTask):
 
 
 def _decoded(images: Any, row: int) -> Any:
-    """The image of a hub data set of one column, decoded now and not kept."""
+    """The image in a row of a hub data set with one column, decoded on each call. Raises InputError naming the row."""
     try:
         (image,) = images[row].values()
         if isinstance(image, dict):
@@ -130,7 +137,7 @@ def _images(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _read(folder: Path, classes: list[str]) -> tuple[Rows, str]:
-    """The files of a part and their classes, and a hash of their names and sizes."""
+    """The files of the training or test folder and their classes, and a hash of their names and sizes."""
     files = [(entry, label) for label, name in enumerate(classes) for entry in _images(folder / name)]
     content = hashlib.sha256()
     for entry, label in files:
@@ -142,7 +149,7 @@ def _read(folder: Path, classes: list[str]) -> tuple[Rows, str]:
 
 
 def _names(folder: Path, classes: list[str]) -> list[str]:
-    """What the classes are called: by classes.txt, or else by their folders."""
+    """The names of the classes, from classes.txt if it exists, or else of their folders. Raises InputError."""
     path = folder / "classes.txt"
     if not path.is_file():
         return classes
@@ -156,12 +163,12 @@ def _names(folder: Path, classes: list[str]) -> list[str]:
     return [names[name] for name in classes]
 
 
-# Ids and columns of the hub are unchecked but for CIFAR-100's: it could not be reached when they were written. Where a
-# set is not as written here, the message says what it has.
+# Ids and columns on the hub are untested except for CIFAR-100's: the hub could not be reached when they were written.
+# If a data set differs, the message says what it has.
 
 
 class ImageNet(Photographs, name="vision/imagenet"):
-    """ImageNet-1k, evaluated on its validation set. Of CLIP's 80 templates, the seven that its authors recommend."""
+    """ImageNet-1k, evaluated on its validation set, with the 7 of CLIP's 80 templates that its authors recommend."""
 
     folder, hub, held_out, num_labels = "imagenet", "ILSVRC/imagenet-1k", "validation", 1000
     templates = (
@@ -176,7 +183,7 @@ class ImageNet(Photographs, name="vision/imagenet"):
 
 
 class CIFAR100(Photographs, name="vision/cifar100"):
-    """CIFAR-100, its hundred fine classes. CLIP's 18 templates."""
+    """CIFAR-100 with its 100 fine classes and CLIP's 18 templates."""
 
     folder, hub, image, label, num_labels = "cifar100", "uoft-cs/cifar100", "img", "fine_label", 100
     templates = tuple(
@@ -197,14 +204,14 @@ class CIFAR100(Photographs, name="vision/cifar100"):
 
 
 class Flowers102(Photographs, name="vision/flowers102"):
-    """Oxford Flowers, 102 classes."""
+    """Oxford Flowers, 102 kinds of flowers."""
 
     folder, hub, num_labels = "flowers102", "dpdl-benchmark/oxford_flowers102", 102
     templates = ("a photo of a {}, a type of flower.",)
 
 
 class SUN397(Photographs, name="vision/sun397"):
-    """SUN, 397 kinds of scenes."""
+    """SUN397, photographs of 397 kinds of scenes."""
 
     folder, hub, num_labels = "sun397", "tanganke/sun397", 397
     templates = ("a photo of a {}.", "a photo of the {}.")

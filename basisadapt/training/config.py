@@ -18,7 +18,7 @@ from basisadapt.tasks import DataSettings
 from basisadapt.training.distributed import PARALLEL
 
 SCHEDULES = ("linear", "cosine", "constant")
-SEEDS = 2**32  # what numpy takes
+SEEDS = 2**32  # numpy accepts seeds below it
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 
@@ -26,24 +26,42 @@ PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 class TrainSettings:
     """How a run trains: AdamW with β = (0.9, 0.999) (paper, Table 10).
 
-    lr: base learning rate (A, B and the task's head). epochs, or max_steps where given. schedule: "linear", "cosine"
-    or "constant", after a warm-up of warmup_ratio of the steps. weight_decay: of A, B and the head; max_grad_norm:
-    the gradient's norm is clipped there. max_length: tokens of a row; None is the task's own, which the run's
-    configuration then has. precision: "fp32"; "tf32", which on a GPU rounds the operands of products to ten bits; or
-    "bf16" and "fp16" by autocast. weights: how the frozen backbone is
-    held, "fp32", "bf16", or quantised by bitsandbytes, "int8" or "nf4"; adapter and head stay in float32.
-    gradient_checkpointing: compute activations again in the backward pass instead of keeping them. eval_steps: evaluate
-    every so many steps and keep the best checkpoint; None evaluates once, at the end. patience: stop after so many
-    evaluations without a better one. train_rows / eval_rows: use only so many rows. validation: the last such share of
-    the training rows is not trained on and evaluated in the place of the held-out rows, so that a choice may be made
-    before these are seen; None evaluates them. landscape: after training, evaluate the loss on a slice around the
-    solution with so many points a side, an odd number; None does not. processes: train in so many processes of this
-    host, one for each GPU, among which every batch is divided: batch_size is the run's. parallel: what they share, with
-    "ddp" the batches alone, with "fsdp" the frozen weights too (see `distributed/shard.py`); either trains as one
-    process does, up to rounding and dropout's draws. group_by_length: batches of texts of like length, which are hardly
-    padded, in any order. sharpness: before training, find the largest eigenvalue of the loss's Hessian in what trains,
-    by so many steps of power iteration on one batch of training rows; None does not.
-    Raises InputError out of range.
+    - `lr` (float > 0, default 2e-3): base learning rate, of A, B and the task's head.
+    - `epochs` (float > 0, default 3): passes over the training rows.
+    - `max_steps` (int ≥ 1 or None, default None): optimizer steps; overrides `epochs`.
+    - `batch_size` (int ≥ 1, default 16): rows per optimizer step, over all processes.
+    - `max_length` (int ≥ 1 or None, default None): tokens per row; None uses the task's own, which the run's
+      configuration then records.
+    - `schedule` (str, default "linear"): "linear", "cosine" or "constant", after the warm-up.
+    - `warmup_ratio` (float in [0, 1), default 0.06): the share of the steps that warm up.
+    - `weight_decay` (float ≥ 0, default 0): decoupled weight decay of A, B and the head.
+    - `max_grad_norm` (float > 0, default 1): the norm to which the gradient is clipped.
+    - `precision` (str, default "fp32"): "fp32"; "tf32", which on a GPU rounds the operands of matrix products to ten
+      bits; or "bf16" or "fp16" by autocast.
+    - `weights` (str, default "fp32"): the storage of the frozen backbone: "fp32", "bf16", or quantized by bitsandbytes
+      to "int8" or "nf4". Adapter and head stay in float32.
+    - `gradient_checkpointing` (bool, default False): recompute activations in the backward pass instead of storing
+      them.
+    - `eval_steps` (int ≥ 1 or None, default None): evaluate after every so many steps, and keep the best checkpoint;
+      None evaluates once, at the end.
+    - `patience` (int ≥ 1 or None, default None): stop after so many evaluations without an improvement; needs
+      `eval_steps`.
+    - `train_rows` (int ≥ 1 or None, default None): train on the first so many rows; None uses all.
+    - `eval_rows` (int ≥ 1 or None, default None): evaluate on the first so many rows; None uses all.
+    - `validation` (float in (0, 1) or None, default None): hold out this share of the training rows, the last ones, and
+      evaluate on them instead of the held-out rows, so that choices are made before those are seen.
+    - `landscape` (odd int ≥ 3 or None, default None): after training, evaluate the loss on a slice around the solution
+      with so many points per side.
+    - `processes` (int ≥ 1, default 1): processes on this host, one for each GPU, that divide every batch; must divide
+      `batch_size`.
+    - `parallel` (str, default "ddp"): "ddp" divides the batches, "fsdp" also the frozen weights (see
+      `training.distributed.shard`). Either trains as one process does, up to rounding and dropout's random numbers.
+    - `group_by_length` (bool, default False): form batches of texts of similar length, which need little padding, in
+      random order; needs one process.
+    - `sharpness` (int ≥ 1 or None, default None): before training, find the largest eigenvalue of the Hessian of the
+      loss in the trained parameters, by so many steps of power iteration on one batch; needs one process.
+
+    Raises InputError for a value out of range.
     """
 
     lr: float = 2e-3
@@ -98,12 +116,21 @@ class TrainSettings:
         shared = self.parallel == "ddp" or self.processes > 1
         require(shared, "train.parallel", self.parallel, "used together with train.processes of at least 2")
         plain = self.parallel == "ddp" or self.weights not in QUANTISED
-        require(plain, "train.parallel", self.parallel, f"ddp with train.weights {self.weights}, which have no shards")
+        require(plain, "train.parallel", self.parallel, f"ddp with train.weights {self.weights}, which has no shards")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that decides a run's numbers. Equal configurations on one machine give equal results."""
+    """Everything that decides a run's numbers. Equal configurations on one machine give equal results.
+
+    - `task` (str): the name of the task, see `tasks.find`.
+    - `backbone` (str): the name of the pretrained model, see `backbones.find`.
+    - `method` (str): the name of a registered method.
+    - `adapter`: the method's settings.
+    - `train`: how the run trains.
+    - `data`: how the task's data are read.
+    - `seed` (int in [0, 2³²)): of everything random in the run.
+    """
 
     task: str
     backbone: str
@@ -115,9 +142,10 @@ class RunConfig:
 
     @staticmethod
     def from_mapping(values: Mapping[str, Any]) -> RunConfig:
-        """Validate a plain nested mapping. Adapter settings that `method` does not have are left out.
+        """Validate a plain nested mapping. Keys that are left out get their defaults.
 
-        Raises InputError for an unknown task, backbone, method or key, a wrong type, or a value out of range.
+        Adapter settings that only other methods have are checked and dropped. Raises InputError for an unknown task,
+        backbone, method or key, a wrong type, or a value out of range.
         """
         keys = from_mapping(_Keys, values)
         require(0 <= keys.seed < SEEDS, "seed", keys.seed, f"at least 0 and below {SEEDS}")
@@ -134,7 +162,7 @@ class RunConfig:
             train = dataclasses.replace(train, max_length=task.max_length)
         if train.weights in QUANTISED and not METHODS[keys.method].quantisable:
             raise InputError(
-                f"method {keys.method!r} cannot work on quantised weights; set train.weights to fp32 or bf16"
+                f"method {keys.method!r} cannot work on quantized weights; set train.weights to fp32 or bf16"
             )
         return RunConfig(
             task=keys.task,
@@ -147,7 +175,7 @@ class RunConfig:
         )
 
     def to_mapping(self) -> dict[str, Any]:
-        """The canonical nested mapping: JSON types, every default spelled out; from_mapping takes it back."""
+        """The canonical nested mapping, of JSON types and with every default; the inverse of `from_mapping`."""
         # dataclasses.asdict would copy every value, and a study of thousands of cells asks for each of them ten times.
         mapping = _fields(self)
         return {**mapping, **{name: _fields(mapping[name]) for name in ("adapter", "train", "data")}}
@@ -158,14 +186,14 @@ def _fields(settings: Any) -> dict[str, Any]:
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a run's canonical mapping makes its identity: all but late settings at their defaults."""
+    """The part of a run's canonical mapping that identifies it: all but the late settings at their defaults."""
     adapter = METHODS[config.get("method", _Keys.method)].settings
     parts = {"adapter": adapter, "train": TrainSettings, "data": DataSettings}
     return {**config, **{name: without_late(cls, config[name]) for name, cls in parts.items() if name in config}}
 
 
 def _check_foreign(values: Mapping[str, Any]) -> None:
-    """Hold adapter settings that a run's method does not have against the methods that do."""
+    """Check adapter settings that the run's method does not have against the methods that do. Raises InputError."""
     known = adapter_keys()
     for key in values:
         if key not in known:
@@ -176,13 +204,13 @@ def _check_foreign(values: Mapping[str, Any]) -> None:
 
 
 def adapter_keys() -> list[str]:
-    """The adapter settings of all methods."""
+    """The names of the adapter settings of all methods, each once."""
     return list(dict.fromkeys(key for name in METHODS for key in field_names(METHODS[name].settings)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Keys:
-    """The keys of a run's mapping; the defaults are the embedded example."""
+    """The keys of a run's mapping; the defaults are the example that needs no download."""
 
     task: str = "docstrings"
     backbone: str = "minilm"

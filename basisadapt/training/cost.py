@@ -1,4 +1,4 @@
-"""What training costs beside time: memory at its peak, and how many tokens a second it gets through."""
+"""The cost of training besides time: peak memory and tokens per second."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Cost:
-    """Measures a model's training: `with Cost(model) as cost: train()`.
+    """Measures the training of a model: `with Cost(model) as cost: train()`.
 
-    It counts the tokens of every forward in training, and follows the peak of the memory. What runs `aside` is left out
-    of the peak; its time is for the caller to leave out.
+    It counts the tokens of every forward pass in training mode, and tracks the peak of memory. Functions wrapped by
+    `aside` do not count toward the peak; the caller subtracts their time.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._tokens: list[Tensor] = []  # of a forward each, where they are: a sum would wait for the device
+        self._tokens: list[Tensor] = []  # one per forward, on its device: adding them up would wait for the device
         self._before = self._peak = math.nan
 
     def __enter__(self) -> Cost:
@@ -39,7 +39,7 @@ class Cost:
         self._look()
 
     def aside(self, function: Callable[[int, int], None]) -> Callable[[int, int], None]:
-        """`function`, whose memory does not count."""
+        """`function`, wrapped so that the memory it uses does not count."""
 
         def call(step: int, total: int) -> None:
             self._look()
@@ -49,11 +49,11 @@ class Cost:
         return call
 
     def metrics(self, seconds: float) -> dict[str, float]:
-        """What was measured; NaN for what cannot be.
+        """The measurements; NaN if one is not available.
 
-        "memory.peak_bytes": on a GPU the most that torch had allocated, model included; on a CPU the growth of the
-        process' resident memory over what it was before, which Linux alone tells. "tokens_per_second": tokens without
-        padding that training processed, by the attention mask, over `seconds`.
+        - "memory.peak_bytes": on a GPU, the most bytes that torch had allocated, including the model; on a CPU, the
+          growth of the process's resident memory since the start, which only Linux reports.
+        - "tokens_per_second": the tokens without padding that training processed, divided by `seconds`.
         """
         tokens = sum(int(count) for count in self._tokens)
         return {
@@ -67,7 +67,7 @@ class Cost:
         if isinstance(inputs.get("attention_mask"), Tensor):
             self._tokens.append(inputs["attention_mask"].sum())
         elif isinstance(places := inputs.get("position_ids"), Tensor):
-            # Packed rows, see `tasks.completion.packed`: padding is a beginning that nothing follows.
+            # Packed rows, see `tasks.completion.packed`: padding is a position 0 that no position 1 follows.
             follows = functional.pad(places[:, 1:], (0, 1)) == 1
             self._tokens.append(((places > 0) | follows).sum())
 
@@ -76,20 +76,20 @@ class Cost:
 
 
 def _forget_garbage() -> None:
-    """Give back what earlier runs of the process left, whose reuse would go unseen."""
+    """Release memory that earlier runs of the process left: its reuse would not show as growth."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if CLEAR.exists() else None
-    if trim is not None:  # glibc keeps what is freed
+    if trim is not None:  # glibc keeps freed memory
         trim(0)
 
 
 def _reset() -> float:
-    """Begin a new peak. Returns the memory in use now, in bytes."""
+    """Reset the peak. Returns the memory in use now, in bytes."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return float(torch.cuda.memory_allocated())
     try:
-        CLEAR.write_text("5")  # the peak becomes what is resident now
+        CLEAR.write_text("5")  # the peak becomes the memory that is resident now
     except OSError:
         return math.nan
     return _peak()

@@ -1,4 +1,4 @@
-"""The rows of a run: read once, portioned, and encoded as its backbone takes them."""
+"""The rows of a run: read once, divided, and encoded for its backbone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from basisadapt.training.config import RunConfig
 
 
 def load_data(config: RunConfig, data_dir: Path | None = None) -> TaskData:
-    """All rows of the task, read once for as long as its files do not change. Raises InputError."""
+    """All rows of the task, cached until its files change. Raises InputError if they cannot be read."""
     task = tasks.find(config.task, config.data)
     if isinstance(task, SeededTask):
         return task.of_seed(config.seed, data_dir)
@@ -30,7 +30,15 @@ def _load(task: str, settings: DataSettings, data_dir: Path | None, stamp: tuple
 
 @dataclass(frozen=True)
 class Portion:
-    """Which rows a run trains on and is tested on, and for which backbone: what their examples follow from."""
+    """The rows that a run trains and is evaluated on, and its backbone: everything that its examples depend on.
+
+    - `data`: all rows of the task.
+    - `task` (str): its name.
+    - `settings`: how the data are read.
+    - `backbone` (str): its name.
+    - `max_length`, `train_rows`, `eval_rows`, `validation`: as in `TrainSettings`.
+    - `processor`: the backbone's tokenizer or image processor; two portions compare equal without it.
+    """
 
     data: TaskData
     task: str
@@ -44,7 +52,7 @@ class Portion:
 
     @staticmethod
     def of(config: RunConfig, data: TaskData, processor: Any) -> Portion:
-        """The portion of `data` that a run takes."""
+        """The portion of `data` for the run `config`."""
         train = config.train
         rows = train.max_length, train.train_rows, train.eval_rows, train.validation
         return Portion(data, config.task, config.data, config.backbone, *rows, processor)
@@ -52,7 +60,13 @@ class Portion:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Training rows and their examples, of which too long ones are missing; rows for the test and their questions."""
+    """The encoded rows of a run.
+
+    - `train`: the training rows.
+    - `examples`: their examples, without those that are too long.
+    - `held_out`: the rows to evaluate on.
+    - `questions`: their examples, one for each row.
+    """
 
     train: Rows
     examples: Sequence[Example]
@@ -62,7 +76,10 @@ class Encoded:
 
 @functools.lru_cache(maxsize=2)
 def encode(portion: Portion) -> Encoded:
-    """The rows as the backbone takes them, encoded once for the cells of a process that share them."""
+    """Encode the rows for the backbone. The last two results are cached, for runs of one process that share them.
+
+    Raises InputError as `Task.examples`.
+    """
     task = tasks.find(portion.task, portion.settings)
     train, held_out = portion.data.train.head(portion.train_rows), portion.data.eval
     if portion.validation is not None:
@@ -74,7 +91,7 @@ def encode(portion: Portion) -> Encoded:
 
 
 def _longest_first(rows: Rows, examples: Sequence[Example]) -> tuple[Rows, Sequence[Example]]:
-    """Rows and their examples by length, so that a batch is hardly padded; as they are where they have no length."""
+    """Rows and examples sorted by length, so that batches need little padding; unchanged if they have no length."""
     if not isinstance(examples, list) or "input_ids" not in examples[0]:
         return rows, examples
     order = sorted(range(len(rows)), key=lambda i: -len(examples[i]["input_ids"]))
@@ -82,11 +99,11 @@ def _longest_first(rows: Rows, examples: Sequence[Example]) -> tuple[Rows, Seque
 
 
 def spread_rows(rows: Rows, count: int) -> Rows:
-    """At most `count` rows, evenly spread."""
+    """At most `count` of the rows, evenly spaced."""
     return rows.take(spread_places(len(rows), count))
 
 
 def spread_places(size: int, count: int) -> range:
-    """At most `count` places among `size`, evenly spread."""
+    """At most `count` indices below `size`, evenly spaced."""
     count = min(count, size)
     return range(0, size // count * count, size // count)

@@ -1,7 +1,7 @@
-"""What is seen of a run: every module's update and what its method says of it, at the start, on the way and at the end.
+"""Measures every module's update, and what its method reports, at the start, during training and at the end.
 
-Observing only reads. It draws nothing, and compiles φ apart from the training step, whose choices stay its own: a run
-gives the same numbers, bit for bit, with and without.
+Observing changes nothing: it draws no random numbers and compiles φ separately from the training step. A run gives the
+same numbers, bit for bit, with and without it.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from basisadapt.diagnostics.spectrum import dc_share, normalised, singular_value
 from basisadapt.methods import Description, Method, ParameterGroup
 from basisadapt.training.distributed.shard import gathered
 
-EARLY, MIDDLE = 0.1, 0.5  # of the steps; the paper looks at 5 %, 50 % and the end (appendix I.1)
+EARLY, MIDDLE = 0.1, 0.5  # of the steps; the paper uses 5 %, 50 % and the end (appendix I.1)
 SPECTRUM = 128  # singular values kept of each update
-NEGLIGIBLE = 1e-12  # an update that changes no weight of any precision, as a series' rounding where BA = 0
+NEGLIGIBLE = 1e-12  # an update too small to change a weight in any precision, such as rounding of a series at BA = 0
 CURVE_POINTS = 100
 OF_EVERY_UPDATE = ("kind", "stable_rank", "dc_share", "spectrum")
 
@@ -35,7 +35,7 @@ Curve = dict[str, list[float]]
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Name in the base model and layer of every adapted module; none for a model without an adapter."""
+    """The name in the base model and the layer of every adapted module; empty for a model without an adapter."""
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -46,15 +46,19 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What trains, without the task's head: A and B, a learned function, or the backbone."""
+    """The trained parameters by name, without the task's head: A and B, a learned function, or the backbone."""
     return {n: p for n, p in model.named_parameters() if p.requires_grad and not is_head(n)}
 
 
 class Observer:
-    """Watches a model while it trains. `step` is called at step 0, before training, and after every step, `end` last.
+    """Observes a model while it trains. Call `step` before training, as step 0, and after every step; call `end` last.
 
-    snapshots: [{"step", "stable_rank": {module: number}, "phi": {module: curve}}, ...] at the start, early and midway.
-    modules, phi: what `observe` gives at the end. seconds: what all that took. groups: the method's, of this model.
+    groups: the method's parameter groups of this model. After `end` it has:
+
+    - `snapshots`: [{"step", "stable_rank": {module: number}, "phi": {module: curve}}, ...] at the start, early and
+      midway.
+    - `modules`, `phi`: the results of `observe` at the end.
+    - `seconds` (float): the time that observing took.
     """
 
     def __init__(self, model: nn.Module, method: Method, groups: Sequence[ParameterGroup]) -> None:
@@ -70,7 +74,7 @@ class Observer:
         self.seconds = 0.0
 
     def step(self, step: int, total: int) -> None:
-        """Look at the model after `step` of `total` steps."""
+        """Observe the model after `step` of `total` steps."""
         if step > 0:
             self._path.move(self._point())
             if step % max(1, total // CURVE_POINTS) == 0:
@@ -80,19 +84,20 @@ class Observer:
             self.snapshots.append({"step": step, "stable_rank": _stable_ranks(modules), "phi": phi})
 
     def end(self) -> None:
-        """Look at the trained model."""
+        """Observe the trained model."""
         self.modules, self.phi = self._look()
 
     def _look(self, in_passing: bool = False) -> tuple[dict[str, Numbers], dict[str, Curve]]:
         if torch.cuda.is_available():
-            torch.cuda.synchronize()  # what is still at work is the training step's
+            torch.cuda.synchronize()  # pending work belongs to the training step
         began = time.perf_counter()
         found = observe(self._model, self._method, in_passing)
         self.seconds += time.perf_counter() - began
         return found
 
     def curves(self, last: int) -> dict[str, list[tuple[int, float]]]:
-        """The mean stable rank of each kind at the snapshots and at the end, step `last`; the path's smoothness."""
+        """Curves of the run: the mean stable rank of each kind at the snapshots and at the end, which is step `last`,
+        and the smoothness of the path. Only finite values."""
         seen = [*((s["step"], s["stable_rank"]) for s in self.snapshots), (last, _stable_ranks(self.modules))]
         curves: dict[str, list[tuple[int, float]]] = {}
         for kind, members in _kinds(self.modules).items():
@@ -101,15 +106,18 @@ class Observer:
         return {name: [point for point in points if math.isfinite(point[1])] for name, points in curves.items()}
 
     def metrics(self) -> dict[str, float]:
-        """The modules' `summary`, and the smoothness of the adapter's path, see `Path`: NaN if it never moved."""
+        """The modules' `summary`, and the smoothness of the adapter's path (see `Path`), NaN if it never moved."""
         return {**summary(self.modules, self._method), "update_smoothness": self._path.smoothness().item()}
 
     def warnings(self, why_constant: str) -> list[str]:
-        """Whether the adapter is a low-rank update in name only; why_constant: see `Method.why_constant`."""
+        """Warnings if most updates are constant matrices, or most factors did not move.
+
+        why_constant: the sentence of `Method.why_constant`.
+        """
         modules, moved = self.modules, self._moved()
         if not modules:
             return []
-        # B starts at zero: what it moved is measured against A.
+        # B starts at zero, so its distance is compared with the size of A.
         scale = max((before.norm().item() for before in self._start.values()), default=0.0)
         unmoved = sum(distance < 1e-3 * scale for distance in moved.values())
         constant = sum(m["stable_rank"] < 1.05 and m["dc_share"] > 0.9 for m in modules.values())
@@ -122,7 +130,7 @@ class Observer:
         return warnings
 
     def _moved(self) -> dict[str, float]:
-        """How far each module's A and B have come from their start: the larger of the two distances."""
+        """For each module the larger of the distances of A and B from their start."""
         moved = dict.fromkeys(self.modules, 0.0)
         for name, before in self._start.items():
             module = next((module for module in moved if f".{module}." in name), None)
@@ -137,8 +145,11 @@ class Observer:
 
 
 def summary(modules: dict[str, Numbers], method: Method) -> dict[str, float]:
-    """A run's metrics from its modules' numbers: means and deviations of what every update has, the means of all
-    diagnostics, and what the method makes of its own."""
+    """A run's metrics from its modules' numbers; empty without modules.
+
+    Means and standard deviations of stable ranks, the mean DC share, the means of all diagnostics, and the method's
+    summary of its own numbers.
+    """
     if not modules:
         return {}
     metrics = {"dc_share.mean": statistics.fmean(numbers["dc_share"] for numbers in modules.values())}
@@ -165,12 +176,12 @@ def _kinds(modules: dict[str, Numbers]) -> dict[str, list[str]]:
 
 @torch.no_grad()
 def observe(model: nn.Module, method: Method, in_passing: bool = False) -> tuple[dict[str, Numbers], dict[str, Curve]]:
-    """Every module's numbers and its learned function, as `training.RunResult` describes them.
+    """Every module's numbers and its learned function, as in `training.RunResult`.
 
-    Modules without a ΔW are left out. Of weights that are no longer finite, the finite part is described. in_passing:
-    of ΔW no more than its stable rank, and the diagnostics. All processes of a group must call it.
+    Modules without a ΔW are left out. Entries of ΔW that are not finite count as 0. in_passing: of ΔW, measure only
+    the stable rank and the diagnostics. All processes of a group must call it.
 
-    Raises InputError where two numbers of a module have one name.
+    Raises InputError if two numbers of a module have the same name.
     """
     from basisadapt.adapter.placement import describe
 
@@ -196,13 +207,13 @@ def observe(model: nn.Module, method: Method, in_passing: bool = False) -> tuple
 
 
 def _finite(said: Description) -> Description:
-    """What is said, or nothing where some of it is not finite."""
+    """The description, or an empty one if any value is not finite."""
     values = itertools.chain(said.numbers.values(), *said.curve.values())
     return said if all(map(math.isfinite, values)) else Description()
 
 
 def _of_diagnostics(delta: Tensor, layer: Any) -> dict[str, float]:
-    """The finite ones of the diagnostics' numbers."""
+    """The numbers of all diagnostics that are finite."""
     return _finite_ones({name: float(DIAGNOSTICS[name]().number(delta, layer)) for name in DIAGNOSTICS})
 
 
@@ -211,7 +222,7 @@ def _finite_ones(numbers: Mapping[str, float]) -> dict[str, float]:
 
 
 def _enter(found: Mapping[str, float], numbers: Numbers) -> None:
-    """Put what was found among a module's numbers. Raises InputError for a name that is taken."""
+    """Add what was found to a module's numbers. Raises InputError for a name that is taken."""
     for name in found:
         if name in (*numbers, *OF_EVERY_UPDATE):
             raise InputError(f"two numbers of a module are called {name!r}; rename the diagnostic, or the method's own")

@@ -1,4 +1,4 @@
-"""A run before it runs: its method in its model, checked and counted from shapes alone."""
+"""Checks a run and counts its parameters before it starts, from shapes alone."""
 
 from __future__ import annotations
 
@@ -27,10 +27,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would be, from shapes alone: nothing is trained and no weight is loaded.
+    """The size of a run, from shapes alone: nothing is trained and no weights are loaded.
 
-    factors: what trains in the modules, such as A and B; transfer: in a learned function, such as φ's α, ω and learned
-    x; head: the task's head; modules: adapted modules; total: parameters of the whole model, adapter included.
+    - `modules` (int): adapted modules.
+    - `factors` (int): trained parameters of the modules, such as A and B.
+    - `transfer` (int): trained parameters of a learned function, such as φ's α, ω and learned x.
+    - `head` (int): trained parameters of the task's head.
+    - `total` (int): parameters of the whole model, including the adapter.
     """
 
     modules: int
@@ -41,14 +44,15 @@ class Plan:
 
     @property
     def trainable(self) -> int:
-        """factors + transfer + head."""
+        """All trained parameters: factors + transfer + head."""
         return self.factors + self.transfer + self.head
 
 
 def plan(config: RunConfig, data_dir: Path | None = None, dry: bool = False) -> Plan:
-    """Check `config` against the data's place and the model's shapes, and count. Raises InputError.
+    """Check `config` against the data folder, the machine and the model's shapes, and count the parameters.
 
-    dry: count only; a run's machine and weights, and what they need, may be missing.
+    dry: only count; the GPUs, the weights, and the packages they need may be missing. Raises InputError for whatever
+    would make the run fail.
     """
     if not dry:
         check_processes(config.train.processes)
@@ -60,10 +64,10 @@ def plan(config: RunConfig, data_dir: Path | None = None, dry: bool = False) -> 
     if config.data.packed and config.train.processes > 1:
         raise InputError("data.packed is for one process; set it to false, or train.processes to 1")
     if config.train.validation is not None and not task.comparable:
-        raise InputError(f"train.validation measures a run on training rows, which task {config.task!r} cannot")
+        raise InputError(f"train.validation evaluates on training rows, which task {config.task!r} cannot do")
     if task.form == "weight" and (config.train.precision, config.train.weights) != ("fp32", "fp32"):
         raise InputError(
-            f"task {config.task!r} is a small change of a weight, which train.precision and weights must hold: fp32"
+            f"task {config.task!r} is a small change of a weight; train.precision and train.weights must be fp32"
         )
     task.check(data_dir)
     backbone = backbones.find(config.backbone)
@@ -79,10 +83,10 @@ def plan(config: RunConfig, data_dir: Path | None = None, dry: bool = False) -> 
 
 
 def attach(model: PreTrainedModel, method: Method, config: RunConfig, form: str) -> PreTrainedModel | PeftModel:
-    """The model with the run's method in it. Raises InputError if no module matches or r is too large."""
+    """The model with the run's method attached. Raises InputError if no module matches or r is too large."""
     r = config.adapter.r
     with warnings.catch_warnings():
-        # peft asks transformers for this under a name that transformers is about to drop.
+        # peft uses a name that transformers is about to drop.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         adapted = method.attach(model, adapter_settings(config), FORMS[form].peft)
     for name, layer in adapted_layers(adapted):
@@ -91,18 +95,18 @@ def attach(model: PreTrainedModel, method: Method, config: RunConfig, form: str)
             raise InputError(f"adapter.r must be at most {smaller}, the smaller side of {name!r}, got {r}")
     if config.train.parallel == "fsdp" and not hasattr(adapted, "peft_config"):
         raise InputError(
-            f"train.parallel fsdp shards the weights below an adapter, and method {config.method!r} has none"
+            f"train.parallel fsdp shards the weights below an adapter, but method {config.method!r} has none"
         )
     return adapted
 
 
 def adapter_settings(config: RunConfig) -> LowRankSettings:
-    """What a method is told: the adapter's settings, with the run's seed where they have none of their own."""
+    """The adapter's settings as the method gets them: the run's seed replaces every seed that is None."""
     return with_seed(config.adapter, config.seed)
 
 
 def count_parameters(model: PreTrainedModel | PeftModel, groups: Sequence[ParameterGroup]) -> Plan:
-    """The counts, from the model itself and the groups of its method."""
+    """Count the parameters of a model with its method attached; groups: those of the method."""
     trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     head = sum(count for name, count in trainable.items() if is_head(name))
     transfer = sum(p.numel() for group in groups if group.transfer for p in group.parameters)

@@ -1,4 +1,4 @@
-"""How a run trains: transformers' Trainer, its settings, the optimiser, and what is done between steps."""
+"""transformers' Trainer for a run: its settings, the optimizer, and callbacks between steps."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EVAL_BATCH = 64
 
 @contextmanager
 def arithmetic(precision: str) -> Iterator[None]:
-    """How a run computes on a GPU: its products in TF32 where that is its precision, its attention without cuDNN's.
+    """Set the arithmetic of a run on a GPU: matrix products in TF32 for precision "tf32", and attention without cuDNN.
 
     cuDNN's gradients of masked attention are wrong at some lengths (pytorch issue 196678).
     """
@@ -42,7 +42,11 @@ def arithmetic(precision: str) -> Iterator[None]:
 
 
 def trainer_for(task: Task) -> type[Trainer]:
-    """transformers' Trainer: its loss is the whole batch's, however that is divided; the task scores the answers."""
+    """A subclass of transformers' Trainer for the task.
+
+    Its loss is that of the whole batch, however the batch is divided among processes and accumulation steps. The task
+    scores the answers.
+    """
     import transformers
     from torch.utils.data import SequentialSampler
     from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -52,22 +56,22 @@ def trainer_for(task: Task) -> type[Trainer]:
             sampler = super()._get_train_sampler(train_dataset)
             if not isinstance(sampler, LengthGroupedSampler):
                 return sampler
-            # transformers' own goes from long to short over and over; here the batches come in any order.
+            # transformers' own order goes from long to short again and again; here the batches are shuffled.
             return MixedBatches(sampler, self.args.train_batch_size * self.args.gradient_accumulation_steps)
 
         def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-            # transformers groups these by length as well, and the answers would be those to other rows.
+            # transformers would group these by length too, and the answers would belong to other rows.
             return SequentialSampler(eval_dataset)
 
         def compute_loss(
             self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
         ) -> Any:
             labels = inputs["labels"]
-            if labels.dim() == 1:  # it counts rows too, but most models give the mean over the rows that they see
+            if labels.dim() == 1:  # one label per row; most models return the mean over the rows that they see
                 outputs, rows = model(**inputs), len(labels)
                 whole: Any = sum_over_group(rows) if num_items_in_batch is None else num_items_in_batch
                 loss = outputs["loss"] * (rows * world_size() / whole)
-            else:  # of tokens
+            else:  # one label per token
                 outputs, loss = batch_loss(model, inputs)
                 own = int((labels != IGNORED).sum()) if num_items_in_batch is None else 0
                 whole = sum_over_group(own) if num_items_in_batch is None else num_items_in_batch
@@ -80,14 +84,14 @@ def trainer_for(task: Task) -> type[Trainer]:
             inputs = self._prepare_inputs(inputs)
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss, scores = task.score(model, inputs)
-            # The labels are with the rows; the Trainer computes metrics only where it gets some.
+            # The rows hold the labels; zeros stand for them here, as the Trainer computes no metrics without any.
             return loss, *((None, None) if prediction_loss_only else (scores, scores.new_zeros(len(scores))))
 
     return TaskTrainer
 
 
 class MixedBatches:
-    """A sampler's batches of `size` rows in an order drawn for every epoch; one that is not full stays the last."""
+    """A sampler's batches of `size` rows, reshuffled for every epoch; an incomplete batch stays last."""
 
     def __init__(self, sampler: Any, size: int) -> None:
         self._sampler, self._size = sampler, size
@@ -102,7 +106,13 @@ class MixedBatches:
 
 
 def trainer_arguments(config: RunConfig, rows: int, headline: str, folder: Path, accumulate: int) -> TrainingArguments:
-    """The Trainer's settings. rows: to train on; headline: the metric that the best checkpoint is the best in."""
+    """The Trainer's settings.
+
+    - `rows`: the number of training rows.
+    - `headline`: the metric that selects the best checkpoint.
+    - `folder`: for checkpoints.
+    - `accumulate`: the number of smaller batches that make up a batch.
+    """
     from transformers import TrainingArguments
 
     train = config.train
@@ -119,7 +129,7 @@ def trainer_arguments(config: RunConfig, rows: int, headline: str, folder: Path,
             "metric_for_best_model": headline,
             "greater_is_better": True,
         }
-    if train.gradient_checkpointing:  # called so in earlier releases; the reentrant form needs inputs with gradients
+    if train.gradient_checkpointing:  # its name in earlier releases; the reentrant form needs inputs with gradients
         recent = hasattr(TrainingArguments, "activation_checkpointing")
         name = "activation_checkpointing" if recent else "gradient_checkpointing"
         every |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
@@ -154,9 +164,9 @@ def trainer_arguments(config: RunConfig, rows: int, headline: str, folder: Path,
 def make_optimizer(
     model: PreTrainedModel | PeftModel, groups: Sequence[ParameterGroup], train: TrainSettings
 ) -> torch.optim.Optimizer | None:
-    """AdamW: the method's groups at rates and decays of their own, and all else that trains at the run's.
+    """AdamW with the method's groups at their own rates and decays, and all other parameters at the run's.
 
-    None where nothing trains.
+    None if nothing trains.
     """
     apart = {id(parameter) for group in groups for parameter in group.parameters}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
@@ -168,13 +178,17 @@ def make_optimizer(
     return torch.optim.AdamW(chosen, betas=(0.9, 0.999)) if chosen else None
 
 
-OnStep = Callable[[int, int], None]  # takes the number of a step and how many there are
+OnStep = Callable[[int, int], None]  # called with the number of a step and the number of all steps
 
 
 def make_watch(look: OnStep, on_step: OnStep | None, before: OnStep, after: OnStep) -> Any:
-    """A callback for each step: `before` and `after` its update to the method, to `look` and to the user.
+    """A Trainer callback that calls the four functions at every step, each with the step and the number of steps.
 
-    Ends a run whose loss or gradient is no longer finite, and then has the `reason`, a sentence that names the step.
+    - `look`: at the start, as step 0, and at the end of every step.
+    - `on_step`: at the end of every step, for the user; or None.
+    - `before`, `after`: before and after the optimizer's update.
+
+    It ends a run whose loss or gradient is not finite; its `reason` is then a sentence that names the step, else empty.
     """
     from transformers import TrainerCallback
 
@@ -186,7 +200,7 @@ def make_watch(look: OnStep, on_step: OnStep | None, before: OnStep, after: OnSt
             look(0, state.max_steps)
 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
-            if not args.fp16:  # whose scaler finds its scale by gradients that are not finite, and skips their steps
+            if not args.fp16:  # its scaler finds the scale by gradients that are not finite, and skips those steps
                 self._gradients.look(model, state.global_step + 1)
             before(state.global_step + 1, state.max_steps)
 
@@ -213,34 +227,34 @@ def make_watch(look: OnStep, on_step: OnStep | None, before: OnStep, after: OnSt
 
 
 class _Gradients:
-    """Looks at the gradients of every step, and only tells when asked, so that a GPU need not be waited for."""
+    """Checks the gradients of every step on their device, without waiting for a GPU until `first` is called."""
 
     def __init__(self) -> None:
         self._first: Tensor | None = None  # the first step whose gradient was not finite
 
     def look(self, model: nn.Module, step: int) -> None:
-        """Look at the gradients that step number `step` is made with."""
+        """Check the gradients of step number `step`."""
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([getattr(g, "_local_tensor", g) for g in gradients])
         found = torch.where(norm.isfinite(), math.inf, float(step))
         self._first = found if self._first is None else torch.minimum(self._first, found)
 
     def first(self) -> int | None:
-        """The first step whose gradient was not finite, of all processes of the group."""
+        """The first step whose gradient was not finite in any process of the group, or None."""
         mine = math.inf if self._first is None else self._first.item()
         first = lowest_in_group(mine)
         return int(first) if math.isfinite(first) else None
 
 
 def early_stopping(patience: int | None) -> list[TrainerCallback]:
-    """What ends a run after so many evaluations without a better one; nothing for None."""
+    """Callbacks that end a run after `patience` evaluations without an improvement; none for None."""
     from transformers import EarlyStoppingCallback
 
     return [] if patience is None else [EarlyStoppingCallback(patience)]
 
 
 def logged_curves(history: list[dict[str, float]]) -> dict[str, list[tuple[int, float]]]:
-    """What the Trainer has logged, name -> [(step, value), ...]: the loss, and the evaluations on the way."""
+    """The finite values that the Trainer has logged, name to [(step, value), ...]: the loss and the evaluations."""
     skipped = ("runtime", "per_second", "model_preparation_time")
     curves: dict[str, list[tuple[int, float]]] = {}
     for entry in history:

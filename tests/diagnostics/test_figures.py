@@ -115,7 +115,7 @@ def test_modules_without_phi_beside_modules_with_it(tmp_path):
 
 def test_training(drawn):
     loss, path = drawn["training.png"].axes
-    assert loss.get_title() == "loss (generalisation gap +0.031)"
+    assert loss.get_title() == "loss (generalization gap +0.031)"
     assert [line.get_label() for line in loss.lines][1] == "0.50 + c · t^(-1.00)"
     assert len(path.lines) == 2
 

@@ -545,7 +545,7 @@ def test_a_hellaswag_subset_is_for_testing(tmp_path):
         ({"test": [{**SUBSET_ROW, "question": "\ud83d"}]}, "row 1 is not laid out as expected: UnicodeEncodeError"),
         (
             {"test": [{**SUBSET_ROW, "choices": {**SUBSET_ROW["choices"], "E": "E"}}]},
-            "row 1: there are 5 options, and names for 4",
+            "row 1: there are 5 options, but names for only 4",
         ),
     ]:
         path.write_text(json.dumps(spoilt), encoding="utf-8")

@@ -119,7 +119,7 @@ def test_long_training_rows_are_left_out_and_none_left_is_an_error(task, tokeniz
 def test_what_the_backbone_cannot_read(task, tokenizer):
     long = Rows([Question("a" * 100_000), Question("b")], ["c", "d"])
     assert len(task.examples(long, tokenizer, None, training=True)) == 1
-    with pytest.raises(InputError, match=r"has 1000\d\d tokens, and the backbone reads 2048"):
+    with pytest.raises(InputError, match=r"has 1000\d\d tokens, but the backbone reads at most 2048"):
         task.examples(long, tokenizer, None, training=False)
 
 

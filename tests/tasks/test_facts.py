@@ -156,7 +156,7 @@ def test_a_run_may_keep_its_best_checkpoint(bert):
     [
         ({"data": {"facts": 0}}, "data.facts must be at least 1 and at most 1,000,000, got 0"),
         ({"data": {"facts": 10**7}}, "at most 1,000,000"),
-        ({"train": {"validation": 0.2}}, "train.validation measures a run on training rows, which task 'facts' cannot"),
+        ({"train": {"validation": 0.2}}, "train.validation evaluates on training rows, which task 'facts' cannot"),
         ({"backbone": "qwen2-0.5b"}, r"cannot store facts .*, minilm can"),
         ({"backbone": "roberta-base"}, r"cannot store facts .*, minilm can"),
         ({"method": "head"}, "this model has none"),

@@ -221,7 +221,7 @@ def test_a_study_goes_on_when_its_judge_is_back(data, language_model, judged_by,
 
 
 def test_training_rows_do_not_stand_in_for_questions(config, data, judged_by):
-    with pytest.raises(InputError, match=r"validation measures .* which task 'instruct/mt_bench' cannot"):
+    with pytest.raises(InputError, match=r"validation evaluates .* which task 'instruct/mt_bench' cannot"):
         plan(config("instruct/mt_bench", train={"validation": 0.2}), data)
 
 
@@ -238,7 +238,7 @@ def test_the_command_refuses_bad_input(data, judged_by, tmp_path, capsys):
 
 
 def test_conversations_longer_than_the_backbone_reads_are_refused(config, data, judged_by):
-    with pytest.raises(InputError, match=r"max_new_tokens 1000 is too long: .* and the backbone reads 2048"):
+    with pytest.raises(InputError, match=r"max_new_tokens 1000 is too long: .* but the backbone reads at most 2048"):
         run(config("instruct/mt_bench", data={"max_new_tokens": 1000}), data_dir=data)
 
 

@@ -1,4 +1,4 @@
-"""Judges: an endpoint on this machine that misbehaves, and recorded judgements."""
+"""Judges: an endpoint on this machine that misbehaves, and recorded judgments."""
 
 from __future__ import annotations
 
@@ -168,9 +168,9 @@ def test_judgements_are_recorded_and_asked_once(tmp_path):
     assert behind.asked == 2
     alone = RecordedJudge(path, "tester")
     assert [alone.ask(ASKED), alone.ask(ASKED[:1])] == ["[[1]]", "[[2]]"]
-    with pytest.raises(InputError, match=r"has no judgement by 'tester' of the message that ends in 'Unseen\.'"):
+    with pytest.raises(InputError, match=r"has no judgment by 'tester' of the message that ends in 'Unseen\.'"):
         alone.ask([{"role": "user", "content": "Unseen."}])
-    with pytest.raises(InputError, match="no judgement by 'other'"):
+    with pytest.raises(InputError, match="no judgment by 'other'"):
         RecordedJudge(path, "other").ask(ASKED)
 
 
@@ -190,7 +190,7 @@ def test_a_line_that_was_cut_off_is_asked_again(tmp_path):
 
 
 def test_files_that_cannot_be(tmp_path):
-    with pytest.raises(InputError, match="no recorded judgements in"):
+    with pytest.raises(InputError, match="no recorded judgments in"):
         RecordedJudge(tmp_path / "none.jsonl", "tester")
     with pytest.raises(InputError, match="cannot be read"):
         RecordedJudge(tmp_path, "tester")

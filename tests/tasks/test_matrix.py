@@ -173,11 +173,11 @@ def test_what_is_measured_is_the_change_that_a_method_says_it_makes(method, bert
         ({"train": {"validation": 0.2}}, "which task 'matrix/gaussian' cannot"),
         (
             {"train": {"precision": "bf16"}},
-            "a small change of a weight, which train.precision and weights must hold: fp32",
+            "a small change of a weight; train.precision and train.weights must be fp32",
         ),
         (
             {"train": {"weights": "bf16"}},
-            "a small change of a weight, which train.precision and weights must hold: fp32",
+            "a small change of a weight; train.precision and train.weights must be fp32",
         ),
         ({"backbone": "qwen2-0.5b"}, r"cannot be fitted to a given matrix .*, minilm can"),
         ({"task": "matrix/gausian"}, "did you mean 'matrix/gaussian'"),

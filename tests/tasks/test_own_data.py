@@ -280,7 +280,7 @@ def test_bad_csv(content, message):
         ('{"text": "a", "label": ["b"]}\n', "line 1: column 'label' must hold texts or numbers, got list"),
         ('{"text": "a", "text": "b", "label": "c"}\n', "line 1 is not valid JSON: an object has the same key twice"),
         ('{"text": "\\ud800", "label": "c"}\n', "line 1: column 'text' holds half a character"),
-        ("[" * 100_000 + "\n", "line 1 is a list; a file with one list of objects is called .json"),
+        ("[" * 100_000 + "\n", "line 1 is a list; a file with one list of objects needs the suffix .json"),
         ('{"words": "a", "label": "c"}\n', "unknown column 'text'"),
         ("", "has no rows"),
     ],
@@ -440,7 +440,7 @@ def test_hub_refusals(hub):
     "name", ["hub:../secret", "hub:./data", "hub:data/..", "hub:~/data", "hub:a b/c", "hub:a\\b/c"]
 )
 def test_no_folder_passes_for_a_hub_data_set(name):
-    with pytest.raises(InputError, match="owner and name on the hub are of letters"):
+    with pytest.raises(InputError, match="owner and name on the hub consist of letters"):
         find(name)
 
 
@@ -448,7 +448,7 @@ def test_a_folder_here_is_not_read_in_the_place_of_a_hub_data_set(hub, tmp_path,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "me" / "secret").mkdir(parents=True)
     (tmp_path / "me" / "secret" / "train.csv").write_text("text,label\na,b\n")
-    assert "'me/secret' is the name of a folder here too" in refused_hub("hub:me/secret")
+    assert "'me/secret' is also a local folder's name" in refused_hub("hub:me/secret")
 
 
 # --- what other programs write ---
@@ -469,13 +469,13 @@ def test_a_long_text_is_read_in_every_format():
         (
             "a.csv",
             "text, label\nx,y\n",
-            "there is a column ' label', with other space, capitals or accents than 'label'",
+            "there is a column ' label', with other spaces, case or accents than 'label'",
         ),
-        ("a.csv", "Text,label\nx,y\n", "there is a column 'Text', with other space, capitals"),
-        ("a.csv", "text;label\nx;y\n", "has fields between semicolons; those of .csv stand between commas"),
-        ("a.csv", "text\tlabel\nx\ty\n", "has fields between tabs"),
-        ("a.tsv", "text,label\nx,y\n", "has fields between commas"),
-        ("a.csv", "text,label\rx,y\rz,y\r", "line 1: a carriage return ends a line, where a line feed must"),
+        ("a.csv", "Text,label\nx,y\n", "there is a column 'Text', with other spaces, case"),
+        ("a.csv", "text;label\nx;y\n", "has fields separated by semicolons; .csv needs commas"),
+        ("a.csv", "text\tlabel\nx\ty\n", "has fields separated by tabs"),
+        ("a.tsv", "text,label\nx,y\n", "has fields separated by commas"),
+        ("a.csv", "text,label\rx,y\rz,y\r", "line 1: a carriage return ends a line; expected a line feed"),
         (
             "a.jsonl",
             '{"text": "x", "label": "y"}\r{"text": "z", "label": "y"}\r',
@@ -484,17 +484,17 @@ def test_a_long_text_is_read_in_every_format():
         (
             "a.json",
             '{"text": "x", "label": "y"}\n{"text": "z", "label": "y"}\n',
-            "an object in each line is called .jsonl",
+            "an object in each line needs the suffix .jsonl",
         ),
         (
             "a.jsonl",
             '[{"text": "x", "label": "y"}]\n',
-            "line 1 is a list; a file with one list of objects is called .json",
+            "line 1 is a list; a file with one list of objects needs the suffix .json",
         ),
         (
             "a.csv",
             "text,label\na,x\nb,y\nc,y\n",
-            "2 different labels in 3 rows are too many for classes, or the rows too few",
+            "2 different labels in 3 rows are too many for classes, or there are too few rows",
         ),
     ],
 )
@@ -513,7 +513,7 @@ def test_names_that_look_the_same_are_shown_letter_by_letter():
 @pytest.mark.parametrize("missing", ["NaN", "nan", "None", "<NA>"])
 def test_a_missing_label_beside_texts_is_no_class_unless_it_is_asked_for(missing):
     write_csv([*ROWS, *((f"more {i}", missing) for i in range(6))])
-    assert f"line 62: the label {missing!r} is what a missing one is written as" in refused()
+    assert f"line 62: the label {missing!r} usually stands for a missing value" in refused()
     assert load(kind="classes").about["classes"] == sorted({"bad", "good", missing})
     write_csv([(text, "none" if label == "bad" else label) for text, label in ROWS])
     assert load().about["classes"] == ["good", "none"]

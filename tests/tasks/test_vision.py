@@ -245,8 +245,8 @@ def test_idx_files_are_read(fashion):
     [
         (b"plain", "cannot be unzipped"),
         (packed(idx(np.zeros((10, 28, 28), np.uint8)))[:40], "cannot be unzipped"),
-        (packed(b"\0\0\x0d\x03" + bytes(12)), "is no IDX file of bytes: it begins with 00 00 0d 03"),
-        (packed(b""), "is no IDX file of bytes: it begins with nothing"),
+        (packed(b"\0\0\x0d\x03" + bytes(12)), "is not an IDX file of bytes: it begins with 00 00 0d 03"),
+        (packed(b""), "is not an IDX file of bytes: it begins with nothing"),
         (packed(idx(np.zeros((10, 28, 28), np.uint8))[:-1]), r"has 7839 bytes of data, expected \[10, 28, 28\]"),
         (packed(b"\0\0\x08\x01" + bytes(4)), r"has 0 bytes of data, expected \[0\]"),
         (packed(idx(np.zeros((9, 28, 28), np.uint8))), r"have shapes \(9, 28, 28\) and \(10,\)"),
@@ -458,7 +458,7 @@ def test_what_cannot_be_zero_shot_is_refused_in_the_plan(tiny, kind, method, mes
 
 
 def test_classes_without_names_cannot_be_zero_shot(tiny):
-    with pytest.raises(InputError, match="needs 3 classes with names, and the data have 0"):
+    with pytest.raises(InputError, match="needs 3 classes with names, but the data has 0"):
         backbones.load(backbones.find(tiny["clip"]), "zero_shot", 3)
 
 
