@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from basisadapt.core.command import BAD_INPUT, DONE, Parser, complain, guarded
+from basisadapt.core.command import BAD_INPUT, DONE, Parser, guarded, print_error
 from basisadapt.core.errors import InputError, one_line
 from basisadapt.core.registry import load_plugin
 from basisadapt.diagnostics.figures import Curve, bases_figure
@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
         options = _parser().parse_args(arguments)
         _draw(options.file, options.bases, options.plugin)
     except InputError as error:
-        complain(error)
+        print_error(error)
         return BAD_INPUT
     return DONE
 

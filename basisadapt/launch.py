@@ -8,7 +8,7 @@ import runpy
 import sys
 from collections.abc import Sequence
 
-from basisadapt.core.command import BAD_INPUT, Parser, complain
+from basisadapt.core.command import BAD_INPUT, Parser, print_error
 from basisadapt.core.errors import InputError
 from basisadapt.core.registry import load_plugin
 
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             load_plugin(plugin)
         _check_runs(options.module)
     except InputError as error:
-        complain(error)
+        print_error(error)
         return BAD_INPUT
     sys.argv[1:] = options.arguments  # run_module replaces the first by the module's file
     runpy.run_module(options.module, run_name="__main__", alter_sys=True)

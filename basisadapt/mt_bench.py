@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from basisadapt.core.command import BAD_INPUT, DONE, INTERRUPTED, Parser, complain, guarded
+from basisadapt.core.command import BAD_INPUT, DONE, INTERRUPTED, Parser, guarded, print_error
 from basisadapt.core.errors import InputError
 
 
@@ -18,7 +18,7 @@ def main(arguments: list[str]) -> int:
         options = _parser().parse_args(arguments)
         _judge(options.answers, options.data_dir)
     except InputError as error:
-        complain(error)
+        print_error(error)
         return BAD_INPUT
     except KeyboardInterrupt:
         print("\nInterrupted. Judgements so far are kept; the same command goes on.", file=sys.stderr)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from basisadapt.core.command import BAD_INPUT, DONE, INTERRUPTED, Parser, complain, guarded, say, tell
+from basisadapt.core.command import BAD_INPUT, DONE, INTERRUPTED, Parser, guarded, print_error, say, tell
 from basisadapt.core.errors import InputError, shown
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ HEAD = ("module", "shape", "norm", "stable rank", "exponent", "BA", "sine", "phi
 ALIKE = 1e-4  # shares of an update that differ by less are taken for one: a fit is no more exact
 GOLDEN = (math.sqrt(5) - 1) / 2  # whose multiples' fractions are spread most evenly
 LISTED = 32  # ranks whose shares a document lists
-ROUGH = 0.01  # the share of an update that rounding may be before it is spoken of
+ROUNDING_SHARE = 0.01  # the share of an update that rounding may be before it is spoken of
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> int:
         updates = updates_between(options.base, options.tuned, options.rank, options.modules, options.fit)
         say(json.dumps(document(updates, options.rank), indent=1) if options.json else report(updates, options.rank))
     except InputError as error:
-        complain(error)
+        print_error(error)
         return BAD_INPUT
     except KeyboardInterrupt:
         tell("\nInterrupted.")
@@ -325,7 +325,7 @@ def _verdict(fitted: Sequence[Update], rank: int, count: int) -> list[str]:
             if rank_of(whole.captured, whole.phi) > rank_of(whole.captured, whole.sine)
             else "A fixed sine is enough."
         )
-    if whole.rounding > ROUGH:
+    if whole.rounding > ROUNDING_SHARE:
         said.append(
             f"Some {100 * whole.rounding:.0f} % of this update is the rounding of the tuned weights, whose spectrum is "
             "flat and which nobody wants to learn: compare checkpoints in float32."

@@ -102,7 +102,7 @@ EXPERTS = re.compile(r".*\.experts?")
 _IN_BLOCK = r"(?P<stack>(?:.*\.)?[^.]+)\.(?P<layer>\d+)\.(?P<path>"
 PROJECTION = re.compile(_IN_BLOCK + "|".join(map(re.escape, ROLES_OF)) + ")")
 BLOCK = re.compile(_IN_BLOCK + ".+)")
-MOST_LISTED = 8
+MAX_LISTED = 8
 WAY_OUT = 'target_modules="all-linear" adapts all linear layers but the head'
 
 
@@ -399,8 +399,8 @@ def _pattern(chosen: Sequence[Projection]) -> str:
 def _kinds(names: Iterable[str]) -> str:
     """Names with a star for the blocks' numbers, the first few."""
     kinds = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names))
-    more = f" and {len(kinds) - MOST_LISTED} more" if len(kinds) > MOST_LISTED else ""
-    return ", ".join(kinds[:MOST_LISTED]) + more
+    more = f" and {len(kinds) - MAX_LISTED} more" if len(kinds) > MAX_LISTED else ""
+    return ", ".join(kinds[:MAX_LISTED]) + more
 
 
 def _listed(roles: frozenset[str]) -> str:

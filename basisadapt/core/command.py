@@ -20,7 +20,7 @@ from basisadapt.core.redaction import hide_in, redacted
 CONTROLS = [code for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"]
 TURNING = [*range(0x202A, 0x202F), *range(0x2066, 0x206A)]
 STEERING = {**{code: f"\\x{code:02x}" for code in CONTROLS}, **{code: f"\\u{code:04x}" for code in TURNING}}
-DONE, UNSOUND, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+DONE, HAS_FAILURES, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,7 +57,7 @@ def tell(text: str, end: str = "\n") -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
-def complain(error: object) -> None:
+def print_error(error: object) -> None:
     """Print an error to stderr, as "basisadapt: error: ...", in one line."""
     tell(f"basisadapt: error: {error}")
 
@@ -66,8 +66,8 @@ def guarded(main: Callable[[list[str]], int]) -> Callable[..., int]:
     """`main`, a function of its arguments that returns an exit code, with everything it prints made safe.
 
     Answers, errors, progress and tracebacks lose their secrets and their terminal control characters. Called without
-    arguments, the result uses those of the process. It returns BAD_INPUT where a package is not installed, and UNSOUND,
-    after a traceback, for any other exception.
+    arguments, the result uses those of the process. It returns BAD_INPUT where a package is not installed, and
+    HAS_FAILURES, after a traceback, for any other exception.
     """
 
     @functools.wraps(main)
@@ -83,10 +83,10 @@ def guarded(main: Callable[[list[str]], int]) -> Callable[..., int]:
                 return main(arguments)
             except Exception as error:
                 if isinstance(error, ModuleNotFoundError) and not (error.name or "basisadapt").startswith("basisadapt"):
-                    complain(f"this needs {error.name}, which is not installed: pip install 'basisadapt[lab]'")
+                    print_error(f"this needs {error.name}, which is not installed: pip install 'basisadapt[lab]'")
                     return BAD_INPUT
                 traceback.print_exc()  # printed here, since the interpreter's own would not be redacted
-                return UNSOUND
+                return HAS_FAILURES
 
     return run
 

@@ -7,7 +7,7 @@ import reprlib
 from collections.abc import Iterable
 
 LONGEST = 100  # characters of a value in a message
-MOST_NAMES, MOST_COMPARED = 40, 10_000  # names that are listed, and names searched for the nearest one
+MAX_NAMES, MAX_COMPARED = 40, 10_000  # names that are listed, and names searched for the nearest one
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = LONGEST
@@ -30,12 +30,12 @@ def unknown(kind: str, name: object, known: Iterable[str], alike: float = 0.5) -
     """
     names = sorted(known)
     name = str(name) if isinstance(name, str | int | float) else shown(name)
-    compared = [known for known in names[:MOST_COMPARED] if len(known) <= LONGEST]
+    compared = [known for known in names[:MAX_COMPARED] if len(known) <= LONGEST]
     nearest = [known for known in compared if name.endswith(f"_{known.rpartition('.')[2]}")]
     nearest = nearest or difflib.get_close_matches(name[:LONGEST], compared, n=1, cutoff=alike)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    few = [known if len(known) <= LONGEST else shown(known) for known in names[:MOST_NAMES]]
-    more = f" and {len(names) - MOST_NAMES:,} more" if len(names) > MOST_NAMES else ""
+    few = [known if len(known) <= LONGEST else shown(known) for known in names[:MAX_NAMES]]
+    more = f" and {len(names) - MAX_NAMES:,} more" if len(names) > MAX_NAMES else ""
     listed = f" (known: {', '.join(few) or 'none'}{more})" if not nearest or len(names) <= 12 else ""
     return InputError(f"unknown {kind} {shown(name)}{hint}{listed}")
 

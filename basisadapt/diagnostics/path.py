@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class Path:
+class UpdatePath:
     """The path of a point θ through parameter space, stored as its start, its current point and its length.
 
     `start` and all later points are tensors of one shape. No step waits for a GPU.

@@ -12,7 +12,7 @@ from torch import Tensor
 from basisadapt.adapter.saved import Shape
 from basisadapt.methods.product import ProductConfig, ProductLinear, ProductMethod, kaiming
 from basisadapt.phi.basis import BASES
-from basisadapt.phi.settings import MOST_FUNCTIONS, LowRankSettings, require
+from basisadapt.phi.settings import MAX_FUNCTIONS, LowRankSettings, require
 
 REACH = 3.0  # ours: the knots are evenly spaced on ±REACH; at the start |x Aᵀ| is about 0.6 for a normalized x
 
@@ -30,8 +30,8 @@ class AuroRASettings(LowRankSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = f"at least 2 and at most {MOST_FUNCTIONS}"
-        require(2 <= self.num_knots <= MOST_FUNCTIONS, "num_knots", self.num_knots, known)
+        known = f"at least 2 and at most {MAX_FUNCTIONS}"
+        require(2 <= self.num_knots <= MAX_FUNCTIONS, "num_knots", self.num_knots, known)
 
 
 class AuroRALinear(ProductLinear):
@@ -65,7 +65,7 @@ class AuroRALinear(ProductLinear):
         A, B, _, _ = self.trained(adapter)
         return A, B
 
-    def between(self, adapter: str, h: Tensor) -> Tensor:
+    def bottleneck(self, adapter: str, h: Tensor) -> Tensor:
         """ANL(h) = tanh(W_b tanh h) + spline(h), for h = x Aᵀ of shape (..., r); same shape."""
         _, _, W, c = self.trained(adapter)
         knots = torch.linspace(-REACH, REACH, c.shape[1], dtype=h.dtype, device=h.device)

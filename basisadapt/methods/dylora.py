@@ -33,7 +33,7 @@ class DyLoRALinear(ProductLinear):
         A, B = self.trained(adapter)
         return A, B
 
-    def between(self, adapter: str, h: Tensor) -> Tensor:
+    def bottleneck(self, adapter: str, h: Tensor) -> Tensor:
         """h (..., r) times r / b with all but the first b channels zero; b is drawn from torch's CPU generator."""
         if not self.training:
             return h

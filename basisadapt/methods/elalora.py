@@ -81,7 +81,7 @@ class ElaLoRA(ProductMethod, name="elalora", config=ElaLoRAConfig, settings=Allo
         if first < step <= last and step % settings.every == 0:
             over = (step - first) / (last - first)
             self._allocator.move(math.ceil(MOVED * (1 - over**3) * len(self._allocator.in_use)), step)
-        self._allocator.silence()
+        self._allocator.zero_unused()
 
 
 class Allocator:
@@ -135,7 +135,7 @@ class Allocator:
             self.in_use[to, new], self._born[to, new] = True, step
 
     @torch.no_grad()
-    def silence(self) -> None:
+    def zero_unused(self) -> None:
         """Set E = 0 for the ranks that are not in use."""
         for (_, _, E), in_use in zip(self._tensors, self.in_use, strict=True):
             E.mul_(in_use.to(E.device))

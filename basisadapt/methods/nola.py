@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from basisadapt.adapter.saved import Shape
 from basisadapt.methods.method import RandomBasisSettings
 from basisadapt.methods.product import ProductConfig, ProductLinear, ProductMethod, kaiming
-from basisadapt.phi.settings import MOST_RANK, require
+from basisadapt.phi.settings import MAX_RANK, require
 
 
 @dataclass(kw_only=True)
@@ -29,8 +29,8 @@ class NoLASettings(RandomBasisSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = f"at least 1 and at most {MOST_RANK}"
-        require(1 <= self.num_random <= MOST_RANK, "num_random", self.num_random, known)
+        known = f"at least 1 and at most {MAX_RANK}"
+        require(1 <= self.num_random <= MAX_RANK, "num_random", self.num_random, known)
 
 
 class NoLALinear(ProductLinear):

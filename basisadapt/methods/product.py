@@ -95,14 +95,14 @@ class ProductLinear(AddedLinear):
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """A (k, n) and B (m, k), differentiable in the trained tensors."""
 
-    def between(self, adapter: str, h: Tensor) -> Tensor:
+    def bottleneck(self, adapter: str, h: Tensor) -> Tensor:
         """g(h) for h = x Aᵀ, both of shape (..., k); h itself unless a method overrides it."""
         return h
 
     def added(self, adapter: str, x: Tensor) -> Tensor:
         """f(x) = g(x Aᵀ) Bᵀ, shape (..., m), for x of shape (..., n)."""
         A, B = self.factors(adapter)
-        return F.linear(self.between(adapter, F.linear(x.to(A.dtype), A)), B)
+        return F.linear(self.bottleneck(adapter, F.linear(x.to(A.dtype), A)), B)
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -115,7 +115,7 @@ class ProductLinear(AddedLinear):
         training = self.training
         self.training = False
         A, B = self.factors(adapter)
-        h = self.between(adapter, A.T)
+        h = self.bottleneck(adapter, A.T)
         self.training = training
         dtype = compute_dtype(A)
         return self._matrix(self.settings[adapter].scaling * (B.to(dtype) @ h.T.to(dtype)))

@@ -22,7 +22,7 @@ from basisadapt.phi.settings import PhiSettings
 from basisadapt.phi.sharing import SHARING, AdaptedModule, rows
 
 LEAST_SIZE = 1e-6  # a lower bound on the size of BA by which a gain is normalized: at the start BA is zero
-ROUGH = 8  # points per basis function
+POINTS_PER_FUNCTION = 8  # points per basis function
 ONE = torch.ones(())
 
 
@@ -226,10 +226,10 @@ class TransferBank(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def roughness(self) -> Tensor:
-        """The mean of φ''² over [−I, I] and the modules, a scalar, by differences at ROUGH points per function."""
+        """The mean of φ''² over [−I, I] and the modules, a scalar, by differences; POINTS_PER_FUNCTION points each."""
         one = self.alpha.new_ones(len(self.rows))
         functions = self.transfers(self.alpha, self.raw_omega, self.grid, one)
-        count = ROUGH * self.alpha.shape[1] + 2
+        count = POINTS_PER_FUNCTION * self.alpha.shape[1] + 2
         x = torch.linspace(-self._interval, self._interval, count, device=one.device, dtype=one.dtype)
         second = functions.phi(x.expand(len(one), -1)).diff(n=2) * ((count - 1) / (2 * self._interval)) ** 2
         return second.square().mean()

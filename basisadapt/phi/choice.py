@@ -37,7 +37,7 @@ MOVED = 1.25  # and whenever R has changed by so much, up or down
 # Nanoseconds of a CPU's core, forward and backward: an entry of BA in a series, for each term; an entry in a table, its
 # cell, a basis function's value on the way to it; such a value in the direct sum; and any table, whatever it holds.
 TERM, ENTRY, CELL, VALUE, DIRECT, ANY = 1.7, 25.0, 60.0, 25.0, 150.0, 2e6
-MOST_CELLS = 1 << 20
+MAX_CELLS = 1 << 20
 AGAIN = 0.9  # of the cells that were needed before, from where on they are sought again
 REFIT = 1.05  # so much further a table may be stretched; its error grows with the fourth power
 TOLERANCE = {torch.bfloat16: 1e-4, torch.float16: 1e-5}  # below the rounding of the weights that F is added to
@@ -145,7 +145,7 @@ class Fitted:
 def _most(work: Work, index: int) -> int:
     """The most cells for which a table may take less than the direct sum."""
     count = work.parameters[0].shape[-1]
-    return int(min(DIRECT * work.entries(index) * count / (CELL + VALUE * count / FINE), MOST_CELLS))
+    return int(min(DIRECT * work.entries(index) * count / (CELL + VALUE * count / FINE), MAX_CELLS))
 
 
 def _least(before: Fitted | None, far: float) -> int:

@@ -33,9 +33,9 @@ FEWEST = 16  # spaces between sums, on either side of zero
 CHECKED = ((0, 0.8), (FINE // 2, 0.5))  # cells behind a sum, and places in them, where a table is checked
 LOOKED_AT, MARGIN = (0.1, 0.25, 0.5, 0.75, 0.9), 1.25  # places in a spline's cells, and what lies between them
 RESTART = 2048  # cells after which a spline's cumulative sums are begun anew, before rounding has grown
-MOST_SEEN = 1 << 14  # cells in a unit of u, where nothing is smooth enough
+MAX_SEEN = 1 << 14  # cells in a unit of u, where nothing is smooth enough
 FEWEST_CELLS, IN_A_UNIT = 64, 10  # of a spline, on either side of zero, and in a unit of u
-MOST_RESTARTED = 1 << 23  # knots that are summed at such places: not in more memory than that takes
+MAX_RESTARTED = 1 << 23  # knots that are summed at such places: not in more memory than that takes
 
 
 @dataclass(frozen=True)
@@ -271,7 +271,7 @@ class Spline(Made):
     ) -> Spline | None:
         """See `Made`."""
         half = max(FEWEST_CELLS, least, math.ceil(min(IN_A_UNIT * float(reach(transfer, radius)), most)))
-        most = min(most, MOST_RESTARTED * RESTART // (len(transfer.grid) * len(transfer.basis.jumps)))
+        most = min(most, MAX_RESTARTED * RESTART // (len(transfer.grid) * len(transfer.basis.jumps)))
         while 2 * half <= most:
             spline = Spline(transfer, radius, half, dtype)
             if spline.accurate(tolerance):
@@ -458,7 +458,7 @@ def _spacing(basis: type[TransferBasis], tolerance: float) -> float:
         alone = Transfer(basis(), one, one, 0 * one, one[0])
         while spacing > tolerance:
             half = FINE * math.ceil(SEEN / (spacing * max(width(basis), 1e-300)))
-            if half > SEEN * MOST_SEEN or Table(alone, SEEN * one[0], half, torch.float64).accurate(tolerance):
+            if half > SEEN * MAX_SEEN or Table(alone, SEEN * one[0], half, torch.float64).accurate(tolerance):
                 break
             spacing /= CLOSER
     return spacing

@@ -49,8 +49,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 # Larger values are typing errors, and would need more memory than any machine has.
-MOST_RANK = 16_384
-MOST_FUNCTIONS = 4_096
+MAX_RANK = 16_384
+MAX_FUNCTIONS = 4_096
 
 BACKENDS = ("auto", "triton", "torch", "direct")
 
@@ -81,7 +81,7 @@ class LowRankSettings:
     target_modules: list[str] | str | None = None
 
     def __post_init__(self) -> None:
-        require(1 <= self.r <= MOST_RANK, "r", self.r, f"at least 1 and at most {MOST_RANK}")
+        require(1 <= self.r <= MAX_RANK, "r", self.r, f"at least 1 and at most {MAX_RANK}")
         if self.lora_alpha is None:
             self.lora_alpha = float(self.r)
         require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "in [0, 1)")
@@ -168,8 +168,8 @@ class PhiSettings(LowRankSettings):
             if getattr(self, name) is None:
                 setattr(self, name, value)
         self._check_names()
-        few = 1 <= self.num_basis <= MOST_FUNCTIONS
-        require(few, "num_basis", self.num_basis, f"at least 1 and at most {MOST_FUNCTIONS}")
+        few = 1 <= self.num_basis <= MAX_FUNCTIONS
+        require(few, "num_basis", self.num_basis, f"at least 1 and at most {MAX_FUNCTIONS}")
         require(moderate(self.interval), "interval", self.interval, MODERATE)
         require(self.rest in ("frozen", "lora"), "rest", self.rest, '"frozen" or "lora"')
         _ = self.bandwidth, self.gain_form, self.rate, self.amplitudes, self.dense  # parsing raises InputError

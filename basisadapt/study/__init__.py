@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from basisadapt.study.drive.callback import Callback
-    from basisadapt.study.drive.place import Place
+    from basisadapt.study.drive.paths import StudyPaths
     from basisadapt.study.result import Result, read_report, run
 
 _PUBLIC = {
     "Callback": "basisadapt.study.drive.callback",
-    "Place": "basisadapt.study.drive.place",
+    "StudyPaths": "basisadapt.study.drive.paths",
     "Result": "basisadapt.study.result",
     "read_report": "basisadapt.study.result",
     "run": "basisadapt.study.result",
 }
-__all__ = ["Callback", "Place", "Result", "read_report", "run"]
+__all__ = ["Callback", "Result", "StudyPaths", "read_report", "run"]
 
 
 def __getattr__(name: str) -> Any:

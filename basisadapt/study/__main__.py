@@ -17,13 +17,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from basisadapt import __version__
-from basisadapt.core.command import BAD_INPUT, DONE, INTERRUPTED, UNSOUND, Parser, complain, complete, guarded, say
+from basisadapt.core.command import (
+    BAD_INPUT,
+    DONE,
+    HAS_FAILURES,
+    INTERRUPTED,
+    Parser,
+    complete,
+    guarded,
+    print_error,
+    say,
+)
 from basisadapt.core.errors import InputError, RecordError, shown
 from basisadapt.core.registry import load_plugin
 from basisadapt.study.plan import spec as specs
 
 if TYPE_CHECKING:
-    from basisadapt.study.drive.place import Place
+    from basisadapt.study.drive.paths import StudyPaths
     from basisadapt.study.drive.search import Search
     from basisadapt.study.plan.tuning import Tuning
     from basisadapt.study.report.report import Report
@@ -73,11 +83,11 @@ def main(arguments: list[str]) -> int:
     except InputError as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        complain(error)
+        print_error(error)
         return BAD_INPUT
     except RecordError as error:
-        complain(f"{error}. What is recorded stays; to go on: {command}")
-        return UNSOUND
+        print_error(f"{error}. What is recorded stays; to go on: {command}")
+        return HAS_FAILURES
     except KeyboardInterrupt:
         print(f"\nInterrupted. What is finished is kept; to go on: {command}", file=sys.stderr)
         return INTERRUPTED
@@ -86,8 +96,8 @@ def main(arguments: list[str]) -> int:
 
         if isinstance(error, OSError) or not is_stores_fault(error):
             raise
-        complain(f"{record_error(error)}. What is recorded stays; to go on: {command}")
-        return UNSOUND
+        print_error(f"{record_error(error)}. What is recorded stays; to go on: {command}")
+        return HAS_FAILURES
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -241,13 +251,13 @@ def _run(options: argparse.Namespace, command: str) -> Answer:
         load_plugin(plugin)
 
     from basisadapt.study.drive.adapters import place_for_adapters
-    from basisadapt.study.drive.place import Place
+    from basisadapt.study.drive.paths import StudyPaths
     from basisadapt.tasks.task import readable_folder
 
     if options.data_dir is not None:
         readable_folder(options.data_dir)
 
-    place = Place(
+    place = StudyPaths(
         tracking_uri=options.tracking_uri,
         storage=options.storage,
         data_dir=options.data_dir,
@@ -259,7 +269,7 @@ def _run(options: argparse.Namespace, command: str) -> Answer:
 
 
 def _answer(
-    study_spec: specs.StudySpec, place: Place, executor: Executor, options: argparse.Namespace, command: str
+    study_spec: specs.StudySpec, place: StudyPaths, executor: Executor, options: argparse.Namespace, command: str
 ) -> Answer:
     """What is asked of a study, done."""
     from basisadapt.study.drive import engine
@@ -320,7 +330,7 @@ def _check_together(options: argparse.Namespace) -> None:
         raise InputError(f"--save-adapters does not go with {quiet[0]}, which runs nothing")
 
 
-def _export(tuning: Tuning, place: Place, options: argparse.Namespace, command: str) -> Answer:
+def _export(tuning: Tuning, place: StudyPaths, options: argparse.Namespace, command: str) -> Answer:
     from basisadapt.study.drive.exchange import export_cells
 
     path: Path = options.export
@@ -345,14 +355,14 @@ def _without(words: Sequence[str], option: str) -> list[str]:
     return [*words]
 
 
-def _import(tuning: Tuning, place: Place, tags: dict[str, str], executor: Executor, paths: list[Path]) -> Answer:
+def _import(tuning: Tuning, place: StudyPaths, tags: dict[str, str], executor: Executor, paths: list[Path]) -> Answer:
     from basisadapt.study.drive.exchange import import_results
 
     report, failed = import_results(tuning, place, tags, executor, paths)
     for line in failed:
         print(f"not entered: {line.row}, seed {line.config['seed']}, which failed: {line.error}", file=sys.stderr)
     answer = _report(report, place)
-    return answer._replace(code=UNSOUND) if failed else answer
+    return answer._replace(code=HAS_FAILURES) if failed else answer
 
 
 def _merge(options: argparse.Namespace) -> Answer:
@@ -424,7 +434,7 @@ def _space(search: Search) -> Answer:
     return Answer("\n".join(lines), lambda: space_document(search.spec, space, search.trials, search.sampler))
 
 
-def _plans(tuning: Tuning, place: Place, executor: Executor) -> Answer:
+def _plans(tuning: Tuning, place: StudyPaths, executor: Executor) -> Answer:
     from basisadapt.study.drive import engine
     from basisadapt.study.drive.estimate import estimate_time
     from basisadapt.study.record.record import Record
@@ -446,7 +456,7 @@ def _plans(tuning: Tuning, place: Place, executor: Executor) -> Answer:
     return Answer(text, lambda: plan_document(tuning.spec, cells, plans, states, downloads, expected))
 
 
-def _report(report: Report, place: Place) -> Answer:
+def _report(report: Report, place: StudyPaths) -> Answer:
     from basisadapt.study.record.record import Record
     from basisadapt.study.report.documents import report_document
     from basisadapt.study.report.text import to_text
@@ -465,7 +475,7 @@ def _report(report: Report, place: Place) -> Answer:
     if place.output is not None:
         lines.append(f"Written to {place.output}")
     document = partial(report_document, report, place.tracking_uri)
-    return Answer("\n".join(lines), document, UNSOUND if report.unsound else DONE)
+    return Answer("\n".join(lines), document, HAS_FAILURES if report.has_failures else DONE)
 
 
 if __name__ == "__main__":

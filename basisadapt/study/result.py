@@ -10,7 +10,7 @@ from basisadapt.core.registry import load_plugin
 from basisadapt.study.drive import engine
 from basisadapt.study.drive.adapters import place_for_adapters
 from basisadapt.study.drive.callback import Callback
-from basisadapt.study.drive.place import Place
+from basisadapt.study.drive.paths import StudyPaths
 from basisadapt.study.plan.spec import read_spec
 from basisadapt.study.plan.tuning import Tuning, resolve_tuning
 from basisadapt.study.report.figures import comparison_figure
@@ -51,7 +51,7 @@ class Result:
     @property
     def is_sound(self) -> bool:
         """Whether no cell has failed or diverged."""
-        return not self.report.unsound
+        return not self.report.has_failures
 
     def to_dataframe(self) -> pd.DataFrame:
         """The study's table, unrounded: a line a row, with its values on the axes before the numbers of `table.csv`."""
@@ -82,7 +82,7 @@ def run(
     seeds: Sequence[int] | None = None,
     plugins: Sequence[str] = (),
     workers: int | None = None,
-    place: Place | None = None,
+    place: StudyPaths | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Result:
     """Run the cells of a study that the record lacks, as `python -m basisadapt.study NAME` does, and report.
@@ -95,7 +95,7 @@ def run(
     A cell that fails or diverges is part of the result, see `Result.is_sound`. Raises InputError before anything is
     run, RecordError where nothing can be recorded any more, and KeyboardInterrupt; what is finished then is kept.
     """
-    tuning, place = _resolve(name, preset, changes, seeds, plugins), place or Place()
+    tuning, place = _resolve(name, preset, changes, seeds, plugins), place or StudyPaths()
     if place.data_dir is not None:
         readable_folder(place.data_dir)
     tags = {"basisadapt.command": f"study.run({name!r}, preset={preset!r})", "basisadapt.preset": preset}
@@ -112,13 +112,13 @@ def read_report(
     changes: Sequence[str] = (),
     seeds: Sequence[int] | None = None,
     plugins: Sequence[str] = (),
-    place: Place | None = None,
+    place: StudyPaths | None = None,
 ) -> Result:
     """What is recorded of a study, as `python -m basisadapt.study --report NAME` prints it; runs nothing.
 
     The settings are those of `run`. Raises InputError, also where nothing of the study is recorded.
     """
-    return Result(engine.read_report(_resolve(name, preset, changes, seeds, plugins), place or Place()))
+    return Result(engine.read_report(_resolve(name, preset, changes, seeds, plugins), place or StudyPaths()))
 
 
 def _resolve(

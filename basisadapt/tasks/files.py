@@ -8,7 +8,7 @@ from pathlib import Path
 from basisadapt.core.errors import InputError, unknown
 from basisadapt.tasks.own_data import OwnData
 from basisadapt.tasks.settings import DataSettings
-from basisadapt.tasks.tables import SUFFIXES, Table, read_table
+from basisadapt.tasks.tables import SUFFIXES, DataColumns, read_table
 
 
 class FileTask(OwnData):
@@ -21,7 +21,7 @@ class FileTask(OwnData):
         super().__init__(settings)
         self._path = path
 
-    def tables(self) -> tuple[Table, Table | None]:
+    def tables(self) -> tuple[DataColumns, DataColumns | None]:
         """Both files, cached until they change. Raises InputError naming file and row."""
         train = self._read(self._path)
         if self.settings.test is None:
@@ -33,7 +33,7 @@ class FileTask(OwnData):
             raise InputError(f"data.test {str(test)!r} is the file that is trained on")
         return train, self._read(test)
 
-    def _read(self, path: Path) -> Table:
+    def _read(self, path: Path) -> DataColumns:
         return _read_once(path, tuple(self.columns), stamp(path))
 
 
@@ -47,5 +47,5 @@ def stamp(path: Path) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=4)
-def _read_once(path: Path, columns: tuple[str, ...], stamp: tuple[int, ...]) -> Table:
+def _read_once(path: Path, columns: tuple[str, ...], stamp: tuple[int, ...]) -> DataColumns:
     return read_table(path, columns)

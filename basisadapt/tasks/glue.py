@@ -16,7 +16,7 @@ from basisadapt.core.errors import InputError, unknown
 from basisadapt.tasks import metrics
 from basisadapt.tasks.hub import ask_hub
 from basisadapt.tasks.split import split
-from basisadapt.tasks.tables import Table, read_table
+from basisadapt.tasks.tables import DataColumns, read_table
 from basisadapt.tasks.task import Rows, TaskData, readable_folder
 from basisadapt.tasks.text import TextTask
 
@@ -76,7 +76,7 @@ class Glue(TextTask):
         texts = [table.columns[name] for name in self.text]
         return Rows(_texts(texts), [self._label(table, row) for row in range(len(table))])
 
-    def _label(self, table: Table, row: int) -> Any:
+    def _label(self, table: DataColumns, row: int) -> Any:
         value = table.columns[self.label][row]
         if self.classes:
             if value not in self.classes:

@@ -13,7 +13,7 @@ from basisadapt.core.errors import InputError, unknown
 from basisadapt.core.redaction import redacted
 from basisadapt.tasks.own_data import OwnData
 from basisadapt.tasks.settings import DataSettings
-from basisadapt.tasks.tables import Table, check_columns
+from basisadapt.tasks.tables import DataColumns, check_columns
 
 PREFIX = "hub:"
 
@@ -41,7 +41,7 @@ class HubTask(OwnData):
         """Itself."""
         return (self._source,)
 
-    def tables(self) -> tuple[Table, Table | None]:
+    def tables(self) -> tuple[DataColumns, DataColumns | None]:
         """The splits, from the hub or the cache of `datasets`. Raises InputError."""
         parts = ask_hub(self._source, self._config)
         for split in ("train", *([self.settings.test] if self.settings.test else [])):
@@ -52,24 +52,24 @@ class HubTask(OwnData):
         test = self.settings.test or next((split for split in ("validation", "test") if split in parts), None)
         return self._table(parts, "train"), None if test is None else self._table(parts, test)
 
-    def _table(self, parts: Any, split: str) -> Table:
+    def _table(self, parts: Any, split: str) -> DataColumns:
         source, part = f"hub data set {self._source!r}, split {split!r}", parts[split]
         check_columns(source, part.column_names, self.columns)
         values = {column: list(part[column]) for column in self.columns}
-        table = Table(source, "row", range(1, len(part) + 1), values)
+        table = DataColumns(source, "row", range(1, len(part) + 1), values)
         if not len(table):
             raise InputError(f"{source} has no rows")
         names = getattr(part.features[self.settings.label], "names", None)
         return table if names is None else _named(table, self.settings.label, names)
 
 
-def _named(table: Table, column: str, names: list[str]) -> Table:
+def _named(table: DataColumns, column: str, names: list[str]) -> DataColumns:
     """The table with class indices replaced by names. Raises InputError for -1, which marks a withheld label."""
     for row, index in enumerate(table.columns[column]):
         if index == -1:
             raise table.error(row, "the label is withheld; name another split with data.test")
     named = [None if index is None else names[index] for index in table.columns[column]]
-    return Table(table.source, table.unit, table.numbers, {**table.columns, column: named})
+    return DataColumns(table.source, table.unit, table.numbers, {**table.columns, column: named})
 
 
 def is_cached(source: str) -> bool:

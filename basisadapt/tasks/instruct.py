@@ -143,7 +143,7 @@ class MTBench(Task, name="instruct/mt_bench"):
         input_ids is the prompt of the first turn, and second the tokens that follow its answer. Raises InputError for
         a conversation that could be longer than the backbone can read.
         """
-        if not isinstance(rows.inputs[0], mt_bench.Question):
+        if not isinstance(rows.inputs[0], mt_bench.BenchQuestion):
             return self._alpaca.examples(rows, processor, max_length, training)
         firsts = token_ids(processor, [alpaca_prompt(question.turns[0]) for question in rows.inputs])
         seconds = token_ids(processor, [_follow_up(question.turns[1]) for question in rows.inputs], special=False)

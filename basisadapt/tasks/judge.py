@@ -21,7 +21,7 @@ from basisadapt.core.redaction import hide, hide_in, redacted
 
 ATTEMPTS = 5
 LONGEST_PAUSE = 60.0  # seconds
-MOST_BYTES = 1 << 20  # of a reply; 2,048 tokens are about ten thousand bytes
+MAX_BYTES = 1 << 20  # of a reply; 2,048 tokens are about ten thousand bytes
 PASSING = (408, 425, 429)  # HTTP statuses below 500 that are worth another attempt
 ADDRESS = re.compile(r"https?://(\[[\da-fA-F:.]+\]|[^/?#@\s:\[\]]+)(:\d+)?(/[^?#@\s]*)?")
 
@@ -76,7 +76,7 @@ class EndpointJudge(Judge):
     def ask(self, messages: Sequence[Message]) -> str:
         """The text of the first choice. Raises InputError for a refusal, or after ATTEMPTS attempts.
 
-        It retries after HTTP 408, 425, 429 and 5xx, a timeout, broken JSON, or a reply of more than MOST_BYTES.
+        It retries after HTTP 408, 425, 429 and 5xx, a timeout, broken JSON, or a reply of more than MAX_BYTES.
         """
         for attempt in range(ATTEMPTS):
             pause = self.pause * 2**attempt
@@ -101,9 +101,9 @@ class EndpointJudge(Judge):
         address = f"{self.url.rstrip('/')}/chat/completions"
         request = urllib.request.Request(address, json.dumps(content).encode(), headers)
         with urllib.request.build_opener(_Stay).open(request, timeout=self.timeout) as reply:
-            content = reply.read(MOST_BYTES + 1)
-        if len(content) > MOST_BYTES:
-            raise ValueError(f"a reply of more than {MOST_BYTES:,} bytes")
+            content = reply.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"a reply of more than {MAX_BYTES:,} bytes")
         return json.loads(content)
 
 

@@ -40,7 +40,7 @@ Turns = tuple[str, str]
 
 
 @dataclass(frozen=True)
-class Question:
+class BenchQuestion:
     """A question of two turns; the second is asked after the answer to the first.
 
     - `number` (int): its id in MT-Bench.
@@ -88,7 +88,7 @@ class Grading:
     prompts: tuple[JudgePrompt, JudgePrompt]
     references: Turns | None
 
-    def messages(self, question: Question, answers: Turns) -> tuple[list[Message], list[Message]]:
+    def messages(self, question: BenchQuestion, answers: Turns) -> tuple[list[Message], list[Message]]:
         """The messages to the judge about the first answer, and those about the second. Raises KeyError."""
         fields = {"question": question.turns[0], "answer": answers[0]}
         for turn in (0, 1):
@@ -167,7 +167,7 @@ def read_bench(data_dir: Path | None) -> Rows:
 
 
 def _grading(
-    question: Question, prompts: Mapping[str, JudgePrompt], references: Mapping[int, Turns], folder: Path
+    question: BenchQuestion, prompts: Mapping[str, JudgePrompt], references: Mapping[int, Turns], folder: Path
 ) -> Grading:
     referenced = question.category in WITH_REFERENCE
     if referenced and question.number not in references:
@@ -186,7 +186,7 @@ def _grading(
     return grading
 
 
-def _interleaved(questions: Sequence[Question]) -> list[Question]:
+def _interleaved(questions: Sequence[BenchQuestion]) -> list[BenchQuestion]:
     """The first question of every category, then the second of every category, and so on."""
     before: dict[str, int] = {}
     places = []
@@ -196,11 +196,11 @@ def _interleaved(questions: Sequence[Question]) -> list[Question]:
     return [questions[i] for i in sorted(range(len(questions)), key=lambda i: places[i])]
 
 
-def _question(entry: Any) -> Question:
+def _question(entry: Any) -> BenchQuestion:
     number, turns = _numbered(entry, entry["turns"])
     if entry["category"] not in TEMPERATURES:
         raise unknown("category", entry["category"], TEMPERATURES)
-    return Question(number, entry["category"], turns)
+    return BenchQuestion(number, entry["category"], turns)
 
 
 def _numbered_turns(entry: Any) -> tuple[int, Turns]:

@@ -16,12 +16,12 @@ import numpy as np
 from basisadapt.core.errors import InputError, unknown
 from basisadapt.tasks import metrics
 from basisadapt.tasks.split import divide, is_held_out, ordered
-from basisadapt.tasks.tables import Table, UnknownColumn
+from basisadapt.tasks.tables import DataColumns, UnknownColumn
 from basisadapt.tasks.task import Rows, TaskData
 from basisadapt.tasks.text import TextTask
 
 MISSING = ("NaN", "nan", "None", "<NA>")
-MOST_NUMBERS = 20  # integers with at most this many distinct values are classes
+MAX_NUMBERS = 20  # integers with at most this many distinct values are classes
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class OwnData(TextTask):
     """
 
     @abstractmethod
-    def tables(self) -> tuple[Table, Table | None]:
+    def tables(self) -> tuple[DataColumns, DataColumns | None]:
         """The training rows, and the rows to evaluate on or None, each with `columns`. Raises InputError."""
 
     @property
@@ -99,7 +99,7 @@ class OwnData(TextTask):
         rows, others, scale = _standardized(rows, others, train.source)
         return Content(TaskData(rows, others, about={"split": split, **scale}), ())
 
-    def _written(self, table: Table) -> Rows:
+    def _written(self, table: DataColumns) -> Rows:
         """The rows, with their labels as texts. Raises InputError naming the row."""
         _check_truths(table, self.settings.label)
         *texts, labels = (_values(table, column) for column in self.columns)
@@ -112,12 +112,12 @@ class OwnData(TextTask):
 # --- values ---
 
 
-def _values(table: Table, column: str) -> list[str]:
+def _values(table: DataColumns, column: str) -> list[str]:
     """A column as texts. Raises InputError naming a row without a text."""
     return [_value(table, row, column, value) for row, value in enumerate(table.columns[column])]
 
 
-def _value(table: Table, row: int, column: str, value: Any) -> str:
+def _value(table: DataColumns, row: int, column: str, value: Any) -> str:
     missing = value is None or (isinstance(value, float) and math.isnan(value))
     text = str(value).lower() if isinstance(value, bool) else str(value)
     if missing or not text.strip():
@@ -131,14 +131,14 @@ def _value(table: Table, row: int, column: str, value: Any) -> str:
     return text
 
 
-def _check_truths(table: Table, column: str) -> None:
+def _check_truths(table: DataColumns, column: str) -> None:
     """Raise InputError for true or false among numbers: in some formats they equal 1 and 0, in others not."""
     truths = [row for row, value in enumerate(table.columns[column]) if isinstance(value, bool)]
     if truths and any(isinstance(value, int | float) for value in table.columns[column] if not isinstance(value, bool)):
         raise table.error(truths[0], f"column {column!r} has true or false here, and numbers in other rows")
 
 
-def _check_present(table: Table, labels: Sequence[str]) -> None:
+def _check_present(table: DataColumns, labels: Sequence[str]) -> None:
     """Raise InputError for text labels among which Python's or pandas' names of a missing value occur.
 
     Among numbers they are refused as not finite.
@@ -175,7 +175,7 @@ def _short(label: str) -> str:
 # --- classes or numbers ---
 
 
-def _classes(table: Table, labels: Sequence[str], kind: str | None) -> tuple[str, ...]:
+def _classes(table: DataColumns, labels: Sequence[str], kind: str | None) -> tuple[str, ...]:
     """The classes, sorted (integers by value); empty if the labels are numbers. Raises InputError."""
     numbers = [_number(label) for label in labels]
     if kind == "numbers" or (kind is None and _are_numbers(table, labels, numbers)):
@@ -194,16 +194,16 @@ def _classes(table: Table, labels: Sequence[str], kind: str | None) -> tuple[str
     return tuple(names)
 
 
-def _are_numbers(table: Table, labels: Sequence[str], numbers: Sequence[float | None]) -> bool:
+def _are_numbers(table: DataColumns, labels: Sequence[str], numbers: Sequence[float | None]) -> bool:
     texts = [row for row, number in enumerate(numbers) if number is None]
     different = len(set(labels))
     if texts:
-        if different > MOST_NUMBERS and 2 * len(texts) < len(labels):
+        if different > MAX_NUMBERS and 2 * len(texts) < len(labels):
             raise table.error(texts[0], f"label {_short(labels[texts[0]])!r} is not a number, as most labels are")
         return False
     if any(number is not None and not number.is_integer() for number in numbers):
         return True
-    if different > MOST_NUMBERS:
+    if different > MAX_NUMBERS:
         raise InputError(
             f"{table.source}: whole numbers with {different} different values as labels may be classes or numbers; "
             "say which with data.kind"
@@ -211,12 +211,12 @@ def _are_numbers(table: Table, labels: Sequence[str], numbers: Sequence[float | 
     return False
 
 
-def _encoded(table: Table, written: Rows, classes: Sequence[str]) -> Rows:
+def _encoded(table: DataColumns, written: Rows, classes: Sequence[str]) -> Rows:
     labels: list[Any] = _indices(table, written.labels, classes) if classes else _numbers(table, written.labels)
     return Rows(written.inputs, labels)
 
 
-def _indices(table: Table, labels: Sequence[str], classes: Sequence[str]) -> list[int]:
+def _indices(table: DataColumns, labels: Sequence[str], classes: Sequence[str]) -> list[int]:
     index = {name: i for i, name in enumerate(classes)}
     for row, label in enumerate(labels):
         if label not in index and _whole(label) not in index:
@@ -224,7 +224,7 @@ def _indices(table: Table, labels: Sequence[str], classes: Sequence[str]) -> lis
     return [index[label] if label in index else index[_whole(label)] for label in labels]
 
 
-def _numbers(table: Table, labels: Sequence[str]) -> list[float]:
+def _numbers(table: DataColumns, labels: Sequence[str]) -> list[float]:
     numbers = []
     for row, label in enumerate(labels):
         number = _number(label)

@@ -9,7 +9,7 @@ from basisadapt.core.settings import late
 
 KINDS = ("classes", "numbers")
 SCORINGS = ("likelihood", "generation", "cloze")
-MOST_FACTS = 1_000_000
+MAX_FACTS = 1_000_000
 HEADS = ("linear", "zero_shot")
 
 
@@ -63,8 +63,8 @@ class DataSettings:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise InputError(f"data.max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if not 1 <= self.facts <= MOST_FACTS:
-            raise InputError(f"data.facts must be at least 1 and at most {MOST_FACTS:,}, got {self.facts}")
+        if not 1 <= self.facts <= MAX_FACTS:
+            raise InputError(f"data.facts must be at least 1 and at most {MAX_FACTS:,}, got {self.facts}")
         if self.kind is not None and self.kind not in KINDS:
             raise unknown("data.kind", self.kind, KINDS)
         if self.scoring not in SCORINGS:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from basisadapt.core.errors import LONGEST, MOST_COMPARED, InputError, unknown
+from basisadapt.core.errors import LONGEST, MAX_COMPARED, InputError, unknown
 
 CARRIAGE_RETURN = "a carriage return ends a line; expected a line feed, alone or after it"
 ALIKE = 0.75  # names of columns below this similarity are not suggested: "extra" is not a typing error for "text"
@@ -27,7 +27,7 @@ class UnknownColumn(InputError):
 
 
 @dataclass(frozen=True)
-class Table:
+class DataColumns:
     """Columns of a source.
 
     - `source` (str): its name in messages.
@@ -49,7 +49,7 @@ class Table:
         return InputError(f"{self.source}, {self.unit} {self.numbers[row]}: {what}")
 
 
-def read_table(path: Path, columns: Sequence[str], header: Sequence[str] | None = None) -> Table:
+def read_table(path: Path, columns: Sequence[str], header: Sequence[str] | None = None) -> DataColumns:
     """The named columns of a file whose suffix is one of SUFFIXES.
 
     header: the names of all columns, if a CSV or TSV file does not begin with them. Values have the types of the
@@ -81,7 +81,7 @@ def check_columns(source: str, names: Iterable[str], columns: Sequence[str]) -> 
 
 def _unknown(column: str, names: Sequence[str]) -> str:
     """The message for an unknown column; if a name only looks the same, both are shown with escapes."""
-    for name in names[:MOST_COMPARED]:
+    for name in names[:MAX_COMPARED]:
         if _looks(name) == _looks(column):
             return f"there is a column {_letters(name)}, with other spaces, case or accents than {_letters(column)}"
     return str(unknown("column", column, {" ".join(name.split()) for name in names}, alike=ALIKE))
@@ -99,7 +99,7 @@ def _letters(name: str) -> str:
 # --- formats ---
 
 
-def _read_separated(path: Path, source: str, columns: Sequence[str], header: Sequence[str] | None) -> Table:
+def _read_separated(path: Path, source: str, columns: Sequence[str], header: Sequence[str] | None) -> DataColumns:
     records = _records(path, source)
     if header is None:
         _, header = next(records, (0, None))
@@ -118,7 +118,7 @@ def _read_separated(path: Path, source: str, columns: Sequence[str], header: Seq
         numbers.append(number)
         for column, place in zip(values, places, strict=True):
             column.append(record[place])
-    return Table(source, "line", numbers, dict(zip(columns, values, strict=True)))
+    return DataColumns(source, "line", numbers, dict(zip(columns, values, strict=True)))
 
 
 def _records(path: Path, source: str) -> Iterator[tuple[int, list[str]]]:
@@ -140,7 +140,7 @@ def _records(path: Path, source: str) -> Iterator[tuple[int, list[str]]]:
         raise InputError(f"{source}, line {begin}: {reason}") from error
 
 
-def _read_jsonl(path: Path, source: str, columns: Sequence[str]) -> Table:
+def _read_jsonl(path: Path, source: str, columns: Sequence[str]) -> DataColumns:
     def objects() -> Iterator[tuple[int, Any]]:
         begun = False
         for number, line in enumerate(_lines(path, source), 1):
@@ -155,7 +155,7 @@ def _read_jsonl(path: Path, source: str, columns: Sequence[str]) -> Table:
     return _objects(source, "line", objects(), columns)
 
 
-def _read_json(path: Path, source: str, columns: Sequence[str]) -> Table:
+def _read_json(path: Path, source: str, columns: Sequence[str]) -> DataColumns:
     lines = list(_lines(path, source))
     if lines and _is_object(lines[0]):
         raise InputError(
@@ -174,7 +174,7 @@ def _is_object(line: str) -> bool:
         return False
 
 
-def _objects(source: str, unit: str, objects: Iterable[tuple[int, Any]], columns: Sequence[str]) -> Table:
+def _objects(source: str, unit: str, objects: Iterable[tuple[int, Any]], columns: Sequence[str]) -> DataColumns:
     numbers: list[int] = []
     values: dict[str, list[Any]] = {column: [] for column in columns}
     for number, found in objects:
@@ -185,10 +185,10 @@ def _objects(source: str, unit: str, objects: Iterable[tuple[int, Any]], columns
         numbers.append(number)
         for column in columns:
             values[column].append(found.get(column))
-    return Table(source, unit, numbers, values)
+    return DataColumns(source, unit, numbers, values)
 
 
-def _read_parquet(path: Path, source: str, columns: Sequence[str]) -> Table:
+def _read_parquet(path: Path, source: str, columns: Sequence[str]) -> DataColumns:
     from pyarrow import parquet
 
     with path.open("rb") as stream:
@@ -200,11 +200,11 @@ def _read_parquet(path: Path, source: str, columns: Sequence[str]) -> Table:
             raise
         except Exception as error:  # pyarrow raises many kinds for a damaged file
             raise InputError(f"{source} is not a parquet file that can be read: {_one_line(error)}") from error
-    return Table(source, "row", range(1, len(values[columns[0]]) + 1), values)
+    return DataColumns(source, "row", range(1, len(values[columns[0]]) + 1), values)
 
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
-READERS: dict[str, Callable[[Path, str, Sequence[str]], Table]] = {
+READERS: dict[str, Callable[[Path, str, Sequence[str]], DataColumns]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".parquet": _read_parquet,

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from basisadapt.core.command import BAD_INPUT, DONE, INTERRUPTED, UNSOUND, Parser, complain, guarded
+from basisadapt.core.command import BAD_INPUT, DONE, HAS_FAILURES, INTERRUPTED, Parser, guarded, print_error
 from basisadapt.core.errors import InputError, one_line
 from basisadapt.core.registry import load_plugin
 from basisadapt.training.execution.executor import JobSettings
@@ -34,13 +34,13 @@ def main(arguments: list[str]) -> int:
             load_plugin(plugin)
         executor = local_executor(options.workers, settings)
         sound = run_file(Path(options.cells), options.output, executor, options.data_dir, options.brief)
-        return DONE if sound else UNSOUND
+        return DONE if sound else HAS_FAILURES
     except InputError as error:
-        complain(error)
+        print_error(error)
         return BAD_INPUT
     except OSError as error:
-        complain(f"the results cannot be written: {one_line(error)}")
-        return UNSOUND
+        print_error(f"the results cannot be written: {one_line(error)}")
+        return HAS_FAILURES
     except KeyboardInterrupt:
         print("\nInterrupted. What is finished is kept; the same command goes on.", file=sys.stderr)
         return INTERRUPTED

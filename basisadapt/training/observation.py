@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from basisadapt.backbones import is_head
 from basisadapt.core.errors import InputError
 from basisadapt.diagnostics.diagnostic import DIAGNOSTICS, means
-from basisadapt.diagnostics.path import Path
+from basisadapt.diagnostics.path import UpdatePath
 from basisadapt.diagnostics.spectrum import dc_share, normalised, singular_values, stable_rank, stable_rank_of
 from basisadapt.methods import Description, Method, ParameterGroup
 from basisadapt.training.distributed.shard import gathered
@@ -66,7 +66,7 @@ class Observer:
         apart = {id(parameter) for group in groups if group.transfer for parameter in group.parameters}
         factors = {name: p for name, p in adapter_parameters(model).items() if id(p) not in apart}
         self._start = {name: parameter.detach().clone() for name, parameter in factors.items()}
-        self._path = Path(self._point())
+        self._path = UpdatePath(self._point())
         self._smoothness: list[tuple[int, Tensor]] = []
         self.snapshots: list[dict[str, Any]] = []
         self.modules: dict[str, Numbers] = {}
@@ -106,7 +106,7 @@ class Observer:
         return {name: [point for point in points if math.isfinite(point[1])] for name, points in curves.items()}
 
     def metrics(self) -> dict[str, float]:
-        """The modules' `summary`, and the smoothness of the adapter's path (see `Path`), NaN if it never moved."""
+        """The modules' `summary`, and the smoothness of the adapter's path (`UpdatePath`), NaN if it never moved."""
         return {**summary(self.modules, self._method), "update_smoothness": self._path.smoothness().item()}
 
     def warnings(self, why_constant: str) -> list[str]:

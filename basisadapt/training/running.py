@@ -23,11 +23,11 @@ from basisadapt.training.compiled import compiled_blocks
 from basisadapt.training.config import RunConfig
 from basisadapt.training.cost import Cost
 from basisadapt.training.data import Encoded, Portion, encode, load_data, spread_places, spread_rows
-from basisadapt.training.distributed.data_parallel import spread
+from basisadapt.training.distributed.data_parallel import distributed_trainer
 from basisadapt.training.distributed.group import (
     check_processes,
     in_group,
-    in_the_first,
+    on_rank_zero,
     rank,
     run_in_processes,
     shared_folder,
@@ -143,7 +143,7 @@ class _Job:
 
     def measure(self, answers: np.ndarray, rows: Rows) -> dict[str, float]:
         """The task's metrics; process 0 finds them, as it may ask a judge."""
-        return in_the_first(self.task.measure)(answers, rows, self.processor)
+        return on_rank_zero(self.task.measure)(answers, rows, self.processor)
 
 
 def _prepare(config: RunConfig, data_dir: Path | None) -> _Job:
@@ -170,7 +170,7 @@ def _make_trainer(job: _Job, checkpoints: Path, accumulate: int) -> Trainer:
     import transformers
 
     config, task, examples = job.config, job.task, job.encoded.examples
-    trainer = spread(trainer_for(task), in_step=config.train.parallel == "fsdp")(
+    trainer = distributed_trainer(trainer_for(task), in_step=config.train.parallel == "fsdp")(
         model=job.model,
         args=trainer_arguments(config, len(examples), task.headline, checkpoints, accumulate),
         train_dataset=examples,

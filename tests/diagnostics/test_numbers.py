@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from basisadapt.diagnostics.convergence import fit_power_law
 from basisadapt.diagnostics.landscape import landscape
-from basisadapt.diagnostics.path import Path
+from basisadapt.diagnostics.path import UpdatePath
 from basisadapt.diagnostics.sharpness import largest_eigenvalue
 from basisadapt.diagnostics.spectrum import (
     captured,
@@ -137,7 +137,7 @@ def test_a_term_is_active_where_the_range_reaches_it():
 
 
 def walk(points):
-    path = Path(points[0])
+    path = UpdatePath(points[0])
     for point in points[1:]:
         path.move(point)
     return path.smoothness().item()

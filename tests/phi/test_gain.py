@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from basisadapt.phi.bank import ROUGH, TransferBank, root_mean_squares
+from basisadapt.phi.bank import POINTS_PER_FUNCTION, TransferBank, root_mean_squares
 from basisadapt.phi.settings import PhiSettings
 from basisadapt.testing import MODULES
 
@@ -68,5 +68,5 @@ def test_roughness_is_the_mean_square_of_the_second_derivative(sharing):
         (second,) = torch.autograd.grad(slope.sum(), x)
         found.append(second.square().mean())
     truth = torch.stack(found).mean().item()
-    assert ROUGH * bank.alpha.shape[1] > 40
+    assert POINTS_PER_FUNCTION * bank.alpha.shape[1] > 40
     assert bank.roughness().item() == pytest.approx(truth, rel=0.05)  # differences, at some fifty points

@@ -17,7 +17,7 @@ from basisadapt import InputError, backbones
 from basisadapt import study as studies
 from basisadapt.methods.kept import NEEDS, keep_needs, merge_into, read_needs
 from basisadapt.phi.basis import BASES
-from basisadapt.study.drive.place import Place
+from basisadapt.study.drive.paths import StudyPaths
 
 BASIS = """
 import torch
@@ -93,7 +93,7 @@ def test_from_python(home, fake, monkeypatch):
         return fake.run(config, **options)
 
     monkeypatch.setattr("basisadapt.training.running.run", run)
-    studies.run("tiny.yaml", preset="smoke", place=Place(save_adapters=True))
+    studies.run("tiny.yaml", preset="smoke", place=StudyPaths(save_adapters=True))
     kept = {row: files for row, (_, files) in adapters(home).items()}
     assert kept == {row: ["adapter/adapter_config.json"] for row in ("sinc", "fourier", "LoRA")}
 

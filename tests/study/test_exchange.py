@@ -204,7 +204,7 @@ def test_a_line_that_is_no_json_is_refused(home, fake, study, text):
 
 
 def test_a_small_file_that_unpacks_to_a_large_one_is_refused(home, fake, study, monkeypatch):
-    monkeypatch.setattr("basisadapt.training.execution.lines.MOST_BYTES", 1000)
+    monkeypatch.setattr("basisadapt.training.execution.lines.MAX_BYTES", 1000)
     (home / "results.jsonl.gz").write_bytes(gzip.compress(bytes(100_000)))
     code, _, err = study(*SEED, "--import", "results.jsonl.gz")
     assert code == 2

@@ -30,7 +30,7 @@ def result(home, fake):
 def test_a_study_runs_from_python_and_is_read_again(result, fake, home):
     assert sorted(set(fake.ran)) == [(name, seed) for name in ("fourier", "lora", "sinc") for seed in (1, 2)]
     assert result.is_sound
-    again = study.read_report("tiny.yaml", seeds=[1, 2], place=study.Place(output=Path("out")))
+    again = study.read_report("tiny.yaml", seeds=[1, 2], place=study.StudyPaths(output=Path("out")))
     assert (str(again), len(fake.ran)) == (str(result), 6)
     assert (home / "out" / "table.txt").read_text() == str(result)
 
@@ -77,7 +77,7 @@ def test_a_cell_that_failed_is_said(home, fake):
         ({"name": "tiny.yaml", "preset": "huge"}, "unknown preset 'huge'"),
         ({"name": "tiny.yaml", "changes": ["adapter.r"]}, "--set needs key=value"),
         ({"name": "tiny.yaml", "workers": 0}, "--workers"),
-        ({"name": "tiny.yaml", "place": study.Place(data_dir=Path("nowhere"))}, "nowhere"),
+        ({"name": "tiny.yaml", "place": study.StudyPaths(data_dir=Path("nowhere"))}, "nowhere"),
     ],
 )
 def test_bad_input_is_refused_before_anything_runs(home, fake, settings, message):

@@ -230,7 +230,7 @@ def test_where_a_run_diverged_or_is_missing_there_is_no_plateau(write):
     plateau = found.table.plateau(wide)
     assert plateau.octaves == pytest.approx(2.0), "of the mean curve to 4e-3, beyond which a seed diverged"
     assert plateau.by_seed == pytest.approx({1: 2.0, 2: 3.0, 3: 3.0})
-    assert found.unsound
+    assert found.has_failures
     assert "Diverged: wide, 1, train.lr=0.008 seed 1." in text.to_text(found)
     tuning = resolve_tuning(write())
     known = {

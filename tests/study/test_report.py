@@ -189,7 +189,7 @@ def test_mixed_states(two_bases):
     for cell in cells[6:8]:
         known[cell.key] = outcome(cell, 0.5, warnings=["collapsed"])
     found = report.make_report(build_table(two_bases, known))
-    assert found.unsound
+    assert found.has_failures
     page = report_files(found, no_pictures)["report.html"]
     for printed in (text.to_text(found), page):
         assert "1 of 3 failed, 1 of 3 diverged" in printed
@@ -199,7 +199,7 @@ def test_mixed_states(two_bases):
         assert "Warning, LoRA seeds 1, 2: collapsed" in printed
     assert "Cells: 1 failed, 1 diverged, 5 finished, 1 killed, 1 not run." in page
     nothing = report.make_report(build_table(two_bases, {}))
-    assert not nothing.unsound
+    assert not nothing.has_failures
     assert "3 of 3 not run" in text.to_text(nothing)
     assert "No cell has recorded them." in report_files(nothing, no_pictures)["report.html"]
 
@@ -436,12 +436,12 @@ def test_a_label_is_no_line_and_no_html(home, fake, study):
 
 
 def test_nothing_that_is_said_steers_the_terminal(capsys):
-    from basisadapt.core.command import complain, guarded, say
+    from basisadapt.core.command import guarded, print_error, say
 
     @guarded
     def main(arguments):
         say("a\x1b[2Jb\x9b\r\tc\nd\u202ee")
-        complain("e\x1b]0;f\x07")
+        print_error("e\x1b]0;f\x07")
         print("\rbar g\x1b[8m\rh\r", file=sys.stderr)
         raise ValueError("i\x1b[2J")
 

@@ -200,12 +200,12 @@ def test_trials_that_fail_or_diverge_are_shown_and_the_others_go_on(searched, fa
 def test_a_killed_process_leaves_a_trial_that_is_closed(searched, fake, study):
     import optuna
 
-    from basisadapt.study.drive.search import Hunt
+    from basisadapt.study.drive.search import SearchDriver
     from basisadapt.study.record.owner import Owner
 
     fake.score = hill
-    hunt = Hunt("sqlite:///optuna.db", search_of(seeds=[1], trials=2))
-    lost = hunt._study.ask()
+    driver = SearchDriver("sqlite:///optuna.db", search_of(seeds=[1], trials=2))
+    lost = driver._study.ask()
     lost.set_user_attr("owner", str(Owner(Owner.me().host, Owner.me().pid, "0")))
     code, _, _ = study("tiny.yaml", "--search", "tpe", "--trials", "2", "--seeds", "1")
     assert code == 0

@@ -85,11 +85,11 @@ def test_large_pictures_are_of_fewer_rows(many, rows):
 
 
 def test_a_figure_has_the_rows_that_matter_and_says_so(many):
-    few, all_of_them = (reported(many(rows)).table for rows in (400, figures.MOST))
+    few, all_of_them = (reported(many(rows)).table for rows in (400, figures.MAX_ROWS))
     drawn = figures.comparison_figure(few)
-    assert drawn.get_suptitle() == f"Many rows ({figures.MOST} of 400 rows)"
+    assert drawn.get_suptitle() == f"Many rows ({figures.MAX_ROWS} of 400 rows)"
     names = [label.get_text() for label in drawn.axes[0].get_yticklabels()]
-    assert len(names) == figures.MOST
+    assert len(names) == figures.MAX_ROWS
     assert "fourier, 0.001199" in names
     assert drawn.get_figheight() < 50
     assert figures.comparison_figure(all_of_them).get_suptitle() == "Many rows"

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from basisadapt import InputError
-from basisadapt.tasks.judge import ATTEMPTS, MOST_BYTES, EndpointJudge, Judge, RecordedJudge, configured_judge
+from basisadapt.tasks.judge import ATTEMPTS, MAX_BYTES, EndpointJudge, Judge, RecordedJudge, configured_judge
 from tests.tasks.endpoint import says
 
 ASKED = [{"role": "system", "content": "Judge."}, {"role": "user", "content": "An answer."}]
@@ -134,7 +134,7 @@ def test_a_key_that_no_header_can_hold_is_refused(key):
 
 @pytest.mark.parametrize(
     ("body", "why"),
-    [("x" * (MOST_BYTES + 1), "a reply of more than 1,048,576 bytes"), ("[" * 200_000, "recursion depth")],
+    [("x" * (MAX_BYTES + 1), "a reply of more than 1,048,576 bytes"), ("[" * 200_000, "recursion depth")],
 )
 def test_a_reply_that_fills_the_memory_is_none(endpoint, body, why):
     endpoint.replies = [(200, body), says("ok")]

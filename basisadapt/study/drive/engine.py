@@ -13,7 +13,7 @@ from basisadapt.study.drive.book import missing_cells
 from basisadapt.study.drive.callback import Callback
 from basisadapt.study.drive.estimate import estimate_time
 from basisadapt.study.drive.invocation import Invocation
-from basisadapt.study.drive.place import Place, check_place, make_folder, write_files
+from basisadapt.study.drive.paths import StudyPaths, check_paths, make_folder, write_files
 from basisadapt.study.outcome import Outcome
 from basisadapt.study.plan.cells import Cell
 from basisadapt.study.plan.tuning import Tuned, Tuning
@@ -34,7 +34,7 @@ PACE = [f"train.{name}" for name in ("lr", "epochs", "max_steps", "schedule", "w
 
 def run_study(
     tuning: Tuning,
-    place: Place,
+    place: StudyPaths,
     tags: Mapping[str, str],
     executor: Executor,
     callbacks: Sequence[Callback] = (),
@@ -47,7 +47,7 @@ def run_study(
     InputError before anything is recorded, KeyboardInterrupt once what it interrupts is recorded as killed, and
     RecordError where nothing can be recorded any more.
     """
-    check_place(place)
+    check_paths(place)
     recorded = Record.read(place.tracking_uri, tuning.spec.name, tuning.spec.metrics)
     tuned = tuning.choose(recorded)
     for cells in (tuning.trials, tuned.planned.cells):
@@ -126,7 +126,7 @@ def _inputs(cells: Iterable[Cell]) -> dict[tuple[str, str, DataSettings], RunCon
     return {(cell.config.backbone, cell.config.task, cell.config.data): cell.config for cell in cells}
 
 
-def read_report(tuning: Tuning, place: Place) -> Report:
+def read_report(tuning: Tuning, place: StudyPaths) -> Report:
     """The report from the record alone. Raises InputError if nothing is recorded."""
     outcomes = Record.read(place.tracking_uri, tuning.spec.name, tuning.spec.metrics)
     if not outcomes:
@@ -141,7 +141,7 @@ def report_on(tuned: Tuned, outcomes: Mapping[str, Outcome]) -> Report:
     return make_report(tuned_table(tuned, outcomes), tuned=tuned)
 
 
-def write_report(report: Report, place: Place) -> None:
+def write_report(report: Report, place: StudyPaths) -> None:
     """Write the report's files to the output folder, if there is one."""
     if place.output is not None:
         make_folder(place.output)

@@ -12,7 +12,7 @@ from basisadapt.core.errors import InputError, one_line
 from basisadapt.study.drive.book import draw, missing_cells
 from basisadapt.study.drive.engine import report_on
 from basisadapt.study.drive.invocation import Invocation
-from basisadapt.study.drive.place import Place, check_place
+from basisadapt.study.drive.paths import StudyPaths, check_paths
 from basisadapt.study.plan.cells import Cell, cell_key
 from basisadapt.study.plan.tuning import Tuning
 from basisadapt.study.record.record import Imported, Record
@@ -29,7 +29,7 @@ from basisadapt.training.execution.lines import (
 )
 
 
-def export_cells(tuning: Tuning, place: Place, path: Path) -> int:
+def export_cells(tuning: Tuning, place: StudyPaths, path: Path) -> int:
     """Write the cells that the record lacks to a file, a line each. Returns how many; records nothing.
 
     Of a row that is still to be tuned these are its trials. Raises InputError if the file cannot be written, or holds
@@ -49,7 +49,7 @@ def export_cells(tuning: Tuning, place: Place, path: Path) -> int:
 
 
 def import_results(
-    tuning: Tuning, place: Place, tags: Mapping[str, str], executor: Executor, paths: Sequence[Path]
+    tuning: Tuning, place: StudyPaths, tags: Mapping[str, str], executor: Executor, paths: Sequence[Path]
 ) -> tuple[Report, list[ResultLine]]:
     """Enter results that `python -m basisadapt.training` gave, and report; runs nothing.
 
@@ -60,7 +60,7 @@ def import_results(
     and none is of a cell here, a line's configuration is not the one that its key was made from, or a result cannot be
     drawn.
     """
-    check_place(place)
+    check_paths(place)
     cells = {cell.key: cell for cell in tuning.possible_cells}
     results: dict[str, Imported] = {}
     failed: dict[str, ResultLine] = {}

@@ -12,7 +12,7 @@ from basisadapt.study.drive.book import Book, missing_cells
 from basisadapt.study.drive.callback import Callback, Callbacks
 from basisadapt.study.drive.interrupt import Interrupt
 from basisadapt.study.drive.loop import Loop
-from basisadapt.study.drive.place import Place, make_folder, write_files
+from basisadapt.study.drive.paths import StudyPaths, make_folder, write_files
 from basisadapt.study.drive.progress import Progress, Standing, waiting_for
 from basisadapt.study.outcome import Outcome
 from basisadapt.study.plan.cells import Cell, Row, parameter_values
@@ -38,7 +38,7 @@ class Invocation:
         self,
         spec: StudySpec,
         cells: Iterable[Cell],
-        place: Place,
+        place: StudyPaths,
         tags: Mapping[str, str],
         executor: Executor,
         callbacks: Sequence[Callback] = (),

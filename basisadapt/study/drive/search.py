@@ -15,14 +15,14 @@ from basisadapt.core.errors import InputError
 from basisadapt.study import statistics
 from basisadapt.study.drive.engine import make_ready, write_report
 from basisadapt.study.drive.invocation import Invocation
-from basisadapt.study.drive.place import Place, check_place
+from basisadapt.study.drive.paths import StudyPaths, check_paths
 from basisadapt.study.outcome import Outcome
 from basisadapt.study.plan.cells import Row, Study, resolve, split_changes
 from basisadapt.study.plan.space import Space, distribution, edges, search_space
-from basisadapt.study.plan.spec import SWEEP, VARIANT, Beside, StudySpec
+from basisadapt.study.plan.spec import SWEEP, VARIANT, ExtraRow, StudySpec
 from basisadapt.study.record.record import Record
 from basisadapt.study.record.trials import RUN, is_orphan, open_study
-from basisadapt.study.report.report import Found, Report, Tried, make_report
+from basisadapt.study.report.report import EndedTrial, Report, SearchResult, make_report
 from basisadapt.study.report.table import build_table
 from basisadapt.training.execution.executor import Executor
 
@@ -64,7 +64,7 @@ class Search:
             name: {**tasks, **{key: value for key, value in overrides.items() if _stays(key)}}
             for name, overrides in {"quick": {}, **self.spec.presets}.items()
         }
-        alone = Beside(label=label, set=dict(settings))
+        alone = ExtraRow(label=label, set=dict(settings))
         spec = dataclasses.replace(self.spec, sweep={}, beside=(alone,), reference=None, presets=presets)
         changes = [change for change in self.changes if _stays(change.partition("=")[0])]
         return resolve(spec, preset=self.preset, changes=changes, seeds=self.seeds).rows
@@ -93,46 +93,46 @@ def _stays(key: str) -> bool:
     return key == TASKS or not key.startswith(SWEEP)
 
 
-def run_search(search: Search, place: Place, tags: Mapping[str, str], executor: Executor) -> Report:
+def run_search(search: Search, place: StudyPaths, tags: Mapping[str, str], executor: Executor) -> Report:
     """Run the trials that are missing, and report. What is finished is never run again.
 
     Raises InputError before anything is recorded, and KeyboardInterrupt once what was interrupted is closed.
     """
-    check_place(place)
+    check_paths(place)
     ends = [(f"{key}={value}", {key: value}) for edge in edges(search.space()) for key, value in edge.items()]
     rows = [row for label, settings in ends for row in search.rows(label, settings)]
     make_ready([row.cells[0] for row in [*rows, *search.reference()]], place.data_dir, executor)
     reference = [cell for row in search.reference() for cell in row.cells]
     with Invocation(search.spec, reference, place, tags, executor) as invocation:
-        hunt = Hunt(place.optuna_url, search)
-        hunt.close_orphans(invocation.running())
+        driver = SearchDriver(place.optuna_url, search)
+        driver.close_orphans(invocation.running())
         invocation.run(reference)
-        while len(hunt.ended) < search.trials:
-            hunt.step(invocation)
-        report = _report(search, hunt, invocation.outcomes)
+        while len(driver.ended) < search.trials:
+            driver.step(invocation)
+        report = _report(search, driver, invocation.outcomes)
         invocation.end(report)
     return report
 
 
-def read_search(search: Search, place: Place) -> Report:
+def read_search(search: Search, place: StudyPaths) -> Report:
     """The report of a search from the record alone. Raises InputError if nothing of it is recorded."""
-    check_place(place)
+    check_paths(place)
     outcomes = Record.read(place.tracking_uri, search.spec.name, search.spec.metrics)
-    hunt = Hunt(place.optuna_url, search) if outcomes else None
-    if hunt is None or not hunt.ended:
+    driver = SearchDriver(place.optuna_url, search) if outcomes else None
+    if driver is None or not driver.ended:
         raise InputError(f"nothing of this search of {search.spec.name!r} is recorded in {place.optuna_url!r}")
-    report = _report(search, hunt, outcomes)
+    report = _report(search, driver, outcomes)
     write_report(report, place)
     return report
 
 
-def _report(search: Search, hunt: Hunt, outcomes: Mapping[str, Outcome]) -> Report:
-    found = hunt.found()
+def _report(search: Search, driver: SearchDriver, outcomes: Mapping[str, Outcome]) -> Report:
+    found = driver.found()
     best = [row for trial in found.ranked[:SHOWN] for row in search.rows(trial.label, trial.params)]
     return make_report(build_table(search.study([*best, *search.reference()]), outcomes), found)
 
 
-class Hunt:
+class SearchDriver:
     """The Optuna study behind a search.
 
     Its name ends in a hash of what makes trials comparable: base configuration, seeds, space and sampler. The sampler
@@ -150,10 +150,10 @@ class Hunt:
         self._study = open_study(storage, f"{search.spec.name} search {digest}")
 
     @property
-    def ended(self) -> list[Tried]:
+    def ended(self) -> list[EndedTrial]:
         """The trials that came to an end; those killed are not among them."""
         trials = [trial for trial in self._study.get_trials(deepcopy=False) if trial.state.is_finished()]
-        return [_tried(trial) for trial in trials if trial.user_attrs.get("status", "killed") != "killed"]
+        return [_ended(trial) for trial in trials if trial.user_attrs.get("status", "killed") != "killed"]
 
     def close_orphans(self, running: Collection[str]) -> None:
         """Close the trials of invocations whose runs are not among those `running`."""
@@ -212,11 +212,11 @@ class Hunt:
             return RandomSampler(seed=seed)
         return TPESampler(seed=seed, constant_liar=self._search.at_once > 1)  # which keeps off what is under way
 
-    def found(self) -> Found:
+    def found(self) -> SearchResult:
         """What there is so far."""
         importance, reason = self._importance()
         search = self._search
-        return Found(search.sampler, search.trials, self._seeds, self._space, self.ended, importance, reason)
+        return SearchResult(search.sampler, search.trials, self._seeds, self._space, self.ended, importance, reason)
 
     def _importance(self) -> tuple[dict[str, float], str]:
         """Setting to its importance by fANOVA, or why there is none."""
@@ -230,5 +230,5 @@ class Hunt:
         return get_param_importances(self._study, evaluator=FanovaImportanceEvaluator(seed=self._seeds[0])), ""
 
 
-def _tried(trial: FrozenTrial) -> Tried:
-    return Tried(trial.user_attrs["number"], trial.user_attrs["status"], trial.value, trial.params)
+def _ended(trial: FrozenTrial) -> EndedTrial:
+    return EndedTrial(trial.user_attrs["number"], trial.user_attrs["status"], trial.value, trial.params)

@@ -259,7 +259,7 @@ def _grouped(row: Row, reference: Reference | None, axes: Iterable[str]) -> Row:
     )
 
 
-MOST_CELLS = 10_000  # of one study
+MAX_CELLS = 10_000  # of one study
 
 
 def product(axes: Iterable[tuple[str, list[Any]]]) -> list[Point]:
@@ -271,8 +271,8 @@ def product(axes: Iterable[tuple[str, list[Any]]]) -> list[Point]:
 
 def check_count(count: int) -> None:
     """Raise InputError for more cells than anybody runs: a slip of the pen that would take hours to write down."""
-    if count > MOST_CELLS:
-        raise InputError(f"a study may have at most {MOST_CELLS:,} cells, and its axes and seeds make {shown(count)}")
+    if count > MAX_CELLS:
+        raise InputError(f"a study may have at most {MAX_CELLS:,} cells, and its axes and seeds make {shown(count)}")
 
 
 class _Layers(NamedTuple):

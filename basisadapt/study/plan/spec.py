@@ -18,7 +18,7 @@ from basisadapt.core.settings import WHOLE, from_mapping
 from basisadapt.study.plan.claims import COMMON, PLATEAU, Claim
 
 PRESETS = ("smoke", "quick", "gpu", "llm", "encoder", "paper")
-MOST_BYTES = 1_000_000  # of a study's file
+MAX_BYTES = 1_000_000  # of a study's file
 SWEEP, TUNE = "sweep.", "tune."  # what the axes of the rows, and of what is tuned, begin with
 VARIANT = "variant"  # the axis of the sweep whose values are names, each for what is `given` for it
 ALL = "all"  # tune.at: every value of the grid
@@ -27,7 +27,7 @@ Name = tuple[str, ...]  # of a row in a published table: its parts, and the meth
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answers:
+class PublishedTable:
     """The published table that a study answers.
 
     table: a file in `studies/paper/`. key, column, std: the columns with a row's name (one, or several with a part of
@@ -74,7 +74,7 @@ class Reference:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Beside:
+class ExtraRow:
     """A row beside the sweep: its label, what it `set`s over the base, by a `Factor` too, the published row."""
 
     label: str
@@ -165,9 +165,9 @@ class StudySpec:
     base: dict[str, Any] = field(default_factory=dict)
     sweep: dict[str, Any] = field(default_factory=dict)
     given: dict[str, dict[str, Any]] = field(default_factory=dict)
-    beside: tuple[Beside, ...] = ()
+    beside: tuple[ExtraRow, ...] = ()
     reference: Reference | None = None
-    answers: Answers | None = None
+    answers: PublishedTable | None = None
     seeds: tuple[int, ...] = (42, 123, 456)
     tune: Tune | None = None
     presets: dict[str, Any] = field(default_factory=dict)
@@ -278,8 +278,8 @@ def _read_file(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     """What a file states, over what the file that it is like does. above: the files that are like this one."""
     where = f"study file {str(path)!r}"
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise InputError(f"{where} must have at most {MOST_BYTES:,} bytes")
+        if path.stat().st_size > MAX_BYTES:
+            raise InputError(f"{where} must have at most {MAX_BYTES:,} bytes")
         values: dict[str, Any] = parse_yaml(path.read_text(encoding="utf-8"), where)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{where} cannot be read: {one_line(error)}") from error
@@ -337,11 +337,11 @@ def _spec(values: dict[str, Any]) -> StudySpec:
         if key not in values:
             raise InputError(f"{key} is missing")
     if values.get("answers") is not None:
-        values["answers"] = _part(Answers, values["answers"], "answers")
+        values["answers"] = _part(PublishedTable, values["answers"], "answers")
         inside(values["answers"].table, "answers.table")
     if values.get("tune") is not None:
         values["tune"] = _part(Tune, values["tune"], "tune")
-    beside = _parts(Beside, values.get("beside"), "beside")
+    beside = _parts(ExtraRow, values.get("beside"), "beside")
     values["beside"] = [replace(row, set={k: Factor.parse(v) for k, v in row.set.items()}) for row in beside]
     values["claims"] = _parts(Claim, values.get("claims"), "claims")
     presets = values.get("presets")
@@ -439,7 +439,7 @@ def _parts(cls: type[Any], values: Any, where: str) -> list[Any]:
 # --- the published table ---
 
 
-def published_values(answers: Answers | None) -> dict[Name, tuple[str, str | None]]:
+def published_values(answers: PublishedTable | None) -> dict[Name, tuple[str, str | None]]:
     """A row's name -> (value, standard deviation) of the published table, as printed there.
 
     Where methods have columns of their own, the name ends with the method.

@@ -54,7 +54,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Tried:
+class CandidateResult:
     """What became of a candidate. state: "finished", with the mean over its seeds as `value`, or another word.
 
     value: of what the rule chooses by; None also where a run has no such metric.
@@ -66,14 +66,14 @@ class Tried:
 
 
 @dataclass(frozen=True)
-class Choice:
+class RowTuning:
     """One row's candidates, in the grid's order, and the one with the best value: of equals the first.
 
     least: whether the least value is the best, and not the greatest. A candidate that diverged or failed counts as
     worst. best: None if none finished, or while one is still to be tried.
     """
 
-    tried: tuple[Tried, ...]
+    tried: tuple[CandidateResult, ...]
     least: bool = False
 
     @property
@@ -140,8 +140,8 @@ class Tuning:
     def choose(self, outcomes: Mapping[str, Outcome]) -> Tuned:
         """The choices that follow from the record."""
         by_loss = self.spec.tune is not None and self.spec.tune.by == "loss"
-        tried = (tuple(_tried(one, outcomes, by_loss) for one in candidates) for candidates in self.candidates)
-        return Tuned(self, tuple(Choice(candidates, least=by_loss) for candidates in tried))
+        tried = (tuple(_result_of(one, outcomes, by_loss) for one in candidates) for candidates in self.candidates)
+        return Tuned(self, tuple(RowTuning(candidates, least=by_loss) for candidates in tried))
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Tuned:
     """A study with what tuning has found."""
 
     tuning: Tuning
-    choices: tuple[Choice, ...]
+    choices: tuple[RowTuning, ...]
 
     @property
     def study(self) -> Study:
@@ -176,7 +176,7 @@ class Tuned:
         return Study(self.tuning.spec, (*rows, *self.tuning.rows_at))
 
     @property
-    def unsound(self) -> bool:
+    def has_failures(self) -> bool:
         """Whether a trial failed or diverged."""
         return any(tried.state in ("failed", "diverged") for choice in self.choices for tried in choice.tried)
 
@@ -192,16 +192,16 @@ class Tuned:
         return shown
 
 
-def _tried(candidate: Candidate, outcomes: Mapping[str, Outcome], by_loss: bool) -> Tried:
+def _result_of(candidate: Candidate, outcomes: Mapping[str, Outcome], by_loss: bool) -> CandidateResult:
     found = [outcomes.get(cell.key) for cell in candidate.trials]
     states = [outcome.status if outcome else NOT_RUN for outcome in found]
     unfinished = [state for state in states if state not in ENDED] or [state for state in states if state != "finished"]
     if unfinished:
-        return Tried(candidate, unfinished[0], None)
+        return CandidateResult(candidate, unfinished[0], None)
     ended = [outcome for outcome in found if outcome is not None]
     values = [outcome.metrics.get("eval_loss") if by_loss else outcome.value for outcome in ended]
     known = [value for value in values if value is not None]
-    return Tried(candidate, "finished", statistics.mean(known) if len(known) == len(values) else None)
+    return CandidateResult(candidate, "finished", statistics.mean(known) if len(known) == len(values) else None)
 
 
 def resolve_tuning(

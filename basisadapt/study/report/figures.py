@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from basisadapt.study.report.report import Found
+    from basisadapt.study.report.report import SearchResult
     from basisadapt.study.report.table import Line, Table
 
-MOST = 100  # rows in a figure; of more it shows those that matter, and says so
+MAX_ROWS = 100  # rows in a figure; of more it shows those that matter, and says so
 NEAR = 0.12  # of a panel's width, within which two labels may meet
 
 
@@ -27,7 +27,7 @@ def comparison_figure(table: Table) -> Figure:
     """A panel a task: a row's seeds as dots, mean ± standard deviation over them, the reference's mean as a line."""
     from matplotlib.figure import Figure
 
-    shown = by_name(table.leading(MOST))
+    shown = by_name(table.leading(MAX_ROWS))
     tasks, names = list(dict.fromkeys(line.task for line in table.lines)), list(shown)
     size = 4 + 3 * len(tasks), 1.2 + 0.4 * len(names)
     figure = Figure(figsize=size, layout="constrained")
@@ -76,7 +76,7 @@ def curves_figure(table: Table) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    shown = table.leading(MOST)
+    shown = table.leading(MAX_ROWS)
     panels: dict[tuple[Any, ...], list[Line]] = {}
     for line in shown:
         panels.setdefault(line.row.group, []).append(line)
@@ -160,7 +160,7 @@ def against_figure(table: Table) -> Figure:
     from matplotlib.figure import Figure
 
     scale, metrics = 100 if table.percent else 1, table.study.spec.against
-    tasks, shown = len({line.task for line in table.lines}), by_name(table.leading(MOST))
+    tasks, shown = len({line.task for line in table.lines}), by_name(table.leading(MAX_ROWS))
     figure = Figure(figsize=(1 + 5.5 * len(metrics), 5), layout="constrained")
     for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
         points = []
@@ -213,7 +213,7 @@ def _label(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
         )
 
 
-def search_figure(found: Found, headline: str) -> Figure:
+def search_figure(found: SearchResult, headline: str) -> Figure:
     """Left: every trial's value in order, and the best so far. Right: the importance of each setting."""
     from matplotlib.figure import Figure
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Tried:
+class EndedTrial:
     """A trial that came to an end. status: "finished" (with a value), "diverged" or "failed"."""
 
     number: int
@@ -30,19 +30,19 @@ class Tried:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What a search has found so far. importance: setting to share, or empty for the reason in no_importance."""
 
     sampler: str
     wanted: int
     seeds: Sequence[int]
     space: Space
-    trials: Sequence[Tried]
+    trials: Sequence[EndedTrial]
     importance: Mapping[str, float]
     no_importance: str
 
     @property
-    def ranked(self) -> list[Tried]:
+    def ranked(self) -> list[EndedTrial]:
         """The trials, best first; those without a value last."""
         return sorted(self.trials, key=lambda trial: (trial.value is None, -(trial.value or 0.0), trial.number))
 
@@ -53,17 +53,17 @@ class Report:
 
     table: Table
     verdicts: tuple[Verdict, ...]
-    search: Found | None = None
+    search: SearchResult | None = None
     tuned: Tuned | None = None
 
     @property
-    def unsound(self) -> bool:
+    def has_failures(self) -> bool:
         """Whether a cell failed or diverged, or a trial of the search or of tuning did."""
         trials = self.search.trials if self.search else ()
-        tuned = self.tuned is not None and self.tuned.unsound
-        return self.table.unsound or tuned or any(trial.value is None for trial in trials)
+        tuned = self.tuned is not None and self.tuned.has_failures
+        return self.table.has_failures or tuned or any(trial.value is None for trial in trials)
 
 
-def make_report(table: Table, search: Found | None = None, tuned: Tuned | None = None) -> Report:
+def make_report(table: Table, search: SearchResult | None = None, tuned: Tuned | None = None) -> Report:
     """The report on a table."""
     return Report(table, judge(table), search, tuned)

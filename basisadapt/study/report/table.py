@@ -143,7 +143,7 @@ class Table:
         return [*self.lines, *(line for line in at if line.row.cells[0].key not in own)]
 
     @property
-    def unsound(self) -> bool:
+    def has_failures(self) -> bool:
         """Whether a cell failed or diverged."""
         return any({"failed", "diverged"} & line.seeds_by_state().keys() for line in self.every_line)
 

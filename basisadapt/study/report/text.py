@@ -21,15 +21,15 @@ from basisadapt.study.report.table import LINEARITY, Across, Line, Table
 
 if TYPE_CHECKING:
     from basisadapt.study.plan.spec import Reference
-    from basisadapt.study.plan.tuning import Choice, Tuned
-    from basisadapt.study.report.report import Found, Report
+    from basisadapt.study.plan.tuning import RowTuning, Tuned
+    from basisadapt.study.report.report import Report, SearchResult
     from basisadapt.study.statistics import Difference
 
 DASH = "-"
 FIT, _, LARGEST_SHARE = LINEARITY
 
 
-class Form(NamedTuple):
+class MetricFormat(NamedTuple):
     """How a metric is shown: its head, the number's format, and what it is divided by."""
 
     head: str
@@ -37,18 +37,18 @@ class Form(NamedTuple):
     unit: float = 1
 
 
-FORMS = {  # of metrics for which the plain one would not do
-    "stable_rank.mean": Form("stable rank", ".2f"),
-    "dc_share.mean": Form("DC share", ".3f"),
-    "parameters.trainable": Form("trainable", ",.0f"),
-    "linear_fit.mean": Form("linear fit c", ".3g"),
-    "nonlinear_share.mean": Form("nonlinear share", ".2%"),
-    "nonlinear_share.largest": Form("largest share", ".2%"),
-    "bits / parameters.trainable": Form("bits a number", ".3f"),
-    "adapter.bytes": Form("adapter, MB", ",.2f", 1e6),
-    "memory.peak_bytes": Form("peak memory, MB", ",.0f", 1e6),
-    "seconds.train": Form("training, s", ",.1f"),
-    "tokens_per_second": Form("tokens/s", ",.0f"),
+METRIC_FORMATS = {  # of metrics for which the plain one would not do
+    "stable_rank.mean": MetricFormat("stable rank", ".2f"),
+    "dc_share.mean": MetricFormat("DC share", ".3f"),
+    "parameters.trainable": MetricFormat("trainable", ",.0f"),
+    "linear_fit.mean": MetricFormat("linear fit c", ".3g"),
+    "nonlinear_share.mean": MetricFormat("nonlinear share", ".2%"),
+    "nonlinear_share.largest": MetricFormat("largest share", ".2%"),
+    "bits / parameters.trainable": MetricFormat("bits a number", ".3f"),
+    "adapter.bytes": MetricFormat("adapter, MB", ",.2f", 1e6),
+    "memory.peak_bytes": MetricFormat("peak memory, MB", ",.0f", 1e6),
+    "seconds.train": MetricFormat("training, s", ",.1f"),
+    "tokens_per_second": MetricFormat("tokens/s", ",.0f"),
 }
 
 
@@ -277,13 +277,13 @@ def _headline(table: Table) -> str:
 
 
 def _head(metric: str) -> str:
-    return FORMS[metric].head if metric in FORMS else metric.removesuffix(".mean").replace("_", " ")
+    return METRIC_FORMATS[metric].head if metric in METRIC_FORMATS else metric.removesuffix(".mean").replace("_", " ")
 
 
 def _metric(name: str, value: float | None) -> str:
     if value is None:
         return DASH
-    form = FORMS.get(name, Form("", ",.0f" if abs(value) >= 1000 else ".3g"))
+    form = METRIC_FORMATS.get(name, MetricFormat("", ",.0f" if abs(value) >= 1000 else ".3g"))
     return format(value / form.unit, form.number)
 
 
@@ -450,7 +450,7 @@ def _tuning(tuned: Tuned, table: Table) -> Grid:
     candidates = [tried.candidate for tried in tuned.choices[0].tried]
     keys = [key for key, _ in candidates[0].point]
 
-    def setting(choice: Choice, key: str) -> str:
+    def setting(choice: RowTuning, key: str) -> str:
         settings = choice.row.cells[0].settings
         if choice.best is None or key not in settings:
             return DASH
@@ -479,7 +479,7 @@ def _tuning(tuned: Tuned, table: Table) -> Grid:
 # --- a search ---
 
 
-def _trials(found: Found, number: Callable[[float | None, str], str]) -> Grid:
+def _trials(found: SearchResult, number: Callable[[float | None, str], str]) -> Grid:
     names = [key.removeprefix("adapter.") for key in found.space]
     rows = [
         [trial.label, number(trial.value, ""), trial.status, *(_setting(trial.params[key]) for key in found.space)]
@@ -496,7 +496,7 @@ def _trials(found: Found, number: Callable[[float | None, str], str]) -> Grid:
     return Grid("Trials", ["trial", "value", "state", *names], rows, notes)
 
 
-def _importance(found: Found) -> Grid:
+def _importance(found: SearchResult) -> Grid:
     rows = [[key.removeprefix("adapter."), f"{share:.2f}"] for key, share in found.importance.items()]
     explained = "Share of the value's variance that a setting explains by itself (fANOVA), scaled to add up to 1; "
     note = found.no_importance or f"{explained}rough for few trials."

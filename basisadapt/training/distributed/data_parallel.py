@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers.trainer_utils import EvalLoopOutput
 
 
-def spread(trainer: type[Trainer], in_step: bool) -> type[Trainer]:
+def distributed_trainer(trainer: type[Trainer], in_step: bool) -> type[Trainer]:
     """The Trainer for a process of the group; outside of one, as it was.
 
     A training batch has the rows that it has in one process, and is divided. Of evaluation, every process takes some

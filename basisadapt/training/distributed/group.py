@@ -190,7 +190,7 @@ def _reduced(number: float, how: Any) -> float:
     return values.item()
 
 
-def in_the_first(function: Callable[..., T]) -> Callable[..., T]:
+def on_rank_zero(function: Callable[..., T]) -> Callable[..., T]:
     """The function, called by process 0 alone, for all; what it returns is pickled."""
 
     def call(*arguments: Any) -> T:

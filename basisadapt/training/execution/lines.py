@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 L = TypeVar("L")
 
 LATEST = 1e11  # seconds since 1970: no clock shows more
-MOST_BYTES = 4 << 30  # of a file, unpacked
+MAX_BYTES = 4 << 30  # of a file, unpacked
 LARGEST = 1e100  # size of a number that can be compared: the squares of larger ones, for deviations, may have none
 DONE = ("finished", "diverged")  # the states of a result: a cell that has come to one is not run again
 
@@ -126,13 +126,13 @@ def read_lines(path: Path, kind: type[L], option: str) -> list[L]:
 
     What a kill leaves of a last line is not one; a last line that lacks its end alone is. A result read as a CellLine
     is its cell, which can be run again. `option` is where the user gave the path. Raises InputError that names the
-    line, and for a file of more than MOST_BYTES.
+    line, and for a file of more than MAX_BYTES.
     """
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            content = file.read(MOST_BYTES + 1)
-        if len(content) > MOST_BYTES:
-            raise InputError(f"{option} {str(path)!r} must hold at most {MOST_BYTES:,} bytes")
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise InputError(f"{option} {str(path)!r} must hold at most {MAX_BYTES:,} bytes")
         *lines, last = content.split(b"\n")
         whole = [line.decode() for line in (*lines, *([last] if _is_whole(last) else []))]
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:

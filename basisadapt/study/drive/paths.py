@@ -20,7 +20,7 @@ from basisadapt.study.report.files import KEPT, MARK
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class StudyPaths:
     """Where a study's results and inputs lie.
 
     tracking_uri: MLflow's store, by default MLFLOW_TRACKING_URI or else mlflow.db in this folder. storage: Optuna's;
@@ -43,7 +43,7 @@ class Place:
         return sqlite_url("sqlite://", Path("optuna.db") if beside is None else beside.with_name("optuna.db"))
 
 
-def check_place(place: Place) -> None:
+def check_paths(place: StudyPaths) -> None:
     """Raise InputError unless results can be kept there."""
     if same_database(place.optuna_url, place.tracking_uri):
         raise InputError(f"--storage and --tracking-uri cannot share one database, {place.tracking_uri!r}")
