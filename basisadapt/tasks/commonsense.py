@@ -102,7 +102,7 @@ class CommonsenseTask(ChoiceTask):
             )
 
     def sources(self, data_dir: Path | None) -> Sequence[str]:
-        """The task's own, without a folder."""
+        """The task's data set on the hub if data_dir is None, else empty."""
         return _sources([self.source], data_dir)
 
     def load(self, data_dir: Path | None) -> TaskData:
@@ -174,7 +174,7 @@ class CommonsenseSuite(ChoiceTask, name="commonsense/all"):
             raise InputError(f"data folder {str(data_dir)!r} has no {_file('boolq', 'train.json')} or another task's")
 
     def sources(self, data_dir: Path | None) -> Sequence[str]:
-        """Those of all tasks, without a folder."""
+        """The data sets of all tasks on the hub if data_dir is None, else empty."""
         return _sources(SOURCES, data_dir)
 
     def load(self, data_dir: Path | None) -> TaskData:
@@ -251,7 +251,7 @@ class PublishedMixture(CommonsenseMixture):
         _tested(data_dir)
 
     def sources(self, data_dir: Path | None) -> Sequence[str]:
-        """Those of all tasks, without a folder."""
+        """The data sets of all tasks on the hub if data_dir is None, else empty."""
         return _sources(SOURCES, data_dir)
 
     def load(self, data_dir: Path | None) -> TaskData:

@@ -54,7 +54,7 @@ class Glue(TextTask):
                 raise InputError(f"data folder {str(data_dir)!r} has no {path.relative_to(data_dir)}")
 
     def sources(self, data_dir: Path | None) -> Sequence[str]:
-        """GLUE's own, without a folder."""
+        """GLUE on the hub if data_dir is None, else empty."""
         return (HUB,) if data_dir is None else ()
 
     def load(self, data_dir: Path | None) -> TaskData:

@@ -38,7 +38,7 @@ class HubTask(OwnData):
         self._source, self._config = "/".join(parts[:2]), parts[2] if len(parts) == 3 else None
 
     def sources(self, data_dir: Path | None) -> Sequence[str]:
-        """Itself."""
+        """The data set itself, always: it is never a local folder."""
         return (self._source,)
 
     def tables(self) -> tuple[DataColumns, DataColumns | None]:

@@ -53,7 +53,7 @@ class Alpaca(CompletionTask, name="instruct/alpaca"):
             _files(data_dir)
 
     def sources(self, data_dir: Path | None) -> Sequence[str]:
-        """Alpaca's, without a folder."""
+        """Alpaca on the hub if data_dir is None, else empty."""
         return (HUB,) if data_dir is None else ()
 
     def load(self, data_dir: Path | None) -> TaskData:

@@ -135,7 +135,7 @@ class Task(ABC):
         """Raise InputError if the data is not available. Except for the user's own data, no rows are read."""
 
     def sources(self, data_dir: Path | None) -> Sequence[str]:
-        """The ids of the hub's data sets that `load` asks for; none where all is on this machine."""
+        """The ids of the data sets that `load` reads from the hub; empty if it reads only local files."""
         return ()
 
     @abstractmethod

@@ -64,7 +64,7 @@ class Photographs(ImageTask):
             raise InputError(f"data.head zero_shot needs names of classes: {str(folder / 'classes.txt')!r} is missing")
 
     def sources(self, data_dir: Path | None) -> Sequence[str]:
-        """The set's own, without a folder."""
+        """The data set on the hub if data_dir is None, else empty."""
         return (self.hub,) if data_dir is None else ()
 
     def load(self, data_dir: Path | None) -> TaskData:
