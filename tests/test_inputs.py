@@ -129,7 +129,7 @@ def test_a_decoder_without_pad_and_eos(language_model, tmp_path, form, gone, rea
         backbones.check_inputs(backbone, form, model, None)
         assert backbones.load(backbone, form, 3)[1].pad_token is not None
         return
-    message = f"^the tokenizer of backbone .* has no eos_token, so that {reason}; set it in its tokenizer_config.json$"
+    message = f"^the tokenizer of backbone .* has no eos_token, so {reason}; set it in its tokenizer_config.json$"
     with pytest.raises(InputError, match=message):
         backbones.check_inputs(backbone, form, model, None)
     with pytest.raises(InputError, match=message):
