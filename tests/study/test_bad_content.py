@@ -114,7 +114,7 @@ def test_a_score_that_cannot_be_compared_fails_its_cell_alone(home, of_sinc, stu
     code, out, _ = study(*SEED)
     assert code == 1
     assert "Failed: sinc seed 1 (InputError: the run gave no finite 'accuracy'" in out
-    assert [run.data.tags["status"] for run in runs()] == ["failed", "finished", "finished"]
+    assert [run.data.tags["status"] for run in runs()] == ["finished", "failed", "finished"]
 
 
 def test_texts_that_matplotlib_takes_for_formulas_are_drawn_as_they_are(home, fake, study):

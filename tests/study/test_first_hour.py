@@ -125,9 +125,9 @@ def test_callbacks_are_told_how_cells_end_and_cannot_end_the_study(home, fake, c
     result = studies.run("tiny.yaml", preset="smoke", callbacks=[Broken(), log])
     values = result.cells().set_index("row")["accuracy"]
     assert log.seen == [
+        ("LoRA", 1, values["LoRA"]),
         ("sinc", 1, values["sinc"]),
         ("fourier", 1, "RuntimeError: out of memory"),
-        ("LoRA", 1, values["LoRA"]),
     ]
     assert capsys.readouterr().err.count("Broken is told no more: ConnectionError: no server") == 1
     studies.run("tiny.yaml", preset="smoke", callbacks=[log])
@@ -138,7 +138,7 @@ def test_a_callback_of_a_plug_in_is_told_by_the_command_line(home, fake, study, 
     monkeypatch.setattr(CALLBACKS, "_classes", {})
     (home / "my_lines.py").write_text(PLUGIN)
     assert study("tiny.yaml", "--preset", "smoke", "--plugin", "my_lines.py")[0] == 0
-    assert (home / "lines.txt").read_text().splitlines() == ["sinc 1 finished", "fourier 1 finished", "LoRA 1 finished"]
+    assert (home / "lines.txt").read_text().splitlines() == ["LoRA 1 finished", "sinc 1 finished", "fourier 1 finished"]
 
 
 def test_a_shell_that_asks_is_told_options_and_studies(study, monkeypatch):

@@ -381,11 +381,11 @@ def test_a_file_that_no_report_has_written_is_not_overwritten(home, fake, study)
 
 
 def test_a_folder_that_cannot_be_written_is_not_blamed_on_the_record(home, fake, study, monkeypatch):
-    from basisadapt.study.drive import place
+    from basisadapt.study.drive import paths
 
     (home / "out").mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(place.os, "access", lambda path, mode: path != Path("out"))
+        patch.setattr(paths.os, "access", lambda path, mode: path != Path("out"))
         code, _, err = study("tiny.yaml", "--seeds", "1", "--output", "out")
     assert (code, fake.ran) == (2, [])
     assert "--output 'out' cannot be written" in err
@@ -466,7 +466,7 @@ def test_no_label_and_no_error_of_a_cell_steers_the_terminal(home, fake, study):
     fake.score = score
     code, out, err = study("tiny.yaml", "--seeds", "1")
     assert code == 1
-    assert "[2/2] a\\x1b]0;b\\x07, seed 1: failed: RuntimeError: c\\x1b[2Jd" in err
+    assert "[1/2] a\\x1b]0;b\\x07, seed 1: failed: RuntimeError: c\\x1b[2Jd" in err
     for said in (out, err):
         assert not re.search("[\0-\x08\x0b-\x1f\x7f-\x9f]", said)
 

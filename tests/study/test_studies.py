@@ -385,7 +385,7 @@ ON_A_LANGUAGE_MODEL = {*CONTROLLED, "commonsense"} - {"ablate_nonlinearity"}
 
 def test_which_studies_have_a_preset_for_a_language_model():
     found = {name for name in list_studies() if "llm" in read_spec(name).presets}
-    assert found == ON_A_LANGUAGE_MODEL | {"ablate_rate"}
+    assert found == ON_A_LANGUAGE_MODEL | {"ablate_rate", "capacity"}
 
 
 @pytest.mark.parametrize("name", sorted(ON_A_LANGUAGE_MODEL))
