@@ -31,6 +31,7 @@ from basisadapt.core.command import (
 from basisadapt.core.errors import InputError, RecordError, shown
 from basisadapt.core.registry import load_plugin
 from basisadapt.study.plan import spec as specs
+from basisadapt.training.execution.options import add_job_options, job_settings
 
 if TYPE_CHECKING:
     from basisadapt.study.drive.paths import StudyPaths
@@ -139,14 +140,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seeds", metavar="N,N,...", help="seeds to use instead of the study's")
     parser.add_argument(
-        "--plugin",
-        action="append",
-        default=[],
-        metavar="FILE_OR_MODULE",
-        help="a Python file or module that defines bases, grids, sharing policies, placements, tasks, backbones, "
-        "methods or diagnostics; CONTRIBUTING.md has a recipe for each",
-    )
-    parser.add_argument(
         "--search",
         choices=SAMPLERS,
         help="search instead of running the grid: over the ranges in the study's `search`, or else over its axes and "
@@ -161,7 +154,6 @@ def _parser() -> argparse.ArgumentParser:
         help="propose K trials together (default: 1), so that their cells can run at once; the sampler sees their "
         "values when all K have ended",
     )
-    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="folder with the tasks' data")
     parser.add_argument(
         "--output",
         type=Path,
@@ -175,13 +167,7 @@ def _parser() -> argparse.ArgumentParser:
         help="MLflow's store (default: MLFLOW_TRACKING_URI if it is set, else sqlite:///mlflow.db)",
     )
     parser.add_argument("--storage", metavar="URL", help="Optuna's store (default: optuna.db beside MLflow's file)")
-    parser.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="run N cells at once, each in its own process (default: on a CPU, as many as cores and memory allow, each "
-        "with one thread; on a GPU, one, in this process)",
-    )
+    add_job_options(parser)
     parser.add_argument(
         "--ray",
         metavar="ADDRESS",
@@ -192,20 +178,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--gpus-per-cell", type=float, metavar="G", help="GPUs likewise (default: 0); 0.25 lets four cells share one"
-    )
-    parser.add_argument(
-        "--timeout", type=float, metavar="SECONDS", help="fail a cell that takes longer; the others continue"
-    )
-    parser.add_argument(
-        "--halve-batch",
-        action="store_true",
-        help="repeat a cell that runs out of memory with half the batch and twice the gradient accumulation",
-    )
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="train with blocks that torch.compile has fused: minutes for the first cell, then faster on a GPU; its "
-        "numbers differ by rounding",
     )
     parser.add_argument(
         "--export",
@@ -376,18 +348,10 @@ def _merge(options: argparse.Namespace) -> Answer:
 
 
 def _executor(options: argparse.Namespace, adapters: Path | None) -> Executor:
-    from basisadapt.training.execution.executor import JobSettings
     from basisadapt.training.execution.on_ray import OnRay, RaySettings
     from basisadapt.training.execution.workers import local_executor
 
-    settings = JobSettings(
-        data_dir=options.data_dir,
-        plugins=tuple(options.plugin),
-        halve_batch=options.halve_batch,
-        compile=options.compile,
-        timeout=options.timeout,
-        adapters=adapters,
-    )
+    settings = job_settings(options, adapters)
     if options.ray is None:
         return local_executor(options.workers, settings)
     needs = {"cpus": options.cpus_per_cell, "gpus": options.gpus_per_cell}

@@ -9,8 +9,8 @@ from pathlib import Path
 from basisadapt.core.command import BAD_INPUT, DONE, HAS_FAILURES, INTERRUPTED, Parser, guarded, print_error
 from basisadapt.core.errors import InputError, one_line
 from basisadapt.core.registry import load_plugin
-from basisadapt.training.execution.executor import JobSettings
 from basisadapt.training.execution.file import run_file
+from basisadapt.training.execution.options import add_job_options, job_settings
 from basisadapt.training.execution.worker import serve
 from basisadapt.training.execution.workers import local_executor
 
@@ -20,14 +20,7 @@ def main(arguments: list[str]) -> int:
     """Run the command line; returns the exit code."""
     try:
         options = _parser().parse_args(arguments)
-        settings = JobSettings(
-            data_dir=options.data_dir,
-            plugins=tuple(options.plugin),
-            halve_batch=options.halve_batch,
-            timeout=options.timeout,
-            compile=options.compile,
-            adapters=options.adapters,
-        )
+        settings = job_settings(options, options.adapters)
         if options.cells == "-":
             serve(settings)
         for plugin in settings.plugins:
@@ -61,18 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", type=Path, default=Path("results.jsonl"), metavar="FILE", help="(default: %(default)s)"
     )
-    parser.add_argument("--plugin", action="append", default=[], metavar="FILE_OR_MODULE", help="as for a study")
-    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="folder with the tasks' data")
-    parser.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="run N cells at once, each in its own process (default: on a CPU, as many as cores and memory allow, each "
-        "with one thread; on a GPU, one, in this process)",
-    )
-    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="fail a cell that takes longer")
-    parser.add_argument("--halve-batch", action="store_true", help="as for a study")
-    parser.add_argument("--compile", action="store_true", help="as for a study")
+    add_job_options(parser)
     parser.add_argument(
         "--adapters", type=Path, metavar="DIR", help="leave every cell's adapter there, in a folder called by its key"
     )

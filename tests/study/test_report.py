@@ -407,7 +407,7 @@ def test_a_folder_that_cannot_be_written_is_not_blamed_on_the_record(home, fake,
 def test_a_copy_that_fails_names_what_was_not_written():
     from basisadapt.study.record.stores import store_reason
 
-    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/tmp/from/result.json", None, "/there/result.json")
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "from/result.json", None, "/there/result.json")
     assert store_reason(error) == "No space left on device: '/there/result.json'"
     error = RuntimeError(
         "database is locked\n[SQL: SELECT 1]\n(Background on this error at: https://sqlalche.me/e/20/e3q8)"

@@ -34,10 +34,10 @@ def bert(tmp_path_factory):
     return folder
 
 
-def config(backbone, method="lora", seed=1, facts=12, adapter=None, **train):
+def config(backbone, method="lora", seed=1, facts=12, adapter=None, task="facts", **train):
     return RunConfig.from_mapping(
         {
-            "task": "facts",
+            "task": task,
             "backbone": str(backbone),
             "method": method,
             "adapter": {"r": 4, **(adapter or {})},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import string
@@ -21,6 +22,7 @@ from basisadapt.tasks import DataSettings
 from basisadapt.tasks.facts import CLASSES, KEY, VALUE, PhoneBook
 from basisadapt.training import load_data, plan, run
 from basisadapt.training.config import RunConfig
+from tests.tasks.test_facts import config as of_facts
 
 OTHERS = ["<pad>", "<eos>", "x", "Ġ1", "Ġé", "xy"]  # tokens that are no whole words
 WORDS = [f"Ġ{a}{b}" for a, b in itertools.product(string.ascii_lowercase[:18], repeat=2)]
@@ -54,18 +56,7 @@ def backbone(request, tmp_path_factory):
     return save(folder, model_type, [*OTHERS, *WORDS], tie_word_embeddings=tied)
 
 
-def config(backbone, method="lora", seed=1, facts=6, adapter=None, **train):
-    return RunConfig.from_mapping(
-        {
-            "task": "phone_book",
-            "backbone": str(backbone),
-            "method": method,
-            "adapter": {"r": 4, **(adapter or {})},
-            "data": {"facts": facts},
-            "train": {"batch_size": facts, "max_steps": 3, **train},
-            "seed": seed,
-        }
-    )
+config = functools.partial(of_facts, facts=6, task="phone_book")
 
 
 def test_facts_follow_from_the_seed(backbone):
