@@ -12,9 +12,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of torch: a process per core is enough
 os.environ.pop("MLFLOW_TRACKING_URI", None)  # tests record in folders of their own
 
+import hypothesis
 import pytest
 import torch
 from torch import nn
+
+# The same examples every time, so that a change alone decides; --hypothesis-profile=default draws others.
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.load_profile("same")
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # children too are to hear it, whoever started the tests
 

@@ -345,14 +345,18 @@ def hang(*_):
     raise AssertionError(f"not done after {SECONDS} seconds")
 
 
-def tally(count, strategy, take, folder):
-    """Inputs by what became of them. Stops at the first that ends in anything but acceptance or an InputError."""
+def tally(count, strategy, take, folder, derandomize):
+    """Inputs by what became of them. Stops at the first that ends in anything but acceptance or an InputError.
+
+    derandomize: the same inputs every time.
+    """
     found = collections.Counter()
 
     @settings(
         max_examples=count,
         deadline=None,
         database=None,
+        derandomize=derandomize,
         suppress_health_check=list(HealthCheck),
         phases=(Phase.generate, Phase.shrink),
     )
@@ -384,7 +388,7 @@ def told(name, one):
     return f"{name}: {one.total()} inputs tried / {accepted} accepted / {refused} clean refusals / {rest} tracebacks"
 
 
-def fuzz(count, folder, monkeypatch):
+def fuzz(count, folder, monkeypatch, derandomize):
     monkeypatch.chdir(folder)
     made = adapters(folder)
     cases = {
@@ -394,7 +398,7 @@ def fuzz(count, folder, monkeypatch):
         "data": (st.tuples(of_data.files, of_data.kinds), read_data),
         "lines": (line_files(), read_results),
     }
-    found = {name: tally(round(count * SHARES[name]), *cases[name], folder) for name in cases}
+    found = {name: tally(round(count * SHARES[name]), *cases[name], folder, derandomize) for name in cases}
     total = sum(found.values(), collections.Counter())
     for name, one in {**found, "all": total}.items():
         print(told(name, one))
@@ -402,7 +406,7 @@ def fuzz(count, folder, monkeypatch):
 
 
 def test_some_inputs(tmp_path, monkeypatch):
-    found = fuzz(200, tmp_path, monkeypatch)
+    found = fuzz(200, tmp_path, monkeypatch, derandomize=True)
     assert found["accepted"] > 10
     assert found["refused"] > 10
 
@@ -410,5 +414,5 @@ def test_some_inputs(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_ten_thousand_inputs(tmp_path, monkeypatch, capsys):
     with capsys.disabled():
-        found = fuzz(10_000, tmp_path, monkeypatch)
+        found = fuzz(10_000, tmp_path, monkeypatch, derandomize=False)
     assert found.total() >= 10_000

@@ -84,8 +84,9 @@ class CheckedConfig(PeftConfig, ABC):  # type: ignore[misc]
 def _plugins_of(folder: Path) -> str:
     """What to do where the adapter in a folder is of plug-ins that may not be loaded."""
     with suppress(OSError, ValueError, AttributeError):
-        if plugins := json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("plugins"):
-            return f"; the adapter needs {', '.join(map(str, plugins))}: import it first, or give it as --plugin"
+        plugins = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("plugins")
+        if plugins and isinstance(plugins, list) and all(isinstance(plugin, str) for plugin in plugins):
+            return f"; the adapter needs {', '.join(plugins)}: import it first, or give it as --plugin"
     return ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import subprocess
 import sys
 
@@ -136,3 +137,13 @@ def test_an_adapter_of_a_plug_in_says_which_to_import(tmp_path, bert, monkeypatc
     del BASES._classes["wave_of_a_test"]
     with pytest.raises(InputError, match=r"unknown basis 'wave_of_a_test'.*; the adapter needs my_waves\.py: import"):
         basisadapt.PhiConfig.from_pretrained(str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("plugins", [1, True, "waves", {"a": 1}, [1]])
+def test_plugins_that_are_no_list_of_names_are_not_repeated(tmp_path, bert, plugins):
+    peft.get_peft_model(bert, basisadapt.PhiConfig(r=2, task_type="SEQ_CLS")).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "plugins": plugins, "r": -1}))
+    with pytest.raises(InputError) as error:
+        basisadapt.PhiConfig.from_pretrained(str(tmp_path))
+    assert "import it first" not in str(error.value)
