@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from basisadapt.core.errors import InputError
-from basisadapt.phi.basis import BASES, TransferBasis
+from basisadapt.phi.basis import BASES, TransferBasis, width
 from basisadapt.phi.grids import GRIDS
 from basisadapt.phi.notation import Amplitudes
 from basisadapt.phi.settings import PhiSettings
@@ -295,11 +295,16 @@ def inverse_softplus(omega: float) -> float:
 
 
 def _identity_fit(transfer: Transfer, interval: float) -> Tensor:
-    """Least-squares amplitudes for φ(x) = x on [−I, I], in float64, without relative singular values below 1e-6."""
+    """Least-squares amplitudes for φ(x) = x on [−I, I], in float64, without relative singular values below 1e-6.
+
+    The points are equally spaced. Functions too narrow for them are fitted at their own grid points too.
+    """
     reference = transfer.double()
-    x = torch.linspace(
-        -interval, interval, 8 * len(reference.alpha) + 1, dtype=torch.float64, device=reference.grid.device
-    )
+    count = 8 * len(reference.alpha)
+    x = torch.linspace(-interval, interval, count + 1, dtype=torch.float64, device=reference.grid.device)
+    spacing = reference.omega.max() * (2 * interval / count)
+    if reference.basis.argument == "shifted" and spacing > width(type(reference.basis)):
+        x = torch.cat([x, reference.grid])
     design = reference.basis(x.unsqueeze(-1), reference.omega, reference.grid)
     amplitudes: Tensor = torch.linalg.pinv(design, rtol=1e-6) @ x
     return amplitudes.to(transfer.alpha.dtype)

@@ -4,7 +4,8 @@ What is promised of every module: no entry of ΔW = F(BA) is off by more than th
 without its path, beyond what rounding BA to the dtype of the arithmetic does. Where one row in sixteen or fewer towers
 over the others (`extent.towering`), that holds for the others by themselves, and of those rows F is summed directly.
 The gradients to α, ω, the grid and the gain are off by no more than ten tolerances of what they would be if nothing
-cancelled. Beyond the range that it was made for no function is continued.
+cancelled. Where BA is smaller than `extent.SMALLEST`, in units of φ's argument, all this is relative to F on a range of
+that size. Beyond the range that it was made for no function is continued.
 """
 
 from __future__ import annotations

@@ -185,7 +185,8 @@ class _Interpolate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         tables, extent, points, values = ctx.inputs
-        radius = extent.radius
+        # Where BA is zero, F is wanted at zero alone: what a series leaves out on a range would be all that there is.
+        radius = extent.radius.masked_fill(extent.zero, 0.0)
         with torch.enable_grad():
             leaves = [v.detach().requires_grad_(need) for v, need in zip(values, ctx.needs_input_grad[3:], strict=True)]
             coefficients = _interpolate(tables(*leaves), radius, points)

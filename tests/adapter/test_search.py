@@ -23,11 +23,12 @@ from torch.utils.checkpoint import checkpoint
 
 from basisadapt import PhiConfig
 from basisadapt.phi.choice import FLOAT32_TOLERANCE
+from basisadapt.phi.extent import SMALLEST
 from tests.adapter.test_states import Truth, gain_of, overwrite, own, update
 
 CASES = int(os.environ.get("SEARCH_CASES", "20000"))
 # What the search has found; each was off before it was mended.
-CORPUS = [27, 32, 44, 45, 77, 88, 93, 100, 105, 111, 125, 504]
+CORPUS = [27, 32, 44, 45, 77, 88, 93, 100, 105, 111, 125, 504, 185, 15875, 1051, 11220, 12559]
 LIMITS = {"dW": 2 * FLOAT32_TOLERANCE, "y": 2 * FLOAT32_TOLERANCE}  # and of every gradient:
 OF_GRADIENTS = 1e-4
 LEAST = 1e-8  # below, a gradient is nothing to Adam, whose epsilon that is
@@ -174,33 +175,52 @@ LAST = {
 }
 
 
+class Served:
+    """A module's function on the range that it is served on: that of BA, or the least that there is."""
+
+    def __init__(self, exact: Truth, name: str) -> None:
+        layer, bank, self.settings = exact.inner.get_submodule(name), exact.bank, exact.settings
+        self.A, self.B = layer.phi_A["default"].detach(), layer.phi_B["default"].detach()
+        z = self.B @ self.A
+        self.gain = torch.as_tensor(gain_of(self.settings, bank, list(bank.rows).index(name), z)).double().detach()
+        self.radius = max(z.abs().max().item(), SMALLEST / self.gain.item())
+        named = zip((bank.alpha, bank.raw_omega, bank.grid), bank.rows[name], strict=True)
+        tables = _, raw_omega, grid = [table[row].detach() for table, row in named]
+        # Evenly, where BA is, and at the peaks of functions and on their slopes, however narrow they are.
+        evenly = torch.linspace(-1, 1, 201, dtype=torch.float64) * self.radius
+        beside = torch.tensor([[-1.0], [0.0], [1.0]]) / nn.functional.softplus(raw_omega)
+        peaks = ((grid + beside) / self.gain).flatten().clamp(-self.radius, self.radius)
+        self.place = torch.cat([evenly, z.flatten()[:: max(1, z.numel() // 200)], peaks]).requires_grad_()
+        self.each = [table.expand(len(self.place), -1).clone().requires_grad_() for table in tables]
+        self.values = update(self.settings, self.place, *self.each, self.gain)
+
+    def without_path(self) -> float:
+        """The largest |F| but for its identity path."""
+        settings = self.settings
+        path = settings.lora_alpha / settings.r * settings.identity_path * self.place
+        return (self.values - path).abs().max().item()
+
+    def derivatives(self) -> list[float]:
+        """The largest |∂F/∂p| of z, α, ω and the grid, and of log g: of g, z F' − F."""
+        found = torch.autograd.grad(self.values.sum(), [self.place, *self.each], allow_unused=True)
+        slope, *of_tables = (0.0 if g is None else g.abs().max().item() for g in found)
+        return [slope, *of_tables, slope * self.radius + self.values.abs().max().item()]
+
+
 def magnitudes(exact: Truth, x, upstream):
     """What every gradient would be if nothing cancelled, that is with absolute values and the largest ∂F/∂p on the
     range of BA everywhere: float32 knows a sum to an eps of that."""
     sizes = dict.fromkeys(own(exact.twin), 0.0)
     begin = 0
-    for name, rows in exact.bank.rows.items():
-        layer, settings = exact.inner.get_submodule(name), exact.settings
-        A, B = layer.phi_A["default"], layer.phi_B["default"]
-        dense = upstream[:, begin : begin + len(B)].abs().double().T @ x.abs().double()
-        begin += len(B)
-        z = (B @ A).detach()
-        index = list(exact.bank.rows).index(name)
-        place = torch.linspace(-1, 1, 201, dtype=torch.float64) * z.abs().max()
-        place = torch.cat([place, z.flatten()[:: max(1, z.numel() // 200)]]).requires_grad_()
-        tables = exact.bank.alpha[rows[0]], exact.bank.raw_omega[rows[1]], exact.bank.grid[rows[2]]
-        each = [t.detach().expand(len(place), -1).clone().requires_grad_() for t in tables]
-        gain = torch.as_tensor(gain_of(settings, exact.bank, index, z), dtype=torch.float64).detach()
-        values = update(settings, place, *each, gain)
-        found = torch.autograd.grad(values.sum(), [place, *each], allow_unused=True)
-        slope, *of_tables = (0.0 if g is None else g.abs().max().item() for g in found)
-        # g ∂F/∂g = z F' − F.
-        of_gain = slope * z.abs().max().item() + values.abs().max().item()
+    for name in exact.bank.rows:
+        served = Served(exact, name)
+        dense = upstream[:, begin : begin + len(served.B)].abs().double().T @ x.abs().double()
+        begin += len(served.B)
+        slope, *of_tables = served.derivatives()
         prefix = f"base_model.model.{name}."
-        sizes[prefix + "phi_A.default"] = slope * (B.abs().T @ dense).max().item()
-        sizes[prefix + "phi_B.default"] = slope * (dense @ A.abs().T).max().item()
-        named = zip(("alpha", "raw_omega", "grid", "log_gain"), (*of_tables, of_gain), strict=True)
-        for table, largest in named:
+        sizes[prefix + "phi_A.default"] = slope * (served.B.abs().T @ dense).max().item()
+        sizes[prefix + "phi_B.default"] = slope * (dense @ served.A.abs().T).max().item()
+        for table, largest in zip(("alpha", "raw_omega", "grid", "log_gain"), of_tables, strict=True):
             full = f"base_model.phi_bank.default.{table}"
             if full in sizes:
                 sizes[full] += largest * dense.sum().item()
@@ -234,7 +254,7 @@ def errors(model, x, upstream, y, passes) -> dict[str, float]:
     for name in exact.bank.rows:
         expected, moved = exact.update(name).detach(), shaken.update(name).detach()
         delta = model.base_model.model.get_submodule(name).get_delta_weight("default")
-        largest = expected.abs().max().item()
+        largest = max(expected.abs().max().item(), Served(exact, name).without_path())
         found["dW"] = max(found.get("dW", 0.0), excess(delta, expected, moved, max(largest, least)))
     sizes, truth, moved_by = magnitudes(exact, x, upstream), exact.gradients(), shaken.gradients()
     for name, size in sizes.items():

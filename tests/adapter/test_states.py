@@ -293,6 +293,19 @@ def test_at_b_zero_phi_gets_no_gradient_at_all():
 # ---- inputs and dtypes
 
 
+@pytest.mark.parametrize("basis", ["fourier", "sinusoid", "polynomial"])
+def test_at_b_zero_a_bandwidth_gets_no_gradient_that_rounding_made(basis):
+    """∂F/∂ω = z φ'(z) is zero at zero; without centring F(0) has gradients to α, and of a series 2e-7 to ω."""
+    model = adapted(basis=basis, centre=False, factor_init="lora", omega_init=67.0, num_basis=4)
+    x = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
+    (100 * model.base_model.model(x)).sum().backward()
+    bank = model.base_model.phi_bank["default"]
+    assert bank.raw_omega.grad.abs().max() < 1e-12
+    if basis != "sinusoid":  # whose sine is zero there
+        assert bank.alpha.grad.abs().max() > 1
+    assert_gradients(model, lambda truth: (100 * truth(x.double())).sum())
+
+
 def test_an_input_of_one_dimension():
     model = adapted()
     x, exact = X[0].clone().requires_grad_(), X[0].double().requires_grad_()

@@ -182,3 +182,15 @@ def test_identity_initialisation(omega, error):
     transfer = TransferBank(settings, MODULES).transfer(MODULES[0].name, ONE).double()
     x = torch.linspace(-2.5, 2.5, 101, dtype=torch.float64)
     assert (transfer.phi(x) - x).abs().max() < error
+
+
+@pytest.mark.parametrize("basis", ["gaussian_rbf", "sinc", "bspline"])
+@pytest.mark.parametrize("omega", [1e4, 1e6])
+def test_identity_initialisation_of_functions_narrower_than_its_points(basis, omega):
+    """A function that no equally spaced point meets would get an amplitude of 1e155, or none."""
+    settings = PhiSettings(basis=basis, grid="random", num_basis=3, amplitude_init="identity", omega_init=omega)
+    bank = TransferBank(settings, MODULES)
+    for module in MODULES:
+        transfer = bank.transfer(module.name, ONE).double()
+        assert (transfer.phi(transfer.grid) - transfer.grid).abs().max() < 1e-2 * settings.interval
+        assert transfer.alpha.abs().max() < 2 * settings.interval
