@@ -54,17 +54,17 @@ def gain_of(settings, bank, index, z):
 
 class Truth:
     """The same model in float64, its adapted layers by the formula; shaken: with every entry of A off by a unit in
-    float32's last place, up or down, which tells what rounding BA does."""
+    float32's last place, up or down, which tells what rounding BA does; 1, 2, ... are draws of up or down."""
 
     def __init__(self, model, shaken=False):
         self.twin = copy.deepcopy(model).double()
         self.inner, self.bank = self.twin.base_model.model, self.twin.base_model.phi_bank["default"]
         self.settings = self.twin.peft_config["default"]
-        generator = torch.Generator().manual_seed(7)
+        generator = torch.Generator().manual_seed(6 + shaken)
         for name in self.bank.rows:
             A = self.inner.get_submodule(name).phi_A["default"]
             up = torch.rand(A.shape, generator=generator) < 0.5
-            A.data *= 1 + shaken * 2.0**-23 * (2.0 * up - 1)
+            A.data *= 1 + bool(shaken) * 2.0**-23 * (2.0 * up - 1)
 
     def update(self, name):
         layer, rows, index = self.inner.get_submodule(name), self.bank.rows[name], list(self.bank.rows).index(name)
