@@ -100,6 +100,10 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self._unmerged_weight: Tensor | None = None
 
     @abstractmethod
+    def update_layer(self, adapter: str, config: Any) -> None:
+        """Add an adapter with the settings of `config`. Raises InputError if r exceeds the smaller side of W."""
+
+    @abstractmethod
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW of one adapter in the layout of the base weight, in float32 (float64 for a float64 adapter)."""
 
@@ -240,6 +244,19 @@ class AdaptedModel(BaseTuner):  # type: ignore[misc]
 
     tuner_layer_cls: type[AdaptedLinear]
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def _create_and_replace(
+        self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
+        current_key: str, **_: Any,
+    ) -> None:  # fmt: skip
+        if isinstance(target, self.tuner_layer_cls):
+            target.update_layer(adapter_name, peft_config)
+            return
+        layer = self.tuner_layer_cls(target, current_key)
+        layer.update_layer(adapter_name, peft_config)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:

@@ -102,25 +102,6 @@ class PhiModel(AdaptedModel):
         unmatched = found is None or found is False
         return self._projections.fullmatch(key) if unmatched and peft_config.rest == "lora" else found
 
-    def _create_and_replace(
-        self,
-        peft_config: PhiConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **_: Any,
-    ) -> None:
-        if isinstance(target, PhiLinear):
-            target.update_layer(adapter_name, peft_config)
-            return
-        layer = PhiLinear(target, current_key)
-        layer.update_layer(adapter_name, peft_config)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
-
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter and its bank."""
         super().delete_adapter(adapter_name)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -322,7 +322,7 @@ def _mixture(experts: str) -> str:
 
 def _projections(roles: Mapping[str, frozenset[str]]) -> list[Projection]:
     """Those of these names and roles."""
-    found = {name: cast(re.Match[str], PROJECTION.fullmatch(name) or BLOCK.fullmatch(name)) for name in roles}
+    found = {name: match for name in roles if (match := PROJECTION.fullmatch(name) or BLOCK.fullmatch(name))}
     layers: dict[str, int] = {}
     for match in found.values():
         layers[match["stack"]] = max(layers.get(match["stack"], 0), int(match["layer"]) + 1)
@@ -376,7 +376,8 @@ def _parse(placement: str) -> Placement:
     name, colon, argument = placement.partition(":")
     if name in PLACEMENTS:
         try:
-            return PLACEMENTS[name](argument) if colon else PLACEMENTS[name]()  # type: ignore[call-arg]
+            make: Callable[..., Placement] = PLACEMENTS[name]
+            return make(argument) if colon else make()
         except TypeError as error:
             raise InputError(f"placement {name!r} takes no argument, got {shown(placement)}") from error
     try:

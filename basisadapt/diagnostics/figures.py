@@ -73,7 +73,7 @@ def _png(figure: Figure) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     file = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(file, pil_kwargs={"compress_level": 1})  # type: ignore[no-untyped-call]
+    FigureCanvasAgg(figure).print_png(file, pil_kwargs={"compress_level": 1})
     return file.getvalue()
 
 

@@ -121,25 +121,6 @@ class ProductLinear(AddedLinear):
         return self._matrix(self.settings[adapter].scaling * (B.to(dtype) @ h.T.to(dtype)))
 
 
-class ProductModel(AdaptedModel):
-    """A model whose adapted layers belong to one method; its class is made by `ProductConfig`."""
-
-    tuner_layer_cls: type[AddedLinear]
-
-    def _create_and_replace(
-        self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
-        current_key: str, **_: Any,
-    ) -> None:  # fmt: skip
-        if isinstance(target, AddedLinear):
-            target.update_layer(adapter_name, peft_config)
-            return
-        layer = self.tuner_layer_cls(target, current_key)
-        layer.update_layer(adapter_name, peft_config)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
-
-
 @dataclass(kw_only=True)
 class ProductConfig(LowRankSettings, CheckedConfig):
     """Settings and peft configuration in one. Subclass it, after the settings, with the method's name and its layer."""
@@ -154,7 +135,7 @@ class ProductConfig(LowRankSettings, CheckedConfig):
         super().__init_subclass__(**kwargs)
         cls.method = method
         members = {"prefix": f"{method}_", "tuner_layer_cls": layer}
-        register(method, cls, type(f"{layer.title}Model", (ProductModel,), members))
+        register(method, cls, type(f"{layer.title}Model", (AdaptedModel,), members))
 
     def __post_init__(self) -> None:
         CheckedConfig.__post_init__(self)

@@ -337,7 +337,7 @@ def _send(numbers: Tensor) -> tuple[Tensor, Callable[[], object]]:
     """The numbers on their way to the host, and how to wait for them."""
     here = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
     here.copy_(numbers, non_blocking=True)
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(numbers.device))
     return here, event.synchronize
 

@@ -115,7 +115,7 @@ def linked_linear(
 
 
 # Plain definitions: what `torch.library.custom_op` puts around a function takes longer than a small layer's work.
-_library: Any = torch.library.Library("basisadapt", "DEF")  # type: ignore[no-untyped-call]
+_library: Any = torch.library.Library("basisadapt", "DEF")
 # A graph of CUDA launches would keep the functions of the step that it was captured in.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout, torch.Tag.cudagraph_unsafe)
 _AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality

@@ -89,6 +89,10 @@ class CompletionTask(Task):
     def probe(self, question: Any, response: str) -> Probe:
         """The texts that evaluation scores for a question; for free answers, the response."""
 
+    @abstractmethod
+    def score(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The loss on a batch of probes, a scalar, and the answers, shape (rows, ...)."""
+
     def examples(self, rows: Rows, processor: Any, max_length: int | None, training: bool) -> Sequence[Example]:
         """For training, input_ids and labels, without rows that are too long; for evaluation, prompts and probes.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -52,15 +52,6 @@ class StoredTask(DrawnTask):
             self._known.update(zip(new, self.hidden(new, processor), strict=True))
         pairs = zip(inputs, rows.labels, strict=True)
         return [{"hidden": self._known[one], **self.answers(label)} for one, label in pairs]
-
-    def collator(self, processor: Any) -> Callable[[list[Example]], dict[str, Tensor]]:
-        """Stacks."""
-        return _stacked
-
-    def score(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The cross-entropy and the logits."""
-        output = model(**batch)
-        return output.loss, output.logits
 
     def measure(self, scores: np.ndarray, rows: Rows, processor: Any) -> dict[str, float]:
         """Bits and recall, of logits of shape (rows, 256) or (rows, answers, 256)."""
@@ -131,9 +122,3 @@ class PhoneBook(StoredTask, name="phone_book"):
     def answers(self, label: Any) -> Example:
         """The value; the label that every row has is one of the row alone."""
         return {"words": torch.tensor(label), "labels": 0}
-
-
-def _stacked(examples: list[Example]) -> dict[str, Tensor]:
-    columns = {name: [example[name] for example in examples] for name in examples[0]}
-    labels = torch.tensor(columns.pop("labels"))
-    return {**{name: torch.stack(column) for name, column in columns.items()}, "labels": labels}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, ClassVar
@@ -60,15 +60,6 @@ class ImageTask(Task):
         unreadable image on access.
         """
         return _Pixels(rows, resolution(processor), training)
-
-    def collator(self, processor: Any) -> Callable[[list[Example]], dict[str, Tensor]]:
-        """Stacks pixel_values to (rows, 3, side, side) and labels to (rows,)."""
-        return _stacked
-
-    def score(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The head's cross-entropy, and its logits (rows, num_labels)."""
-        output = model(**batch)
-        return output.loss, output.logits
 
     def measure(self, scores: np.ndarray, rows: Rows, processor: Any) -> dict[str, float]:
         """The accuracy; with more than ten classes also "accuracy_top5", for a class among the five likeliest.
@@ -188,10 +179,3 @@ def pixels(image: Image.Image, box: Box, side: int, flip: bool) -> Tensor:
     values = (values[:, ::-1] if flip else values).transpose(2, 0, 1)
     mean, std = (torch.tensor(constants)[:, None, None] for constants in (MEAN, STD))
     return (torch.from_numpy(np.ascontiguousarray(values)) - mean) / std
-
-
-def _stacked(examples: list[Example]) -> dict[str, Tensor]:
-    return {
-        "pixel_values": torch.stack([example["pixel_values"] for example in examples]),
-        "labels": torch.tensor([example["labels"] for example in examples]),
-    }

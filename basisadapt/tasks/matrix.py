@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from basisadapt.tasks.drawn import DrawnTask, SeededTask
 from basisadapt.tasks.task import Example, Rows
@@ -39,15 +38,6 @@ class FittedMatrix(SeededTask):
         """W and T, in float32."""
         targets = (torch.from_numpy(self._target(row, processor)).float() for row in rows.inputs)
         return [{"weight": processor.weight, "target": target, "labels": 0} for target in targets]
-
-    def collator(self, processor: Any) -> Callable[[list[Example]], dict[str, Tensor]]:
-        """Stacks."""
-        return _stacked
-
-    def score(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The loss and ΔW."""
-        output = model(**batch)
-        return output.loss, output.logits
 
     def measure(self, scores: np.ndarray, rows: Rows, processor: Any) -> dict[str, float]:
         """The energy that ΔW, of shape (1, m, n), captures, and what every rank could."""
@@ -173,11 +163,3 @@ class Power2(Power, name="matrix/power_2"):
     """σᵢ ∝ 1 / i²."""
 
     exponent = 2.0
-
-
-def _stacked(examples: list[Example]) -> dict[str, Tensor]:
-    return {
-        "weight": torch.stack([example["weight"] for example in examples]),
-        "target": torch.stack([example["target"] for example in examples]),
-        "labels": torch.tensor([example["labels"] for example in examples]),
-    }

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from basisadapt.core.errors import InputError
@@ -152,13 +153,17 @@ class Task(ABC):
         - `training` (bool): the rows are trained on.
         """
 
-    @abstractmethod
     def collator(self, processor: Any) -> Callable[[list[Example]], dict[str, Tensor]]:
-        """A function that makes a batch, a mapping of tensors, from a list of examples."""
+        """A function that makes a batch, a mapping of tensors, from a list of examples; by default `stacked`."""
+        return stacked
 
-    @abstractmethod
     def score(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The model's loss on a batch, a scalar, and its answers as `measure` needs them, shape (rows, ...)."""
+        """The model's loss on a batch, a scalar, and its answers as `measure` needs them, shape (rows, ...).
+
+        By default these are the loss and the logits that the model returns.
+        """
+        output = model(**batch)
+        return output.loss, output.logits
 
     @abstractmethod
     def measure(self, scores: np.ndarray, rows: Rows, processor: Any) -> dict[str, float]:
@@ -166,6 +171,13 @@ class Task(ABC):
 
         scores: those of `score`, concatenated over all batches, shape (rows, ...).
         """
+
+
+def stacked(examples: list[Example]) -> dict[str, Tensor]:
+    """A batch: "labels", numbers, of shape (rows,), and every other entry, tensors of one shape, stacked."""
+    columns = {name: [example[name] for example in examples] for name in examples[0]}
+    labels = torch.tensor(columns.pop("labels"))
+    return {**{name: torch.stack(column) for name, column in columns.items()}, "labels": labels}
 
 
 def readable_folder(data_dir: Path) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,11 +36,6 @@ class TextTask(Task):
 
         collate: Callable[[list[Example]], dict[str, Tensor]] = DataCollatorWithPadding(processor)
         return collate
-
-    def score(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The head's loss, and its outputs of shape (rows, num_labels)."""
-        output = model(**batch)
-        return output.loss, output.logits
 
     def measure(self, scores: np.ndarray, rows: Rows, processor: Any) -> dict[str, float]:
         """The task's `metrics` of scores (rows, num_labels) against the labels of `rows`."""

@@ -31,7 +31,7 @@ def arithmetic(precision: str) -> Iterator[None]:
 
     cuDNN's gradients of masked attention are wrong at some lengths (pytorch issue 196678).
     """
-    products, attention = torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    products, attention = torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()
     torch.set_float32_matmul_precision("high" if precision == "tf32" else products)
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:

@@ -35,7 +35,7 @@ def shard_frozen(model: nn.Module) -> None:
     fully_shard(model, **options)
     if hasattr(model, "generate"):  # which calls what is below the model, past its forward
         register_fsdp_forward_method(model, "generate")
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)  # type: ignore[no-untyped-call]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
 
 
 @contextmanager
