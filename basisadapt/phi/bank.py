@@ -21,7 +21,7 @@ from basisadapt.phi.notation import Amplitudes
 from basisadapt.phi.settings import PhiSettings
 from basisadapt.phi.sharing import SHARING, AdaptedModule, rows
 
-LEAST_SIZE = 1e-6  # a lower bound on the size of BA by which a gain is normalized: at the start BA is zero
+LEAST_SIZE = 1e-6  # a lower bound of the rms of BA that normalizes a gain: BA may start at zero
 POINTS_PER_FUNCTION = 8  # points per basis function
 ONE = torch.ones(())
 

@@ -1,8 +1,8 @@
-"""The fused kernels of `kernels_triton` where F is a table: cubics in equal cells, gathered by every entry of BA.
+"""The fused kernels for tables: every entry of BA gathers the cubic of its cell.
 
-The gradient to a table, Σ G s^k over the entries of each cell, adds up by whole numbers, whose sum is the same in every
-order: the result repeats bit for bit. Entries of one cell would wait for each other, so that a small table's sums are
-kept in several copies. All the numbers that an entry reads, or adds to, lie in one sector of the cache.
+The gradient to a table, Σ G s^k over the entries of each cell, is a sum of integers, which does not depend on the order,
+so the result is reproducible bit for bit. Atomic additions to one cell wait for each other, so a small table has several
+copies of its sums. All numbers that an entry reads or adds to lie in one cache sector.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _columns_of, _rows_of, _halves = kernels_triton._columns_of, kernels_triton._row
 _factor_product = kernels_triton._factor_product
 
 FIXED_POINT = tl.constexpr(float(cubics.FIXED_POINT))  # units of the largest gradient
-TINY = tl.constexpr(1e-27)  # below which a gradient is zero: its unit is a number of float32 still
-CELLS = 1 << 15  # for which sums are kept, of one table or of its copies
+TINY = tl.constexpr(1e-27)  # the least size of the largest gradient, whose unit float32 can still represent
+CELLS = 1 << 15  # cells of a table times copies of its sums, at most, unless the table alone has more
 FORM, PULL, COLLECT = Tiling(16, 128, 4), Tiling(16, 64, 4), Tiling(1, 1024, 4)
 
 
@@ -37,7 +37,7 @@ def _two(pair):
 
 @triton.jit
 def _gather(PAIRS, place, half):
-    """The number of each place's cell, the place in it, and the cell's cubic; place: in cells, from zero on."""
+    """The index of each place's cell, the place in it, and the cell's cubic; place: in cells, counted from BA = 0."""
     most = half.to(tl.float32)
     near = tl.where(tl.abs(place) <= most, place, tl.where(place > 0, most, -most))
     start = tl.floor(near)
@@ -102,7 +102,7 @@ def _pull(
 
 @triton.jit(do_not_specialize=["size"])
 def _collect(SUMS, LARGEST, GRADIENT, size, COPIES: tl.constexpr, BLOCK: tl.constexpr):
-    """Adds up the copies of the sums, and takes them out of their unit."""
+    """Adds the copies of the sums, and converts them from integer units."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.int64)
     for copy in range(COPIES):
@@ -115,7 +115,7 @@ def _collect(SUMS, LARGEST, GRADIENT, size, COPIES: tl.constexpr, BLOCK: tl.cons
 def _plan(m: int, n: int, r: int, device: torch.device, tiling: Tiling) -> tuple[Any, ...]:
     """A kernel's grid, and its constants from ROWS on.
 
-    BA is known nearly as in float32, whatever the weights' dtype: among so many cells less would show.
+    BA is nearly as accurate as in float32, whatever the weights' dtype: a table has too many cells for less.
     """
     block, one_block, precision = kernels_triton.product_constants(r, torch.float32, device)
     grid = triton.cdiv(n, tiling.columns), triton.cdiv(m, tiling.rows), 1
@@ -123,12 +123,12 @@ def _plan(m: int, n: int, r: int, device: torch.device, tiling: Tiling) -> tuple
 
 
 def _copies(cells: int) -> int:
-    """In how many copies the sums are kept: a power of two."""
+    """The number of copies of the sums, a power of two."""
     return 1 << (max(1, CELLS // cells).bit_length() - 1)
 
 
 def _pairs(table: Row) -> Tensor:
-    """The cubics, two numbers at once: (cells, 2)."""
+    """The cubics, two float32 numbers per int64, shape (cells, 2)."""
     return table.parameters[0].detach().view(torch.int64)
 
 

@@ -1,11 +1,14 @@
-"""Series, table or direct: which evaluator serves each module, decided by what the tolerance asks.
+"""Chooses each module's evaluator (a series, a table or the direct sum) so that it meets the tolerance.
 
-What is promised of every module: no entry of ΔW = F(BA) is off by more than the tolerance times the largest entry of F
-without its path, beyond what rounding BA to the dtype of the arithmetic does. Where one row in sixteen or fewer towers
-over the others (`extent.towering`), that holds for the others by themselves, and of those rows F is summed directly.
-The gradients to α, ω, the grid and the gain are off by no more than ten tolerances of what they would be if nothing
-cancelled. Where BA is smaller than `extent.SMALLEST`, in units of φ's argument, all this is relative to F on a range of
-that size. Beyond the range that it was made for no function is continued.
+Every module has these guarantees:
+
+- The error of an entry of ΔW = F(BA) is at most the tolerance times the largest entry of F without its path, plus the
+  effect of rounding BA to the dtype of the arithmetic. If at most one row in sixteen is far larger than the others
+  (`extent.towering`), the guarantee holds for the other rows by themselves, and F is summed directly on the large ones.
+- The error of the gradients to α, ω, the grid and the gain is at most ten times the tolerance, relative to their size
+  without cancellation.
+- If BA is smaller than `extent.SMALLEST`, in units of φ's argument, both are relative to F on a range of that size.
+- Outside the range for which an evaluator was made, its values are NaN.
 """
 
 from __future__ import annotations
@@ -34,25 +37,30 @@ from basisadapt.phi.extent import (
 )
 
 VERIFY_EVERY = 16  # compilations
-MOVED = 1.25  # and whenever R has changed by so much, up or down
-# Nanoseconds of a CPU's core, forward and backward: an entry of BA in a series, for each term; an entry in a table, its
-# cell, a basis function's value on the way to it; such a value in the direct sum; and any table, whatever it holds.
+MOVED = 1.25  # R has moved if it has grown or shrunk by this factor
+# Measured nanoseconds on one CPU core, forward and backward: per entry of BA and term of a series; per entry of BA with
+# a table; per cell of a table; per basis function evaluated to make it; per basis function evaluated in a direct sum;
+# and the fixed cost of a table.
 TERM, ENTRY, CELL, VALUE, DIRECT, ANY = 1.7, 25.0, 60.0, 25.0, 150.0, 2e6
 MAX_CELLS = 1 << 20
-AGAIN = 0.9  # of the cells that were needed before, from where on they are sought again
-REFIT = 1.05  # so much further a table may be stretched; its error grows with the fourth power
+AGAIN = 0.9  # a new search begins at this share of the cells that the last table needed
+REFIT = 1.05  # how far a table's range may grow before it is refitted; its error grows with the fourth power
 TOLERANCE = {torch.bfloat16: 1e-4, torch.float16: 1e-5}  # below the rounding of the weights that F is added to
 FLOAT32_TOLERANCE = 1e-6
-DOUBLE_TOLERANCE = 1e-11  # in float64, whatever is asked
-LEAST_SHARE = 1 / 8  # of R, which BA has to reach if the bound by norms is to do
+DOUBLE_TOLERANCE = 1e-11  # in float64, whatever the settings
+LEAST_SHARE = 1 / 8  # the least max |BA| / R for which R may be the bound by norms
 
 
 @dataclass(frozen=True)
 class Work:
     """M functions to compile, and the factors that they act on.
 
-    tables, parameters: the functions of all modules at once, see `series.compile_series`; single: each alone. pairs: A
-    and B of each; slack: how many times as large a layer's own may be. gains: g, (M,). tolerances: of each module.
+    - `tables`, `parameters`: the functions of all modules at once, see `series.compile_series`.
+    - `single`: makes the function of one module, by its index.
+    - `pairs`: A (r, n) and B (m, r) of each module.
+    - `gains`: g, shape (M,), float64.
+    - `tolerances`: of each module.
+    - `slack` (float ≥ 1, default 1): how many times as large the entries of a layer's own BA may be.
     """
 
     tables: series.Tables
@@ -69,29 +77,33 @@ class Work:
         return self.tables(*(p.double() for p in self.parameters))
 
     def entries(self, index: int) -> int:
-        """Of BA."""
+        """The number of entries of the module's BA."""
         A, B = self.pairs[index]
         return len(B) * A.shape[1]
 
     @property
     def dtypes(self) -> list[torch.dtype]:
-        """Of the arithmetic of each module."""
+        """The dtype of each module's arithmetic."""
         return [compute_dtype(A) for A, _ in self.pairs]
 
     @property
     def tolerance(self) -> float | Tensor:
-        """One for all where they are equal, else (M,)."""
+        """The tolerances, shape (M,); one number if all are equal."""
         asked = tuple(map(_tolerance, self.tolerances, self.dtypes))
         return asked[0] if len(set(asked)) == 1 else _sent(asked, self.gains.device)
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What was found of M modules when they were last looked at.
+    """The state of M modules at the last full inspection.
 
-    apart: the rows of B that tower over the others. measured: whether R is max |BA| itself, since the bound by norms is
-    far off. radius, share: R then, and what part of it BA reached. served, by_series: whether a series does. far: how
-    far ω g R may go until a table that was made together with others is too coarse; infinite where there is none.
+    - `apart`: the rows of B that are far larger than the others, see `extent.towering`; None if there are none.
+    - `measured`: R is max |BA| itself, since the bound by norms is far above it.
+    - `radius`: R, shape (M,).
+    - `share`: max |BA| / R, shape (M,).
+    - `served`: whether a series evaluates the module, shape (M,), bool.
+    - `by_series`: the same, on the host.
+    - `far`: the largest ω g R for which a table that was made with others is accurate, shape (M,); ∞ without one.
     """
 
     apart: list[Tensor | None]
@@ -105,9 +117,12 @@ class Seen:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What was found to serve a function without a series: a kind of table, or None, the direct sum.
+    """How a function without a series is evaluated.
 
-    half: cells on either side of zero. reach: ω g R then. price: see TERM.
+    - `kind`: the class of its table; None is the direct sum.
+    - `half` (int): the table's cells on either side of zero.
+    - `reach` (float): ω g R when it was fitted.
+    - `price` (float): its cost, in the unit of TERM.
     """
 
     kind: type[Made] | None
@@ -117,7 +132,7 @@ class Fitted:
 
     @classmethod
     def to(cls, work: Work, index: int, radius: Tensor, before: Fitted | None) -> Fitted:
-        """The first table that is accurate, from about the size on that `before` had, unless the direct sum is less."""
+        """The smallest accurate table, or the direct sum if that is cheaper. The search begins near `before`'s size."""
         transfer, dtype, entries = work.single(index), work.dtypes[index], work.entries(index)
         far = float(reach(transfer, radius))
         table = None
@@ -131,7 +146,7 @@ class Fitted:
 
     @classmethod
     def together(cls, work: Work, indices: Sequence[int], radius: Tensor, before: Mapping[int, Fitted]) -> list[Fitted]:
-        """As `to`, of some modules at once."""
+        """As `to`, for the modules with these indices at once. radius: (M,)."""
         transfer = together.pick(work.functions(), tuple(indices))
         radius = radius[index_tensor(tuple(indices), radius.device)]
         far = reach(transfer, radius).tolist()
@@ -144,26 +159,26 @@ class Fitted:
 
 
 def _most(work: Work, index: int) -> int:
-    """The most cells for which a table may take less than the direct sum."""
+    """The largest number of cells with which a table can be cheaper than the direct sum."""
     count = work.parameters[0].shape[-1]
     return int(min(DIRECT * work.entries(index) * count / (CELL + VALUE * count / FINE), MAX_CELLS))
 
 
 def _least(before: Fitted | None, far: float) -> int:
-    """From how many cells on a table is sought."""
+    """The number of cells at which the search for a table begins."""
     if before is None or before.kind is None or not math.isfinite(far):
         return 0
     return int(AGAIN * before.half * min(1.0, far / before.reach))
 
 
 class Choice:
-    """Makes the evaluators of M modules, compilation after compilation, and remembers what proved necessary.
+    """Makes the evaluators of M modules at every compilation, and reuses what the last full inspection found.
 
-    Now and then, and whenever a range has moved, it looks at everything again: which rows tower, how much of its range
-    BA uses, whether a series is its function between the nodes too. A series that does not reach the tolerance in
-    between makes it look at once; but in a training step on a GPU that is read one compilation later: the host does not
-    wait for the step at work. A CUDA graph keeps the evaluators that served when it was captured; the degrees of its
-    series still follow the parameters.
+    A full inspection determines which rows are far larger than the others, how much of its range BA uses, and whether
+    each series equals its function between the nodes too. It is due every VERIFY_EVERY compilations, whenever a range
+    has moved, and as soon as a series misses the tolerance. In a training step on a GPU the last two are read one
+    compilation late, so that the host does not wait for the running step. A CUDA graph keeps the evaluators with which
+    it was captured; the degrees of its series still follow the parameters.
     """
 
     def __init__(self) -> None:
@@ -195,7 +210,7 @@ class Choice:
         return self._made(work, seen, batch, extent.radius, degrees)
 
     def _look(self, work: Work) -> list[Evaluator | Split]:
-        """The evaluators, with everything found anew; the host waits for what it learns."""
+        """A full inspection, and the evaluators. The host waits for the device."""
         apart = [towering(B) for _, B in work.pairs]
         extent, measured = _measured(work, apart)
         last = series.POINTS[-1]
@@ -210,7 +225,7 @@ class Choice:
         served, degrees = batch.resolved & verified, batch.degree.cpu()
         self._points, self._answer = points, (degrees, _arrived)
         by_series = self._fit_tables(work, apart, measured, extent, served.tolist(), degrees.tolist())
-        # A table takes less the smaller its range is.
+        # A table is cheaper on a smaller range.
         measured = [far_off or not serves for far_off, serves in zip(measured, by_series, strict=True)]
         now = _extent(work, apart, measured, extent.share)
         fitted = [self._tables.get(index) if self._together else None for index in range(len(apart))]
@@ -222,9 +237,9 @@ class Choice:
         self, work: Work, apart: Sequence[Tensor | None], measured: Sequence[bool], extent: Extent,
         served: list[bool], degrees: list[int],
     ) -> list[bool]:  # fmt: skip
-        """Fit a table to every function that has no series, or one that may take longer; whether each has a series."""
+        """Fit a table to every function whose series is missing or may be slower. Returns which keep their series."""
         terms = [TERM * degree * work.entries(index) for index, degree in enumerate(degrees)]
-        # On a GPU a series is summed in one kernel, and no table comes near it.
+        # On a GPU one kernel sums a series, and no table is as fast.
         long = [not deferred(work.gains) and t > ANY + ENTRY * work.entries(i) for i, t in enumerate(terms)]
         tried = [not serves or is_long for serves, is_long in zip(served, long, strict=True)]
         radius = _extent(work, apart, [m or t for m, t in zip(measured, tried, strict=True)], extent.share).radius
@@ -240,7 +255,7 @@ class Choice:
         return [index not in self._tables for index in range(len(tried))]
 
     def _read(self, degrees: Tensor, capturing: bool) -> list[int]:
-        """`degrees`; in training on a GPU as of the compilation before, whose answer has long arrived."""
+        """`degrees` on the host; in training on a GPU those of the previous compilation, which are there already."""
         before = self._answer
         if not deferred(degrees) or before is None or not (torch.is_grad_enabled() or capturing):
             return _whole(degrees)
@@ -277,15 +292,15 @@ class Choice:
         return made
 
     def _fallback(self, index: int, work: Work, radius: Tensor, dtype: torch.dtype) -> Evaluator:
-        """A table of the size that was found accurate when last looked at, or direct evaluation."""
+        """On a CPU: the table of the last inspection, refitted if its range has grown, or the direct sum."""
         transfer, fitted = work.single(index), self._tables[index]
-        if not (_capturing(radius) or float(reach(transfer, radius)) <= REFIT * fitted.reach):
+        if not float(reach(transfer, radius)) <= REFIT * fitted.reach:  # NaN too
             fitted = self._tables[index] = Fitted.to(work, index, radius, fitted)
         return fitted.kind(transfer, radius, fitted.half, dtype) if fitted.kind else Direct(transfer)
 
 
 def _extent(work: Work, apart: Sequence[Tensor | None], measured: Sequence[bool], share: Tensor) -> Extent:
-    """The ranges, without the rows apart, and by BA itself where that is to be measured."""
+    """The ranges, without the rows `apart`: bounds by norms, or max |BA| where `measured`."""
     pairs = [(A, without(B, rows)) for (A, B), rows in zip(work.pairs, apart, strict=True)]
     radius = bounds(pairs) * work.slack
     zero = radius == 0
@@ -298,12 +313,12 @@ def _extent(work: Work, apart: Sequence[Tensor | None], measured: Sequence[bool]
 
 
 def _measured(work: Work, apart: Sequence[Tensor | None]) -> tuple[Extent, list[bool]]:
-    """The ranges, what part of them BA reaches, and where BA has to be measured."""
+    """The ranges, the share of them that BA reaches, and the modules whose BA has to be measured."""
     everywhere, nowhere = [True] * len(apart), [False] * len(apart)
     whole = torch.ones(len(apart), dtype=torch.float64, device=work.gains.device)
     bound, exact = _extent(work, apart, nowhere, whole), _extent(work, apart, everywhere, whole)
     share = exact.radius / bound.radius
-    # In the dtype of the arithmetic a function is known to an eps of its largest value on the range, no better.
+    # In the dtype of the arithmetic, a function's error is an eps of its largest value on the range.
     grown = series.growth(work.tables, work.parameters, bound.radius, exact.radius)
     finest = [torch.finfo(d).eps / _tolerance(t, d) for t, d in zip(work.tolerances, work.dtypes, strict=True)]
     far_off = (share < LEAST_SHARE) | (grown * _sent(tuple(finest), whole.device) > 1)
@@ -318,13 +333,13 @@ def _whole(numbers: Tensor) -> list[int]:
 
 @functools.cache
 def _sent(numbers: tuple[float, ...], device: torch.device) -> Tensor:
-    """These numbers on the device, sent there once: sending makes the host wait."""
+    """These numbers on the device, copied there once: a copy makes the host wait."""
     with torch.inference_mode(False):
         return torch.tensor(numbers, dtype=torch.float64, device=device)
 
 
 def _capturing(tensor: Tensor) -> bool:
-    """Whether what is done now goes into a CUDA graph."""
+    """Whether a CUDA graph is being captured."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
@@ -334,7 +349,7 @@ def deferred(tensor: Tensor) -> bool:
 
 
 def _send(numbers: Tensor) -> tuple[Tensor, Callable[[], object]]:
-    """The numbers on their way to the host, and how to wait for them."""
+    """A copy to the host that is under way, and a function that waits for it."""
     here = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
     here.copy_(numbers, non_blocking=True)
     event = torch.cuda.Event()
@@ -343,16 +358,16 @@ def _send(numbers: Tensor) -> tuple[Tensor, Callable[[], object]]:
 
 
 def _arrived() -> None:
-    """There is nothing to wait for."""
+    """Wait for nothing."""
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """What F is computed in: float64 for float64, float32 for everything narrower."""
+    """The dtype in which F is computed: float64 for float64, float32 for all narrower ones."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def default_tolerance(weights: torch.dtype) -> float:
-    """The tolerance over weights of that dtype."""
+    """The tolerance for weights of that dtype, which their rounding hides."""
     return TOLERANCE.get(weights, FLOAT32_TOLERANCE)
 
 
@@ -363,7 +378,7 @@ def _tolerance(asked: float, dtype: torch.dtype) -> float:
 def evaluator(
     transfer: Transfer, A: Tensor, B: Tensor, backend: str, tolerance: float = FLOAT32_TOLERANCE, slack: float = 1.0
 ) -> Evaluator | Split:
-    """The evaluator of one function on BA, made afresh."""
+    """A new evaluator of one function on BA, for A (r, n) and B (m, r). slack: as in `Work`."""
     if backend == "direct":
         return Direct(transfer)
     parameters = tuple(p.unsqueeze(0) for p in transfer.parameters)

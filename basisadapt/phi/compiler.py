@@ -23,17 +23,20 @@ from basisadapt.phi.kernels import resolve_backend
 from basisadapt.phi.operators import Function, Link, rows_and_keys
 from basisadapt.phi.weight import Execution
 
-HALF_ROUNDING = 1 + 2**-7  # A and B may each be rounded to bfloat16 for their layer
-Adapted = tuple[nn.ParameterDict, nn.ParameterDict, nn.Module]  # what holds A, what holds B, and the frozen layer
+HALF_ROUNDING = 1 + 2**-7  # under FSDP, A and B may each be rounded to bfloat16 for their layer
+Adapted = tuple[nn.ParameterDict, nn.ParameterDict, nn.Module]  # the holders of A and of B, and the frozen layer
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """The functions of all modules, and what they were made of.
+    """The functions of all modules, and the values from which they were compiled.
 
-    differentiable: whether gradients were asked for; one that is serves passes of both kinds. tables: copies of the
-    bank's, and whether each trained. tolerances: of every module. factors: copies of A and B of each; None where FSDP
-    shards them. rows_and_keys: of the functions, for torch.compile, see `operators`.
+    - `functions`: by module.
+    - `differentiable`: they have gradients. They then also serve passes without.
+    - `tables`, `trained`: copies of the bank's tables, and whether each trained.
+    - `tolerances`: of every module.
+    - `factors`: copies of A and B by module; None if FSDP shards them.
+    - `rows_and_keys`: of the functions, for torch.compile, see `operators`.
     """
 
     functions: Mapping[str, Function]
@@ -45,9 +48,9 @@ class Compiled:
     rows_and_keys: Sequence[tuple[Tensor, Tensor]]
 
     def made_of(self, module: str, A: Tensor, B: Tensor, tables: tuple[Tensor, ...]) -> bool:
-        """Whether they are still what these give.
+        """Whether the functions were compiled from these factors and tables.
 
-        By value: neither an assignment through `.data` nor a fused step of an optimiser changes a tensor's version.
+        Values are compared: an assignment through `.data` and a fused optimizer step leave a tensor's version unchanged.
         """
         if self.factors is None:
             return True
@@ -62,15 +65,17 @@ class Compiled:
 
 
 class Compiler:
-    """Keeps every module's evaluator in step with A, B and the bank's tables.
+    """Keeps every module's evaluator up to date with A, B and the bank's tables.
 
-    modules: of every module of the bank, by name, the dictionaries that hold A and B under the adapter's name, and the
-    frozen layer. tolerance: None takes what each weight's dtype hides, see `default_tolerance`. dense: see `Execution`.
+    - `modules`: for every module of the bank, by name, the dictionaries that hold A and B under the adapter's name, and
+      the frozen layer.
+    - `backend`: the setting, see `PhiSettings`.
+    - `tolerance`: None takes what the weight's dtype hides, see `default_tolerance`.
+    - `dense`: see `Execution`.
+    - `links`: what torch.compile reads of every module's function; `compiled` sets it before the first layer is called.
 
-    links: what torch.compile reads of every module's function; filled by `compiled`, before the first layer is called.
-
-    Where FSDP shards A and B, a layer computes with copies, which are there only while the layer is at work and tell
-    nothing of updates. So all modules are compiled from the shards before the first layer, by `PhiModel`.
+    If FSDP shards A and B, a layer computes with temporary copies, which do not show updates. `PhiModel` therefore
+    compiles all modules from the shards before the first layer is called.
     """
 
     def __init__(
@@ -84,29 +89,29 @@ class Compiler:
 
     def _forget(self) -> None:
         self._choice = Choice()
-        self._chosen_for: tuple[Any, ...] = ()  # the device, the dtypes and the loaded state that it was made for
-        self._kept: list[Compiled] = []  # the newest first: at most one of each kind
-        self._in_call = threading.local()  # of the model, in this thread: what was compiled when it began
-        self._linked: Compiled | None = None  # what the links are of
+        self._chosen_for: tuple[Any, ...] = ()  # the device, the dtypes and the loaded state of `_choice`
+        self._kept: list[Compiled] = []  # at most one with gradients and one without, the newest first
+        self._in_call = threading.local()  # what this thread's current call of the model uses
+        self._linked: Compiled | None = None  # what the links point to
         self._one_at_a_time = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle keeps: not the compiled functions, which are of this moment."""
+        """The state of a copy or a pickle, without the compiled functions."""
         kept = ("bank", "links", "_adapter", "_modules", "_setting", "_tolerance", "_dense")
         return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """As new."""
+        """Restore the state, with nothing compiled."""
         self.__dict__.update(state)
         self._forget()
 
     def backend(self, device: torch.device) -> str:
-        """What evaluates modules there: "torch", "triton" or "direct". Raises InputError if it cannot."""
+        """The backend on that device: "torch", "triton" or "direct". Raises InputError if it cannot run there."""
         return resolve_backend(self._setting, device)
 
     def _pair(self, module: str) -> tuple[Tensor, Tensor]:
         in_a, in_b, _ = self._modules[module]
-        # Read where they lie: asked as dictionaries they take microseconds each, and a model has hundreds.
+        # Direct reads: a look-up in nn.ParameterDict takes microseconds, and a model has hundreds of modules.
         A: Any = in_a._parameters[self._adapter]
         B: Any = in_b._parameters[self._adapter]
         return A, B
@@ -116,14 +121,14 @@ class Compiler:
         return self._tolerance or default_tolerance(layer.weight.dtype)
 
     def function(self, module: str, A: Tensor, B: Tensor) -> Function:
-        """The function of one module with these factors; compiles all where something has changed since."""
+        """The function of one module with these factors; compiles all modules if anything has changed."""
         wanted = torch.is_grad_enabled()
         held: Compiled | None = getattr(self._in_call, "compiled", None)
         if held is not None and (held.differentiable or not wanted):
             return held.functions[module]
         for place, compiled in enumerate(self._kept):
             if compiled.differentiable or not wanted:
-                # A checkpointed layer's second forward pass belongs to the first; on a GPU a look would make it wait.
+                # A checkpointed layer's second forward pass uses what the first did; to compare would wait for a GPU.
                 again = place == 0 and A.is_cuda and _in_backward()
                 if again or compiled.made_of(module, A, B, self.bank.tables):
                     return compiled.functions[module]
@@ -132,8 +137,7 @@ class Compiler:
 
     @contextmanager
     def compiled(self) -> Iterator[None]:
-        """Compile where anything has changed, and hold that for true meanwhile: to look again costs every layer
-        microseconds."""
+        """Compile if anything has changed. Meanwhile layers do not check again, which takes microseconds in each."""
         before: Compiled | None = getattr(self._in_call, "compiled", None)
         self._in_call.compiled = self._current()
         self._link(self._in_call.compiled)
@@ -152,7 +156,7 @@ class Compiler:
                 link.row, link.key, link.function = row, key, compiled.functions[name]
 
     def _check(self, module: str, function: Function, A: Tensor, B: Tensor) -> None:
-        """Raises InputError where a compiled graph uses a function that is not, or no longer, that of these factors."""
+        """Raise InputError if a compiled graph uses a function that does not belong to these factors."""
         held: Compiled | None = getattr(self._in_call, "compiled", None)
         if held is not None and held.functions[module] is function:
             return
@@ -167,7 +171,7 @@ class Compiler:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _current(self) -> Compiled:
-        """What was compiled of the factors and tables as they are now, or what is compiled of them."""
+        """The functions of the current factors and tables, compiled if there are none."""
         if not any(choice.deferred(A) or hasattr(A, "full_tensor") for A, _ in map(self._pair, self._modules)):
             pairs, tables = {name: self._pair(name) for name in self._modules}, self.bank.tables
             tolerances = tuple(map(self._tolerance_of, pairs))
@@ -181,15 +185,15 @@ class Compiler:
 
     @torch.no_grad()
     def transfer(self, module: str) -> Transfer:
-        """The function of one module, as it is before it is compiled."""
+        """The transfer function of one module, not compiled."""
         gains = self.bank.gains([self._pair(name) for name in self._modules])
         return self.bank.transfer(module, gains[list(self._modules).index(module)])
 
     @torch.no_grad()
     def fresh(self, module: str) -> Evaluator | Split:
-        """The evaluator of one module, made from what its factors and the tables are now: for what leaves the model.
+        """A new evaluator of one module for its current factors and tables, for a ΔW that leaves the model.
 
-        The host waits for it, and nothing is left behind. Raises InputError for factors on meta.
+        The host waits for the device. Nothing is kept. Raises InputError for factors on the meta device.
         """
         with self._one_at_a_time, torch.inference_mode(False):
             pairs, sharded = self._gathered()
@@ -201,7 +205,7 @@ class Compiler:
                 return evaluator(transfer, A, B, self._setting, self._tolerance_of(module), slack)
 
     def _gathered(self) -> tuple[list[tuple[Tensor, Tensor]], bool]:
-        """A and B of every module, whole, and whether they had to be gathered. Raises InputError for those on meta."""
+        """A and B of every module, and whether they had to be gathered. Raises InputError on the meta device."""
         for module in chain([self.bank], *(holders[:2] for holders in self._modules.values())):
             onload(module)
         pairs = [self._pair(name) for name in self._modules]
@@ -215,12 +219,12 @@ class Compiler:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def refresh(self) -> Compiled:
-        """Compile every module's function for the factors of this moment. Raises InputError for those on meta."""
+        """Compile every module's function for the current factors. Raises InputError for factors on the meta device."""
         wanted = torch.is_grad_enabled()
-        # Under inference_mode what is made could not serve training.
+        # Tensors made under inference_mode could not be used in training.
         with self._one_at_a_time, torch.inference_mode(False), torch.set_grad_enabled(wanted):
             made = self._compile(wanted)
-            # What has gradients also serves those who want none, so that it replaces all.
+            # Functions with gradients also serve passes without, so they replace all others.
             self._kept = [made] if wanted else [made, *(old for old in self._kept if old.differentiable)]
         return made
 
@@ -228,7 +232,7 @@ class Compiler:
         pairs, sharded = self._gathered()
         with torch.no_grad():
             pairs = [(A.detach(), B.detach()) for A, B in pairs]
-            # A product with 1 copies many tensors in one launch.
+            # A product with 1 copies many tensors in one kernel launch.
             held = iter([] if sharded else torch._foreach_mul([factor for pair in pairs for factor in pair], 1))
         tables, names = self.bank.tables, list(self._modules)
         copies = tuple(table.detach().clone() for table in tables)
@@ -270,22 +274,22 @@ class Compiler:
 
 
 def _in_backward() -> bool:
-    """Whether autograd is at work in this thread."""
+    """Whether this thread is in a backward pass."""
     return torch._C._current_graph_task_id() >= 0
 
 
 @torch.no_grad()
 def _whole(tensor: Any) -> Tensor:
-    """The tensor, gathered where it is a DTensor."""
+    """The tensor, gathered if it is a DTensor."""
     whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return whole
 
 
 def onload(module: nn.Module) -> None:
-    """Bring back, for good, what accelerate has offloaded of an adapter.
+    """Load what accelerate has offloaded of an adapter, and keep it loaded.
 
-    Its hook would do so for the module's own forward pass alone, and an adapter is read outside of that. As everywhere
-    with accelerate, the parameters are new ones, which an optimiser from before does not know.
+    Accelerate's hook would load it only for the module's own forward pass, but an adapter is also read outside. As
+    always with accelerate, the parameters are new objects, which an existing optimizer does not know.
     """
     hook: Any = vars(module).get("_hf_hook")
     if getattr(hook, "offload", False):

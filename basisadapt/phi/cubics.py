@@ -1,8 +1,7 @@
-"""F as one cubic in each of many equal cells, for functions whose series is long: tables, by two ways to make them.
+"""Tables: F as one cubic in each of many equal cells, for functions whose series would be long.
 
-A table of a smooth function comes from sums of its N functions at every FINE-th cell's end, interpolated to the others:
-of those N that reach there, or, where they have no compact support, of all. One of a spline comes from its knots alone:
-it takes so much for every cell and every knot.
+There are two kinds. A smooth function is summed at the end of every FINE-th cell, over the basis functions that are not
+zero there, and interpolated at the other ends. A spline follows from its knots alone, at a cost per cell and per knot.
 """
 
 from __future__ import annotations
@@ -23,27 +22,30 @@ from basisadapt.phi.basis import SEEN, TransferBasis, width
 from basisadapt.phi.evaluators import Evaluator, spoil_beyond
 from basisadapt.phi.sums import Places, evaluations, sums, with_slopes
 
-SLOPE = 8  # a table's tolerance for F', as a multiple: its error sits in the few cells where F'' is steep
-FIXED_POINT = 1 << 36  # one unit of the largest gradient: room for 2^26 summands in 62 bits
-PACKED = 8  # numbers of a row that a kernel reads, see `Row`
-FINE = 12  # cells between neighbouring places where a smooth function is summed
-NEIGHBOURS = 24  # sums that make a cell: Lagrange's polynomial through them leaves out less than the cubic does
-WIDEST, CLOSER = 1.0, 2**0.25  # between sums, in widths of the narrowest function, and how much closer to try next
+SLOPE = 8  # the tolerance for F' as a multiple of that for F: its error lies in the few cells where F'' is steep
+FIXED_POINT = 1 << 36  # the largest gradient in units of the sums: 2^26 summands fit into 62 bits
+PACKED = 8  # numbers that a kernel reads for a row, see `Row`
+FINE = 12  # cells between neighboring places at which a smooth function is summed
+NEIGHBOURS = 24  # sums that determine a cell: Lagrange's polynomial through them is more accurate than the cubic
+WIDEST, CLOSER = 1.0, 2**0.25  # the first distance of sums, in widths of the narrowest function; its next reduction
 FEWEST = 16  # spaces between sums, on either side of zero
-CHECKED = ((0, 0.8), (FINE // 2, 0.5))  # cells behind a sum, and places in them, where a table is checked
-LOOKED_AT, MARGIN = (0.1, 0.25, 0.5, 0.75, 0.9), 1.25  # places in a spline's cells, and what lies between them
-RESTART = 2048  # cells after which a spline's cumulative sums are begun anew, before rounding has grown
-MAX_SEEN = 1 << 14  # cells in a unit of u, where nothing is smooth enough
-FEWEST_CELLS, IN_A_UNIT = 64, 10  # of a spline, on either side of zero, and in a unit of u
-MAX_RESTARTED = 1 << 23  # knots that are summed at such places: not in more memory than that takes
+CHECKED = ((0, 0.8), (FINE // 2, 0.5))  # (cells after a sum, place in the cell) where the error is measured
+LOOKED_AT, MARGIN = (0.1, 0.25, 0.5, 0.75, 0.9), 1.25  # places in a spline's cells, and an allowance between them
+RESTART = 2048  # cells after which a spline's cumulative sums restart, to limit rounding errors
+MAX_SEEN = 1 << 14  # cells per unit of u, beyond which the search for a spacing ends
+FEWEST_CELLS, IN_A_UNIT = 64, 10  # the fewest cells of a spline, on either side of zero and per unit of u
+MAX_RESTARTED = 1 << 23  # the most pairs of a knot and a restart, which limits memory
 
 
 @dataclass(frozen=True)
 class Cells:
-    """Where the cells of a function lie: one begins where BA is zero, so that float32 knows places near zero best.
+    """The cells of a function. One begins at BA = 0, since float32 is most precise near zero.
 
-    step: their width, shape (), or (M,) of M functions at once, float64. half: C, how many lie on either side of zero.
-    They cover ±R, or as much of it as the functions of a compact basis reach: beyond, F less its path is constant.
+    - `step`: their width, shape (), or (M,) for M functions at once, float64.
+    - `half` (int): C, the number on either side of zero.
+
+    They cover [−R, R], or the part where functions of compact support are not zero: outside, F without its path is
+    constant.
     """
 
     step: Tensor
@@ -51,33 +53,32 @@ class Cells:
 
     @classmethod
     def of(cls, transfer: Transfer, radius: Tensor, half: int) -> Cells:
-        """C on either side of zero."""
+        """`half` cells on either side of zero, for ranges of `radius` R."""
         return cls(covered(transfer, radius) / half, half)
 
 
 class Cubics(Evaluator):
-    """F ≈ p_0 + p_1 s + p_2 s² + p_3 s³ + path in each of 2C cells and a few behind them, s in [0, 1] being the place
-    in it."""
+    """F ≈ p_0 + p_1 s + p_2 s² + p_3 s³ + path at the place s in [0, 1] of each of 2C cells and a few behind them."""
 
     width = 12
 
     def __init__(self, cubics: Tensor, half: int, inverse: Tensor, most: Tensor, path: float) -> None:
-        """cubics: p_0 .. p_3 of every cell, (cells, 4). half: C. inverse: one over a cell's width. most: R in cells."""
+        """cubics: p_0..p_3 of every cell, shape (cells, 4). half: C. inverse: 1 / a cell's width. most: R in cells."""
         self.half = half
         self._cubics, self._inverse, self._most, self._path = cubics, inverse, most, path
 
     @property
     def cells(self) -> int:
-        """How many cells there are."""
+        """The number of cells."""
         return len(self._cubics)
 
     def _locate(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The cell of each element and the place in it, flat."""
+        """The cell of each element and the place in it, both flattened."""
         place = z.flatten() * self._inverse
         spoil_beyond(place, self._most)
         place.clamp_(-self.half, self.half)
         cell = place.floor()
-        place.sub_(cell)  # exact, where adding C to the place before would have rounded it
+        place.sub_(cell)  # exact; adding C to the place first would round it
         return cell.add_(self.half).nan_to_num_(0.0).long(), place
 
     def value(self, z: Tensor, room: Tensor) -> Tensor:
@@ -87,7 +88,7 @@ class Cubics(Evaluator):
         return value.add_(z, alpha=self._path) if self._path else value
 
     def _of(self, cell: Tensor, s: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The cubics' values, and their coefficients."""
+        """The values of the cubics, and their coefficients."""
         p = [column.index_select(0, cell) for column in self._cubics.unbind(1)]
         value = torch.addcmul(p[2], p[3], s)
         torch.addcmul(p[1], value, s, out=value)
@@ -113,7 +114,7 @@ class Cubics(Evaluator):
             for row in sums[1:]:
                 row.scatter_add_(0, cell, weighted.mul_(place))
             return sums
-        # Whole numbers add up to the same sum in every order, so that the result repeats bit for bit on a GPU too.
+        # A sum of integers does not depend on the order, so the result is reproducible bit for bit on a GPU too.
         unit = FIXED_POINT / weighted.abs().amax().clamp_min(1e-300)
         weighted = weighted * unit
         whole = torch.zeros(4, self.cells, dtype=torch.int64, device=cell.device)
@@ -124,7 +125,7 @@ class Cubics(Evaluator):
 
 
 class Made(Cubics):
-    """One that is made for one module, and again where the gradients to α, ω, the grid and g are asked for."""
+    """A table made for one module, and made again to find the gradients to α, ω, the grid and g."""
 
     def __init__(self, transfer: Transfer, radius: Tensor, half: int, dtype: torch.dtype) -> None:
         self.parameters = transfer.parameters
@@ -138,42 +139,43 @@ class Made(Cubics):
     @property
     @abstractmethod
     def evaluations(self) -> int:
-        """How many values of basis functions it is made from."""
+        """The number of basis function values from which it is made."""
 
     @staticmethod
     @abstractmethod
     def fit(
         transfer: Transfer, radius: Tensor, tolerance: float, dtype: torch.dtype, most: int, least: int
     ) -> Made | None:
-        """The first that is accurate, from `least` cells on either side of zero on; None beyond `most` cells."""
+        """The smallest accurate table with `least` or more cells on either side of zero and at most `most` cells."""
 
     @staticmethod
     @abstractmethod
     def fewest(basis: TransferBasis, tolerance: float, far: float) -> float:
-        """Cells on either side of zero that one function alone takes, at this `reach`: where to begin."""
+        """The cells on either side of zero that one function alone needs at this `reach`: where to start a search."""
 
     @staticmethod
     @abstractmethod
     def cubics(transfer: Transfer, cells: Cells) -> Tensor:
-        """p_0 .. p_3 of every cell, (cells, 4), or (cells, k, 4) of k functions side by side; differentiable in the
-        parameters. Of M functions at once all shapes begin with M."""
+        """p_0..p_3 of every cell, shape (cells, 4), or (cells, k, 4) for k functions side by side.
+
+        Differentiable in the parameters. For M functions at once all shapes begin with M.
+        """
 
     @staticmethod
     @abstractmethod
     def close(transfer: Transfer, cells: Cells, tolerance: float | Tensor) -> Tensor:
-        """Whether F without its path and a probe, and their slopes, are within the tolerance in every cell: shape (),
-        or (M,).
+        """Whether F without its path, a probe and their slopes are within the tolerance everywhere; shape () or (M,).
 
-        As of a series, see `series.compile_series`: next to BA the part that trains may be small, or zero, and its
-        gradients have to be right all the same. Relative to the largest value of each; SLOPE times as much of a slope.
+        The tolerance is relative to the largest value of each, and SLOPE times as large for slopes. The probe is that
+        of `series.compile_series`: where F without its path is small or zero, its gradients must be accurate too.
         """
 
     def accurate(self, tolerance: float) -> bool:
-        """See `close`."""
+        """Whether the table is `close`."""
         return bool(self.close(self._transfer, self._cells, tolerance))
 
     def gradients(self, sums: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Through the cubics to α, ω, the grid and g."""
+        """The gradients to α, ω, the grid and g, through the cubics."""
         with torch.enable_grad():
             leaves = [p.detach().requires_grad_() for p in self._transfer.parameters]
             cubics = self.cubics(self._transfer.with_parameters(*leaves), self._cells)
@@ -182,22 +184,27 @@ class Made(Cubics):
 
 
 class Row(Cubics):
-    """One module's of those that were made at once, see `together`; its gradients are to the cubics themselves."""
+    """One module's table of those made at once (see `together`); its gradients are those of the cubics themselves."""
 
     def __init__(self, cubics: Tensor, half: int, packed: Tensor, path: float) -> None:
-        """cubics: (cells, 4), with gradients. packed: (PACKED,), in their dtype, what kernels need beside them: 1 / R,
-        R / step, path · R, 1 / step and the path."""
+        """cubics: shape (cells, 4), with gradients.
+
+        packed: shape (PACKED,), in their dtype, what kernels also need: 1 / R, R / step, path · R, 1 / step, the path.
+        """
         super().__init__(cubics.detach(), half, packed[3], packed[1], path)
         self.parameters, self.packed = (cubics,), packed
 
     def gradients(self, sums: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Those of the cubics."""
+        """The gradient to the cubics."""
         return (sums[0].T.to(self.parameters[0].dtype),)
 
 
 class Table(Made):
-    """Of a smooth F: it is summed at every FINE-th cell's end, and between them interpolated by Lagrange's polynomials
-    through the nearest NEIGHBOURS sums, whose values and slopes at the cells' ends Hermite's cubics meet."""
+    """The table of a smooth F, from its sums at the end of every FINE-th cell.
+
+    Lagrange's polynomials through the nearest NEIGHBOURS sums give values and slopes at all ends of cells, and each
+    cell has Hermite's cubic through them.
+    """
 
     @staticmethod
     def fit(
@@ -219,13 +226,13 @@ class Table(Made):
 
     @property
     def evaluations(self) -> int:
-        """How many values of basis functions it is made from."""
+        """The number of basis function values from which it is made."""
         places = _places(self._transfer, self._cells)
         return evaluations(self._transfer.basis, places, *self._transfer.parameters[1:3])
 
     @staticmethod
     def close(transfer: Transfer, cells: Cells, tolerance: float | Tensor) -> Tensor:
-        """See `Made`; at CHECKED, for what is left out changes no faster than the sums do."""
+        """See `Made`; measured at CHECKED, which is enough because the error varies no faster than the sums."""
         both = series.with_probe(transfer)
         held = both.with_parameters(*(p.detach() for p in both.parameters))
         fine = torch.ones_like(cells.step, dtype=torch.bool)
@@ -255,15 +262,18 @@ class Table(Made):
 
 
 def _places(transfer: Transfer, cells: Cells) -> Places:
-    """Where a table's function is summed."""
+    """The places at which a table's function is summed."""
     spaces = 2 * cells.half // FINE + 1
     first = -cells.half // FINE - (NEIGHBOURS // 2 - 1)
     return Places(transfer.gain * cells.step * FINE, first, spaces + NEIGHBOURS - 1)
 
 
 class Spline(Made):
-    """Of a cubic spline F: its values and slopes at the cells' ends add up from the jumps at its knots, and
-    Hermite's cubic through them is F itself but in cells that hold a knot."""
+    """The table of a cubic spline F, from the jumps of its third derivative at the knots.
+
+    They give values and slopes at the ends of the cells. Hermite's cubic through them is F itself, except in cells that
+    contain a knot.
+    """
 
     @staticmethod
     def fit(
@@ -286,12 +296,12 @@ class Spline(Made):
 
     @property
     def evaluations(self) -> int:
-        """None."""
+        """Zero: no basis function is evaluated."""
         return 0
 
     @staticmethod
     def close(transfer: Transfer, cells: Cells, tolerance: float | Tensor) -> Tensor:
-        """See `Made`; by what a cubic is off in a cell where the third derivative jumps, and nowhere else."""
+        """See `Made`; from the cubic's error in cells where the third derivative jumps, the only ones with an error."""
         both = series.with_probe(transfer)
         fine = torch.ones_like(cells.step, dtype=torch.bool)
         with torch.no_grad():
@@ -321,8 +331,10 @@ class Spline(Made):
 
 
 def _knots(transfer: Transfer, cells: Cells) -> tuple[Tensor, Tensor]:
-    """In cells from the first on, where the knots of all functions lie and how the third derivative of φ jumps there:
-    (5N,) and (5N, k), k = 1 of one function."""
+    """The places of all knots, in cells from the first one, and the jumps of φ''' there: shapes (5N,) and (5N, k).
+
+    k is 1 for a single function.
+    """
     unit = (transfer.gain * cells.step).unsqueeze(-1)
     knots, jumps = _jumps(type(transfer.basis), unit.device)
     place = (transfer.grid.unsqueeze(-1) + knots / transfer.omega.unsqueeze(-1)) / unit.unsqueeze(-1) + cells.half
@@ -333,25 +345,27 @@ def _knots(transfer: Transfer, cells: Cells) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def _jumps(basis: type[TransferBasis], device: torch.device) -> tuple[Tensor, Tensor]:
-    """A spline's knots and jumps on the device, sent there once: into a CUDA graph nothing can be sent."""
+    """A spline's knots and jumps on the device, copied there once: a CUDA graph cannot capture a copy from the host."""
     with torch.inference_mode(False):
         knots, jumps = torch.tensor(list(basis.jumps.items()), dtype=torch.float64, device=device).unbind(1)
     return knots, jumps
 
 
 def _added_up(cell: Tensor, values: Tensor, count: int) -> Tensor:
-    """The sums of `values` (..., n, k) over the entries of each of `count` cells, (..., count, k); cell: (..., n)."""
+    """The sums of `values` (..., n, k) in each of `count` cells, (..., count, k); cell: of the values, (..., n)."""
     leading = cell.shape[:-1]
     first = count * torch.arange(math.prod(leading), device=cell.device).view(*leading, 1)
     added = values.new_zeros(math.prod(leading) * count, values.shape[-1])
-    # Not index_add, whose order of summands is not fixed on a GPU.
+    # On a GPU index_add would sum in no fixed order.
     added = added.index_put(((cell + first).flatten(),), values.flatten(0, -2), accumulate=True)
     return added.view(*leading, count, -1)
 
 
 def _states(transfer: Transfer, cells: Cells) -> tuple[Tensor, Tensor]:
-    """φ and its slope in cells at the cells' ends, (cells + 1, k) each: sums of the knots' truncated powers, begun
-    anew now and then."""
+    """φ and its slope per cell at the ends of the cells, shape (cells + 1, k) each.
+
+    They are sums of truncated powers of the distances from the knots, which restart every RESTART cells.
+    """
     place, jump = _knots(transfer, cells)
     ends, knots = 2 * cells.half + 2, len(transfer.basis.jumps)
     blocks = -(-ends // RESTART)
@@ -359,7 +373,7 @@ def _states(transfer: Transfer, cells: Cells) -> tuple[Tensor, Tensor]:
     covering = start <= place.detach()[..., knots - 1 :: knots].unsqueeze(-2)
     behind = functional.relu(start - place.unsqueeze(-2)) * covering.repeat_interleave(knots, -1)
     powers = [(behind > 0).to(place.dtype), behind, behind**2 / 2, behind**3 / 6]
-    # A knot counts from the end of its cell on; where a block starts, it is among the sums begun anew.
+    # A knot counts from the end of its cell on; at the start of a block, `powers` already has it.
     end = place.detach().floor() + 1
     counted = (end > 0) & (end < ends) & (end % RESTART != 0)
     before, counted_jump = (end - place) * counted, jump * counted.unsqueeze(-1)
@@ -369,7 +383,7 @@ def _states(transfer: Transfer, cells: Cells) -> tuple[Tensor, Tensor]:
         added = _added_up(end, counted_jump * factor.unsqueeze(-1), blocks * RESTART)
         added = added.reshape(*place.shape[:-1], blocks, RESTART, -1)
         added = torch.cat([(power @ jump).unsqueeze(-2), added[..., 1:, :]], -2)
-        # What the derivatives of the end before add on the way to the next: Taylor's polynomial.
+        # Taylor's polynomial: what the higher derivatives at one end add up to the next.
         for order, state in enumerate(reversed(states), start=1):
             added = added + functional.pad(state[..., :-1, :], (0, 0, 1, 0)) / math.factorial(order)
         states.append(added.cumsum(-2))
@@ -378,24 +392,23 @@ def _states(transfer: Transfer, cells: Cells) -> tuple[Tensor, Tensor]:
 
 
 def fit(transfer: Transfer, radius: Tensor, tolerance: float, dtype: torch.dtype, most: int, least: int) -> Made | None:
-    """The first table that is accurate to `tolerance`, see `Cubics.accurate`, from `least` cells on either side of zero
-    on; None where there is none of at most `most` cells."""
+    """The first kind's smallest table that is accurate to `tolerance`, or None; see `Made.fit`."""
     tables = (kind.fit(transfer, radius, tolerance, dtype, most, least) for kind in kinds(transfer.basis))
     return next(filter(None, tables), None)
 
 
 def kinds(basis: TransferBasis) -> list[type[Made]]:
-    """Which tables may serve a basis, the better first."""
+    """The kinds of tables that a basis may have, the better one first."""
     return [Spline, Table] if basis.jumps and basis.argument == "shifted" else [Table]
 
 
 def reach(transfer: Transfer, radius: Tensor) -> Tensor:
-    """How far the argument u of the narrowest basis function goes where a table has cells; see `series.reach`."""
+    """The largest |u| of the narrowest basis function over the cells of a table; see `series.reach`."""
     return series.reach(transfer, covered(transfer, radius))
 
 
 def covered(transfer: Transfer, radius: Tensor) -> Tensor:
-    """How far from zero BA may lie and the functions reach, at most R."""
+    """The largest |BA| up to R at which a basis function is not zero."""
     with torch.no_grad():
         if transfer.basis.argument != "shifted" or math.isinf(transfer.basis.support):
             return radius
@@ -404,42 +417,42 @@ def covered(transfer: Transfer, radius: Tensor) -> Tensor:
 
 
 def _along(numbers: Tensor, values: Tensor) -> Tensor:
-    """A number of every module in a shape that multiplies `values`; as it is where there is one module."""
+    """One number per module, in a shape that multiplies `values`; unchanged for a single module."""
     return numbers.reshape(*numbers.shape, *[1] * (values.dim() - numbers.dim()))
 
 
 def _beside(tolerance: float | Tensor, values: Tensor) -> float | Tensor:
-    """The same of tolerances."""
+    """`_along` for tolerances."""
     return _along(tolerance, values) if isinstance(tolerance, Tensor) else tolerance
 
 
 def _origin(transfer: Transfer) -> Tensor:
-    """φ(0), with one place."""
+    """φ(0), with a dimension of length 1 for places."""
     return transfer.phi(transfer.grid.new_zeros(*transfer.grid.shape[:-1], 1))
 
 
 def _of_phi(transfer: Transfer, phi: Tensor) -> Tensor:
-    """F without its path, of φ."""
+    """F without its path, from the values of φ."""
     if transfer.centre:
         phi = phi - _origin(transfer)
     return transfer.scaling * (phi / _along(transfer.gain, phi))
 
 
 def _within(found: Tensor, truth: Tensor, tolerance: float | Tensor) -> Tensor:
-    """Whether the error of every column (..., n, k) is below the tolerance, relative to its largest entry."""
+    """Whether the error of every column of (..., n, k) is within the tolerance, relative to its largest entry."""
     size = truth.abs().amax(-2)
     return ((found - truth).abs().amax(-2) <= _beside(tolerance, size) * size).all(-1)
 
 
 def _beside_a_knot(after: Tensor, s: float) -> tuple[Tensor, Tensor]:
-    """At s, Hermite's cubic less (s − knot)₊³ / 6, through whose ends it goes, and its slope less that one's."""
+    """The error at s of Hermite's cubic through the ends of (s − knot)₊³ / 6, and that of its slope."""
     value, slope, beyond = (1 - after) ** 3 / 6, (1 - after) ** 2 / 2, (s - after).clamp_min(0.0)
     of_value = value * (3 * s**2 - 2 * s**3) + slope * (s**3 - s**2) - beyond**3 / 6
     return of_value, value * (6 * s - 6 * s**2) + slope * (3 * s**2 - 2 * s) - beyond**2 / 2
 
 
 def _hermite(value: Tensor, slope: Tensor, dim: int = 0) -> Tensor:
-    """The cubics between neighbouring values (..., n + 1, ...) with these slopes, in powers of s: (..., n, ..., 4)."""
+    """The cubics between neighboring values (..., n + 1, ...) with these slopes, in powers of s: (..., n, ..., 4)."""
     count = slope.shape[dim] - 1
     rise, first, last = value.diff(dim=dim), slope.narrow(dim, 0, count), slope.narrow(dim, 1, count)
     start = value.narrow(dim, 0, count)
@@ -448,9 +461,9 @@ def _hermite(value: Tensor, slope: Tensor, dim: int = 0) -> Tensor:
 
 @functools.cache
 def _spacing(basis: type[TransferBasis], tolerance: float) -> float:
-    """How far apart the sums may lie for one function alone, in its widths: where to begin with many.
+    """The largest accurate distance of sums for one function alone, in its widths: where a search for many starts.
 
-    Also of what is too narrow for its own check to be seen among others.
+    It also bounds the distance for functions so narrow that the check of many would miss them.
     """
     spacing = WIDEST
     with torch.inference_mode(False), torch.no_grad():
@@ -466,7 +479,7 @@ def _spacing(basis: type[TransferBasis], tolerance: float) -> float:
 
 @functools.cache
 def _lagrange(device: torch.device) -> Tensor:
-    """The matrix (NEIGHBOURS, 4 · FINE) from sums at −NEIGHBOURS / 2 + 1 .. NEIGHBOURS / 2 to the cubics on [0, 1]."""
+    """The matrix (NEIGHBOURS, 4 · FINE) from sums at −NEIGHBOURS / 2 + 1..NEIGHBOURS / 2 to the cubics on [0, 1]."""
     with torch.inference_mode(False), torch.enable_grad():
         of_sums = torch.arange(1.0 - NEIGHBOURS // 2, 1.0 + NEIGHBOURS // 2, dtype=torch.float64)
         ends = (torch.arange(FINE + 1, dtype=torch.float64) / FINE).requires_grad_()

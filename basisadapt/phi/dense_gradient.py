@@ -1,7 +1,7 @@
-"""G = (∂L/∂y)ᵀ x, the gradient with respect to the whole weight: the one product that no elementwise φ avoids.
+"""G = (∂L/∂y)ᵀ x, the gradient with respect to the whole weight: the one product that an elementwise φ cannot avoid.
 
-Exact, it costs what the layer's own product costs. The cheaper ways are estimates, for where the products set the
-pace: in 8-bit floating point, or from groups of tokens added up under random signs (a sketch, which is unbiased).
+The exact product costs as much as the layer's own. There are two cheaper estimates: in 8-bit floating point, and from
+sums of groups of tokens under random signs (a sketch, which is unbiased).
 """
 
 from __future__ import annotations
@@ -21,14 +21,18 @@ FP8_MULTIPLE = 16  # sides of an 8-bit product
 
 @dataclass(frozen=True)
 class DenseGradient:
-    """How G is found: "exact", "fp8" (in 8 bits), or from a "sketch", sums of so many tokens."""
+    """How G is computed.
+
+    - `kind` (str, default "exact"): "exact", "fp8" (8-bit operands) or "sketch".
+    - `tokens` (int, default 1): tokens per sum of a sketch.
+    """
 
     kind: str = "exact"
     tokens: int = 1
 
     @staticmethod
     def parse(value: str) -> DenseGradient:
-        """ "exact", "fp8" or "sketch:K" with a whole number K from 2 to 999. Raises InputError."""
+        """Parse "exact", "fp8" or "sketch:K" with K from 2 to 999. Raises InputError for anything else."""
         if value in ("exact", "fp8"):
             return DenseGradient(value)
         found = re.fullmatch(r"sketch:(\d{1,3})", value)
@@ -43,8 +47,8 @@ EXACT = DenseGradient()
 def dense_gradient(upstream: Tensor, x: Tensor, how: DenseGradient) -> Tensor:
     """upstreamᵀ x, shape (out_features, in_features), in x's dtype; upstream: (T, out_features), x: (T, in_features).
 
-    "fp8" needs half precision and sides that are multiples of 16, and is exact otherwise. A sketch draws one sign a
-    token from torch's generator of the device and adds up K tokens: a product of T / K tokens.
+    "fp8" needs half precision and sides that are multiples of 16; without them the product is exact. A sketch draws a
+    sign per token from torch's generator of the device, and multiplies sums of K tokens: a product of T / K rows.
     """
     if how.kind == "fp8" and x.element_size() == 2 and not any(s % FP8_MULTIPLE for s in (*x.shape, upstream.shape[1])):
         return _fp8(upstream, x)
@@ -71,7 +75,7 @@ def _quantise(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sketch(upstream: Tensor, x: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Sums of `size` tokens each, under one draw of signs."""
+    """Sums of `size` tokens each, with the same random signs for both."""
     short = -len(x) % size
     signs = torch.randint(0, 2, (len(x) + short,), device=x.device).mul_(2).sub_(1).to(x.dtype).view(-1, 1, size)
     upstream, x = F.pad(upstream, (0, 0, 0, short)), F.pad(x, (0, 0, 0, short))

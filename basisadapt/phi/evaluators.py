@@ -1,5 +1,4 @@
-"""The ways to evaluate a transfer function F on a matrix, and to pull a gradient back through it: the contract, series
-and direct sums. Tables are in `cubics`."""
+"""Evaluators of a transfer function F on a matrix: their contract, series and direct sums. `cubics` has the tables."""
 
 from __future__ import annotations
 
@@ -13,43 +12,46 @@ from torch.nn import functional
 from basisadapt.phi import series
 from basisadapt.phi.bank import Transfer
 
-BEYOND = 1 + 1e-4  # R: what rounding may add to |z|, and not more
+BEYOND = 1 + 1e-4  # the largest |z| / R, which rounding may raise above 1
 
 
 class Evaluator(ABC):
-    """F on a matrix, and its pullback. `parameters` are the tensors that gradients flow to.
+    """F on a matrix, and its pullback.
 
-    What is made for ±R gives NaN beyond it, and is not continued: a function that is older than the factors is seen.
+    - `parameters`: the tensors to which gradients flow.
+    - `width` (int): numbers held per element.
+
+    An evaluator made for [−R, R] gives NaN outside, so that one that is older than the factors cannot go unnoticed.
     """
 
     parameters: tuple[Tensor, ...]
-    width: int  # numbers held per element
+    width: int
 
     def scratch(self, count: int, like: Tensor) -> Tensor:
-        """Room to work in for up to `count` elements, to be passed to the methods below."""
+        """Scratch memory for up to `count` elements, in the dtype and on the device of `like`: `room` below."""
         return like.new_empty(0)
 
     @abstractmethod
     def value(self, z: Tensor, room: Tensor) -> Tensor:
-        """F(z), shape of z."""
+        """F(z), in the shape of z."""
 
     @abstractmethod
     def pullback(self, z: Tensor, gradient: Tensor, room: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """F(z), gradient · F'(z), and sums over the elements from which `gradients` follow; they add up over pieces."""
+        """F(z), gradient · F'(z), and sums for `gradients`, which add up over the pieces of a matrix."""
 
     def gradients(self, sums: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The gradients of Σ gradient · F(z) to the parameters."""
+        """The gradients of Σ gradient · F(z) to the parameters, from the sums of `pullback`."""
         return sums
 
 
 class Series(Evaluator):
-    """One module's series of a compiled batch.
+    """The series of one module, from a compiled batch.
 
-    coefficients: (P + POWER_COUNT,), float64, with gradients: those of T_d(z / R), of which the first D are used, and
-    behind them those of powers (see `series.with_powers`); a gradient may come to either. packed: (PACKED,), the same
-    in the dtype of the arithmetic, and what belongs to it, in the layout of `series.pack`; on the device of the
-    weights, from where D is read only if this evaluator itself does the work. expected: what D is likely to be, known
-    without asking a GPU.
+    - `coefficients`: shape (P + POWER_COUNT,), float64, with gradients: those of T_d(z / R), of which the first D are
+      used, then those of powers (see `series.with_powers`). A gradient may reach either.
+    - `packed`: shape (PACKED,), the same numbers and R in the dtype of the arithmetic, in the layout of `series.pack`,
+      on the device of the weights. D is read from it only if this evaluator itself does the work.
+    - `expected` (int): the likely D, known without waiting for a GPU.
     """
 
     def __init__(self, coefficients: Tensor, packed: Tensor, expected: int) -> None:
@@ -60,20 +62,20 @@ class Series(Evaluator):
 
     @property
     def width(self) -> int:  # type: ignore[override]
-        """D."""
+        """D, the number of terms."""
         if self._known_width is None:
             self._known_width = int(self.packed[0])
         return self._known_width
 
     def _rows(self) -> Tensor:
-        """The coefficients of F and F' against `_polynomials`, shape (2, D)."""
+        """The coefficients of F and F' with respect to `_polynomials`, shape (2, D)."""
         if self._signed is None:
             rows = [self.packed[start : start + self.width] for start in (series.VALUES, series.SLOPES)]
             self._signed = torch.stack(rows) * _signs(self.width, self.packed)
         return self._signed
 
     def scratch(self, count: int, like: Tensor) -> Tensor:
-        """Room for D polynomials: making it anew for every piece would cost as much as filling it."""
+        """Memory for D polynomials: to allocate it for every piece would cost as much as to fill it."""
         room = like.new_empty(self.width, count)
         room[0] = 1
         return room
@@ -83,7 +85,7 @@ class Series(Evaluator):
         return (self._rows()[0] @ _polynomials(z, self.packed[1], room)).view_as(z)
 
     def pullback(self, z: Tensor, gradient: Tensor, room: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """F(z), gradient · F'(z), and the moments of the gradient."""
+        """F(z), gradient · F'(z), and the moments Σ gradient · T_d(z / R)."""
         polynomials = _polynomials(z, self.packed[1], room)
         value, slope = (self._rows() @ polynomials).view(2, *z.shape)
         moments = (polynomials @ gradient.flatten()).double() * _signs(self.width, self.parameters[0])
@@ -107,9 +109,9 @@ def _polynomials(z: Tensor, scale: Tensor, room: Tensor) -> Tensor:
 
 
 def spoil_beyond(t: Tensor, bound: Tensor | float = 1.0) -> None:
-    """Make NaN of every t that is not on ±bound, in place."""
+    """Replace every t outside ±bound by NaN, in place."""
     bound = bound * BEYOND
-    # On a CPU one reading pass tells that there is none, as a rule; elsewhere the host does not ask.
+    # On a CPU one pass of reads usually finds none; elsewhere the host would have to wait.
     if t.device.type == "cpu":
         least, most = torch.aminmax(t)
         if bool((least >= -bound) & (most <= bound)):
@@ -146,7 +148,7 @@ class Direct(Evaluator):
 
 @dataclass(frozen=True)
 class Split:
-    """Two evaluators of one function: `apart` for these rows of BA, which tower over the others, `main` for those."""
+    """Two evaluators of one function: `apart` for the `rows` of BA that are far larger, and `main` for all others."""
 
     rows: Tensor
     main: Evaluator
@@ -154,5 +156,5 @@ class Split:
 
     @property
     def parameters(self) -> tuple[Tensor, ...]:
-        """Those of both."""
+        """The parameters of both evaluators."""
         return self.main.parameters + self.apart.parameters

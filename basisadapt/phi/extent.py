@@ -1,4 +1,4 @@
-"""How far BA reaches: R of every module, the part of it that is used, and rows that tower over the others."""
+"""The range of BA: R of every module, the share of it that BA reaches, and rows far larger than the others."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from torch import Tensor
 from basisadapt.phi.bank import index_tensor
 
 ROUNDING = 1 + 1e-6
-MEASURED_ROUNDING = 2e-6  # of the bound by norms: what the rounding of a product may add to a measured maximum
+MEASURED_ROUNDING = 2e-6  # rounding error of a measured maximum, relative to the bound by norms
 SMALLEST = 1e-2  # the smallest range, in units of φ's argument
-TOWER = 64.0  # times what most rows reach
-TOWERS = 16  # at most one row in so many towers over the others
-MEASURED_AT_ONCE = 1 << 22  # entries of BA
+TOWER = 64.0  # a row towers if it is more than this many times as large as most
+TOWERS = 16  # at most one row in this many towers
+MEASURED_AT_ONCE = 1 << 22  # entries of BA held at a time
 MEASURED_AT_ONCE_ELSEWHERE = 1 << 26
 
 
 @dataclass(frozen=True)
 class Extent:
-    """Where the functions of M modules are compiled: on [−R, R].
+    """The ranges [−R, R] on which the functions of M modules are compiled.
 
-    radius: R ≥ max |BA|, (M,), float64. share: what part of R BA is known to reach, (M,), in (0, 1]. zero:
-    whether BA is zero, (M,).
+    - `radius`: R ≥ max |BA|, shape (M,), float64.
+    - `share`: a lower bound of max |BA| / R, shape (M,), in (0, 1].
+    - `zero`: whether BA = 0, shape (M,), bool.
     """
 
     radius: Tensor
@@ -33,15 +34,15 @@ class Extent:
 
     @classmethod
     def of(cls, radius: Tensor) -> Extent:
-        """All of ±R."""
+        """Ranges of radius (M,), of which BA reaches the ends."""
         return cls(radius, torch.ones_like(radius), torch.zeros_like(radius, dtype=torch.bool))
 
 
 @torch.no_grad()
 def bounds(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """The largest row of B times the largest column of A, of every pair (A, B), shape (M,), float64.
+    """An upper bound of max |BA|: the largest row norm of B times the largest column norm of A, shape (M,), float64.
 
-    Equal shapes go through together, so that the launches are few.
+    pairs: A (r, n) and B (m, r). Matrices of equal shape are stacked, to launch few kernels.
     """
     return _largest_row([A.T for A, _ in pairs]) * _largest_row([B for _, B in pairs]) * ROUNDING
 
@@ -62,14 +63,14 @@ def _largest_row(matrices: list[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def largest(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """max |BA| of every pair, shape (K,), float64; on a GPU equal shapes go through together."""
+    """max |BA| of every pair A (r, n), B (m, r), shape (K,), float64. On a GPU, equal shapes are stacked."""
     if pairs[0][0].device.type == "cpu":
         return torch.stack([_largest(A, B, MEASURED_AT_ONCE) for A, B in pairs])
     return _at_once(pairs, MEASURED_AT_ONCE_ELSEWHERE)
 
 
 def _at_once(pairs: Sequence[tuple[Tensor, Tensor]], entries: int) -> Tensor:
-    """The same, some entries of BA at a time."""
+    """`largest` with equal shapes stacked, for up to `entries` entries of BA at a time."""
     groups: dict[tuple[object, ...], list[int]] = {}
     for index, (A, B) in enumerate(pairs):
         groups.setdefault((A.shape, B.shape, A.dtype), []).append(index)
@@ -85,7 +86,7 @@ def _at_once(pairs: Sequence[tuple[Tensor, Tensor]], entries: int) -> Tensor:
 
 
 def _largest(A: Tensor, B: Tensor, at_once: int) -> Tensor:
-    """max |BA|, float64, some rows at a time; of K pairs, (K, ...) each, (K,)."""
+    """max |BA|, float64, for up to `at_once` entries at a time; shape (K,) for A (K, r, n) and B (K, m, r)."""
     wide = torch.float64 if A.dtype == torch.float64 else torch.float32
     A, B = A.to(wide), B.to(wide)
     rows = max(1, at_once // A.shape[-1])
@@ -94,9 +95,9 @@ def _largest(A: Tensor, B: Tensor, at_once: int) -> Tensor:
 
 @torch.no_grad()
 def towering(B: Tensor) -> Tensor | None:
-    """The rows of B, by their numbers, that are more than TOWER times as large as the others; None if there are none.
+    """The indices of the rows of B (m, r) that are over TOWER times as large as the others; None if there are none.
 
-    At most one row in TOWERS; to F they are so far out that a range which holds them would be coarse for the others.
+    They are at most one row in TOWERS. A range that held them would be too coarse for the other rows.
     """
     few = max(1, len(B) // TOWERS)
     if len(B) <= few:
@@ -107,7 +108,7 @@ def towering(B: Tensor) -> Tensor | None:
 
 
 def without(B: Tensor, rows: Tensor | None) -> Tensor:
-    """B without these rows."""
+    """B (m, r) without these rows."""
     if rows is None:
         return B
     others = torch.ones(len(B), dtype=torch.bool, device=B.device)

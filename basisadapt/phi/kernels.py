@@ -1,7 +1,7 @@
-"""W + F(BA) and its pullback: in pieces that fit a cache, on any device; on a GPU by fused kernels (kernels_triton and,
-of tables, cells_triton).
+"""W + F(BA) and its pullback: on any device in pieces that fit into a cache, on a GPU by fused kernels.
 
-Nothing larger than one weight matrix is ever held.
+`kernels_triton` has the kernels for series, `cells_triton` those for tables. Nothing larger than one weight matrix is
+held.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from basisadapt.core.errors import InputError
 from basisadapt.phi.cubics import Row
 from basisadapt.phi.evaluators import Evaluator, Series, Split
 
-PIECE = {"cpu": 1 << 20}  # numbers held per piece: about what a core's cache holds
+PIECE = {"cpu": 1 << 20}  # numbers held per piece: about a core's cache
 PIECE_ELSEWHERE = 1 << 26  # large enough that a GPU is busy
 
 
@@ -39,7 +39,7 @@ def resolve_backend(backend: str, device: torch.device) -> str:
 
 
 def _fused(evaluator: Evaluator, A: Tensor, backend: str) -> ModuleType | None:
-    """The kernels that evaluate it, if there are any."""
+    """The module of fused kernels for this evaluator, or None."""
     if backend != "triton" or A.dtype != torch.float32 or not isinstance(evaluator, Series | Row):
         return None
     if isinstance(evaluator, Row):
@@ -81,7 +81,7 @@ def pull_back(
     if isinstance(evaluator, Split):
         return _pull_back_apart(dense, weight, A, B, evaluator, backend, form)
     if fused := _fused(evaluator, A, backend):
-        # Two kernels: in one, too many numbers would be held at once.
+        # One kernel for both would need too many registers.
         made = fused.effective_weight(weight, A, B, evaluator, dense.dtype) if form else None
         return made, *fused.pull_back(dense, A, B, evaluator)
     effective = torch.empty_like(dense) if form else None
@@ -100,7 +100,7 @@ def pull_back(
 def _pull_back_apart(
     dense: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, evaluator: Split, backend: str, form: bool
 ) -> tuple[Tensor | None, Tensor, Tensor, tuple[Tensor, ...]]:
-    """`pull_back` where some rows have an evaluator of their own: those first, and then the others without them."""
+    """`pull_back` for a `Split`: first its rows apart, then all others."""
     rows = evaluator.rows
     of_rows = None if weight is None else weight[rows]
     apart, apart_a, apart_b, of_apart = pull_back(dense[rows], of_rows, A, B[rows], evaluator.apart, backend, form)
@@ -113,7 +113,7 @@ def _pull_back_apart(
 
 
 def _pieces(A: Tensor, B: Tensor, evaluator: Evaluator) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Row ranges of BA, BA there, and the evaluator's room, which all pieces share."""
+    """Row ranges of BA, BA there, and the evaluator's scratch memory, which all pieces share."""
     size = PIECE.get(A.device.type, PIECE_ELSEWHERE)
     step = min(len(B), max(1, size // (evaluator.width * A.shape[1])))
     room = evaluator.scratch(step * A.shape[1], A)

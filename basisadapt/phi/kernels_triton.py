@@ -1,9 +1,9 @@
 """The fused kernels for a GPU: W + F(BA) in one pass over W, and the pullback in one pass over the dense gradient.
 
-BA is formed tile by tile on the tensor cores and never stored. A kernel is compiled for a number of powers that the
-host expects a series to need; what it does need is read on the GPU, and where that is more, slower recurrences serve.
-Sums over tiles are stored per program and added in a fixed order: the result repeats bit for bit. A series comes as
-one row of numbers (see `evaluators.Series.packed`), and what is the same everywhere is a constant of the module: every
+BA is formed tile by tile on the tensor cores and never stored. A kernel is compiled for the number of powers that the
+host expects a series to need. The kernel reads the number it does need on the GPU; if that is larger, it uses slower
+recurrences. Sums over tiles are stored per program and added in a fixed order, so the result is reproducible bit for
+bit. A series is one row of numbers (see `evaluators.Series`), and what never changes is a constant of the module: every
 argument costs the host time at each launch.
 """
 
@@ -54,7 +54,7 @@ def _rows_of(B, rows, m, r, start, BR: tl.constexpr):
 
 @triton.jit
 def _halves(x, PRECISION: tl.constexpr):
-    """x as a sum of two numbers in bfloat16; as it is where products take it so."""
+    """x as a sum of two bfloat16 numbers; x itself in other precisions."""
     if PRECISION == "bf16x3":
         high = x.to(tl.bfloat16)
         low = (x - high.to(tl.float32)).to(tl.bfloat16)
@@ -167,8 +167,8 @@ def _form(
 
 @triton.jit
 def _pieces(g, t, HALVINGS: tl.constexpr):
-    """g and t, side by side, cut into 2^HALVINGS pieces of LANES columns: neighbours parted first, then left halves
-    from right ones. Every thread holds as much of each, so that nothing moves."""
+    """g and t, joined, cut into 2^HALVINGS pieces of LANES columns: first even from odd columns, then left from right
+    halves. Every thread holds an equal part of each piece, so no data moves between threads."""
     both = tl.join(g, t)
     pieces = tl.split(tl.permute(tl.reshape(both, (both.shape[0], both.shape[1] // 2, 2, 2)), (0, 1, 3, 2)))
     for depth in tl.static_range(1, HALVINGS):
@@ -328,7 +328,7 @@ class Tiling:
     registers: int | None = None
 
     def resident(self, device: torch.device) -> int:
-        """The number of programs that a device holds at once, by their registers."""
+        """The number of programs that fit on the device at once, by their registers."""
         multiprocessors: int = torch.cuda.get_device_properties(device).multi_processor_count
         return multiprocessors * (REGISTERS // (32 * self.warps * (self.registers or 255)))
 
@@ -339,10 +339,10 @@ SUMS = TERMS.value + POWER_COUNT.value  # numbers that a program of `_pull` leav
 
 
 def _count(series: Series, dtype: torch.dtype) -> int:
-    """By how many powers a series is evaluated; 0: by recurrences, which are exact at any length.
+    """The number of powers by which a series is evaluated; 0 for recurrences, which are accurate at any length.
 
-    Powers, where they are exact enough: the same polynomial in powers of t is less exact, by less than half precision
-    sees. A guess, from the degree that was read last: a kernel that finds more terms on the GPU takes the recurrences.
+    Powers are less accurate, by less than the rounding of half precision. The number follows from the degree that the
+    host read last; a kernel that finds more terms on the GPU uses recurrences.
     """
     if dtype == torch.float32 or series.expected > POWER_COUNT.value:
         return 0
@@ -374,7 +374,7 @@ def _pull_plan(
 ) -> tuple[int, int, int, tuple[Any, ...]]:
     """Tiles in a row of `_pull`, tiles per program, programs, and its constants from ROWS on.
 
-    As many programs as the device holds at once, each with as many tiles, so that none waits for another to end.
+    The programs all fit on the device at once and have equal numbers of tiles, so that none waits for another to end.
     """
     tiles = triton.cdiv(n, PULL.columns)
     total = triton.cdiv(m, PULL.rows) * tiles
@@ -386,10 +386,10 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, int, int], tiling: Tiling, tensors: tuple[Tensor, ...], *rest: Any) -> None:
-    """`kernel[grid](*tensors, *rest)`, without looking up again what was compiled for such arguments.
+    """`kernel[grid](*tensors, *rest)`, with a faster look-up of the compiled kernel.
 
-    Triton compiles per dtype, per alignment of pointers and per divisibility of numbers: the key holds all of them. Its
-    own look-up takes longer than a small layer's work.
+    Triton compiles for each dtype, alignment of pointers and divisibility of numbers; the key holds them all. Its own
+    look-up takes longer than a small layer's work.
     """
     device = tensors[0].device
     if device.index != torch.cuda.current_device():
@@ -441,7 +441,7 @@ def pull_back(dense: Tensor, A: Tensor, B: Tensor, series: Series) -> tuple[Tens
 
 
 def product_in_float32(left: Tensor, right: Tensor) -> Tensor:
-    """left · right of matrices in one dtype and in float32; in float32, from operands in the narrower one."""
+    """left · right in float32, for matrices of two dtypes: both are first converted to the narrower one."""
     narrow = left.dtype if left.element_size() < right.element_size() else right.dtype
     if narrow == torch.float32:
         return left @ right

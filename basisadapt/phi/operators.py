@@ -1,10 +1,10 @@
-"""The adapted layer as operators that torch.compile takes as they are: `basisadapt::linear` and its pullback.
+"""The adapted layer as opaque operators for torch.compile: `basisadapt::linear` and its pullback.
 
-A compiled graph must not depend on what changes from step to step: degrees, tables, the evaluators themselves. So the
-operators get two tensors whose shapes stay. `key`, a number on the CPU, says which module's function of which moment
-is meant; it is looked up when the operator runs. `row`, whose values nobody reads, is where the gradient to a series'
-coefficients leaves the graph. Tables have more numbers, and not always as many: their gradients wait with the function
-until that of its row, zeros, arrives behind the graph.
+A compiled graph must not depend on what changes from step to step: degrees, tables and evaluators. So the operators
+take two tensors of constant shape. `key`, a number on the CPU, identifies a module's function at a moment; the operator
+looks it up when it runs. `row`, whose values are not used, carries the gradient to a series' coefficients out of the
+graph. A table has more numbers, and a varying count of them: its gradient waits at the function until that of its row,
+zeros, arrives behind the graph.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LENGTH = series.POINTS[-1] + series.POWER_COUNT  # of a row: what the longest se
 
 
 class Function:
-    """One module's function at one moment. check: raises InputError if A and B are no longer those it was made for."""
+    """One module's function at one moment. check: raises InputError if it was not compiled from these A and B."""
 
     def __init__(
         self, evaluator: Evaluator | Split, execution: Execution, check: Callable[[Function, Tensor, Tensor], None]
@@ -37,7 +37,7 @@ class Function:
         self._waiting: dict[int, tuple[Tensor, ...]] = {}  # by backward passes, of which one may run within another
 
     def leave(self, gradients: tuple[Tensor, ...]) -> Tensor:
-        """The gradient to the row; what has no place in it waits for `take` in the same backward pass."""
+        """The gradient to the row; one that does not fit into it waits for `take` in the same backward pass."""
         if isinstance(self.evaluator, Series):
             (moments,) = gradients
             return moments if len(moments) == LENGTH else F.pad(moments, (0, LENGTH - len(moments)))
@@ -48,7 +48,7 @@ class Function:
         return gradients[0].new_zeros(LENGTH, dtype=torch.float64)
 
     def take(self, row: Tensor | None) -> Sequence[Tensor | None]:
-        """The gradients to the parameters, from the row's."""
+        """The gradients to the parameters, from the gradient to the row."""
         if row is None:
             return [None] * len(self.evaluator.parameters)
         if isinstance(self.evaluator, Series):
@@ -60,7 +60,7 @@ class Function:
 class Link:
     """What a compiled graph reads of a module's function: `row` and `key`; None while there is no function.
 
-    function: kept alive for the key. A copy or a pickle has none.
+    `function` is kept alive here, so that its key stays valid. A copy or a pickle has none.
     """
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class Link:
         self.function: Function | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing."""
+        """The state of a copy or a pickle, without a function."""
         return {"row": None, "key": None, "function": None}
 
 
@@ -78,7 +78,7 @@ _next_key = itertools.count()
 
 
 def rows_and_keys(functions: Sequence[Function]) -> list[tuple[Tensor, Tensor]]:
-    """A row and a key for every function. A graph that hangs on a row keeps its function known."""
+    """A row and a key for every function. An autograd graph that holds a row keeps its function alive."""
     keys = list(itertools.islice(_next_key, len(functions)))
     _known.update(zip(keys, functions, strict=True))
     parameters = [parameter for function in functions for parameter in function.evaluator.parameters]
@@ -93,7 +93,7 @@ class _Rows(torch.autograd.Function):
     def forward(ctx: Any, functions: Sequence[Function], *parameters: Tensor) -> tuple[Tensor, ...]:
         ctx.functions = functions
         ctx.set_materialize_grads(False)
-        # Not parts of one tensor: a compiler with dynamic shapes would tell them by where they begin in it.
+        # Separate tensors: with dynamic shapes, a compiler would specialize on their offsets in a common one.
         return tuple(parameters[0].new_empty(LENGTH, dtype=torch.float64) for _ in functions)
 
     @staticmethod
@@ -108,15 +108,15 @@ def linked_linear(
 ) -> Tensor:
     """`weight.adapted_linear` for a compiler, with the function that `row` and `key` stand for.
 
-    What the product needs of x in another dtype is left to the compiler, which makes it where it makes x.
+    The conversion of x to the product's dtype is left to the compiler, which fuses it with what makes x.
     """
     y: Tensor = torch.ops.basisadapt.linear(x.to(product_dtype(x, weight)), weight, bias, A, B, row, key)
     return y
 
 
-# Plain definitions: what `torch.library.custom_op` puts around a function takes longer than a small layer's work.
+# Plain definitions: the wrapper of `torch.library.custom_op` takes longer than a small layer's work.
 _library: Any = torch.library.Library("basisadapt", "DEF")
-# A graph of CUDA launches would keep the functions of the step that it was captured in.
+# A CUDA graph would keep the functions of the step in which it was captured.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout, torch.Tag.cudagraph_unsafe)
 _AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
 _library.define(
@@ -140,9 +140,9 @@ def _linear(
 def _linear_backward(
     upstream: Tensor, x: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, key: Tensor, form: bool, trains: bool
 ) -> tuple[Tensor, ...]:
-    """The gradients to x, W, A, B and the row; an empty tensor for what nobody asked for."""
+    """The gradients to x, W, A, B and the row; an empty tensor for one that is not needed."""
     function = _known[int(key)]
-    # Tables and direct sums use autograd themselves, which a mode of torch's dispatcher switches off below it.
+    # Tables and direct sums use autograd themselves, which torch's dispatcher has switched off here.
     by_autograd = not isinstance(function.evaluator, Series)
     with torch._C._SetExcludeDispatchKeyGuard(_AUTOGRAD, False) if by_autograd else nullcontext():
         found = pull_back(upstream, x, weight, A, B, function.evaluator, function.execution, form, trains)

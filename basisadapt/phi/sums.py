@@ -1,7 +1,7 @@
-"""φ at many equally spaced places, from its N functions: those that reach a place, and the gradients back to them.
+"""Sums of φ's N functions at many equally spaced places, and their gradients.
 
-A function of compact support is evaluated where it is not zero, every other one everywhere. The gradients are the
-transposed sums: of b and b' with the upstream gradient, one product of matrices for some functions at a time.
+A function of compact support is evaluated only where it is not zero. The gradients are the transposed sums, of b and b'
+with the upstream gradient: a matrix product for some functions at a time.
 """
 
 from __future__ import annotations
@@ -17,26 +17,29 @@ from torch.autograd.function import once_differentiable
 
 from basisadapt.phi.basis import ARGUMENTS, TransferBasis
 
-AT_ONCE = {"cpu": 1 << 15}  # function values held at once: what a core's cache holds
+AT_ONCE = {"cpu": 1 << 15}  # function values held at a time: they fit into a core's cache
 AT_ONCE_ELSEWHERE = 1 << 24
 
 
 @dataclass(frozen=True)
 class Places:
-    """x_j = unit · (first + j), j = 0..count − 1. unit: shape (), or (M,) for M functions at once; float64, > 0."""
+    """x_j = unit · (first + j), j = 0..count − 1. unit: > 0, shape (), or (M,) for M functions at once, float64."""
 
     unit: Tensor
     first: float
     count: int
 
     def at(self, index: Tensor) -> Tensor:
-        """x_j of these j."""
+        """x_j for the indices j."""
         return self.unit.unsqueeze(-1) * (index.double() + self.first)
 
 
 def sums(basis: TransferBasis, places: Places, alpha: Tensor, omega: Tensor, grid: Tensor) -> Tensor:
-    """Σᵢ αᵢ b(ωᵢ, x_j, xᵢ) for all j, (count,), or (count, k) for α of shape (N, k); differentiable once in α, ω, the
-    grid and the places' unit. All of float64; omega and grid: (N,). Of M functions at once all shapes begin with M."""
+    """Σᵢ αᵢ b(ωᵢ, x_j, xᵢ) for all j: shape (count,) for alpha (N,), or (count, k) for alpha (N, k); float64.
+
+    omega, grid: shape (N,). For M functions at once all shapes begin with M. Differentiable once in alpha, omega, grid
+    and the places' unit.
+    """
     single = alpha.dim() == grid.dim()
     columns = alpha.unsqueeze(-1) if single else alpha
     found: Tensor = _Sums.apply(  # type: ignore[no-untyped-call]
@@ -49,19 +52,19 @@ def sums(basis: TransferBasis, places: Places, alpha: Tensor, omega: Tensor, gri
 def with_slopes(
     basis: TransferBasis, places: Places, alpha: Tensor, omega: Tensor, grid: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """φ and φ' at the places, (count, k) each; alpha: (N, k). Of M functions at once all shapes begin with M."""
+    """φ and φ' at the places, (count, k) each, for alpha (N, k). For M functions at once all shapes begin with M."""
     return _add_up(basis, places, alpha, omega, grid, slopes=True)
 
 
 @torch.no_grad()
 def evaluations(basis: TransferBasis, places: Places, omega: Tensor, grid: Tensor) -> int:
-    """How many function values `sums` takes."""
+    """The number of function values that `sums` computes."""
     return len(omega) * _window(basis, places, omega, grid)[1]
 
 
 def _window(basis: TransferBasis, places: Places, omega: Tensor, grid: Tensor) -> tuple[Tensor, int]:
-    """From which place on, and at how many, each function is evaluated: (N,), and one number for all."""
-    # Elsewhere than on a CPU the host would wait for the number.
+    """The first place at which each function is evaluated, shape (N,), and the number of places, the same for all."""
+    # On other devices than a CPU the host would wait for this number.
     if omega.device.type == "cpu" and omega.dim() == 1 and basis.argument == "shifted" and math.isfinite(basis.support):
         half = basis.support / (omega * places.unit)
         width = 2 * float(half.amax()) + 2  # the widest function's
@@ -73,14 +76,13 @@ def _window(basis: TransferBasis, places: Places, omega: Tensor, grid: Tensor) -
 
 @dataclass(frozen=True)
 class _Some:
-    """Some of the functions, of each of M, and the places at which they are evaluated: their numbers j, (n, width), or
-    (width,) if they are all."""
+    """A slice of the N functions, and the indices j of their places: shape (n, width), or (width,) for all places."""
 
     rows: slice
     index: Tensor
 
     def at(self, places: Places) -> Tensor:
-        """x of each, to be held against ω: (n, width), or (1, width) or (M, 1, width) if they are all."""
+        """The places in a shape to broadcast with ω: (n, width), or (1, width) or (M, 1, width) for all places."""
         x = places.at(self.index)
         return x.unsqueeze(-2) if self.index.dim() == 1 else x
 
@@ -149,7 +151,7 @@ class _Sums(torch.autograd.Function):
                 of_alpha[of] = torch.einsum("nw,nwk->nk", b, there)
                 found = torch.stack([torch.einsum("nw,nwk->nk", s, there) for s in (slope, slope * x)], 1)
             moments[..., of, :] = (found * alpha[..., of, :].unsqueeze(-2)).sum(-1)
-        # u is affine in x, so that two sums over the places, of α G b'(u) and of α G b'(u) x, say all of u's gradients.
+        # u is affine in x, so two sums over the places, of α G b'(u) and of α G b'(u) x, give all of u's gradients.
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_() for t in (omega, grid)]
             start, end = (ARGUMENTS[basis.argument](x, *leaves) for x in (omega.new_zeros(()), omega.new_ones(())))

@@ -1,8 +1,8 @@
-"""Tables of many modules made at once, so that a GPU gets as many launches for all of them as for one.
+"""Tables of many modules at once, in as many kernel launches as one module's table takes.
 
-A table's size is one of SIZES, and modules whose tables have one size, and are of one kind, go together. The cubics are
-a linear image of the functions at equally spaced places, through which autograd carries the gradients to α, ω, the grid
-and the gain, for all modules at once.
+A table has one of SIZES, and all modules whose tables have one kind and one size are batched. The cubics are a linear
+image of the functions at equally spaced places, through which autograd carries the gradients to α, ω, the grid and the
+gain of all modules.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ from basisadapt.phi.bank import Transfer, index_tensor
 from basisadapt.phi.cubics import FEWEST, FINE, PACKED, Cells, Made, Row, kinds, reach
 from basisadapt.phi.series import Tables
 
-SIZES = tuple(FINE * FEWEST // 2 * number << k for k in range(12) for number in (2, 3))  # cells beside zero
-AT_ONCE = 1 << 22  # cells
+SIZES = tuple(FINE * FEWEST // 2 * number << k for k in range(12) for number in (2, 3))  # cells on either side of zero
+AT_ONCE = 1 << 22  # cells made at a time
 
 
 def fit(
     transfer: Transfer, radius: Tensor, tolerances: Sequence[float], most: Sequence[int], least: Sequence[int]
 ) -> list[tuple[type[Made], int] | None]:
-    """The kind and size of the first table of each of M functions that is accurate, as `cubics.fit` finds one; the host
-    waits for what it learns."""
+    """The kind and half size of the smallest accurate table of each of M functions, or None, as in `cubics.fit`.
+
+    radius: R, shape (M,). The host waits for the device.
+    """
     found: list[tuple[type[Made], int] | None] = [None] * len(radius)
     far = reach(transfer, radius).tolist()
     for kind in kinds(transfer.basis):
@@ -57,7 +59,7 @@ def rows(
     radius: Tensor,
     fitted: dict[int, tuple[type[Made], int, torch.dtype]],
 ) -> dict[int, Row]:
-    """The tables of these modules, of those of `tables`, by their numbers; radius: (M,). Nothing waits for a GPU."""
+    """The tables of the modules in `fitted`, by index; radius: R, shape (M,). The host does not wait for a GPU."""
     groups: dict[tuple[type[Made], int, torch.dtype], list[int]] = {}
     for index, key in fitted.items():
         groups.setdefault(key, []).append(index)
@@ -78,14 +80,14 @@ def rows(
 
 
 def _some(members: Sequence[int], half: int) -> Iterator[tuple[int, ...]]:
-    """As many at a time as memory is meant for."""
+    """The members in tuples of at most AT_ONCE cells."""
     step = max(1, AT_ONCE // (2 * half))
     for start in range(0, len(members), step):
         yield tuple(members[start : start + step])
 
 
 def pick(transfer: Transfer, modules: tuple[int, ...]) -> Transfer:
-    """The functions of these modules."""
+    """The functions of the modules with these indices."""
     if modules == tuple(range(len(transfer.gain))):
         return transfer
     index = index_tensor(modules, transfer.gain.device)
@@ -93,10 +95,9 @@ def pick(transfer: Transfer, modules: tuple[int, ...]) -> Transfer:
 
 
 class _Cubics(torch.autograd.Function):
-    """p_0 .. p_3 of every cell of some modules, (m, cells, 4).
+    """p_0..p_3 of every cell of some modules, shape (m, cells, 4).
 
-    What was evaluated is kept for the backward, which can run many times: with gradient accumulation one table serves
-    several.
+    Its graph is kept, so that the backward pass can run many times: gradient accumulation uses one table repeatedly.
     """
 
     @staticmethod

@@ -1,6 +1,6 @@
 """y = x (W + F(BA))ᵀ + b and its gradients: the one autograd function.
 
-W + F(BA) exists only while a layer is at work: the forward pass saves x, A and B, the backward pass builds it again.
+W + F(BA) exists only inside a pass of its layer: the forward pass saves x, A and B, the backward pass forms it again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from basisadapt.phi.choice import compute_dtype
 from basisadapt.phi.dense_gradient import EXACT, DenseGradient, dense_gradient
 from basisadapt.phi.evaluators import Evaluator, Split
 
-Weight = Tensor | Callable[[], Tensor] | None  # W; or how to make it, for a quantised one; or none, for F(BA) alone
+Weight = Tensor | Callable[[], Tensor] | None  # W, a function that dequantizes it, or None for F(BA) alone
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def delta_weight(A: Tensor, B: Tensor, evaluator: Evaluator | Split, backend: st
 
 @dataclass(frozen=True)
 class Execution:
-    """How the work is done, not what: see `kernels.resolve_backend` and `dense_gradient`."""
+    """How F(BA) is evaluated, see `kernels.resolve_backend`, and how its dense gradient is computed."""
 
     backend: str
     dense_gradient: DenseGradient = EXACT
@@ -57,7 +57,7 @@ def adapted_linear(
 
 
 def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Autocast would run the small products behind F(BA) in half precision."""
+    """A context without autocast, which would run the products behind F(BA) in half precision."""
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
@@ -68,12 +68,12 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _tokens(x: Tensor) -> Tensor:
-    """x as a matrix: a row for each token."""
+    """x as a matrix with a row per token."""
     return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
 
 
 def product_dtype(x: Tensor, weight: Tensor | None) -> torch.dtype:
-    """What a layer's product is made in: autocast's dtype, or W's, or without W that of x."""
+    """The dtype of a layer's product: autocast's, otherwise W's, or without W that of x."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
@@ -94,7 +94,7 @@ def product(
 
 
 class Gradients(NamedTuple):
-    """Of `product`, in the dtypes of x, W, A and B; the evaluator's in its own. None is what nobody asked for."""
+    """The gradients of `product`, each in the dtype of its tensor; None for one that is not needed."""
 
     x: Tensor | None
     weight: Tensor | None
