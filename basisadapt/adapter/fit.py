@@ -1,4 +1,4 @@
-"""How much of a given update φ(BA) can be, found by gradient descent from the best that BA can be."""
+"""How much of a given update φ(BA) captures, by gradient descent from the best BA."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ STEPS, RATE = 100, 0.03  # of Adam, falling linearly to 0; entries of the update
 def fitted_energy(update: Tensor, settings: PhiSettings) -> float:
     """The share of ‖T‖² that F(BA) captures, 1 − ‖F(BA) − T‖² / ‖T‖², for T of shape (m, n).
 
-    A and B start at T's leading singular triplets. Where φ is 0 at the start and BA has a path of its own, that is the
-    best that BA can be (Eckart & Young, 1936); the best of all steps counts, so the share is never less. It is 0 for
-    T = 0. In float32, on T's device; the global generators are left as they were.
+    A and B start at T's leading singular triplets. With an identity path and φ = 0 at the start, F(BA) is then the best
+    approximation of rank r (Eckart & Young, 1936). The best of all steps counts, so the share is at least that of BA,
+    and 0 for T = 0. The fit runs in float32 on T's device and leaves the global generators unchanged.
     """
     size = update.double().norm().item()
     if size == 0:
@@ -28,15 +28,15 @@ def fitted_energy(update: Tensor, settings: PhiSettings) -> float:
     target = (update.double() * (math.sqrt(update.numel()) / size)).float()
     model = _adapted(target, settings)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.Adam(parameters, lr=RATE)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 1 / STEPS, STEPS)
+    optimizer = torch.optim.Adam(parameters, lr=RATE)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1 / STEPS, STEPS)
     unit, best = torch.eye(target.shape[1], device=target.device), 0.0
     for _ in range(STEPS):
         loss = (model(unit).T - target).square().mean()
         best = max(best, 1 - loss.item())
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         schedule.step()
     return best
 

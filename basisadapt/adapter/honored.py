@@ -1,7 +1,7 @@
-"""Whether whoever trains a model honors the settings of its φ that no layer can: its rate, decay, rest and smoothing.
+"""Warns if a training ignores those settings of φ that a layer cannot apply: rate, decay, delay and smoothing.
 
-It is seen at the first step that an optimiser makes on φ's tables; where a setting does nothing there, one warning says
-so, and what to do.
+The check takes place at the first optimizer step on φ's tables. One warning names the settings without effect, and what
+to do.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from torch.utils.hooks import RemovableHandle
 from basisadapt.phi.bank import TransferBank
 from basisadapt.phi.settings import PhiSettings
 
-GROUPS = "give the optimiser basisadapt.param_groups(model, lr, weight_decay)"
+GROUPS = "give the optimizer basisadapt.param_groups(model, lr, weight_decay)"
 STEPS = (
     "call basisadapt.before_step(model, step, total) before every optimizer.step(), or give the Trainer "
     "callbacks=[basisadapt.PhiCallback()]"
 )
 
-_unseen: WeakKeyDictionary[TransferBank, PhiSettings] = WeakKeyDictionary()  # those that no optimiser has moved yet
-_served: WeakSet[TransferBank] = WeakSet()  # those whose rest and smoothing somebody sees to
-_handles: list[RemovableHandle] = []  # of the look at every optimiser's steps, while there is something unseen
+_unseen: WeakKeyDictionary[TransferBank, PhiSettings] = WeakKeyDictionary()  # banks before their first optimizer step
+_served: WeakSet[TransferBank] = WeakSet()  # banks to which `before_step` applies delay and smoothing
+_handles: list[RemovableHandle] = []  # of the hook on all optimizers, while there is an unseen bank
 
 
 def watch(bank: TransferBank, settings: PhiSettings) -> None:
-    """Have the first step that any optimiser makes on the bank's tables looked at, if the settings ask for it."""
+    """Check the first optimizer step on the bank's tables, if any of its settings needs the training's help."""
     by_others = settings.transfer_decay or settings.transfer_delay or settings.smoothing
     if by_others or settings.transfer_lr != 1.0:
         _unseen[bank] = settings
@@ -40,7 +40,7 @@ def watch(bank: TransferBank, settings: PhiSettings) -> None:
 
 
 def mark_served(bank: TransferBank) -> None:
-    """Note that somebody sees to the bank's rest and smoothing."""
+    """Note that the training applies the bank's delay and smoothing."""
     _served.add(bank)
 
 
@@ -48,7 +48,7 @@ def _look(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     for bank, settings in list(_unseen.items()):
         tables = {id(table): name for name, table in bank.named_parameters()}
         holding: dict[str, Mapping[str, Any]] = {}  # table -> its group
-        others: list[Mapping[str, Any]] = []  # groups of what else trains
+        others: list[Mapping[str, Any]] = []  # groups of other parameters
         for group in optimizer.param_groups:
             names = [tables.get(id(parameter)) for parameter in group["params"]]
             holding.update({name: group for name in names if name is not None})
@@ -68,10 +68,10 @@ def _idle(
     holding: Mapping[str, Mapping[str, Any]],
     others: list[Mapping[str, Any]],
 ) -> dict[str, str]:
-    """The settings that do nothing, and what would have them do something."""
+    """The settings without effect, and for each what gives it one."""
     idle = {}
     wanted = settings.rate.beside(_rate(others[0]) if others else math.nan)
-    known = others or not math.isnan(wanted)  # a ratio to a rate that nothing else has cannot be told from another
+    known = others or not math.isnan(wanted)  # without another group, the base rate of a ratio is unknown
     if known and not all(math.isclose(_rate(group), wanted, rel_tol=1e-6) for group in holding.values()):
         idle["transfer_lr"] = GROUPS
     decay = holding.get("alpha", {}).get("weight_decay", 0.0)
@@ -83,7 +83,7 @@ def _idle(
 
 
 def _rate(group: Mapping[str, Any]) -> float:
-    """A group's learning rate before any schedule; NaN where its optimiser finds one by itself."""
+    """A group's learning rate before any schedule; NaN for an optimizer that has none."""
     rate = group.get("initial_lr", group.get("lr"))
     return math.nan if rate is None else float(rate)
 

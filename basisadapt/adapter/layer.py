@@ -24,9 +24,8 @@ from basisadapt.phi.weight import Weight, adapted_linear, delta_weight
 class PhiLinear(AdaptedLinear):
     """y = x (W + ΔW)ᵀ + b over an nn.Linear, or a transformers Conv1D, whose weight is stored transposed.
 
-    Over one that does more than that, by a forward of its own or by hooks, y = base(x) + x ΔWᵀ: see `AdaptedLinear`.
-
-    An adapter without φ here, one of the rest with rest="lora", has ΔW = s BA and the path of LoRA, s (x Aᵀ) Bᵀ.
+    A base layer that does more, by its own forward or by hooks, gives y = base(x) + x ΔWᵀ: see `AdaptedLinear`. A layer
+    outside the placement, with rest="lora", has ΔW = s BA, computed as s (x Aᵀ) Bᵀ.
     """
 
     adapter_layer_names = ("phi_A", "phi_B")
@@ -40,7 +39,7 @@ class PhiLinear(AdaptedLinear):
         self.phi_B = nn.ParameterDict()
         self.phi_dropout = nn.ModuleDict()
         self.phi_settings: dict[str, PhiConfig] = {}
-        # By adapters with φ here. Not a submodule: φ's tables belong to the model, one bank for all layers.
+        # By the adapters with φ here. Not submodules: φ's tables belong to the model, one bank for all layers.
         self.phi_source: dict[str, Compiler] = {}
         self.phi_link: dict[str, Link] = {}
 
@@ -61,7 +60,7 @@ class PhiLinear(AdaptedLinear):
         BaseTunerLayer.set_adapter(self, self.active_adapters, inference_mode=config.inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Peft's word for bringing an adapter to its layer, as after loading; φ comes along."""
+        """Move an adapter to its layer's device, as peft does after loading, together with φ's tables."""
         BaseTunerLayer._move_adapter_to_device_of_base_layer(self, adapter_name, device)
         source = self.phi_source.get(adapter_name)
         target = device or self.base_layer.weight.device
@@ -69,22 +68,22 @@ class PhiLinear(AdaptedLinear):
             source.bank.to(target)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Make these adapters the active ones, which train unless `inference_mode`; φ's tables follow A and B."""
+        """Activate these adapters, and train them unless `inference_mode`; φ's tables follow A and B."""
         super().set_adapter(adapter_names, inference_mode)
         self.train_tables()
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch the adapters on or off; what is off does not train, φ's tables included."""
+        """Switch the adapters on or off; those that are off do not train, nor do their tables of φ."""
         super().enable_adapters(enabled)
         self.train_tables()
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Train or freeze these adapters, φ's tables included."""
+        """Train or freeze these adapters and their tables of φ."""
         super().set_requires_grad(adapter_names, requires_grad)
         self.train_tables()
 
     def train_tables(self) -> None:
-        """Have φ's tables train where A does; they lie outside the layer, where peft does not look for them."""
+        """Train φ's tables if A trains: they lie outside the layer, where peft does not look for them."""
         for name, source in self.phi_source.items():
             source.bank.requires_grad_(self.phi_A[name].requires_grad)
 
@@ -93,7 +92,7 @@ class PhiLinear(AdaptedLinear):
         if adapter not in self.phi_source:
             return self.get_product(adapter)
         source = self.phi_source[adapter]
-        evaluator = source.fresh(self.name)  # may bring back A and B
+        evaluator = source.fresh(self.name)  # may load offloaded A and B
         A, B = self.phi_A[adapter], self.phi_B[adapter]
         return self._matrix(delta_weight(A, B, evaluator, source.backend(A.device)))
 
@@ -110,7 +109,7 @@ class PhiLinear(AdaptedLinear):
         return self._forward(x, *args, **kwargs)
 
     def _in_graphs(self) -> bool:
-        """Whether a compiler can take the forward pass as it is; read by it too, so that nothing differs by layer."""
+        """Whether torch.compile can trace the forward pass. It traces this method too, so all layers give one graph."""
         # torch.compiler.is_exporting() is always true inside a graph before torch 2.13.
         if getattr(torch.compiler, "_is_exporting_flag", False):
             raise InputError(
@@ -156,7 +155,7 @@ class PhiLinear(AdaptedLinear):
     def _weight(self, dtype: torch.dtype) -> Weight:
         if not self._quantised:
             return self._matrix(self.base_layer.weight)
-        # Made anew by the backward pass: a quantised model has no room for its weights.
+        # The backward pass dequantizes again: a quantized model has no memory for its full weights.
         return lambda: cast(Tensor, dequantize_module_weight(self.base_layer)).to(dtype)
 
     def _update(self, adapter: str, x: Tensor) -> Tensor:
@@ -176,7 +175,7 @@ class PhiLinear(AdaptedLinear):
                 "φ(BA) does not work under nn.DataParallel, whose copies of the layers lie apart from φ's tables; use "
                 "DistributedDataParallel (torchrun or accelerate launch), or one GPU (CUDA_VISIBLE_DEVICES=0)"
             )
-        # Asked as dictionaries, what holds them takes microseconds.
+        # Direct reads: a look-up in nn.ParameterDict takes microseconds.
         A: Any = self.phi_A._parameters[adapter]
         B: Any = self.phi_B._parameters[adapter]
         function = self.phi_source[adapter].function(self.name, A, B)

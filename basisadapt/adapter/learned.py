@@ -1,4 +1,4 @@
-"""What φ has learned: in two numbers a module, and as curves."""
+"""What φ has learned: two numbers per module, and curves."""
 
 from __future__ import annotations
 
@@ -21,16 +21,19 @@ POINTS = 65  # of a curve
 
 
 def describe(model: nn.Module, adapter: str | None = None) -> pd.DataFrame:
-    """How much of a φ(BA) adapter is LoRA: a row for each module with φ, then "mean" and "largest" of the columns.
+    """How much of a φ(BA) adapter is LoRA: a row per module with φ, then the rows "mean" and "largest".
 
-    linear_fit: c of the best ΔW ≈ c · s · BA, c = ⟨ΔW, s BA⟩ / ⟨s BA, s BA⟩. nonlinear_share: ‖ΔW − c s BA‖ / ‖ΔW‖,
-    Frobenius norms, from 0 to 1. remark: for a share below 1 %, what φ is then: LoRA with its scale times c. NaN where
-    BA = 0, as at the start, or ΔW = 0; "mean" and "largest" leave those out.
+    The columns are:
 
-    adapter: its name; None takes the one that is active. Whether it is merged or switched off changes nothing. ΔW is as
-    the layers compute it, in float32 and to the settings' tolerance (float64 for a float64 adapter).
+    - "linear_fit": c of the best fit ΔW ≈ c · s · BA, c = ⟨ΔW, s BA⟩ / ⟨s BA, s BA⟩; NaN if BA = 0, as at the start.
+    - "nonlinear_share": ‖ΔW − c s BA‖ / ‖ΔW‖ in Frobenius norms, from 0 to 1; NaN if ΔW = 0.
+    - "remark": for a share below 1 %, that φ is LoRA with its scale times c.
 
-    Raises InputError for a model without φ(BA), as after `merge_and_unload`, and where pandas is not installed.
+    "mean" and "largest" leave NaN out. ΔW is what the layers compute, in float32 (float64 for a float64 adapter) and to
+    the tolerance of the settings; whether it is merged or switched off changes nothing.
+
+    adapter: its name; None takes the active one. Raises InputError for a model without φ(BA), such as the result of
+    `merge_and_unload`, and if pandas is not installed.
     """
     pandas = _needed("pandas")
     rows = {}
@@ -47,11 +50,11 @@ def describe(model: nn.Module, adapter: str | None = None) -> pd.DataFrame:
 
 
 def plot(model: nn.Module, adapter: str | None = None) -> Figure:
-    """What φ adds to BA, f(z) = (φ(g z) − c φ(0)) / g on the range of BA: a panel a projection, a line a layer.
+    """What φ adds to BA, f(z) = (φ(g z) − c φ(0)) / g on the range of BA: a panel per projection, a line per layer.
 
     The title has the mean and the largest nonlinear share of `describe`. adapter: its name; None takes the active one.
 
-    Raises InputError for a model without φ(BA), and where matplotlib or pandas is not installed.
+    Raises InputError for a model without φ(BA), and if matplotlib or pandas is not installed.
     """
     _needed("matplotlib")
     from basisadapt.diagnostics.figures import phi_figure
@@ -93,7 +96,7 @@ def _adapted(model: nn.Module, adapter: str | None) -> list[tuple[PhiLinear, str
 
 
 def _remark(low: float, high: float, share: float) -> str:
-    """A sentence where the nonlinear share is small; low, high: the least and the greatest c."""
+    """A sentence for a small nonlinear share, otherwise empty; low, high: the least and the greatest c."""
     if not share < LINEAR:
         return ""
     first, last = f"{low:.3g}", f"{high:.3g}"

@@ -1,4 +1,4 @@
-"""What our adapted linear layers share: the frozen layer below, and merging with it, in one layer and in a model."""
+"""The base classes of adapted linear layers and of models with them: the frozen layer, and merging into it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from basisadapt.core.errors import InputError
 from basisadapt.phi.compiler import onload
 
-DEQUANTISED = ("Params4bit", "Int8Params")  # classes of weights that peft can dequantise
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that products are made in
+DEQUANTISED = ("Params4bit", "Int8Params")  # classes of weights that peft can dequantize
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of weights that are not quantized
 PLAIN = (nn.Linear.forward, Conv1D.forward)
 PRODUCTS = {
     *(F.linear, F.bilinear, F.conv1d, F.conv2d, F.multi_head_attention_forward),
@@ -32,15 +32,15 @@ PRODUCTS = {
 class BaseWeight(Tensor):
     """W as an adapted layer shows it to modules that read a weight instead of calling its layer.
 
-    It is W to look at, and raises InputError in a matrix product, which would lack ΔW. Torch's fast paths, as that of
-    nn.TransformerEncoderLayer, give way to any such class and call the layer.
+    It has W's values, and raises InputError in a matrix product, which would lack ΔW. For a subclass of Tensor, torch's
+    fast paths, such as that of nn.TransformerEncoderLayer, call the layer instead.
     """
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """What torch calls for every function of such a tensor."""
+        """Torch calls it for every function of such a tensor. Raises InputError for a product."""
         if func in PRODUCTS:
             raise InputError(
                 "the weight of an adapted layer was multiplied by, where the layer should have been called: the "
@@ -50,12 +50,12 @@ class BaseWeight(Tensor):
 
 
 class AdaptedLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
-    """Over an nn.Linear, or a transformers Conv1D, whose weight is stored transposed.
+    """An adapted nn.Linear, or a transformers Conv1D, whose weight is stored transposed.
 
-    A forward of a subclass' own, hooks, and a parametrised or pruned weight stay at work: such a layer is called, and
-    x ΔWᵀ added, which is exact. It cannot be merged into.
+    A subclass's own forward, hooks, and a parametrized or pruned weight keep their effect: such a layer is called,
+    and x ΔWᵀ is added, which is exact. It cannot be merged into.
 
-    title: the method's name in messages. Raises InputError for another module, or a weight that it cannot work on.
+    title: the method's name in messages. Raises InputError for another module, or a weight that it cannot adapt.
     """
 
     title: ClassVar[str]
@@ -85,7 +85,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self._quantised = weight.dtype not in DTYPES
         if self._quantised and type(weight).__name__ not in DEQUANTISED:
             raise InputError(
-                f"module {name!r} has a weight of dtype {weight.dtype}; of the quantised ones "
+                f"module {name!r} has a weight of dtype {weight.dtype}; of the quantized ones "
                 f"{self.title} adapts those of bitsandbytes"
             )
         sides = (base_layer.nf, base_layer.nx) if isinstance(base_layer, Conv1D) else _sides(self.base_layer)
@@ -131,7 +131,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         )
 
     def _call_base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """What the base layer makes of x. Raises InputError where no x ΔWᵀ can be added to it."""
+        """The base layer's output for x. Raises InputError if x ΔWᵀ cannot be added to it."""
         y = self.base_layer(x, *args, **kwargs)
         if not isinstance(y, Tensor) or y.shape != (*x.shape[:-1], self.out_features):
             found = tuple(y.shape) if isinstance(y, Tensor) else f"a {type(y).__name__}"
@@ -149,7 +149,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             )
 
     def _holds(self, adapter: str) -> bool:
-        """Whether the adapter is in this layer."""
+        """Whether this layer has the adapter."""
         holders: nn.ParameterDict = getattr(self, self.adapter_layer_names[0])
         return adapter in holders
 
@@ -159,7 +159,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     @classmethod
     def refuse_mixed_batches(cls, kwargs: Mapping[str, Any]) -> None:
-        """Raise InputError where the arguments of a call name an adapter for each row of the batch."""
+        """Raise InputError if the arguments of a call name an adapter for each row of the batch."""
         if kwargs.get("adapter_names") is not None:
             raise InputError(f"{cls.title} does not support batches of mixed adapters (adapter_names)")
 
@@ -180,14 +180,14 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     @torch.no_grad()
     def merged_weight(self, adapters: Iterable[str], safe_merge: bool = False) -> Tensor:
-        """The base weight with ΔW of those of these adapters that are in this layer and not merged yet.
+        """The base weight plus ΔW of those `adapters` that this layer has and has not merged yet.
 
-        Raises InputError for a quantised weight, and for a base layer that does more than x Wᵀ + b or makes its weight
-        anew; ValueError if the sum is beyond the range of the weight's dtype (65,504 in float16), or with `safe_merge`
-        if it is not finite for any other reason.
+        Raises InputError for a quantized weight, and for a base layer that does more than x Wᵀ + b or recomputes its
+        weight; ValueError if the sum exceeds the range of the weight's dtype (65,504 in float16), or with `safe_merge`
+        if it is not finite for another reason.
         """
         if self._quantised:
-            raise InputError(f"{self.name!r} has a quantised weight; load the base model unquantised to merge into it")
+            raise InputError(f"{self.name!r} has a quantized weight; load the base model unquantized to merge into it")
         weight: Tensor = self.base_layer.weight
         for adapter in adapters:
             if not self._holds(adapter) or adapter in self.merged_adapters:
@@ -230,7 +230,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
 
 def _only_moves(layer: nn.Module) -> bool:
-    """Whether accelerate alone has replaced its forward, to bring weights and inputs together."""
+    """Whether only accelerate has replaced its forward, to move weights and inputs to one device."""
     hook = getattr(layer, "_hf_hook", None)
     return all(isinstance(part, AlignDevicesHook) for part in getattr(hook, "hooks", [hook]))
 
@@ -240,7 +240,7 @@ def _sides(layer: nn.Linear) -> tuple[int, int]:
 
 
 class AdaptedModel(BaseTuner):  # type: ignore[misc]
-    """A model with such layers; peft's class is made to be extended by overriding."""
+    """A model with `AdaptedLinear` layers of the class `tuner_layer_cls`."""
 
     tuner_layer_cls: type[AdaptedLinear]
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
@@ -260,9 +260,9 @@ class AdaptedModel(BaseTuner):  # type: ignore[misc]
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
-        """What peft enters around every call of the model, `generate` included.
+        """The context in which peft calls the model, `generate` included.
 
-        Raises InputError for a batch of mixed adapters, of which the layers see nothing.
+        Raises InputError for a batch of mixed adapters, which peft would not pass on to the layers.
         """
         self.tuner_layer_cls.refuse_mixed_batches(kwargs)
         yield
@@ -280,7 +280,7 @@ class AdaptedModel(BaseTuner):  # type: ignore[misc]
         return cast(nn.Module, super().merge_and_unload(progressbar, safe_merge, adapter_names))
 
     def _try_to_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
-        # Every ΔW is made twice: to undo half a merge would take a copy of all adapted weights at once.
+        # Every ΔW is computed twice: to undo half a merge would need a copy of all adapted weights.
         for layer in self.model.modules():
             if isinstance(layer, AdaptedLinear):
                 with onload_layer(layer):

@@ -25,8 +25,8 @@ from basisadapt.phi.compiler import Compiler
 class PhiModel(AdaptedModel):
     """A model with φ(BA) adapters; made by `peft.get_peft_model(model, PhiConfig(...))`.
 
-    The tables of φ live here, in `phi_bank`, since modules may share them; each override here keeps the banks in step
-    with the layers.
+    `phi_bank` holds the tables of φ, since modules may share them. The overrides here keep the banks in step with the
+    layers.
     """
 
     prefix = "phi_"
@@ -34,10 +34,10 @@ class PhiModel(AdaptedModel):
     uses_shared_state = True
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Find where `adapter_name` goes, insert its layers, then build its bank over those with φ.
+        """Insert the layers of `adapter_name`, then build its bank for those with φ.
 
-        Raises InputError for a placement that the model does not have, and where an adapter of this name is in other
-        modules already.
+        Raises InputError for a placement that the model does not have, and if other modules already have an adapter of
+        this name.
         """
         config = self.peft_config[adapter_name]
         if config.target_modules is None:
@@ -45,7 +45,7 @@ class PhiModel(AdaptedModel):
         if config.rest == "lora":
             self._projections = re.compile(_all_projections(model))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        if "phi_bank" not in self._modules:  # a model that was adapted before brings its banks with its layers
+        if "phi_bank" not in self._modules:  # the layers of a model that was adapted before have their banks
             known = {name: source.bank for layer in self._layers() for name, source in layer.phi_source.items()}
             self.phi_bank = nn.ModuleDict(known)
         inserted = [layer for layer in self._layers() if adapter_name in layer.phi_A]
@@ -75,21 +75,21 @@ class PhiModel(AdaptedModel):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Compiles φ of all modules, whatever has changed them since the last call of the model."""
+        """Compile φ of all modules if anything has changed since the last call of the model."""
         with super()._enable_peft_forward_hooks(*args, **kwargs), ExitStack() as stack:
             for compiler in self._compilers():
                 stack.enter_context(compiler.compiled())
             yield
 
     def _compilers(self) -> Iterator[Compiler]:
-        """Those of the adapters at work."""
+        """The compilers of the adapters in use."""
         found = {}
         for layer in self._layers():
             if not (layer.merged or layer.disable_adapters):
                 for name in layer.active_adapters:
                     if name in layer.phi_source and name not in found:
                         found[name] = layer.phi_source[name]
-            if len(found) == len(self.phi_bank):  # as a rule by the first layer: a model has many
+            if len(found) == len(self.phi_bank):  # usually after the first layer of many
                 break
         yield from found.values()
 
@@ -97,7 +97,7 @@ class PhiModel(AdaptedModel):
         return (module for module in self.model.modules() if isinstance(module, PhiLinear))
 
     def _check_target_module_exists(self, peft_config: PhiConfig, key: str) -> Any:
-        """Whether a module is adapted: with φ, or as the rest, with BA alone. What is excluded stays so."""
+        """Whether a module is adapted, with φ or, outside the placement, with BA alone; never if it is excluded."""
         found = check_target_module_exists(peft_config, key)
         unmatched = found is None or found is False
         return self._projections.fullmatch(key) if unmatched and peft_config.rest == "lora" else found
@@ -105,9 +105,9 @@ class PhiModel(AdaptedModel):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter and its bank."""
         super().delete_adapter(adapter_name)
-        for layer in self._layers():  # peft passes over those whose full names contain the prefix
+        for layer in self._layers():  # peft skips layers whose full names contain the prefix
             BaseTunerLayer.delete_adapter(layer, adapter_name)
-        # peft asks the first layer alone, which need not have any of those that are left.
+        # peft asks only the first layer, which need not have any of the remaining adapters.
         self.active_adapter = next((layer.active_adapters for layer in self._layers() if layer.active_adapters), [])
         if adapter_name in self.phi_bank:
             del self.phi_bank[adapter_name]

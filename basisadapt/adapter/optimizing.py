@@ -1,7 +1,7 @@
-"""What φ's settings ask of an optimiser: groups with a rate and a decay of its own, its rest, and its smoothing.
+"""The settings of φ that training applies: parameter groups with their own rates and decay, a delay, and smoothing.
 
-One set of functions for every training: this package's, a loop of one's own, and transformers' Trainer with what
-extends it (`PhiCallback`).
+The same functions serve this package's training, a loop of your own, and transformers' Trainer with its subclasses
+(`PhiCallback`).
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from basisadapt.phi.settings import PhiSettings
 
 
 def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-    """Everything that trains in the model, as the parameter groups of a torch optimiser.
+    """All trained parameters of the model, as the parameter groups of a torch optimizer.
 
-    First A, B, the head and whatever else trains, with `lr` and `weight_decay`; then, for each adapter, α with the rate
-    of `transfer_lr` (that ratio times `lr`, or the absolute rate) and `transfer_decay`; then ω and learned x and g with
-    that rate and no decay. What holds nothing is left out, and the list is empty where nothing trains. A model without
-    φ has the first group alone.
+    The first group has A, B, the head and all else that trains, with `lr` and `weight_decay`. Each adapter adds a group
+    of α, with the rate of `transfer_lr` (a ratio to `lr`, or the rate itself) and `transfer_decay`, and one of ω and
+    learned x and g, with that rate and no decay. Empty groups are left out. A model without φ has only the first group.
 
-    lr: ≥ 0, per step; weight_decay: ≥ 0, as the optimiser means it. Raises InputError for the model inside of a peft
-    model, which lacks φ's tables.
+    - `lr` (float ≥ 0): the base learning rate.
+    - `weight_decay` (float ≥ 0, default 0): as the optimizer defines it.
+
+    Raises InputError for the model inside a peft model, which lacks φ's tables.
 
     Example: torch.optim.AdamW(basisadapt.param_groups(model, lr=1e-4, weight_decay=0.01)).
     """
@@ -47,7 +48,7 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
 def table_groups(
     bank: TransferBank, settings: PhiSettings, lr: float
 ) -> Iterator[tuple[list[nn.Parameter], float, float]]:
-    """Tables, rate and decay of one adapter's groups beside the base rate `lr`: α's, and the others'."""
+    """Tables, rate and decay of one adapter's two groups, for the base rate `lr`: α, and all other trained tables."""
     trained = {name: table for name, table in bank.named_parameters() if table.requires_grad}
     alpha, rate = trained.pop("alpha", None), settings.rate.beside(lr)
     yield [] if alpha is None else [alpha], rate, settings.transfer_decay
@@ -55,18 +56,22 @@ def table_groups(
 
 
 def before_step(model: nn.Module, step: int, total: int) -> None:
-    """Let φ rest for the share `transfer_delay` of the steps, and add the gradient of its `smoothing` after that.
+    """Freeze φ for the first `transfer_delay` share of the steps, and add the gradient of its `smoothing` afterwards.
 
-    Call it when the gradients are there, unscaled and clipped, before `optimizer.step()` makes step number `step`, from
-    1 on, of `total`. The loss is then L + λ · mean φ''², λ = smoothing. A model without φ is left as it is. Raises
-    InputError for the model inside of a peft model.
+    Call it before every `optimizer.step()`, when the gradients are unscaled and clipped. The loss is then
+    L + λ · mean φ''², λ = smoothing. A model without φ does not change.
+
+    - `step` (int ≥ 1): the number of the coming step.
+    - `total` (int): of all steps.
+
+    Raises InputError for the model inside a peft model.
     """
     for bank, settings in _banks(model):
         regulate(bank, settings, step, total)
 
 
 def regulate(bank: TransferBank, settings: PhiSettings, step: int, total: int) -> None:
-    """`before_step` of one adapter."""
+    """`before_step` for one adapter."""
     mark_served(bank)
     if step <= settings.transfer_delay * total:
         for table in bank.parameters():
@@ -79,19 +84,19 @@ def regulate(bank: TransferBank, settings: PhiSettings, step: int, total: int) -
 
 
 class PhiCallback(TrainerCallback):  # type: ignore[misc]
-    """`before_step` at every step of transformers' Trainer, and of what extends it, as TRL's trainers.
+    """`before_step` at every step of transformers' Trainer or a subclass, such as TRL's trainers.
 
-    Rates and decay are the optimiser's: Trainer(..., optimizers=(AdamW(param_groups(model, lr)), None),
-    callbacks=[PhiCallback()]), where None has the Trainer make its schedule.
+    Rates and decay belong to the optimizer: Trainer(..., optimizers=(AdamW(param_groups(model, lr)), None),
+    callbacks=[PhiCallback()]). With None, the Trainer makes its schedule.
     """
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Called by the Trainer when the gradients are there, clipped."""
+        """The Trainer calls it when the gradients are clipped."""
         before_step(model, state.global_step + 1, state.max_steps)
 
 
 def _banks(model: nn.Module) -> list[tuple[TransferBank, PhiSettings]]:
-    """The tables of every φ(BA) adapter in the model, and its settings."""
+    """The tables of every φ(BA) adapter in the model, and its settings. Raises InputError as `param_groups`."""
     models = [module for module in model.modules() if isinstance(module, PhiModel)]
     if not models and any(isinstance(module, PhiLinear) for module in model.modules()):
         raise InputError("φ's tables are in the peft model, not in the model inside of it: give the peft model itself")

@@ -1,4 +1,4 @@
-"""Methods of our own in peft's tables.
+"""Registers this package's methods with peft.
 
 peft's public hook, `register_peft_method`, wants a member of the enum `PeftType` and offers no way to add one, so it is
 added here, by the protocol of Python's enum module. A member carries this package's name, so that a process which
@@ -13,7 +13,7 @@ from peft.utils import register_peft_method
 
 
 def peft_type(method: str) -> PeftType:
-    """The member `BASISADAPT_<METHOD>` of peft's enum, made at the first call."""
+    """The member `BASISADAPT_<METHOD>` of peft's enum; the first call adds it."""
     name = f"BASISADAPT_{method.upper()}"
     if name in PeftType.__members__:
         return PeftType[name]
@@ -28,7 +28,7 @@ def peft_type(method: str) -> PeftType:
 
 
 def register(method: str, config: type[PeftConfig], model: type[BaseTuner]) -> None:
-    """Enter a method into peft's tables, once per process."""
+    """Register a method with peft, once per process. method: its name, in lower case."""
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
     if (member := peft_type(method)) not in PEFT_TYPE_TO_TUNER_MAPPING:

@@ -22,10 +22,10 @@ PLACEMENTS: Registry[Placement] = Registry("placement")
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 ATTENTION = frozenset(ROLES[:4])
 
-# What the linear layers of a transformer's block do (q, k, v, o of attention; gate, up, down of the MLP; a fused one
-# does several): the modules in the block, and the names in them; "" is the block itself. Attention and MLP stand apart,
-# since families combine them. Heads and poolers lie outside the blocks (paper, section E.2). A block with a linear
-# layer that is not here is one that we do not know: no part of it is adapted.
+# The roles of the linear layers in a transformer's block (q, k, v, o of attention; gate, up, down of the MLP; a fused
+# layer has several): the modules in the block ("" is the block itself), and their layers' names by role. Attention
+# and MLP are listed separately, since families combine them. Heads and poolers lie outside the blocks (paper, section
+# E.2). If a block has a linear layer that is not listed, no part of it is adapted.
 FAMILIES: dict[str, tuple[list[str], dict[str, str]]] = {
     "BERT, RoBERTa": (
         ["attention.self", "crossattention.self", "attention.attention", "crossattention.attention"],
@@ -108,9 +108,14 @@ WAY_OUT = 'target_modules="all-linear" adapts all linear layers but the head'
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear module of a block, at `path` inside it: in block `layer` of the `layers` blocks of a `stack`.
+    """A linear module of a block. A mixture of experts counts as one, so that placements can cover it.
 
-    roles: what it computes, one of ROLES or several. A mixture of experts is listed as one, for placements to cover.
+    - `name` (str): its full name.
+    - `stack` (str): the name of the stack of blocks.
+    - `layer` (int): the index of its block.
+    - `layers` (int): the number of blocks in the stack.
+    - `path` (str): its name inside the block.
+    - `roles`: one or several of ROLES.
     """
 
     name: str
@@ -128,7 +133,7 @@ class Projection:
 
 @dataclass(frozen=True)
 class Blocks:
-    """What is in a model's blocks: projections, mixtures of experts, and the names of other modules that multiply."""
+    """The modules in a model's blocks: projections, mixtures of experts, and the names of others with products."""
 
     projections: list[Projection]
     mixtures: list[Projection]
@@ -155,7 +160,7 @@ class Placement(ABC):
         """Whether `projection` is adapted."""
 
     def misses(self, name: str) -> bool:
-        """Whether it is incomplete without the module `name` of a block, whose role nobody knows."""
+        """Whether the placement could miss the module `name` of a block, whose role is not known."""
         return True
 
 
@@ -163,7 +168,7 @@ class All(Placement, name="all"):
     """Every projection (the paper's default)."""
 
     def covers(self, projection: Projection) -> bool:
-        """Always."""
+        """Every projection is."""
         return True
 
 
@@ -171,7 +176,7 @@ class Attention(Placement, name="attention"):
     """The attention's projections."""
 
     def covers(self, projection: Projection) -> bool:
-        """Of the attention."""
+        """The attention's projections are."""
         return projection.kind == "attention"
 
 
@@ -179,7 +184,7 @@ class MLP(Placement, name="mlp"):
     """The MLP's projections."""
 
     def covers(self, projection: Projection) -> bool:
-        """Of the MLP."""
+        """The MLP's projections are."""
         return projection.kind == "mlp"
 
 
@@ -187,7 +192,7 @@ class QKV(Placement, name="qkv", needs=("q", "k", "v")):
     """Queries, keys and values, apart or fused (paper, Table 19)."""
 
     def covers(self, projection: Projection) -> bool:
-        """Into the attention."""
+        """Projections with one of the roles q, k and v are."""
         return bool(projection.roles & self.needs)
 
 
@@ -195,7 +200,7 @@ class GateUp(Placement, name="gate_up", needs=("gate", "up")):
     """The gate and the projection beside it, apart or fused (paper, Table 19); for gated MLPs only."""
 
     def covers(self, projection: Projection) -> bool:
-        """Into the MLP."""
+        """Projections with one of the roles gate and up are."""
         return bool(projection.roles & self.needs)
 
 
@@ -203,7 +208,7 @@ class Odd(Placement, name="odd"):
     """The blocks of odd index, counted from 0 as in the modules' names (paper, Table 23)."""
 
     def covers(self, projection: Projection) -> bool:
-        """In a block of odd index."""
+        """Projections in blocks of odd index are."""
         return projection.layer % 2 == 1
 
 
@@ -211,7 +216,7 @@ class Even(Placement, name="even"):
     """The blocks of even index, counted from 0 as in the modules' names (paper, Table 23)."""
 
     def covers(self, projection: Projection) -> bool:
-        """In a block of even index."""
+        """Projections in blocks of even index are."""
         return projection.layer % 2 == 0
 
 
@@ -226,7 +231,7 @@ class FirstLast(Placement, name="first_last"):
         self.count = int(count)
 
     def covers(self, projection: Projection) -> bool:
-        """In one of the outer blocks."""
+        """Projections in the outer blocks are. Raises InputError if the stack has fewer than 2 K blocks."""
         if 2 * self.count > projection.layers:
             raise InputError(
                 f"placement first_last:{self.count} needs {2 * self.count} blocks, not {projection.layers}"
@@ -241,11 +246,11 @@ class Named(Placement):
         self.pattern = re.compile(pattern)
 
     def covers(self, projection: Projection) -> bool:
-        """By name."""
+        """Projections with a matching name are."""
         return self.misses(projection.name)
 
     def misses(self, name: str) -> bool:
-        """By name too: it names its modules itself."""
+        """Modules with a matching name are missed, whatever their role."""
         return self.pattern.fullmatch(name) is not None
 
 
@@ -255,7 +260,7 @@ def find_projections(names: Iterable[str]) -> list[Projection]:
 
 
 def find_blocks(model: nn.Module) -> Blocks:
-    """What multiplies in the blocks of a model, that is below the elements of its stacks, adapted or not."""
+    """The modules with products in a model's blocks (the elements of its stacks), adapted or not."""
     inside = dict(_inside_blocks(model))
     mixtures = dict.fromkeys(map(_mixture, filter(EXPERTS.fullmatch, inside)), MIXTURE)
     projections: list[str] = []
@@ -274,7 +279,7 @@ def find_blocks(model: nn.Module) -> Blocks:
 
 
 def _inside_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of all that is below an element of a stack; of what is adapted, the base layer."""
+    """The name and module of everything inside the blocks; for an adapted module, its base layer."""
     stacks, blocks = set(), set()
     for name, module in model.named_modules():
         parent = name.rpartition(".")[0]
@@ -287,7 +292,7 @@ def _inside_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _fits(projection: Projection, known: Sequence[Projection], modules: Mapping[str, nn.Module]) -> bool:
-    """Whether what goes into the MLP is as wide as what comes out: in some families "fc1" is gate and up in one."""
+    """Whether the MLP's input projections fit its output in width: in some families "fc1" is gate and up in one."""
     into = len(projection.roles & {"gate", "up"})
     block = [other for other in known if (other.stack, other.layer) == (projection.stack, projection.layer)]
     widths = {_sides(modules[other.name])[0] for other in block if "down" in other.roles} - {None}
@@ -296,7 +301,7 @@ def _fits(projection: Projection, known: Sequence[Projection], modules: Mapping[
 
 
 def _sides(module: Any) -> tuple[int | None, int | None]:
-    """in_features and out_features, as far as the module tells."""
+    """in_features and out_features; None for one that the module does not state."""
     if isinstance(module, Conv1D):
         return module.nx, module.nf
     return getattr(module, "in_features", None), getattr(module, "out_features", None)
@@ -307,7 +312,10 @@ def _alike(modules: nn.Sequential) -> bool:
 
 
 def _multiplies(module: nn.Module, known: bool) -> bool:
-    """Whether it does what linear layers do: by tensors of its own, as experts, or as a convolution of such a name."""
+    """Whether a module that is not linear has products: of its own tensors, as experts, or as a convolution.
+
+    known: a projection has its name, as which a convolution counts only then.
+    """
     if isinstance(module, _ConvNd):
         return known
     shapes = [parameter.shape for parameter in module.parameters(recurse=False)]
@@ -315,13 +323,13 @@ def _multiplies(module: nn.Module, known: bool) -> bool:
 
 
 def _mixture(experts: str) -> str:
-    """The MLP that experts are in, with router and shared experts; they alone where they stand in the block itself."""
+    """The MLP of experts, with router and shared experts; the experts alone if they are in the block itself."""
     parent = experts.rpartition(".")[0]
     return experts if parent.rpartition(".")[2].isdecimal() else parent
 
 
 def _projections(roles: Mapping[str, frozenset[str]]) -> list[Projection]:
-    """Those of these names and roles."""
+    """The projections with these full names, each with its roles."""
     found = {name: match for name in roles if (match := PROJECTION.fullmatch(name) or BLOCK.fullmatch(name))}
     layers: dict[str, int] = {}
     for match in found.values():
@@ -333,11 +341,11 @@ def _projections(roles: Mapping[str, frozenset[str]]) -> list[Projection]:
 
 
 def target_pattern(placement: str, model: nn.Module) -> str:
-    """The regular expression that a placement's modules match, and no others of the model.
+    """The regular expression that matches a placement's modules and no others of the model.
 
     placement: a registered name, with its argument after a colon, or a regular expression over full names. Raises
-    InputError for an unknown placement, one whose roles the model lacks, and one that would cover a part only of what
-    it names: where it goes by roles, the role of every linear layer in the blocks has to be known.
+    InputError for an unknown placement, one whose roles the model lacks, and one that might cover only a part of what
+    it names: for a placement by roles, the role of every linear layer in the blocks has to be known.
     """
     chooser, blocks = _parse(placement), find_blocks(model)
     if not blocks.projections:
@@ -366,7 +374,7 @@ def target_pattern(placement: str, model: nn.Module) -> str:
 
 
 def describe(name: str) -> AdaptedModule:
-    """The kind and the block index of a module, from its name; kind "other" and no index for none of FAMILIES."""
+    """The kind and the block index of a module, from its name; "other" and no index for a name not in FAMILIES."""
     for projection in find_projections([name]):
         return AdaptedModule(name, projection.kind, projection.layer)
     return AdaptedModule(name, "other", None)
@@ -387,7 +395,7 @@ def _parse(placement: str) -> Placement:
 
 
 def _pattern(chosen: Sequence[Projection]) -> str:
-    """Short where many blocks look alike: the paths that are chosen in the same blocks share one alternative."""
+    """The regular expression of the chosen names; paths that are chosen in the same blocks share one alternative."""
     layers: dict[tuple[str, str], list[str]] = {}
     for projection in chosen:
         layers.setdefault((projection.stack, projection.path), []).append(str(projection.layer))
@@ -398,7 +406,7 @@ def _pattern(chosen: Sequence[Projection]) -> str:
 
 
 def _kinds(names: Iterable[str]) -> str:
-    """Names with a star for the blocks' numbers, the first few."""
+    """The first few names, with a star for the indices of blocks."""
     kinds = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names))
     more = f" and {len(kinds) - MAX_LISTED} more" if len(kinds) > MAX_LISTED else ""
     return ", ".join(kinds[:MAX_LISTED]) + more

@@ -1,4 +1,4 @@
-"""What our methods' configurations share: their types are checked, and a saved adapter is before it is used."""
+"""The base class of this package's peft configurations: it checks types, and saved adapters before they are used."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ Shape = tuple[int | None, ...]  # None where the model decides
 
 @dataclass(kw_only=True)
 class CheckedConfig(PeftConfig, ABC):  # type: ignore[misc]
-    """A peft configuration whose own fields have the types that they are declared with, wherever they come from.
+    """A peft configuration whose own fields are checked against their declared types, from whatever source.
 
-    layers_to_transform, layers_pattern: as everywhere in peft, the numbers of the blocks in which a list of
-    target_modules is adapted, and the name of the list of blocks.
+    layers_to_transform, layers_pattern: as in peft, the indices of the blocks in which a list of target_modules is
+    adapted, and the name of the list of blocks.
 
-    Raises InputError for a wrong type, and for layers_to_transform without such a list; from a local folder also for
-    weights that are not safetensors, cannot be read, are the model's own, or do not have the shapes that the
-    configuration says.
+    Raises InputError for a wrong type, and for layers_to_transform without such a list. If it is loaded from a local
+    folder, also for weights that are not safetensors, cannot be read, belong to the model itself, or do not have the
+    shapes that the configuration states.
     """
 
     exclude_modules: list[str] | str | None = None
@@ -43,7 +43,7 @@ class CheckedConfig(PeftConfig, ABC):  # type: ignore[misc]
 
     @abstractmethod
     def saved_shapes(self) -> Mapping[str, Shape]:
-        """The tensors of an adapted module by the end of their names in the file; also tables, as "table.tensor"."""
+        """The shapes of an adapted module's tensors, and of tables, by the ends of their names in the file."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,7 +82,7 @@ class CheckedConfig(PeftConfig, ABC):  # type: ignore[misc]
 
 
 def _plugins_of(folder: Path) -> str:
-    """What to do where the adapter in a folder is of plug-ins that may not be loaded."""
+    """The end of a message that names the plug-ins of the adapter in a folder; empty if it has none."""
     with suppress(OSError, ValueError, AttributeError):
         plugins = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("plugins")
         if plugins and isinstance(plugins, list) and all(isinstance(plugin, str) for plugin in plugins):
@@ -91,7 +91,7 @@ def _plugins_of(folder: Path) -> str:
 
 
 def _check_pattern(name: str, value: Any) -> None:
-    """Raise InputError for a text, which peft takes for a regular expression, that is none."""
+    """Raise InputError for a text that is not a regular expression, as which peft would use it."""
     try:
         re.compile(value if isinstance(value, str) else "")
     except (re.error, OverflowError, RecursionError) as error:
@@ -99,12 +99,13 @@ def _check_pattern(name: str, value: Any) -> None:
 
 
 def check_weights(folder: Path, shapes: Mapping[str, Shape], modules: Sequence[str]) -> None:
-    """Hold the weights in a folder, if there are any, against the shapes that their configuration says.
+    """Check the weights in a folder, if there are any, against the shapes that their configuration states.
 
-    modules: those that are saved whole, by the ends of their names. Whatever else the file holds would be loaded over
-    the model's own weights.
+    - `shapes`: of the adapter's tensors, see `CheckedConfig.saved_shapes`.
+    - `modules`: the ends of the names of modules that are saved whole. Any other tensor of the file would overwrite one
+      of the model's own.
 
-    Reads the file's header alone. Raises InputError that names the file, and the tensor if it is one.
+    Only the header of the file is read. Raises InputError that names the file and, if there is one, the tensor.
     """
     file = folder / SAFETENSORS_WEIGHTS_NAME
     if not file.is_file():
@@ -134,7 +135,7 @@ def check_weights(folder: Path, shapes: Mapping[str, Shape], modules: Sequence[s
 
 
 def _shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
-    """Every tensor's shape. Raises InputError for one that is not of floating-point numbers."""
+    """Every tensor's shape. Raises InputError for one whose dtype is not a floating-point type."""
     try:
         with safe_open(file, framework="pt") as opened:
             found = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (it is no mapping)

@@ -1,8 +1,8 @@
 """The fused kernels for tables: every entry of BA gathers the cubic of its cell.
 
-The gradient to a table, Σ G s^k over the entries of each cell, is a sum of integers, which does not depend on the order,
-so the result is reproducible bit for bit. Atomic additions to one cell wait for each other, so a small table has several
-copies of its sums. All numbers that an entry reads or adds to lie in one cache sector.
+The gradient to a table, Σ G s^k over the entries of each cell, is a sum of integers, which does not depend on their
+order, so the result is reproducible bit for bit. Atomic additions to one cell wait for each other, so a small table has
+several copies of its sums. All numbers that an entry reads or adds to lie in one cache sector.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class Compiled:
     def made_of(self, module: str, A: Tensor, B: Tensor, tables: tuple[Tensor, ...]) -> bool:
         """Whether the functions were compiled from these factors and tables.
 
-        Values are compared: an assignment through `.data` and a fused optimizer step leave a tensor's version unchanged.
+        Values are compared: an assignment through `.data` and a fused optimizer step keep a tensor's version.
         """
         if self.factors is None:
             return True

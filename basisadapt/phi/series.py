@@ -42,10 +42,13 @@ Tables = Callable[..., Transfer]  # the functions of M modules, from three table
 class SeriesBatch:
     """The series of M modules.
 
-    coefficients: (M, P + POWER_COUNT), float64, with gradients; the first `degree` (M,), int32, of each are what the
-    tolerance asks; behind P of them the same polynomial's powers, see `with_powers`.
-    radius: R, (M,). zero: (M,), where F(BA) is zero for certain. resolved: (M,), False where not even P coefficients
-    are enough, or where the nodes lie so far apart that they might pass over a basis function, by the largest ω.
+    - `coefficients`: shape (M, P + POWER_COUNT), float64, with gradients: P coefficients, then the same polynomial's
+      powers, see `with_powers`.
+    - `degree`: D, the number of coefficients that the tolerance needs, shape (M,), int32.
+    - `radius`: R, shape (M,).
+    - `zero`: F(BA) is zero for certain, shape (M,), bool.
+    - `resolved`: P coefficients are enough, and the nodes are close enough not to miss the narrowest basis function,
+      shape (M,), bool.
     """
 
     coefficients: Tensor
@@ -60,11 +63,11 @@ def compile_series(
 ) -> SeriesBatch:
     """Interpolate every function at `points` nodes on [−R, R] and find the degrees.
 
-    `tolerance`, one or (M,), is relative to the largest value of F without its path on the part of the range that BA
-    reaches. The degree keeps the sum of the coefficients that are left out below it; so also for F' on the whole range,
-    and for a probe, the function with other amplitudes, and its derivative: the gradients need every basis function
-    resolved, also where α cancels them or is zero. Where BA is zero a centred F is zero whatever its parameters are,
-    and they get no gradient.
+    tolerance: one number, or shape (M,), relative to the largest value of F without its path on the part of the range
+    that BA reaches. The degree keeps the sum of the omitted coefficients below the tolerance. This also holds for F' on
+    the whole range, for a probe (the function with other amplitudes) and for its derivative: the gradients need every
+    basis function resolved, even if α cancels it or is zero. If BA is zero, a centered F is zero whatever its
+    parameters are, and they get no gradient.
     """
     coefficients, both, spacing, zero = _Interpolate.apply(  # type: ignore[no-untyped-call]
         tables, extent, points, *parameters
@@ -86,10 +89,10 @@ def _of_every_module(tolerance: float | Tensor, like: Tensor) -> Tensor:
 def verify(
     tables: Tables, parameters: tuple[Tensor, ...], radius: Tensor, points: int, tolerance: float | Tensor
 ) -> Tensor:
-    """Whether the interpolant is F between the nodes too, and at grid points, where narrow functions peak; (M,)."""
+    """Whether the series equals F between the nodes and at grid points, where narrow functions peak: (M,), bool."""
     both = with_probe(tables(*(p.double() for p in parameters)))
     angle = torch.linspace(0, math.pi, 2 * points + 1, dtype=torch.float64, device=radius.device)
-    # A sample of the peaks is enough, for the probe has an amplitude everywhere; so the cost grows with N and not N².
+    # A sample of the peaks is enough, since no amplitude of the probe is zero. So the cost grows with N, not N².
     count = both.grid.shape[-1]
     peaks = both.grid[:, :: 1 + count // PEAKS] / (both.gain * radius).unsqueeze(1)
     places = torch.cat([torch.cos(angle).expand(len(radius), -1), peaks.clamp(-1, 1)], dim=1)
@@ -103,7 +106,7 @@ def verify(
 
 @torch.no_grad()
 def growth(tables: Tables, parameters: tuple[Tensor, ...], radius: Tensor, reached: Tensor) -> Tensor:
-    """How many times as large F gets on ±R as on ±reached, (M,): so much of a float's precision is lost where BA is."""
+    """max |F| on [−R, R] over that on ±reached, shape (M,): the factor by which the relative error on BA grows."""
     transfer = tables(*(p.double() for p in parameters))
     nodes = _nodes(POINTS[1], radius.device)
     wide, narrow = (transfer(r.unsqueeze(1) * nodes).abs().amax(1) for r in (radius, reached))
@@ -113,7 +116,7 @@ def growth(tables: Tables, parameters: tuple[Tensor, ...], radius: Tensor, reach
 def with_probe(transfer: Transfer) -> Transfer:
     """Two functions side by side: F without its identity path, which is linear in α, and the probe.
 
-    Without the path, since next to BA the part that trains may be small.
+    The path is left out, since the part that trains may be small in comparison.
     """
     index = torch.arange(transfer.alpha.shape[-1], dtype=torch.float64, device=transfer.alpha.device)
     probe = torch.cos(index**2).expand_as(transfer.alpha)
@@ -122,7 +125,7 @@ def with_probe(transfer: Transfer) -> Transfer:
 
 
 def reach(transfer: Transfer, radius: Tensor) -> Tensor:
-    """ω g R with the largest ω: how far the argument u of the narrowest basis function goes, on either side."""
+    """ω g R with the largest ω: the largest |u| of the narrowest basis function."""
     return transfer.omega.detach().amax(-1) * transfer.gain.detach() * radius
 
 
@@ -133,16 +136,16 @@ def _interpolate(transfer: Transfer, radius: Tensor, points: int) -> Tensor:
 
 
 def _degree(coefficients: Tensor, extent: Extent, tolerance: float | Tensor) -> tuple[Tensor, Tensor]:
-    """The smallest D whose remainder is small for all of F, F', probe and probe'; and whether there is one.
+    """The smallest D with a small remainder for F, F', the probe and its derivative; and whether there is one.
 
-    Of coefficients that are not there, beyond P, the last quarter of those that are there bears witness.
+    The sum of the last quarter of the P coefficients estimates that of the coefficients beyond P.
     """
     points, radius = coefficients.shape[1], extent.radius
     slopes = torch.einsum("ed,mdk->mek", _differentiation(points, radius.device), coefficients)
     series = torch.cat([coefficients, slopes], dim=2)
     on_nodes = torch.einsum("dp,mdk->mpk", _polynomials(points, radius.device), series)
     size = on_nodes.abs().amax(1, keepdim=True)
-    # Of slopes it is the variation that counts: the gradient of a grid point is F' less its value at zero.
+    # For slopes the variation counts: the gradient to a grid point is F' minus its value at zero.
     count = coefficients.shape[2]
     variation = (on_nodes.amax(1, keepdim=True) - on_nodes.amin(1, keepdim=True))[..., count:]
     size[..., count:] = torch.maximum(variation, LEAST_VARIATION * size[..., count:])
@@ -152,23 +155,26 @@ def _degree(coefficients: Tensor, extent: Extent, tolerance: float | Tensor) -> 
     remainder = left_out + left_out[:, points * 3 // 4].unsqueeze(1)
     small = (remainder <= _of_every_module(tolerance, size) * size).all(2)
     degree = (~small).sum(1)
-    # Where A or B is not finite no degree helps: the weights are NaN, and that is to be seen.
+    # If A or B is not finite, no degree helps: the weights are NaN, which must show.
     resolved = small.any(1) | ~radius.isfinite()
-    # One more, for dF/dω holds z F'.
+    # One more, since dF/dω contains z F'.
     return (degree + 1).clamp(2, points).int(), resolved
 
 
 class _Interpolate(torch.autograd.Function):
-    """The coefficients of F, with powers; of F without its path beside the probe, from the same evaluation; and how far
-    apart neighbouring nodes lie at most, in widths of the narrowest basis function, (M,); and where F(BA) is zero for
-    certain, (M,).
+    """Four results of one evaluation at the nodes.
 
-    The backward evaluates F again: it can run many times, and N values per node are not held.
+    - The coefficients of F, with powers, shape (M, P + POWER_COUNT).
+    - Those of F without its path and of the probe, shape (M, P, 2).
+    - The largest distance of neighboring nodes, in widths of the narrowest basis function, shape (M,).
+    - Whether F(BA) is zero for certain, shape (M,).
+
+    The backward pass evaluates F again, so it can run many times, and N values per node need not be kept.
     """
 
     @staticmethod
     def forward(ctx: Any, tables: Tables, extent: Extent, points: int, *parameters: Tensor) -> tuple[Tensor, ...]:
-        # Copies, not saved tensors: with gradient accumulation one series serves several backward passes.
+        # Copies, not saved tensors: gradient accumulation uses one series in several backward passes.
         ctx.inputs = tables, extent, points, [p.detach().double().clone() for p in parameters]
         ctx.dtypes = [p.dtype for p in parameters]
         transfer, radius = tables(*ctx.inputs[3]), extent.radius
@@ -185,12 +191,12 @@ class _Interpolate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         tables, extent, points, values = ctx.inputs
-        # Where BA is zero, F is wanted at zero alone: what a series leaves out on a range would be all that there is.
+        # If BA is zero, only F(0) is needed, and the truncation error on a range would be all of the gradient.
         radius = extent.radius.masked_fill(extent.zero, 0.0)
         with torch.enable_grad():
             leaves = [v.detach().requires_grad_(need) for v, need in zip(values, ctx.needs_input_grad[3:], strict=True)]
             coefficients = _interpolate(tables(*leaves), radius, points)
-            # Of a zero rounding would be all that there is, and Adam would make a whole step of it.
+            # The gradient of a zero F would be rounding alone, from which Adam would make a full step.
             moments = (upstream[0] @ with_powers(points, radius.device).T).masked_fill(ctx.zero.unsqueeze(1), 0.0)
             trained = [leaf for leaf in leaves if leaf.requires_grad]
             found = iter(torch.autograd.grad(coefficients, trained, moments, allow_unused=True))
@@ -199,7 +205,7 @@ class _Interpolate(torch.autograd.Function):
 
 
 def _constant(make: Callable[[int], Tensor]) -> Callable[[int, torch.device], Tensor]:
-    """A float64 table by size and device, made once; outside inference mode, whose tensors training cannot use."""
+    """Cache a float64 constant by size and device; made outside inference mode, whose tensors training cannot use."""
 
     @functools.cache
     def made(points: int, device: torch.device) -> Tensor:
@@ -224,7 +230,7 @@ def _polynomials(points: int) -> Tensor:
 
 @_constant
 def _cosine_transform(points: int) -> Tensor:
-    """The matrix (P, P) that takes values at the nodes to coefficients."""
+    """The matrix (P, P) from values at the nodes to coefficients."""
     transform = _polynomials(points, torch.device("cpu")) * (2 / points)
     transform[0] /= 2
     return transform
@@ -257,7 +263,7 @@ def pack(batch: SeriesBatch) -> Tensor:
     beyond = torch.arange(points, device=batch.radius.device) >= batch.degree.unsqueeze(1)
     coefficients = batch.coefficients[:, :points]
     values = coefficients.masked_fill(beyond | batch.zero.unsqueeze(1), 0.0)
-    # Of all coefficients: the terms left out of F are steep at the ends of the range.
+    # From all coefficients: the terms omitted from F are steep at the ends of the range.
     slopes = coefficients @ _differentiation(points, batch.radius.device).T / batch.radius.unsqueeze(1)
     slopes = slopes.masked_fill(beyond, 0.0)
     to_powers = _monomials(POWER_COUNT, batch.radius.device).T
@@ -272,9 +278,9 @@ def pack(batch: SeriesBatch) -> Tensor:
 
 @_constant
 def with_powers(points: int) -> Tensor:
-    """The matrix (P, P + POWER_COUNT) that puts behind a row of coefficients the same polynomial's powers of t.
+    """The matrix (P, P + POWER_COUNT) that appends to a row of coefficients the same polynomial's powers of t.
 
-    Backwards it takes Σ G T_d(t) and, behind them, Σ G t^k to all of Σ G T_d(t).
+    Its transpose maps the moments Σ G T_d(t), followed by Σ G t^k, to the sum of both as moments Σ G T_d(t).
     """
     powers = torch.zeros(points, POWER_COUNT, dtype=torch.float64)
     powers[:POWER_COUNT] = _monomials(POWER_COUNT, torch.device("cpu")).T

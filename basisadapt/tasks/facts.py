@@ -23,12 +23,16 @@ WORDS = 2**31  # a word is given by a number below, see `backbones.parts.Below` 
 
 
 class StoredTask(DrawnTask):
-    """data.facts keys of four random words, and for each what cannot be derived from others: it is stored or not.
+    """data.facts keys of four random words, and for each an answer that is independent of all others.
 
-    Metrics: "bits", those that the model has stored, n · (log₂ 256 − H) for n answers among 256 classes, drawn alike,
-    with their mean cross-entropy H in bits; "recall", the share of keys for which it finds every right class the
-    likeliest. What lies below the part that trains is computed once. Source of the measure: Morris et al. (2025), How
-    Much Do Language Models Memorize?
+    The metrics are:
+
+    - "bits": the bits stored, n · (log₂ 256 − H), for n answers drawn uniformly from 256 classes, with their mean
+      cross-entropy H in bits.
+    - "recall": the share of keys whose classes all are the likeliest ones.
+
+    The states below the part that trains are computed once. Source of the measure: Morris et al. (2025), How Much Do
+    Language Models Memorize?
     """
 
     headline, num_labels = "bits", CLASSES
@@ -39,14 +43,14 @@ class StoredTask(DrawnTask):
 
     @abstractmethod
     def hidden(self, inputs: Sequence[Sequence[int]], processor: Any) -> Tensor:
-        """What the part that trains is given of inputs, a row each."""
+        """The inputs of the part that trains, one row for each of `inputs`."""
 
     @abstractmethod
     def answers(self, label: Any) -> Example:
-        """The right classes of a row, as the model takes them."""
+        """The entries of a row's example that hold its right classes."""
 
     def examples(self, rows: Rows, processor: Any, max_length: int | None, training: bool) -> Sequence[Example]:
-        """The hidden states and the answers; of an input that is asked for again they are not computed again."""
+        """The hidden states, computed once for each input, and the answers."""
         inputs = [tuple(one) for one in rows.inputs]
         if new := [one for one in dict.fromkeys(inputs) if one not in self._known]:
             self._known.update(zip(new, self.hidden(new, processor), strict=True))
@@ -54,7 +58,7 @@ class StoredTask(DrawnTask):
         return [{"hidden": self._known[one], **self.answers(label)} for one, label in pairs]
 
     def measure(self, scores: np.ndarray, rows: Rows, processor: Any) -> dict[str, float]:
-        """Bits and recall, of logits of shape (rows, 256) or (rows, answers, 256)."""
+        """Bits and recall, from logits of shape (rows, 256) or (rows, answers, 256)."""
         labels = torch.tensor(rows.labels)
         logits = torch.from_numpy(scores).double()
         entropy = cross_entropy(logits.flatten(0, -2), labels.flatten()).item() / math.log(2)
@@ -73,7 +77,7 @@ class Facts(StoredTask, name="facts"):
 
     @property
     def drawn_as(self) -> str:
-        """Their number."""
+        """The number of facts and their form."""
         return f"{self.settings.facts} facts: keys of {KEY} words, {CLASSES} classes"
 
     def draw(self, generator: np.random.Generator) -> Rows:
@@ -87,24 +91,24 @@ class Facts(StoredTask, name="facts"):
         return states
 
     def answers(self, label: Any) -> Example:
-        """The class."""
+        """The class, as "labels"."""
         return {"labels": label}
 
 
 class PhoneBook(StoredTask, name="phone_book"):
-    """A value of eight words for each key: a number in a phone book, whose digits are 256 words.
+    """A value of eight words for each key: a number in a phone book whose digits are 256 words.
 
-    The model is a language model's last MLP, read through the rows of its own norm and head that belong to the 256
-    words: it is not asked to find out which words may come. Each word of a value is told after the key and the words
-    before it, so that a value that is recalled is one that it writes. Source of the form: Understanding LoRA as
-    Knowledge Memory (2026), PhoneBook.
+    The model is a language model's last MLP, read through its own norm and the head's rows of the 256 words, so that it
+    need not learn which words can occur. Each word of a value is predicted from the key and the words before it: a
+    recalled value is one that the model would write. Source of the form: Understanding LoRA as Knowledge Memory
+    (2026), PhoneBook.
     """
 
     form = "last_mlp"
 
     @property
     def drawn_as(self) -> str:
-        """Their number."""
+        """The number of facts and their form."""
         return f"{self.settings.facts} facts: keys of {KEY} words, values of {VALUE} of {CLASSES} words"
 
     def draw(self, generator: np.random.Generator) -> Rows:
@@ -120,5 +124,5 @@ class PhoneBook(StoredTask, name="phone_book"):
         return states
 
     def answers(self, label: Any) -> Example:
-        """The value; the label that every row has is one of the row alone."""
+        """The classes of the value, as "words"; "labels", which every row needs, is 0."""
         return {"words": torch.tensor(label), "labels": 0}

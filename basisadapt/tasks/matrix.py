@@ -1,4 +1,4 @@
-"""Given matrices: how much of an update can a method be?"""
+"""Given matrices: how much of an update can a method represent?"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from basisadapt.tasks.drawn import DrawnTask, SeededTask
 from basisadapt.tasks.task import Example, Rows
 
-NUMBERS = 2**32  # a target follows from a number below
+NUMBERS = 2**32  # the seeds of targets lie below
 RANKS = tuple(2**i for i in range(8))
 DENSITY = 0.02  # of the entries of a sparse target
 BLOCKS = 8
@@ -21,7 +21,7 @@ GROUP, LEVELS = 64, 7  # weights that share a scale, and the largest number of a
 
 
 class FittedMatrix(SeededTask):
-    """Fit ΔW of one weight to a target T of its shape (m, n), scaled to ‖T‖ = 1; nothing generalises, nothing is noisy.
+    """Fit ΔW of one weight to a target T of its shape (m, n), scaled to ‖T‖ = 1, without noise or held-out rows.
 
     There is one row, the matrix; its loss is ‖ΔW − T‖² / ‖T‖². Metrics: "energy", 1 − loss, the share of the target's
     energy that is captured; "optimum.K" for K = 1, 2, 4, ..., 128, what the best matrix of rank K captures, by T's
@@ -40,7 +40,7 @@ class FittedMatrix(SeededTask):
         return [{"weight": processor.weight, "target": target, "labels": 0} for target in targets]
 
     def measure(self, scores: np.ndarray, rows: Rows, processor: Any) -> dict[str, float]:
-        """The energy that ΔW, of shape (1, m, n), captures, and what every rank could."""
+        """The energy that ΔW, shape (1, m, n), captures, and the optimum of every rank."""
         target = self._target(rows.inputs[0], processor)
         captured = np.cumsum(np.linalg.svd(target, compute_uv=False) ** 2)
         optimum = {f"optimum.{rank}": float(captured[min(rank, len(captured)) - 1]) for rank in RANKS}
@@ -53,7 +53,7 @@ class FittedMatrix(SeededTask):
 
 
 class MatrixTask(FittedMatrix, DrawnTask):
-    """A target that is drawn."""
+    """A target that is drawn at random."""
 
     @abstractmethod
     def target(self, generator: np.random.Generator, weight: np.ndarray) -> np.ndarray:
@@ -61,15 +61,15 @@ class MatrixTask(FittedMatrix, DrawnTask):
 
     @property
     def drawn_as(self) -> str:
-        """The class."""
+        """The name of the class."""
         return f"one matrix: {type(self).__name__}"
 
     def draw(self, generator: np.random.Generator) -> Rows:
-        """The number that the target follows from."""
+        """The seed of the target."""
         return Rows([int(generator.integers(NUMBERS))], [0])
 
     def given(self, row: Any, weight: np.ndarray) -> np.ndarray:
-        """The target of that number."""
+        """The target with the seed `row`."""
         return self.target(np.random.default_rng(row), weight)
 
 
@@ -77,7 +77,7 @@ class Gaussian(MatrixTask, name="matrix/gaussian"):
     """Independent normal entries: a flat spectrum."""
 
     def target(self, generator: np.random.Generator, weight: np.ndarray) -> np.ndarray:
-        """T."""
+        """T for a weight of shape (m, n)."""
         return generator.normal(size=weight.shape)
 
 
@@ -85,7 +85,7 @@ class Sparse(MatrixTask, name="matrix/sparse"):
     """Normal entries in 2 % of the places, zero in the others."""
 
     def target(self, generator: np.random.Generator, weight: np.ndarray) -> np.ndarray:
-        """T."""
+        """T for a weight of shape (m, n)."""
         kept = generator.random(weight.shape) < DENSITY
         return np.where(kept, generator.normal(size=weight.shape), 0.0)
 
@@ -94,7 +94,7 @@ class Block(MatrixTask, name="matrix/block"):
     """Eight blocks of normal entries on the diagonal, zero elsewhere."""
 
     def target(self, generator: np.random.Generator, weight: np.ndarray) -> np.ndarray:
-        """T."""
+        """T for a weight of shape (m, n)."""
         rows, columns = (np.arange(size) * BLOCKS // size for size in weight.shape)
         kept = rows[:, None] == columns
         return np.where(kept, generator.normal(size=weight.shape), 0.0)
@@ -104,7 +104,7 @@ class Sign(MatrixTask, name="matrix/sign"):
     """The signs of a matrix of rank 4, a function of each entry: of full rank for BA, of rank 4 for such a function."""
 
     def target(self, generator: np.random.Generator, weight: np.ndarray) -> np.ndarray:
-        """T."""
+        """T for a weight of shape (m, n)."""
         B, A = (generator.normal(size=(size, LOW_RANK)) for size in weight.shape)
         signs: np.ndarray = np.sign(B @ A.T)
         return signs
@@ -113,12 +113,12 @@ class Sign(MatrixTask, name="matrix/sign"):
 class Rounding(MatrixTask, name="matrix/rounding"):
     """W − Q(W), Q rounding to 4 bits: s round(w / s) with s = max |w| / 7 over 64 weights of an output.
 
-    Which inputs are together is drawn. What an adapter has to repair of a quantised weight; source: Li et al. (2024),
-    LoftQ.
+    The groups of inputs are drawn. This is the error of a quantized weight that an adapter has to repair. Source: Li et
+    al. (2024), LoftQ.
     """
 
     def target(self, generator: np.random.Generator, weight: np.ndarray) -> np.ndarray:
-        """T."""
+        """T for a weight of shape (m, n)."""
         error, order = np.empty_like(weight), generator.permutation(weight.shape[1])
         for start in range(0, len(order), GROUP):
             columns = order[start : start + GROUP]
@@ -134,7 +134,7 @@ class Power(MatrixTask):
     exponent: ClassVar[float]
 
     def target(self, generator: np.random.Generator, weight: np.ndarray) -> np.ndarray:
-        """T."""
+        """T for a weight of shape (m, n)."""
         U, V = (np.linalg.qr(generator.normal(size=(size, min(weight.shape))))[0] for size in weight.shape)
         sigma: np.ndarray = np.arange(1, U.shape[1] + 1) ** -self.exponent
         scaled: np.ndarray = U * sigma @ V.T

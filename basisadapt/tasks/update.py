@@ -1,4 +1,4 @@
-"""Real updates as targets: what full fine-tuning made of matrices of the backbone."""
+"""Real updates as targets: those of the backbone's matrices by full fine-tuning."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FILE = "updates.safetensors"  # in the data folder
 
 @dataclass(frozen=True)
 class Place:
-    """A matrix of a file, which is told from others by its sha256."""
+    """A matrix in a file, identified by its sha256."""
 
     file: Path
     name: str
@@ -27,11 +27,11 @@ class Place:
 
 
 class Update(FittedMatrix, name="matrix/update"):
-    """A matrix of updates.safetensors in the data folder: names to ΔW, in float32, of the shape of the weight.
+    """A matrix of updates.safetensors in the data folder, which maps names to ΔW in the shape of the weight, float32.
 
-    Seed n takes the n-th of the names in their order, counted in circles, so that a few seeds have different targets.
-    `python benchmarks/real_updates.py NAME --matrices FILE` writes such a file: the updates of the attention's matrices
-    by full fine-tuning.
+    Seed n takes the n-th name in sorted order, modulo their number, so that a few seeds have different targets.
+    `python benchmarks/real_updates.py NAME --matrices FILE` writes such a file, with the updates of the attention's
+    matrices by full fine-tuning.
     """
 
     def check(self, data_dir: Path | None) -> None:

@@ -53,8 +53,8 @@ if TYPE_CHECKING:
     import numpy as np
     from transformers import Trainer
 
-PACKED_ROWS = 6  # by which it is seen whether a backbone tells packed rows apart
-SEEN_ROWS = 2 * EVAL_BATCH  # training rows that the generalisation gap is measured on
+PACKED_ROWS = 6  # rows in the check that a backbone separates packed rows
+SEEN_ROWS = 2 * EVAL_BATCH  # training rows on which the generalization gap is measured
 
 
 def run(
@@ -66,22 +66,22 @@ def run(
     accumulate: int = 1,
     compiled: bool = False,
 ) -> RunResult:
-    """Train, unless the method trains nothing, and evaluate. `save_to` receives the adapter.
+    """Train, unless the method trains nothing, and evaluate.
 
-    `on_step(step, total)` is called after each step.
+    - `data_dir` (Path or None, default None): the data folder of tasks that read files.
+    - `on_step` (default None): called as on_step(step, total) after each step.
+    - `save_to` (Path or None, default None): a folder for the trained adapter.
+    - `accumulate` (int ≥ 1, default 1): the number of smaller batches that make up a batch, a divisor of its size; they
+      take less memory and more time.
+    - `compiled` (bool, default False): train with compiled blocks, see `compiled.compiled_blocks`; numbers then differ
+      by rounding.
 
-    accumulate: how many smaller batches make up a batch, which it must divide; they take less memory and more time.
-    compiled: train with compiled blocks, whose numbers differ by rounding, see `compiled.compiled_blocks`.
-
-    Raises InputError for what plan() would have refused; a loss that is not finite is a result, status "diverged".
-    With several train.processes it starts them, see `distributed/group.py`, and returns what process 0 does.
+    With several train.processes it starts them, see `distributed/group.py`, and returns the result of process 0. Raises
+    InputError as `plan`. A loss that is not finite gives a result with status "diverged".
     """
     if config.train.processes > 1 and not in_group():
-        check_processes(config.train.processes)
         arguments = (config.to_mapping(), data_dir, save_to, accumulate, compiled)
-        report = None if on_step is None else lambda step: on_step(*step)
-        result: RunResult = run_in_processes(_in_group, arguments, config.train.processes, report)
-        return result
+        return _run_in_group(arguments, config.train.processes, on_step)
     job = _prepare(config, data_dir)
     with shared_folder() as checkpoints, arithmetic(config.train.precision):
         trainer = _make_trainer(job, checkpoints, accumulate)
@@ -92,16 +92,7 @@ def run(
         slice_of_loss = measure_landscape(trainer, job.ask(spread_rows(job.encoded.train, EVAL_BATCH)), config)
     observer.end()
     curves = {**logged_curves(trainer.state.log_history), **observer.curves(trainer.state.global_step)}
-    law = fit_power_law(curves.get("loss", []))
-    metrics = {
-        **of_answers,
-        **of_training,
-        **observer.metrics(),
-        "convergence_exponent": law.exponent if law else math.nan,
-        **{f"parameters.{part}": getattr(job.counts, part) for part in ("factors", "transfer", "head", "trainable")},
-        "adapter.bytes": size,
-        "seconds.observe": observer.seconds,
-    }
+    metrics = {**of_answers, **of_training, **_of_model(job, observer, curves.get("loss", [])), "adapter.bytes": size}
     return RunResult(
         status="finished" if finite and not reason else "diverged",
         headline=job.task.headline,
@@ -124,7 +115,7 @@ def run(
 
 @dataclass(frozen=True)
 class _Job:
-    """What a run works with. method: serves this run alone. model: with the method in it. groups: the method's."""
+    """The parts of a run; `model` has the method attached, and `groups` are the method's parameter groups."""
 
     config: RunConfig
     task: Task
@@ -138,16 +129,16 @@ class _Job:
     counts: Plan
 
     def ask(self, rows: Rows) -> Sequence[Example]:
-        """The rows as questions."""
+        """The rows' examples for evaluation."""
         return self.task.examples(rows, self.processor, self.config.train.max_length, training=False)
 
     def measure(self, answers: np.ndarray, rows: Rows) -> dict[str, float]:
-        """The task's metrics; process 0 finds them, as it may ask a judge."""
+        """The task's metrics, computed in process 0 alone, since it may ask a judge."""
         return on_rank_zero(self.task.measure)(answers, rows, self.processor)
 
 
 def _prepare(config: RunConfig, data_dir: Path | None) -> _Job:
-    """Read the data, load the backbone and put the method into it."""
+    """Read the data, load the backbone and attach the method."""
     import transformers
 
     task = tasks.find(config.task, config.data)
@@ -166,7 +157,7 @@ def _prepare(config: RunConfig, data_dir: Path | None) -> _Job:
 
 
 def _make_trainer(job: _Job, checkpoints: Path, accumulate: int) -> Trainer:
-    """The Trainer, and the model where it trains. Raises InputError for a backbone that cannot have packed rows."""
+    """The Trainer, which moves the model to its device. Raises InputError as `_check_packed`."""
     import transformers
 
     config, task, examples = job.config, job.task, job.encoded.examples
@@ -190,7 +181,7 @@ def _make_trainer(job: _Job, checkpoints: Path, accumulate: int) -> Trainer:
 def _train(
     job: _Job, trainer: Trainer, on_step: Callable[[int, int], None] | None
 ) -> tuple[Observer, str, dict[str, float]]:
-    """Train what trains. Returns who has watched, why it ended early, if it did, and metrics."""
+    """Train. Returns the observer, the reason for an early end (empty without one), and metrics."""
     observer, cost = Observer(job.model, job.method, job.groups), Cost(job.model)
     own = job.model, adapter_settings(job.config)
     watch = make_watch(
@@ -211,15 +202,17 @@ def _train(
 
 
 def _evaluate(job: _Job, trainer: Trainer, measured: bool) -> tuple[bool, dict[str, float]]:
-    """Ask the trained model the held-out rows and training rows. Returns whether its losses are finite, and metrics:
-    the task's, if it is to be `measured` and they are."""
+    """Evaluate the trained model on held-out and on training rows. Returns whether its losses are finite, and metrics.
+
+    The task's own metrics are among them if `measured` and if the losses are finite.
+    """
     trainer.compute_metrics = None  # which measures the held-out rows
     began = time.perf_counter()
     answers = trainer.predict(job.encoded.questions, metric_key_prefix="eval")
     metrics = {"eval_loss": answers.metrics["eval_loss"], "seconds.eval": time.perf_counter() - began}
     seen = spread_rows(job.encoded.train, SEEN_ROWS)
     on_seen = trainer.predict(job.ask(seen), metric_key_prefix="seen")
-    # No training loss tells what the last update did; held-out rows that are not comparable may have no loss.
+    # Training losses do not show the effect of the last update; rows that are not comparable may have no loss.
     losses = [on_seen.metrics["seen_loss"], *([metrics["eval_loss"]] if job.task.comparable else [])]
     finite = all(map(math.isfinite, losses))
     if not (finite and measured):
@@ -232,7 +225,7 @@ def _evaluate(job: _Job, trainer: Trainer, measured: bool) -> tuple[bool, dict[s
 
 
 def _save(job: _Job, save_to: Path | None, checkpoints: Path) -> float:
-    """Save the adapter; a whole model only where that is asked for. Returns the weights' bytes, NaN for none."""
+    """Save the adapter; a whole model only into `save_to`. Returns the weights' size in bytes, NaN if not saved."""
     is_adapter = hasattr(job.model, "peft_config")
     if (save_to is None and not is_adapter) or rank() > 0:
         return math.nan
@@ -243,15 +236,26 @@ def _save(job: _Job, save_to: Path | None, checkpoints: Path) -> float:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
+def _of_model(job: _Job, observer: Observer, losses: Sequence[tuple[int, float]]) -> dict[str, float]:
+    """The metrics of the updates, of the fall of the training loss, and of the parameters."""
+    law = fit_power_law(losses)
+    return {
+        **observer.metrics(),
+        "convergence_exponent": law.exponent if law else math.nan,
+        **{f"parameters.{part}": getattr(job.counts, part) for part in ("factors", "transfer", "head", "trainable")},
+        "seconds.observe": observer.seconds,
+    }
+
+
 def _left_out(encoded: Encoded) -> list[str]:
-    """What the user is told of training rows that were too long."""
+    """A warning about training rows that were too long, if there are any."""
     rows, count = len(encoded.train), len(encoded.train) - len(encoded.examples)
     reason = "have more tokens than train.max_length or the backbone allows, and were left out."
     return [f"{count} of {rows} training rows {reason}"] if count else []
 
 
 def _about(job: _Job) -> dict[str, Any]:
-    """What is said of the data and the backbone."""
+    """What the result records about the data and the backbone."""
     return {
         "fingerprint": job.data.fingerprint(),
         "train_rows": len(job.encoded.examples),
@@ -259,6 +263,14 @@ def _about(job: _Job) -> dict[str, Any]:
         **job.data.about,
         **({"backbone": job.backbone.note} if job.backbone.note else {}),
     }
+
+
+def _run_in_group(arguments: tuple[Any, ...], processes: int, on_step: Callable[[int, int], None] | None) -> RunResult:
+    """The run in a new group of processes. arguments: of `_in_group`."""
+    check_processes(processes)
+    report = None if on_step is None else lambda step: on_step(*step)
+    result: RunResult = run_in_processes(_in_group, arguments, processes, report)
+    return result
 
 
 def _in_group(
@@ -269,13 +281,13 @@ def _in_group(
     compiled: bool,
     report: Callable[[Any], None],
 ) -> RunResult:
-    """The run in one of several processes; process 0 reports the steps."""
+    """The run in one of several processes; process 0 reports its steps."""
     chosen, on_step = RunConfig.from_mapping(config), lambda *step: report(step)
     return run(chosen, data_dir=data_dir, on_step=on_step, save_to=save_to, accumulate=accumulate, compiled=compiled)
 
 
 def _check_packed(model: Any, examples: Sequence[Example], processor: Any, backbone: str) -> None:
-    """Raise InputError where the backbone would read packed rows into one another."""
+    """Raise InputError if the backbone does not separate packed rows."""
     few = [examples[place] for place in spread_places(len(examples), PACKED_ROWS)]
     model.eval()
     if not reads_rows_apart(model, few, processor.pad_token_id):

@@ -1,9 +1,9 @@
-"""Several processes of one host on one run: each takes its share of a batch, and of the frozen weights where asked.
+"""One run in several processes of a host: each takes a share of every batch and, with "fsdp", of the frozen weights.
 
-What trains is whole in every process, and DDP averages its gradients; FSDP2 shards what is frozen, nearly all of a
-large model. So clipping, saving and observing are what they are in one process.
+Trained parameters are whole in every process, and DDP averages their gradients; FSDP2 shards the frozen ones, which are
+nearly all of a large model. So clipping, saving and observing work as in one process.
 """
 
 from __future__ import annotations
 
-PARALLEL = ("ddp", "fsdp")  # what the processes share: the batches, or the frozen weights too
+PARALLEL = ("ddp", "fsdp")  # what is divided among the processes: batches, or the frozen weights too

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
 
 def distributed_trainer(trainer: type[Trainer], in_step: bool) -> type[Trainer]:
-    """The Trainer for a process of the group; outside of one, as it was.
+    """A subclass of `trainer` for a process of the group; `trainer` itself outside a group.
 
-    A training batch has the rows that it has in one process, and is divided. Of evaluation, every process takes some
-    batches, or all where they must keep in step, as with shards; each gets the answers of all. Dropout draws differ.
+    A training batch has the same rows as in one process, and is divided. In evaluation, every process takes a share of
+    the batches, and all get all answers; with `in_step`, as shards require, every process takes all batches. Dropout
+    draws differ.
     """
     if not in_group():
         return trainer
@@ -36,7 +37,7 @@ def distributed_trainer(trainer: type[Trainer], in_step: bool) -> type[Trainer]:
             return super().train(*args, **kwargs)
 
         def get_train_dataloader(self) -> DataLoader[Any]:
-            # accelerate would fill up the last batch of an epoch with rows that it has had already.
+            # accelerate would fill the last batch of an epoch with repeated rows.
             order = SeedableRandomSampler(self.train_dataset, generator=torch.Generator(), data_seed=self.args.seed)
             rows = self.args.per_device_train_batch_size * dist.get_world_size()
             return DataLoader(
@@ -58,24 +59,13 @@ def distributed_trainer(trainer: type[Trainer], in_step: bool) -> type[Trainer]:
             ignore_keys: list[str] | None = None,
             metric_key_prefix: str = "eval",
         ) -> EvalLoopOutput:
-            if self.model_wrapped is self.model:  # nothing has been trained: autocast is not in it yet
+            if self.model_wrapped is self.model:  # without training, the model has no autocast yet
                 self.accelerator.prepare_model(self.model, evaluation_mode=True)
             self.model.eval()
             examples: Any = dataloader.dataset
             size = self.args.per_device_eval_batch_size
             batches = [range(start, min(start + size, len(examples))) for start in range(0, len(examples), size)]
-            found = {}
-            devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-            with torch.random.fork_rng(devices):
-                if in_step:  # one that samples has to draw what the others draw
-                    torch.manual_seed(self.args.seed)
-                for index in range(len(batches))[slice(None) if in_step else _mine()]:
-                    batch = self.data_collator([examples[row] for row in batches[index]])
-                    loss, scores, _ = self.prediction_step(self.model, batch, prediction_loss_only=False)
-                    found[index] = loss.item(), scores.cpu()
-            for others in _gathered(found):
-                found.update(others)
-
+            found = _predicted(self, examples, batches, in_step)
             answers = EvalLoopContainer(do_nested_concat=True, padding_index=-100)
             for index in range(len(batches)):
                 answers.add(found[index][1])
@@ -86,6 +76,22 @@ def distributed_trainer(trainer: type[Trainer], in_step: bool) -> type[Trainer]:
             return EvalLoopOutput(predictions, labels, metrics, len(examples))
 
     return SpreadTrainer
+
+
+def _predicted(trainer: Any, examples: Any, batches: Sequence[range], in_step: bool) -> dict[int, tuple[float, Any]]:
+    """The loss and the scores of every batch, by its index; the processes divide the batches unless `in_step`."""
+    found = {}
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        if in_step:  # all processes must draw the same samples
+            torch.manual_seed(trainer.args.seed)
+        for index in range(len(batches))[slice(None) if in_step else _mine()]:
+            batch = trainer.data_collator([examples[row] for row in batches[index]])
+            loss, scores, _ = trainer.prediction_step(trainer.model, batch, prediction_loss_only=False)
+            found[index] = loss.item(), scores.cpu()
+    for others in _gathered(found):
+        found.update(others)
+    return found
 
 
 def _mine() -> slice:
@@ -101,7 +107,7 @@ def _gathered(value: Any) -> list[Any]:
 
 
 class _Shares:
-    """This process's share of every batch; a batch of fewer rows than processes goes to all of them, whole."""
+    """This process's share of every batch; each process takes a whole batch that has fewer rows than processes."""
 
     def __init__(self, batches: Any) -> None:
         self._batches = batches

@@ -1,4 +1,4 @@
-"""The processes of a group: started, heard and ended by the one that wants their work done."""
+"""A group of processes: starting it, receiving its reports, and ending it."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ Report = Callable[[Any], None]
 
 
 def check_processes(processes: int) -> None:
-    """Raise InputError unless there is a GPU for every process, or none at all: then they run on the CPU."""
+    """Raise InputError unless there is a GPU for every process; without any GPU, all run on the CPU."""
     devices = torch.cuda.device_count() if torch.cuda.is_available() else processes
     if processes > devices:
         raise InputError(f"train.processes is {processes}, one for each GPU, but there are only {devices}")
 
 
 def in_group() -> bool:
-    """Whether this process is one of several that train together."""
+    """Whether this process belongs to a group that trains together."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -44,21 +44,22 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """The number of processes that train together."""
     return dist.get_world_size() if in_group() else 1
 
 
 def run_in_processes(
     function: Callable[..., Any], arguments: Sequence[Any], processes: int, on_report: Report | None = None
 ) -> Any:
-    """`function(*arguments, report)` in every process of a new group; what it returned in process 0.
+    """Call `function(*arguments, report)` in every process of a new group. Returns the result of process 0.
 
-    What process 0 calls `report` with is given to `on_report` here. The function, at the top of its module, its
-    arguments and what it returns are pickled. Plug-ins that were loaded here are loaded there; a program that calls
-    this begins its work under `if __name__ == "__main__"`, since each process imports it.
+    - `function`: a function at the top level of its module. It, its arguments and its result are pickled.
+    - `processes` (int): the size of the group.
+    - `on_report` (default None): called here with every value that process 0 passes to `report`.
 
-    Raises what the first process to fail raised, with its traceback in a note, or RuntimeError where one died. However
-    this ends, no process is left.
+    The plug-ins of this process are loaded in all of them. Each process imports the main program, which must therefore
+    start its work under `if __name__ == "__main__"`. No process is left at the end, however it comes. Raises the
+    exception of the first process that fails, with its traceback in a note, or RuntimeError if a process dies.
     """
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
@@ -76,7 +77,7 @@ def run_in_processes(
 
 
 def _listen(members: dict[Connection, Any], on_report: Report | None) -> Any:
-    """Hear the processes until all are done."""
+    """Receive messages until all processes are done. Returns the result of process 0."""
     waiting, result = list(members), None
     while waiting:
         for pipe in wait(waiting):
@@ -98,7 +99,7 @@ def _listen(members: dict[Connection, Any], on_report: Report | None) -> Any:
 
 
 def _cause(members: dict[Connection, Any], pipe: Connection, error: BaseException | None) -> BaseException:
-    """What is to be raised: where a process died, the others' errors say only that it is gone."""
+    """The exception to raise. If a process died, that is the cause: the others' errors only follow from it."""
     if error is None:
         members[pipe].join()
     for number, process in enumerate(members.values()):
@@ -131,7 +132,7 @@ def _member(
         dist.destroy_process_group()
     except BaseException as error:
         say("failed", _portable(error))
-        threading.Event().wait()  # to be killed: if it left now, the others would fail as well, for want of it
+        threading.Event().wait()  # until it is killed: if it ended now, the others would fail too
 
 
 def _end_with_the_parent() -> None:
@@ -152,14 +153,14 @@ def _portable(error: BaseException) -> BaseException:
 
 
 def _join(number: int, processes: int, meeting: str) -> None:
-    """Make this process one of the group, in a way that accelerate understands."""
+    """Join the group, with the environment variables that accelerate reads."""
     os.environ.update(RANK=str(number), LOCAL_RANK=str(number))
     os.environ.update(WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes))
     if "OMP_NUM_THREADS" not in os.environ:
         threads = max(1, torch.get_num_threads() // processes)
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
-    # They meet in a file and talk on the loopback interface: no port of theirs is open to others.
+    # They meet in a file and use the loopback interface, so no port is open to others.
     for _, interface in socket.if_nameindex():
         if interface.startswith("lo"):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
@@ -173,12 +174,12 @@ def _join(number: int, processes: int, meeting: str) -> None:
 
 
 def sum_over_group(number: float) -> float:
-    """The sum of what the processes of the group pass, which all of them must."""
+    """The sum of the numbers that the processes pass. All processes of the group must call it."""
     return _reduced(number, dist.ReduceOp.SUM)
 
 
 def lowest_in_group(number: float) -> float:
-    """The lowest of what the processes of the group pass, which all of them must."""
+    """The lowest of the numbers that the processes pass. All processes of the group must call it."""
     return _reduced(number, dist.ReduceOp.MIN)
 
 
@@ -191,7 +192,7 @@ def _reduced(number: float, how: Any) -> float:
 
 
 def on_rank_zero(function: Callable[..., T]) -> Callable[..., T]:
-    """The function, called by process 0 alone, for all; what it returns is pickled."""
+    """The function, called only in process 0; all processes get its result, which is pickled."""
 
     def call(*arguments: Any) -> T:
         result = [function(*arguments) if rank() == 0 else None]
@@ -204,7 +205,7 @@ def on_rank_zero(function: Callable[..., T]) -> Callable[..., T]:
 
 @contextlib.contextmanager
 def shared_folder() -> Iterator[Path]:
-    """A temporary folder, the same one in all processes of the group, gone when all have left it."""
+    """A temporary folder, the same in all processes of the group; it is removed when all have left the context."""
     with contextlib.ExitStack() as stack:
         path = [stack.enter_context(tempfile.TemporaryDirectory()) if rank() == 0 else ""]
         if in_group():

@@ -14,11 +14,11 @@ from torch import nn
 def shard_frozen(model: nn.Module) -> None:
     """Shard every frozen weight over the group, in place, by FSDP2 (`torch.distributed.fsdp.fully_shard`).
 
-    Each process keeps 1/n of it, and gathers a block of the model while it computes with that block. The blocks are
-    those that transformers does not split (`_no_split_modules`); what is outside them is gathered together. Trained
-    parameters stay as they are; DistributedDataParallel, put around the model, averages their gradients and leaves the
-    sharded ones alone. Quantised weights stay whole. The frozen weights must be equal in all processes. Checkpointing
-    must not be reentrant, which DDP does not allow.
+    Each process keeps 1/n of every weight, and gathers a block of the model while it computes with it. Blocks are
+    the modules that transformers does not split (`_no_split_modules`); weights outside them are gathered together.
+    Trained parameters and quantized weights stay whole; DistributedDataParallel averages the gradients and ignores the
+    sharded weights. The frozen weights must be equal in all processes. Checkpointing must not be reentrant, which DDP
+    does not allow.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -28,19 +28,19 @@ def shard_frozen(model: nn.Module) -> None:
     whole = {p for p in model.parameters() if p.requires_grad or not p.is_floating_point()}
     frozen = [name for name, p in model.named_parameters() if p not in whole]
     blocks = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
-    # All sharded between two passes: a process that saves alone would else bring the others out of step.
+    # Everything is sharded again after a pass, since a process that saves alone must not gather.
     options: dict[str, Any] = {"mesh": mesh, "ignored_params": whole, "reshard_after_forward": True}
     for module in [module for module in model.modules() if type(module).__name__ in blocks]:
         fully_shard(module, **options)
     fully_shard(model, **options)
-    if hasattr(model, "generate"):  # which calls what is below the model, past its forward
+    if hasattr(model, "generate"):  # it calls the inner model directly, without this forward
         register_fsdp_forward_method(model, "generate")
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
 
 
 @contextmanager
 def gathered(layer: nn.Module) -> Iterator[None]:
-    """The layer's sharded weights, if there are any, are whole meanwhile; all processes of the group must call it."""
+    """A context in which the layer's sharded weights are whole. All processes of the group must enter it."""
     sharded = [
         (module, name, parameter)
         for module in layer.modules()

@@ -1,4 +1,4 @@
-"""One job in this process, whatever becomes of it; and the executor that does nothing else."""
+"""Running one job in this process, and the executor that does so."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from basisadapt.training.execution.executor import Ended, Executor, Job, JobSett
 
 
 def compute(job: Job, settings: JobSettings, on_step: OnStep) -> Ended:
-    """Run a job. Whatever Exception it raises is its end.
+    """Run a job. Any Exception that it raises is returned as its error.
 
-    Out of memory, with `halve_batch`, it is run again with half the batch and twice the accumulation, which leaves the
-    batch of a step as it was, until it fits or cannot be halved.
+    With `halve_batch`, a job that runs out of memory is repeated with half the batch and twice the accumulation, so
+    that a step has the same rows, until it fits or the batch cannot be halved.
     """
     accumulate = 1
     while True:
@@ -45,12 +45,12 @@ def compute(job: Job, settings: JobSettings, on_step: OnStep) -> Ended:
                 result = dataclasses.replace(result, warnings=[*result.warnings, note])
             return Ended(job.key, result)
         accumulate *= 2
-        gc.collect()  # only now does the error no longer hold what did not fit
+        gc.collect()  # only now has the error released the memory
         torch.cuda.empty_cache()
 
 
 def _place_of_adapter(job: Job, settings: JobSettings) -> Path | None:
-    """Where the job's adapter is to be left; None for methods that have none."""
+    """The folder for the job's adapter; None for methods without one."""
     if settings.adapters is None or not issubclass(METHODS[job.config.method], PeftMethod):
         return None
     return settings.adapters / job.key
@@ -59,14 +59,14 @@ def _place_of_adapter(job: Job, settings: JobSettings) -> Path | None:
 def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    # torch raises plain RuntimeErrors for the memory of the host, and some libraries of CUDA do for that of the device.
+    # torch raises a plain RuntimeError for host memory, and so do some CUDA libraries for device memory.
     return isinstance(error, RuntimeError) and any(
         words in str(error) for words in ("out of memory", "can't allocate memory", "ALLOC_FAILED")
     )
 
 
 class Inline(Executor):
-    """One job after the other, in this process."""
+    """Runs one job after the other in this process."""
 
     slots = 1
 
@@ -75,7 +75,7 @@ class Inline(Executor):
         self._job: Job | None = None
 
     def submit(self, job: Job) -> None:
-        """Keep the job for wait()."""
+        """Keep the job for `wait`."""
         self._job = job
 
     def wait(self, on_step: OnStep) -> Ended:
@@ -85,4 +85,4 @@ class Inline(Executor):
         return compute(self._job, self._settings, on_step)
 
     def stop(self) -> None:
-        """Nothing runs outside of wait()."""
+        """Do nothing: no job runs outside `wait`."""

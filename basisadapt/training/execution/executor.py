@@ -1,4 +1,4 @@
-"""The contract of an executor: it runs jobs somewhere, and says how each of them ended."""
+"""The contract of an executor, which runs jobs and returns how each of them ended."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from basisadapt.training.config import RunConfig
     from basisadapt.training.result import RunResult
 
-# A job's key, how many steps are done, and of how many; 0 of 0 as it begins, where that can be seen.
+# Called with a job's key, its number of finished steps and that of all steps; 0 and 0 when the job starts.
 OnStep = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run to do. key: what it is called until its end; no other job at work has the same."""
+    """A run to do. key: identifies it among the submitted jobs."""
 
     key: str
     config: RunConfig
@@ -30,12 +30,18 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class JobSettings:
-    """What holds for every job of an executor.
+    """The settings of all jobs of an executor.
 
-    data_dir: the tasks' data. plugins: files and modules that a process loads before its first job. halve_batch: repeat
-    a job that ran out of memory with half the batch and twice the accumulation. timeout: seconds that a job may take.
-    compile: train with compiled blocks (`training.compiled`). adapters: a folder of this machine in which jobs leave
-    their adapters, in folders called by their keys. Raises InputError out of range.
+    - `data_dir` (Path or None, default None): the folder of the tasks' data.
+    - `plugins` (tuple of str, default empty): files and modules that a process loads before its first job.
+    - `halve_batch` (bool, default False): repeat a job that ran out of memory with half the batch and twice the
+      accumulation.
+    - `timeout` (float > 0 or None, default None): seconds after which a job fails.
+    - `compile` (bool, default False): train with compiled blocks (`training.compiled`).
+    - `adapters` (Path or None, default None): a folder of this machine for the jobs' adapters, each in a folder with
+      the name of the job's key.
+
+    Raises InputError for a value out of range.
     """
 
     data_dir: Path | None = None
@@ -52,10 +58,7 @@ class JobSettings:
 
 @dataclass(frozen=True)
 class Ended:
-    """A job that came to its end: with a result, or with an error and, where there is one, its traceback.
-
-    None of them holds a secret of this process.
-    """
+    """A job that ended with a result, or with an error and possibly its traceback. All are redacted."""
 
     key: str
     result: RunResult | None = None
@@ -69,47 +72,47 @@ class Ended:
 
 @dataclass(frozen=True)
 class Died:
-    """A job whose process is gone, and why. It may be submitted again."""
+    """A job whose process died, and the reason. It can be submitted again."""
 
     key: str
     reason: str
 
 
 class Executor(ABC):
-    """Runs up to `slots` jobs at once. A context manager, at whose end nothing runs any more.
+    """Runs up to `slots` jobs at once. A context manager, which stops all jobs at its end.
 
-    It knows no record: who submits jobs writes down what comes of them, and keeps to the slots.
+    It records nothing: the caller records the results, and must not submit more jobs than there are free slots.
     """
 
     here: ClassVar[bool] = True  # whether jobs run on this machine
     adapters: Path | None = None  # see `JobSettings`
 
     def prepare(self, parameters: int) -> None:
-        """Raise InputError where no job could be run. Called before anything is recorded, if there are jobs.
+        """Raise InputError if no job could run. Called before anything is recorded, if there are jobs.
 
-        parameters: of the largest of their models.
+        parameters: the number of parameters of the jobs' largest model.
         """
         return
 
     @property
     @abstractmethod
     def slots(self) -> int:
-        """How many jobs may be submitted and not ended."""
+        """The number of jobs that may run at once."""
 
     @abstractmethod
     def submit(self, job: Job) -> None:
-        """Take a job; there must be a free slot."""
+        """Start a job; there must be a free slot."""
 
     @abstractmethod
     def wait(self, on_step: OnStep) -> Ended | Died:
-        """Wait until a submitted job ends; meanwhile tell the steps of all jobs to `on_step`, where they can be seen.
+        """Wait until a submitted job ends. Meanwhile `on_step` gets the steps of all jobs, if the executor sees them.
 
-        A KeyboardInterrupt passes through; the jobs are then to be stopped.
+        After a KeyboardInterrupt, which passes through, the caller stops the jobs.
         """
 
     @abstractmethod
     def stop(self) -> None:
-        """Stop all jobs, at once."""
+        """Stop all jobs immediately."""
 
     def __enter__(self) -> Self:
         return self

@@ -1,4 +1,4 @@
-"""The cells of a file, run one and all; their results in another file."""
+"""Runs the cells of a file, and appends their results to another file."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ from basisadapt.training.execution.lines import CellLine, LineFile, ResultLine, 
 def run_file(
     cells: Path, output: Path, executor: Executor, data_dir: Path | None, without_arrays: bool = False
 ) -> bool:
-    """Run the cells that have no result in `output` yet, and add theirs. Returns whether every cell has finished.
+    """Run the cells that have no result in `output` yet, and append their results. Returns whether all have finished.
 
-    without_arrays: write `brief` results.
-
-    Raises InputError before anything is run, and OSError where a result cannot be written.
+    without_arrays: write `brief` results. Raises InputError before anything runs, and OSError if a result cannot be
+    written.
     """
     lines = {line.key: line for line in read_lines(cells, CellLine, "CELLS")}
     known = read_lines(output, ResultLine, "--output") if output.exists() else []
@@ -47,7 +46,7 @@ def run_file(
 
 
 def _checked(lines: Iterable[CellLine], data_dir: Path | None) -> tuple[list[Job], int]:
-    """The lines as jobs, each row held against its model and data; and how many parameters the largest model has."""
+    """The lines as jobs, each row checked against its model and data; and the largest model's number of parameters."""
     jobs, rows, largest = [], set(), 0
     for line in lines:
         try:
@@ -62,7 +61,7 @@ def _checked(lines: Iterable[CellLine], data_dir: Path | None) -> tuple[list[Job
 
 
 def _run(jobs: Iterable[Job], executor: Executor) -> Iterator[tuple[float, Ended]]:
-    """When each job began, in seconds since 1970, and how it ended. One whose process dies is tried once more."""
+    """When each job began, in seconds since 1970, and how it ended. A job whose process dies is repeated once."""
     waiting, dead = collections.deque(jobs), set()
     running: dict[str, tuple[Job, float]] = {}
     while waiting or running:

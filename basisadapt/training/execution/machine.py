@@ -1,4 +1,4 @@
-"""What of the machine this process may use: cores, memory, accelerators."""
+"""The resources that this process may use: cores, memory, accelerators."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-CONTROL_GROUP = Path("/sys/fs/cgroup")  # where Linux says what a container may use
+CONTROL_GROUP = Path("/sys/fs/cgroup")  # a container's limits under Linux
 
 
 def cores() -> int:
-    """The cores, of a container those that its quota pays for."""
+    """The number of cores; in a container at most its quota."""
     found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with suppress(OSError, ValueError):  # no Linux, or no quota: "max 100000"
         quota, period = map(int, (CONTROL_GROUP / "cpu.max").read_text().split())
@@ -21,7 +21,7 @@ def cores() -> int:
 
 
 def free_memory() -> int:
-    """Bytes that are free, of a container no more than its limit."""
+    """The free memory in bytes; in a container at most its limit."""
     import psutil  # type: ignore[import-untyped]
 
     found = int(psutil.virtual_memory().available)
@@ -31,12 +31,12 @@ def free_memory() -> int:
 
 
 def accelerated() -> bool:
-    """Whether torch has something faster than the processor."""
+    """Whether torch has an accelerator."""
     return torch.cuda.is_available() or torch.backends.mps.is_available()
 
 
 def gpus() -> list[str]:
-    """The GPUs, as CUDA_VISIBLE_DEVICES names them."""
+    """The names of the GPUs, as in CUDA_VISIBLE_DEVICES."""
     count = torch.cuda.device_count()
     named = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count))))
     return named.split(",")[:count]

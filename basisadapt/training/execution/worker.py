@@ -1,7 +1,7 @@
-"""A worker: the process behind `Workers`, which is told jobs on its stdin and tells on its stdout what becomes of them.
+"""A worker: a process of `Workers`, which reads jobs from its stdin and writes events to its stdout, a line each.
 
-Said to it, a line each: {"key", "config"}. Said by it: {"event": "began", "key"}, {"event": "step", "key", "step",
-"total"}, and {"event": "ended", "key", "result", "error", "traceback"}.
+A job is {"key", "config"}. The events are {"event": "began", "key"}, {"event": "step", "key", "step", "total"} and
+{"event": "ended", "key", "result", "error", "traceback"}.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from basisadapt.training.execution.compute import compute
 from basisadapt.training.execution.executor import Job, JobSettings
 from basisadapt.training.execution.lines import end_to_mapping, to_line
 
-PR_SET_PDEATHSIG = 1  # of Linux's prctl: which signal a process gets when its parent dies
+PR_SET_PDEATHSIG = 1  # Linux's prctl: the signal that a process gets when its parent dies
 
 
 def serve(settings: JobSettings) -> NoReturn:
-    """Run jobs until stdin ends, with which this process ends, whatever it is at."""
+    """Run jobs until stdin ends; the process then ends at once, even during a job."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    out.write("\n")  # ends what was printed until now
-    os.dup2(2, 1)  # whoever prints, in Python or below, does not print into the answers
+    out.write("\n")  # ends a line that was printed before
+    os.dup2(2, 1)  # all other output, of Python and of libraries, goes to stderr
 
     def say(event: str, key: str, **values: Any) -> None:
         out.write(to_line({"event": event, "key": key, **values}))
@@ -54,6 +54,6 @@ def _listen(told: queue.SimpleQueue[str]) -> None:
 
 
 def _die_with_the_parent() -> None:
-    """Ask Linux for what the end of stdin does only while this process can run Python."""
+    """Have Linux kill this process with its parent: the end of stdin has no effect while Python is blocked."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The executor that runs jobs in child processes, and kills and replaces them where it must."""
+"""The executor that runs jobs in child processes, which it kills and replaces if necessary."""
 
 from __future__ import annotations
 
@@ -26,18 +26,20 @@ from basisadapt.training.execution.executor import Died, Ended, Executor, Job, J
 from basisadapt.training.execution.lines import end_from_mapping, to_line
 from basisadapt.training.execution.machine import accelerated, cores, free_memory, gpus
 
-START_SECONDS = 120.0  # in which a process imports what it needs; longer where --timeout is
-END_SECONDS = 10.0  # in which one ends that has closed its stdout
+START_SECONDS = 120.0  # for a process to start; a longer --timeout extends it
+END_SECONDS = 10.0  # for a process to end after it has closed its stdout
 THREADS = 1  # of a cell, see `local_executor`
-PROCESS_BYTES, PARAMETER_BYTES = 1 << 30, 12  # of memory that a process needs, and for each parameter of its model
+PROCESS_BYTES, PARAMETER_BYTES = 1 << 30, 12  # memory for a process, and for each parameter of its model
 
 
 class Workers(Executor):
-    """Up to `count` processes, each with one job at a time; a process is kept for the next job.
+    """Up to `count` processes, each with one job at a time; a process is reused for the next job.
 
-    A process is `python -m basisadapt.training -`, see `worker.py`, in a group of its own, so that a terminal's Ctrl-C
-    does not reach it. threads: that each computes with (OMP_NUM_THREADS, unless it is set), and `count` is then lowered
-    to what memory has room for; None takes `count` as it is and shares the cores out. GPUs are had by turns.
+    A process is `python -m basisadapt.training -`, see `worker.py`, in its own process group, so that a terminal's
+    Ctrl-C does not reach it. The processes take turns on the GPUs.
+
+    threads: of each process (OMP_NUM_THREADS, unless it is set); `count` is then reduced to what memory allows. None
+    keeps `count` and divides the cores.
     """
 
     def __init__(self, count: int, settings: JobSettings, threads: int | None = None) -> None:
@@ -47,23 +49,23 @@ class Workers(Executor):
         self._said: queue.SimpleQueue[tuple[_Worker, str | None]] = queue.SimpleQueue()
 
     def prepare(self, parameters: int) -> None:
-        """Lower the number of processes to what memory has room for, where nobody has asked for it."""
+        """Reduce the number of processes to what memory allows, unless the user has chosen it."""
         if self._bounded:
             self._count = max(1, min(self._count, free_memory() // (PROCESS_BYTES + PARAMETER_BYTES * parameters)))
 
     @property
     def slots(self) -> int:
-        """One for each process."""
+        """One per process."""
         return self._count
 
     def submit(self, job: Job) -> None:
-        """Give the job to a process that has none, started if need be."""
+        """Give the job to an idle process, or start one."""
         worker = next((worker for worker in self._workers if worker.job is None), None) or self._start()
         worker.job, worker.at_work = job.key, False
         if self._settings.timeout is not None:
             worker.deadline = time.monotonic() + self._starting()
         assert worker.process.stdin is not None
-        with suppress(BrokenPipeError):  # it died while it had no job: wait() will hear of it
+        with suppress(BrokenPipeError):  # it died without a job, as wait() will see
             worker.process.stdin.write(to_line({"key": job.key, "config": job.config.to_mapping()}))
             worker.process.stdin.flush()
 
@@ -79,7 +81,7 @@ class Workers(Executor):
             except queue.Empty:
                 continue
             if worker not in self._workers:
-                continue  # the last words of one that was killed
+                continue  # output of a process that was killed
             if line is None:
                 worker.await_end()
                 self._remove(worker)
@@ -104,7 +106,7 @@ class Workers(Executor):
             self._remove(worker)
 
     def _starting(self) -> float:
-        """Seconds that a process may take to start, and to load plug-ins, where there is a --timeout."""
+        """The seconds in which a process must start and load plug-ins, if there is a --timeout."""
         return max(START_SECONDS, self._settings.timeout or 0.0)
 
     def _start(self) -> _Worker:
@@ -137,8 +139,15 @@ class Workers(Executor):
 
 @dataclass(eq=False)
 class _Worker:
-    """A process at a place among the others, with a folder for what it leaves; the job that it has, whether it is at
-    it already, and when that must have changed."""
+    """A worker process.
+
+    - `place` (int): its number among the workers.
+    - `folder`: its temporary files.
+    - `process`: the process.
+    - `job` (str or None): the key of its job.
+    - `at_work` (bool): the job has begun.
+    - `deadline` (float or None): the time (`time.monotonic`) by which it must begin or end.
+    """
 
     place: int
     folder: tempfile.TemporaryDirectory[str]
@@ -148,17 +157,17 @@ class _Worker:
     deadline: float | None = None
 
     def begin(self, timeout: float | None) -> None:
-        """It is at its job now, which may take `timeout` seconds."""
+        """Note that the job has begun, which may take `timeout` seconds."""
         self.at_work = True
         self.deadline = None if timeout is None else time.monotonic() + timeout
 
     def await_end(self) -> None:
-        """Wait for the process to end by itself, as one does that has closed its stdout."""
+        """Wait for the process, which has closed its stdout, to end."""
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(END_SECONDS)
 
     def kill(self) -> None:
-        """Kill the process with all of its children."""
+        """Kill the process and all of its children."""
         if self.process.poll() is None:
             if hasattr(os, "killpg"):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -181,7 +190,7 @@ class _Worker:
 
 
 def _event(line: str) -> dict[str, Any] | None:
-    """What a worker says; None of what else gets onto its stdout before it has that for itself, as by a site hook."""
+    """A worker's event; None for other output, such as a site hook's before the worker redirects its stdout."""
     try:
         said = json.loads(line)
     except ValueError:
@@ -210,13 +219,12 @@ def _start_process(threads: int, place: int, folder: Path, settings: JobSettings
 
 
 def local_executor(workers: int | None, settings: JobSettings) -> Executor:
-    """So many processes, each with its share of the cores; for None as many as help.
+    """The executor with `workers` processes, which divide the cores; for None with as many processes as help.
 
-    Those are, on a CPU, as many as there are cores and memory for, each with one thread, or with OMP_NUM_THREADS where
-    that is set: how many cells run at once then changes none of their numbers, and no thread waits for another that a
-    busy neighbor holds up (`benchmarks/cell_threads.py`). One process with these threads may be this one. With an
-    accelerator it is this one, or another where a job that takes too long has to be stopped.
-    Raises InputError for fewer than one.
+    On a CPU these are as many as cores and memory allow, each with one thread, or OMP_NUM_THREADS if it is set. The
+    number of concurrent cells then changes no result, and no thread waits for one that another process delays
+    (`benchmarks/cell_threads.py`). A single process with these threads may be this one. With an accelerator it is this
+    process, or a child if a job that takes too long has to be stopped. Raises InputError for fewer than one.
     """
     if workers is not None and workers < 1:
         raise InputError(f"--workers must be at least 1, got {workers}")
