@@ -92,7 +92,13 @@ def run(
         slice_of_loss = measure_landscape(trainer, job.ask(spread_rows(job.encoded.train, EVAL_BATCH)), config)
     observer.end()
     curves = {**logged_curves(trainer.state.log_history), **observer.curves(trainer.state.global_step)}
-    metrics = {**of_answers, **of_training, **_of_model(job, observer, curves.get("loss", [])), "adapter.bytes": size}
+    metrics = {
+        **of_answers,
+        **of_training,
+        **_of_model(job, observer, curves.get("loss", [])),
+        "adapter.bytes": size,
+        "seconds.observe": observer.seconds,
+    }
     return RunResult(
         status="finished" if finite and not reason else "diverged",
         headline=job.task.headline,
@@ -243,7 +249,6 @@ def _of_model(job: _Job, observer: Observer, losses: Sequence[tuple[int, float]]
         **observer.metrics(),
         "convergence_exponent": law.exponent if law else math.nan,
         **{f"parameters.{part}": getattr(job.counts, part) for part in ("factors", "transfer", "head", "trainable")},
-        "seconds.observe": observer.seconds,
     }
 
 
