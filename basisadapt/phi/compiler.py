@@ -250,15 +250,8 @@ class Compiler:
             if self._setting == "direct":
                 evaluators: list[Evaluator | Split] = [Direct(single(index)) for index in range(len(names))]
             else:
-                work = Work(
-                    self.bank.functions(gains),
-                    tables,
-                    single,
-                    pairs,
-                    gains,
-                    tolerances,
-                    HALF_ROUNDING if sharded else 1.0,
-                )
+                slack = HALF_ROUNDING if sharded else 1.0
+                work = Work(self.bank.functions(gains), tables, single, pairs, gains, tolerances, slack)
                 evaluators = self._choice.evaluators(work)
         kept = None if sharded else dict(zip(names, zip(held, held, strict=True), strict=True))
         trained = tuple(table.requires_grad for table in tables)

@@ -121,15 +121,9 @@ def _add_up(
 class _Sums(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        basis: TransferBasis,
-        first: float,
-        count: int,
-        unit: Tensor,
-        alpha: Tensor,
-        omega: Tensor,
+        ctx: Any, basis: TransferBasis, first: float, count: int, unit: Tensor, alpha: Tensor, omega: Tensor,
         grid: Tensor,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         ctx.basis, ctx.places = basis, Places(unit.detach(), first, count)
         ctx.save_for_backward(alpha, omega, grid)
         return _add_up(basis, ctx.places, alpha, omega, grid)[0]

@@ -119,11 +119,5 @@ class _Cubics(torch.autograd.Function):
         trained = [leaf for leaf in ctx.leaves if leaf.requires_grad]
         found = iter(torch.autograd.grad(ctx.cubics, trained, upstream[0], retain_graph=True, allow_unused=True))
         grads = [next(found) if leaf.requires_grad else None for leaf in ctx.leaves]
-        return (
-            None,
-            None,
-            None,
-            None,
-            None,
-            *(g if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True)),
-        )
+        given = (g if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True))
+        return None, None, None, None, None, *given
