@@ -140,10 +140,10 @@ def test_observing_changes_no_number(monkeypatch, small):
 
 
 def test_one_adapted_module_and_a_landscape(small):
-    adapter = {"r": 2, "target_modules": ["layer.0.attention.self.query"]}
+    adapter = {"r": 2, "target_modules": ["layer.1.output.dense"]}
     result = run(small(train={"landscape": 3, "max_steps": 2, "lr": 0.05}, adapter=adapter))
     assert result.metrics["stable_rank.std"] == 0
-    assert "stable_rank.mlp.mean" not in result.metrics
+    assert "stable_rank.attention.mean" not in result.metrics
     losses = result.landscape["loss"]
     assert result.landscape["axis"] == [-1, 0, 1]
     for line in [*losses, *zip(*losses, strict=True)]:  # two values may be equal in float32, three hardly
@@ -372,7 +372,7 @@ class MixedLengths(CompletionTask, name="test/mixed_lengths"):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("method", ["lora", "phi"])
 def test_batches_of_mixed_lengths_stay_finite_in_bf16(method, packed, language_model):
-    steps = 1000 if torch.cuda.is_available() else 30  # cuDNN's attention gave a gradient of NaN in 3 batches of 41
+    steps = 1000 if torch.cuda.is_available() else 12  # cuDNN's attention gave a gradient of NaN in 3 batches of 41
     train = {"precision": "bf16", "max_steps": steps, "train_rows": 600, "batch_size": 8, "lr": 1e-3}
     chosen = {"task": "test/mixed_lengths", "backbone": str(language_model), "method": method}
     result = run(config(**chosen, train=train, data={"packed": packed}))

@@ -52,7 +52,7 @@ def mounted(home, fake):
     return run
 
 
-def test_a_full_disk_stops_the_study_and_the_record_stays_readable(home, mounted):
+def test_a_full_disk_stops_the_study_and_the_record_stays_readable(home, drawn, mounted):
     size = sum((home / name).stat().st_size for name in ("mlflow.db", "optuna.db")) + 700_000
     out, err = mounted(f"""
         shell("mkdir disk && mount -t tmpfs -o size={size} none disk && cp *.db tiny.yaml disk")
