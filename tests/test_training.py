@@ -372,7 +372,7 @@ class MixedLengths(CompletionTask, name="test/mixed_lengths"):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("method", ["lora", "phi"])
 def test_batches_of_mixed_lengths_stay_finite_in_bf16(method, packed, language_model):
-    steps = 1000 if torch.cuda.is_available() else 12  # cuDNN's attention gave a gradient of NaN in 3 batches of 41
+    steps = 1000 if torch.cuda.is_available() else 30  # cuDNN's attention gave a gradient of NaN in 3 batches of 41
     train = {"precision": "bf16", "max_steps": steps, "train_rows": 600, "batch_size": 8, "lr": 1e-3}
     chosen = {"task": "test/mixed_lengths", "backbone": str(language_model), "method": method}
     result = run(config(**chosen, train=train, data={"packed": packed}))
