@@ -144,7 +144,8 @@ def shallow(monkeypatch):
 
     def model_class(form):
         def from_config(config):
-            config.num_hidden_layers = min(config.num_hidden_layers, 4)
+            blocks = getattr(config, "vision_config", config)
+            blocks.num_hidden_layers = min(blocks.num_hidden_layers, 4)
             return whole(form).from_config(config)
 
         return SimpleNamespace(from_config=from_config)
