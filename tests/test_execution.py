@@ -46,17 +46,23 @@ def ends(executor, *jobs):
     return found, steps
 
 
-def test_a_worker_gives_bitwise_what_this_process_gives(monkeypatch):
+@pytest.fixture(scope="module")
+def run_here():
+    """The end of a job in this process, and the steps that were told."""
+    return ends(Inline(JobSettings()), job())
+
+
+def test_a_worker_gives_bitwise_what_this_process_gives(run_here, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
-    here, steps = ends(Inline(JobSettings()), job())
+    here, steps = run_here
     there, told = ends(Workers(1, JobSettings()), job())
     assert here["a"].error == there["a"].error == ""
     assert numbers(here["a"].result) == numbers(there["a"].result)
     assert steps == told == [("a", 0, 0), ("a", 1, 3), ("a", 2, 3), ("a", 3, 3)]
 
 
-def test_a_brief_result_has_the_numbers_without_the_arrays():
-    whole = training.run(job().config)
+def test_a_brief_result_has_the_numbers_without_the_arrays(run_here):
+    whole = run_here[0]["a"].result
     short = brief(whole)
     assert short.metrics == whole.metrics
     assert short.curves == whole.curves
@@ -77,7 +83,7 @@ def test_an_error_comes_back_with_its_traceback():
 
 
 @pytest.mark.parametrize("method", ["lora", "phi"])
-def test_accumulated_batches_are_one_batch(method, monkeypatch):
+def test_accumulated_batches_are_one_batch(method, encoder, monkeypatch):
     def load_without_dropout(*arguments):
         model, processor = load(*arguments)
         for module in model.modules():
@@ -87,7 +93,7 @@ def test_accumulated_batches_are_one_batch(method, monkeypatch):
 
     load = backbones.load
     monkeypatch.setattr(backbones, "load", load_without_dropout)
-    config = job(method=method).config
+    config = job(method=method, backbone=encoder).config
     whole, halved = training.run(config), training.run(config, accumulate=4)
     assert (whole.accumulate, halved.accumulate) == (1, 4)
     losses = [dict(result.curves["loss"]) for result in (whole, halved)]

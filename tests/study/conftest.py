@@ -1,12 +1,19 @@
 from __future__ import annotations
 
+import base64
 import shutil
+import sqlite3
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import fakes
 import pytest
+from forked import Forked
 
+from basisadapt.diagnostics import figures
 from basisadapt.study.__main__ import main
+from basisadapt.study.report import files
 from basisadapt.tasks import hub
 from basisadapt.training import planning, running
 from basisadapt.training.execution import workers
@@ -23,6 +30,23 @@ reference: LoRA
 seeds: [1, 2, 3]
 presets: {smoke: {train.max_steps: 2, seeds: [1]}, quick: {train.max_steps: 5}}
 """
+PICTURES = {module: module._png for module in (figures, files)}  # what draws the figures of cells and of reports
+PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _unhurried():
+    """SQLite leaves to the system when it writes what is committed; a process may be killed all the same."""
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    def connect(connection, _):
+        if isinstance(connection, sqlite3.Connection):
+            connection.execute("PRAGMA synchronous=OFF")
+
+    event.listen(Engine, "connect", connect)
+    yield
+    event.remove(Engine, "connect", connect)
 
 
 @pytest.fixture(scope="session")
@@ -57,9 +81,11 @@ def home(folder, empty_databases):
 def fake(monkeypatch):
     """Replaces training, for which the hub is not asked; `fake.ways` says how runs end, `fake.ran` what was run.
 
-    One core, so that it runs here.
+    One core, so that it runs here. Figures are made, but not drawn, which takes most of a cell's time: see `drawn`.
     """
     fake = fakes.Fakes()
+    for module in PICTURES:
+        monkeypatch.setattr(module, "_png", lambda figure: PIXEL)
     monkeypatch.setattr(hub, "is_cached", lambda source: True)
     monkeypatch.setattr(running, "run", fake.run)
     monkeypatch.setattr(planning, "plan", fake.plan)
@@ -68,8 +94,24 @@ def fake(monkeypatch):
 
 
 @pytest.fixture
-def faking(home, fake):
-    """Writes a plug-in that fakes training, here and in workers; returns the options that load it."""
+def drawn_reports(fake, monkeypatch):
+    """Has the figures of reports drawn."""
+    monkeypatch.setattr(files, "_png", PICTURES[files])
+
+
+@pytest.fixture
+def drawn(drawn_reports, monkeypatch):
+    """Has all figures drawn."""
+    monkeypatch.setattr(figures, "_png", PICTURES[figures])
+
+
+@pytest.fixture
+def faking(home, fake, monkeypatch):
+    """Writes a plug-in that fakes training, here and in workers; returns the options that load it.
+
+    Workers are forks of this process, see `Forked`.
+    """
+    monkeypatch.setattr(workers, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": Forked}))
 
     def write(ways=None, seconds=0.0):
         text = f"import sys\n\nsys.path.insert(0, {str(Path(fakes.__file__).parent)!r})\n"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -89,10 +88,3 @@ class Fakes:
     def install(self):
         """For a whole process, which has one core: its cells run in it where nobody asks for workers."""
         running.run, planning.plan, workers.cores = self.run, self.plan, lambda: 1
-
-
-if __name__ == "__main__":  # python fakes.py HANGING_BASIS HANGING_SEED ARGUMENTS...
-    from basisadapt.study.__main__ import main
-
-    Fakes({(sys.argv[1], int(sys.argv[2])): "hang"}).install()
-    sys.exit(main(sys.argv[3:]))

@@ -91,7 +91,7 @@ MODULE = {"stable_rank": 1.2, "dc_share": 0.1, "kind": "mlp"}
         {"metrics": lambda result: {**result.metrics, "size": 1.7e308, "seconds.train": float("inf")}},
     ],
 )
-def test_a_result_with_odd_names_and_numbers_is_recorded(home, of_sinc, study, runs, values):
+def test_a_result_with_odd_names_and_numbers_is_recorded(home, of_sinc, drawn, study, runs, values):
     of_sinc(**values)
     code, _, err = study(*SEED, "--output", "report")
     assert code == 0, err
@@ -117,7 +117,7 @@ def test_a_score_that_cannot_be_compared_fails_its_cell_alone(home, of_sinc, stu
     assert [run.data.tags["status"] for run in runs()] == ["finished", "failed", "finished"]
 
 
-def test_texts_that_matplotlib_takes_for_formulas_are_drawn_as_they_are(home, fake, study):
+def test_texts_that_matplotlib_takes_for_formulas_are_drawn_as_they_are(home, fake, drawn, study):
     from basisadapt.diagnostics.figures import verbatim
 
     path = home / "tiny.yaml"
@@ -171,7 +171,7 @@ def results_of(fake, study, options, odd=()):
 @pytest.mark.parametrize(
     "odd", [{"metrics": {"accuracy": 1.7e308}}, {"snapshots": [{"step": "first"}]}, {"curves": {"loss": [[1, "x"]]}}]
 )
-def test_an_import_is_refused_before_anything_is_written(home, fake, study, odd):
+def test_an_import_is_refused_before_anything_is_written(home, fake, drawn, study, odd):
     results_of(fake, study, SEED, {1: odd})
     before = sorted(os.listdir())
     code, _, err = study(*SEED, "--import", "results.jsonl")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from forked import Forked
 
 from basisadapt import training
 from basisadapt.core.errors import InputError
@@ -61,7 +62,7 @@ def test_a_study_is_run_once_and_its_table_stays(home, fake, study, runs, trials
     assert len(runs(parents=True)) == 2
 
 
-def test_what_a_cell_leaves_in_mlflow(home, fake, study, runs, trials):
+def test_what_a_cell_leaves_in_mlflow(home, fake, drawn, study, runs, trials):
     study("tiny.yaml", "--seeds", "1")
     run, parent = runs()[1], runs(parents=True)[0]
     assert run.info.run_name == "sinc seed 1"
@@ -277,8 +278,9 @@ def test_a_killed_driver_is_cleared_up_and_the_table_is_that_of_an_undisturbed_s
     import shutil
     import time
 
-    fakes = str(Path(__file__).with_name("fakes.py"))
-    driver = subprocess.Popen([sys.executable, fakes, "fourier", "2", "tiny.yaml"], stderr=subprocess.PIPE)
+    fake.ways = {("fourier", 2): "hang"}
+    driver = Forked([sys.executable, "-m", "basisadapt.study", "tiny.yaml"], stderr=subprocess.PIPE)
+    fake.ways = {}
     deadline = time.monotonic() + 120
     while not (home / "hanging").exists():
         assert driver.poll() is None, driver.stderr.read()

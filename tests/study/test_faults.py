@@ -2,41 +2,63 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
+import textwrap
 
 import pytest
+from forked import Forked
 
-FAKES = str(Path(__file__).with_name("fakes.py"))
-NAMESPACE = ["unshare", "--map-root-user", "--mount"]
+# Makes the process root of name spaces of its own, in which it may mount file systems that nobody else sees.
+ENTER = """
+import ctypes, os, subprocess, sys
+from forked import Forked
+
+USER, MOUNT = 0x10000000, 0x20000  # CLONE_NEWUSER and CLONE_NEWNS
+user, group = os.getuid(), os.getgid()
+if ctypes.CDLL(None).unshare(USER | MOUNT):
+    sys.exit(77)
+for name, text in {"setgroups": "deny", "uid_map": f"0 {user} 1", "gid_map": f"0 {group} 1"}.items():
+    with open(f"/proc/self/{name}", "w") as file:
+        file.write(text)
+
+def shell(script):
+    subprocess.run(["sh", "-e", "-c", script], check=True)
+
+def study(*arguments, **streams):
+    return Forked([sys.executable, "-m", "basisadapt.study", *arguments], **streams).wait()
+
+shell("mount --make-rprivate /")
+"""
+
+
+def forked(text):
+    program = Forked([sys.executable, "-c", text], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    out, err = program.communicate(timeout=500)
+    return program.returncode, out, err
 
 
 @pytest.fixture
-def mounted(home):
-    """Runs a shell script where it may mount file systems that nobody else sees."""
-    if shutil.which("unshare") is None or subprocess.run([*NAMESPACE, "true"], capture_output=True).returncode != 0:
+def mounted(home, fake):
+    """Runs a program where it may mount file systems: its stdout and stderr."""
+    if not sys.platform.startswith("linux") or forked(ENTER)[0] != 0:
         pytest.skip("needs a mount namespace, which this machine does not let us have")
 
-    def run(script):
-        environment = {**os.environ, "STUDY": f"{sys.executable} {FAKES} none 0"}
-        done = subprocess.run(
-            [*NAMESPACE, "sh", "-c", script], env=environment, capture_output=True, text=True, timeout=500
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout, done.stderr
+    def run(text):
+        code, out, err = forked(ENTER + textwrap.dedent(text))
+        assert code == 0, err
+        return out, err
 
     return run
 
 
-def test_a_full_disk_stops_the_study_and_the_record_stays_readable(home, mounted):
+def test_a_full_disk_stops_the_study_and_the_record_stays_readable(home, drawn, mounted):
     size = sum((home / name).stat().st_size for name in ("mlflow.db", "optuna.db")) + 700_000
     out, err = mounted(f"""
-        mkdir disk && mount -t tmpfs -o size={size} none disk && cp *.db tiny.yaml disk && cd disk
-        $STUDY tiny.yaml; echo "exit code $?"
-        $STUDY --report tiny.yaml 2>&1
+        shell("mkdir disk && mount -t tmpfs -o size={size} none disk && cp *.db tiny.yaml disk")
+        os.chdir("disk")
+        print("exit code", study("tiny.yaml"), flush=True)
+        study("--report", "tiny.yaml", stderr=subprocess.STDOUT)  # which may fail, for what was not run
     """)
     assert out.startswith("exit code 1\n")
     assert "\nLoRA " in out.partition("exit code 1")[2], "the report on what is recorded"
@@ -51,24 +73,28 @@ def test_a_full_disk_stops_the_study_and_the_record_stays_readable(home, mounted
 
 def test_a_full_disk_before_the_work_is_bad_input(home, mounted):
     _, err = mounted("""
-        mkdir disk && mount -t tmpfs -o size=8k none disk && cp tiny.yaml disk && cd disk
-        $STUDY tiny.yaml; test $? = 2
+        shell("mkdir disk && mount -t tmpfs -o size=8k none disk && cp tiny.yaml disk")
+        os.chdir("disk")
+        assert study("tiny.yaml") == 2
     """)
     assert err.count("\n") == 1
     assert err.startswith("basisadapt: error: --")
 
 
-def test_a_read_only_folder_is_bad_input_and_its_record_can_be_reported(home, fake, study, mounted):
-    study("tiny.yaml", "--seeds", "1")
-    _, expected, _ = study("--report", "tiny.yaml", "--seeds", "1")
+def test_a_read_only_folder_is_bad_input_and_its_record_can_be_reported(home, mounted):
     out, err = mounted("""
-        mount --bind . . && mount -o remount,bind,ro . && cd .
-        cd "$PWD"
-        $STUDY tiny.yaml --seeds 2; test $? = 2 || exit 1
-        $STUDY --report tiny.yaml --seeds 1
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        assert study("tiny.yaml", "--seeds", "1", **quiet) == 0
+        assert study("--report", "tiny.yaml", "--seeds", "1") == 0
+        print("read-only", flush=True)
+        shell("mount --bind . . && mount -o remount,bind,ro .")
+        os.chdir(os.getcwd())
+        assert study("tiny.yaml", "--seeds", "2") == 2
+        assert study("--report", "tiny.yaml", "--seeds", "1") == 0
     """)
     assert err == ("basisadapt: error: --tracking-uri 'sqlite:///mlflow.db' cannot be written: Read-only file system\n")
-    assert out.split("\nRecorded")[0] == expected.split("\nRecorded")[0]
+    expected, found = (report.split("\nRecorded")[0] for report in out.split("read-only\n"))
+    assert found == expected != ""
 
 
 def test_a_folder_of_artifacts_that_cannot_be_written_is_bad_input(home, fake, study):

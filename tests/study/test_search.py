@@ -51,7 +51,7 @@ def optuna_trials(home):
 TPE = ("tiny.yaml", "--search", "tpe", "--trials", "12", "--seeds", "1")
 
 
-def test_a_search_finds_the_hill_and_says_what_mattered(searched, fake, study, runs):
+def test_a_search_finds_the_hill_and_says_what_mattered(searched, fake, drawn_reports, study, runs):
     fake.score = hill
     code, out, err = study(*TPE, "--output", "results")
     assert code == 0

@@ -43,7 +43,7 @@ def test_of_a_renamed_axis_the_new_rows_are_shown_and_the_old_cells_stay(home, f
     assert "fourier" not in report.partition("\nRecorded")[0]
 
 
-def test_the_report_of_one_failed_and_one_diverged_cell(home, fake, study, runs):
+def test_the_report_of_one_failed_and_one_diverged_cell(home, fake, drawn, study, runs):
     fake.ways = {("sinc", 2): "raise", ("fourier", 3): "diverge"}
     code, out, _ = study("tiny.yaml", "--output", "results")
     assert code == 1

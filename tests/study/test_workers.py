@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from forked import Forked
 
 from basisadapt.training.execution import machine, workers
 from basisadapt.training.execution.compute import Inline
@@ -36,8 +37,8 @@ def eventually(condition, seconds=300):
 
 
 def workers_of(driver):
-    """Those of a driver's children that are at work."""
-    return [child for child in psutil.Process(driver.pid).children() if "basisadapt.training" in child.cmdline()]
+    """A driver's children."""
+    return psutil.Process(driver.pid).children()
 
 
 def test_the_table_of_two_workers_is_that_of_none(home, fake, faking, study, runs, trials, tmp_path_factory):
@@ -85,9 +86,10 @@ def test_a_cell_that_takes_too_long_fails_and_the_others_go_on(home, faking, stu
     assert states(runs()) == ["finished", "finished", "failed"]
 
 
-def test_what_a_process_prints_as_it_starts_is_passed_on(home, faking, study, runs):
-    """As a site hook would, before the worker has its stdout for itself."""
+def test_what_a_process_prints_as_it_starts_is_passed_on(home, faking, study, runs, monkeypatch):
+    """As a site hook would, before the worker has its stdout for itself. The worker is a new process."""
     options = faking()
+    monkeypatch.setattr(workers, "subprocess", subprocess)
     (home / "sitecustomize.py").write_text("import sys\n\nprint('{}')\nsys.stdout.write('hello')\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(home), os.environ.get("PYTHONPATH", "")]))
@@ -205,7 +207,7 @@ def test_ctrl_c_in_a_search(home, fake, study):
 def driver(home, faking):
     """A driver with two workers, of which one hangs; killed at the end."""
     options = faking({("sinc", 1): "hang"})
-    process = subprocess.Popen([*STUDY, "--workers", "2", *options], stderr=subprocess.PIPE, text=True)
+    process = Forked([*STUDY, "--workers", "2", *options], stderr=subprocess.PIPE, text=True)
     eventually(lambda: (home / "hanging").exists() or process.poll() is not None)
     yield process
     process.kill()
