@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import signal
@@ -22,6 +23,12 @@ hypothesis.settings.register_profile("same", derandomize=True)
 hypothesis.settings.load_profile("same")
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # children too are to hear it, whoever started the tests
+
+
+def pytest_collection_finish():
+    """What was imported stays: each run collects garbage, and would look through all of that every time."""
+    gc.collect()
+    gc.freeze()
 
 
 def tiny(kind: str) -> torch.nn.Module:

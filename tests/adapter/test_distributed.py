@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -86,7 +88,14 @@ def train(model, called, rows=slice(None)):
 
 
 def in_two(folder, report):
-    """Every case in this process of two: what the test asks of it."""
+    """All that these tests ask of a process of two: to start two takes as long as the work."""
+    rows = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+    written_by = {way: written(way, rows) for way in WAYS[1:]}
+    return {"cases": every_case(folder), "half precision": mixed(), "written": written_by}
+
+
+def every_case(folder):
+    """Every case in this process: what the tests of it ask."""
     found = {}
     rows = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
     for (kind, way), settings in CASES.items():
@@ -125,38 +134,44 @@ def save(model, way, folder):
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def of_two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapters")
-    return folder, run_in_processes(in_two, (folder,), 2)
+    return {"folder": folder, **run_in_processes(in_two, (folder,), 2)}
+
+
+@functools.cache
+def alone(kind, settings):
+    """What a process by itself finds: losses, norms, and how many weights are frozen."""
+    model = adapted(kind, **dict(settings))
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    return *train(model, model), frozen
 
 
 @pytest.mark.parametrize(("kind", "way"), CASES)
-def test_two_processes_train_as_one(kind, way, found):
-    folder, results = found
-    result = results[kind, way]
-    model = adapted(kind, **CASES[kind, way])
-    losses, norms = train(model, model)
+def test_two_processes_train_as_one(kind, way, of_two):
+    result = of_two["cases"][kind, way]
+    losses, norms, _ = alone(kind, tuple(CASES[kind, way].items()))
     mean = [(a + b) / 2 for a, b in zip(*(both["losses"] for both in result["both"]), strict=True)]
     assert mean == pytest.approx(losses, abs=1e-5)
     assert result["norms"] == pytest.approx(norms, rel=1e-4)
     assert min(norms) > CLIPPED
 
-    alone = PeftModel.from_pretrained(tiny("llama"), folder / f"{kind}, {way}").eval()
+    loaded = PeftModel.from_pretrained(tiny("llama"), of_two["folder"] / f"{kind}, {way}").eval()
     with torch.no_grad():
-        torch.testing.assert_close(alone(input_ids=tokens()).logits, result["answers"], rtol=0, atol=1e-5)
+        torch.testing.assert_close(loaded(input_ids=tokens()).logits, result["answers"], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("kind", "way"), CASES)
-def test_tables_are_equal_and_frozen_weights_shared_out(kind, way, found):
-    first, second = found[1][kind, way]["both"]
-    whole = sum(p.numel() for p in adapted(kind, **CASES[kind, way]).parameters() if not p.requires_grad)
+def test_tables_are_equal_and_frozen_weights_shared_out(kind, way, of_two):
+    first, second = of_two["cases"][kind, way]["both"]
+    *_, whole = alone(kind, tuple(CASES[kind, way].items()))
     assert first["frozen"] + second["frozen"] == (2 * whole if way == "ddp" else whole)
     if not way.startswith("fsdp"):  # which shards the tables as well
         assert len(first["tables"]) == (0 if kind == "lora" else 2)
         assert all(map(torch.equal, first["tables"], second["tables"]))
 
 
-def mixed(report):
+def mixed():
     """This process's losses, and the other's, in FSDP's bfloat16 and in autocast's over shards."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -222,11 +237,9 @@ def change_of(weight_change, layer):
     return None if change is None else change.clone()
 
 
-def test_half_precision_stays_close():
-    model = adapted("phi")
-    losses, _ = train(model, model)
-    first, second = run_in_processes(mixed, (), 2)
-    for a, b in zip(first, second, strict=True):
+def test_half_precision_stays_close(of_two):
+    losses, *_ = alone("phi", ())
+    for a, b in zip(*of_two["half precision"], strict=True):
         assert [(x + y) / 2 for x, y in zip(a, b, strict=True)] == pytest.approx(losses, rel=0.05)
 
 
@@ -255,13 +268,9 @@ def written(way, rows=slice(None)):
     return torch.stack(model.eval().generate(input_ids=tokens(), **how).logits).clone()
 
 
-def write(report):
-    return {way: written(way, slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)) for way in WAYS[1:]}
-
-
-def test_sharded_models_write_as_one():
+def test_sharded_models_write_as_one(of_two):
     truth = written("alone")
-    for way, found in run_in_processes(write, (), 2).items():
+    for way, found in of_two["written"].items():
         torch.testing.assert_close(found, truth, rtol=0, atol=1e-4, msg=way)
 
 

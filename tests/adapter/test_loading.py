@@ -92,8 +92,7 @@ def in_order(steps):
     [
         "import basisadapt; from transformers.utils import is_peft_available; assert is_peft_available()",
         "from transformers.utils import is_peft_available; assert is_peft_available(); import basisadapt",
-        "import peft; import basisadapt",
-    ],
+    ],  # peft before us: `test_peft`, in the process that loads an adapter
 )
 def test_peft_itself_knows_our_methods(order):
     """transformers looks for peft, as do the libraries above it, and does not import it."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 import warnings
+from collections import OrderedDict
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 
 import basisadapt
 from basisadapt import InputError, PhiConfig
+from basisadapt.adapter import honored
 from tests.conftest import randomise, tiny
 
 SETTINGS = {"task_type": "SEQ_CLS", "r": 3, "num_basis": 6, "gain": 2.0, "backend": "direct"}
@@ -227,27 +228,31 @@ def test_an_optimiser_of_phi_alone_has_no_base_rate(tokens):
     assert len(train(model, tokens, torch.optim.SGD(bank_of(model).parameters(), lr=0.1))) == 1
 
 
-def test_others_steps_are_looked_at_no_longer_than_needed(tokens):
-    program = """
-import torch, basisadapt
-from torch.optim import optimizer as of_torch
-from tests.adapter.test_optimizing import adapted
-def hooks(): return len(of_torch._global_optimizer_pre_hooks)
-assert hooks() == 0
-plain = adapted()
-assert hooks() == 0
-first, second = adapted(transfer_lr=2.0), adapted(transfer_lr=2.0)
-assert hooks() == 1
-def step(model):
-    groups = basisadapt.param_groups(model, 1e-3)
-    torch.optim.SGD(groups).step()
-step(plain); assert hooks() == 1
-step(first); assert hooks() == 1
-del second
-step(plain); assert hooks() == 0, "the other is gone"
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+def test_others_steps_are_looked_at_no_longer_than_needed(monkeypatch):
+    from torch.optim import optimizer as of_torch
+
+    # As in a new process: what other tests left is not looked at.
+    monkeypatch.setattr(of_torch, "_global_optimizer_pre_hooks", OrderedDict())
+    monkeypatch.setattr(honored, "_unseen", WeakKeyDictionary())
+    monkeypatch.setattr(honored, "_handles", [])
+
+    def hooks():
+        return len(of_torch._global_optimizer_pre_hooks)
+
+    def step(model):
+        torch.optim.SGD(basisadapt.param_groups(model, 1e-3)).step()
+
+    plain = adapted()
+    assert hooks() == 0
+    first, second = adapted(transfer_lr=2.0), adapted(transfer_lr=2.0)
+    assert hooks() == 1
+    step(plain)
+    assert hooks() == 1
+    step(first)
+    assert hooks() == 1
+    del second
+    step(plain)
+    assert hooks() == 0, "the other is gone"
 
 
 def test_transformers_own_add_adapter_says_what_works_instead(bert, tokens):
