@@ -107,6 +107,10 @@ class Executor(ABC):
         A KeyboardInterrupt passes through; the jobs are then to be stopped.
         """
 
+    def finish(self) -> None:
+        """Hear, from a signal handler too, that the user wants no further job: one that hangs at work may die."""
+        return
+
     @abstractmethod
     def stop(self) -> None:
         """Stop all jobs, at once."""
