@@ -36,6 +36,7 @@ from basisadapt.study.record.runs import (
     ROW,
     STATUS,
     TERMINAL,
+    UNDRAWN,
     WARNINGS,
     precedence,
     read_run,
@@ -189,7 +190,8 @@ class Record:
         tags = {"mlflow.parentRunId": parent, CELL: cell.key, ROW: limited(cell.row), **signature()}
         began = None
         if imported is not None:
-            tags[HOST], began = limited(imported.host), int(imported.began * 1000)
+            tags |= {HOST: limited(imported.host), UNDRAWN: "true"}
+            began = int(imported.began * 1000)
         name = clean(f"{cell.row} seed {cell.seed}")
         run = self._client.create_run(self.experiment_id, start_time=began, tags=tags, run_name=name)
         run_id = str(run.info.run_id)
@@ -325,37 +327,35 @@ class Record:
     def pictures(self, run_id: str) -> dict[str, bytes]:
         """The PNG files of a run, name to content; empty where its files cannot be read any more.
 
-        A run that was imported has none until they are asked for: they are drawn from its result, and kept with it.
+        Those of a run that was imported are drawn when they are asked for, from its result, and kept with it.
         """
         try:
-            names = self._files(run_id)
-            found = {name: self._file(run_id, name) for name in names if name.endswith(".png")}
-            if found or "result.json" not in names:
-                return found
-            return self._draw(run_id)
+            tags = self._client.get_run(run_id).data.tags
+            if UNDRAWN in tags:
+                return self._draw(run_id, tags.get(ROW, ""))
+            names = sorted(file.path for file in self._client.list_artifacts(run_id))
+            return {name: self._file(run_id, name) for name in names if name.endswith(".png")}
         except store_errors():
             return {}
 
-    def undrawn(self, run_ids: Iterable[str]) -> list[str]:
-        """Those of finished runs whose pictures are still to be drawn."""
-        return [run_id for run_id in run_ids if not any(name.endswith(".png") for name in self._files(run_id))]
+    def undrawn(self, run_ids: Collection[str]) -> list[str]:
+        """Those of the runs whose pictures are still to be drawn."""
+        return [run.info.run_id for run in self._runs(f"tags.`{UNDRAWN}` = 'true'") if run.info.run_id in run_ids]
 
-    def _draw(self, run_id: str) -> dict[str, bytes]:
+    def _draw(self, run_id: str, row: str) -> dict[str, bytes]:
         """Draw a run's pictures, and keep them with it where that can be done; what cannot be drawn has none."""
         result = json.loads(self._file(run_id, "result.json"))
-        title = f"{self._client.get_run(run_id).data.tags.get(ROW, '')}, seed {result['config']['seed']}"
+        title = f"{row}, seed {result['config']['seed']}"
         try:
             drawn = pictures(title, result)
         except Exception as error:  # whatever stands in the place of curves and spectra
-            tell(f"run {run_id} ({title}) cannot be drawn: {one_line(error)}")
-            return {}
+            tell(f"{title} (run {run_id}) cannot be drawn: {one_line(error)}")
+            drawn = {}
         with suppress(*store_errors()), tempfile.TemporaryDirectory() as folder:
             write_into(Path(folder), drawn)
             self._client.log_artifacts(run_id, folder)
+            self._client.delete_tag(run_id, UNDRAWN)  # last: after a kill they are drawn again
         return drawn
-
-    def _files(self, run_id: str) -> list[str]:
-        return sorted(file.path for file in self._client.list_artifacts(run_id))
 
     def _file(self, run_id: str, name: str) -> bytes:
         with tempfile.TemporaryDirectory() as folder:
