@@ -55,11 +55,15 @@ same command resumes)."""
 
 
 class Answer(NamedTuple):
-    """What a call has to say: a text, the same for --json as a function of nothing, and the exit code."""
+    """What a call has to say: a text, the same for --json as a function of nothing, and the exit code.
+
+    then: what takes long and need not be waited for, done when that is said.
+    """
 
     text: str
     document: Callable[[], Any]
     code: int = DONE
+    then: Callable[[], None] = lambda: None
 
 
 @guarded
@@ -80,6 +84,7 @@ def main(arguments: list[str]) -> int:
         with redirect_stdout(sys.stderr) if options.json else nullcontext():
             answer = _run(options, command)
         say(json.dumps(answer.document(), indent=2, allow_nan=False) if options.json else answer.text)
+        answer.then()
         return answer.code
     except InputError as error:
         if "--debug" in arguments:
@@ -328,12 +333,12 @@ def _without(words: Sequence[str], option: str) -> list[str]:
 
 
 def _import(tuning: Tuning, place: StudyPaths, tags: dict[str, str], executor: Executor, paths: list[Path]) -> Answer:
-    from basisadapt.study.drive.exchange import import_results
+    from basisadapt.study.drive.exchange import draw_pictures, import_results
 
-    report, failed = import_results(tuning, place, tags, executor, paths)
+    report, failed, run_ids = import_results(tuning, place, tags, executor, paths)
     for line in failed:
         print(f"not entered: {line.row}, seed {line.config['seed']}, which failed: {line.error}", file=sys.stderr)
-    answer = _report(report, place)
+    answer = _report(report, place)._replace(then=partial(draw_pictures, place, tuning.spec.name, run_ids))
     return answer._replace(code=HAS_FAILURES) if failed else answer
 
 

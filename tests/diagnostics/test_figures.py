@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import re
 
 import pytest
 
+from basisadapt.diagnostics.drawable import check_drawable
 from basisadapt.diagnostics.figures import figures, pictures
 
 PROJECTIONS = {"attention.self.query": "attention", "attention.output.dense": "attention", "output.dense": "mlp"}
@@ -152,3 +155,43 @@ def test_one_module_outside_any_block(tmp_path):
         figure.savefig(tmp_path / name, dpi=40)
     assert titles(drawn["phi_evolution.png"]) == ["layer 0, head"]
     assert math.isclose(drawn["stable_rank.png"].axes[0].get_ylim()[0], 1.0, abs_tol=0.1)
+
+
+MODULE = "encoder.layer.0.output.dense"
+SQUARE = {"axis": [-1.0, 1.0], "loss": [[3.0, None], [1.0, 0.5]]}
+
+
+@pytest.mark.parametrize("phi", [True, False])
+@pytest.mark.parametrize("landscape", [None, SQUARE])
+def test_what_a_run_gives_is_drawable(phi, landscape):
+    check_drawable(plain_result(phi=phi, landscape=landscape))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "where"),
+    [
+        (("modules", MODULE, "kind"), 3, f"modules.{MODULE}.kind"),
+        (("modules", MODULE, "stable_rank"), "high", f"modules.{MODULE}.stable_rank"),
+        (("modules", MODULE, "stable_rank"), 1.7e308, f"modules.{MODULE}.stable_rank"),
+        (("modules", MODULE, "spectrum"), [1.0, "x"], f"modules.{MODULE}.spectrum"),
+        (("modules", MODULE, "spectrum"), None, f"modules.{MODULE}.spectrum"),
+        (("phi", MODULE, "z"), [1.0], f"phi.{MODULE}"),
+        (("phi", MODULE, "phi"), "abc", f"phi.{MODULE}"),
+        (("phi", MODULE), [1.0], f"phi.{MODULE}"),
+        (("snapshots", 1, "step"), "first", "snapshots[1].step"),
+        (("snapshots", 1, "stable_rank"), {}, "snapshots[1].stable_rank"),
+        (("snapshots", 1, "phi"), None, "snapshots[1].phi"),
+        (("landscape", "axis"), [1.0], "landscape"),
+        (("landscape", "loss", 1), [1.0], "landscape"),
+        (("landscape", "loss", 1, 1), "x", "landscape.loss"),
+    ],
+)
+def test_what_has_another_form_is_not(path, value, where):
+    odd = plain_result(landscape=copy.deepcopy(SQUARE))
+    *way, last = path
+    place = odd
+    for key in way:
+        place = place[key]
+    place[last] = value
+    with pytest.raises(ValueError, match=f"^{re.escape(where)} must be "):
+        check_drawable(odd)

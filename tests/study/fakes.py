@@ -11,10 +11,21 @@ from pathlib import Path
 import torch
 
 from basisadapt.core.errors import InputError
+from basisadapt.tasks.asking import ask_all
+from basisadapt.tasks.judge import Judge
 from basisadapt.training import Plan, RunResult, planning, running
 from basisadapt.training.execution import workers
 
 MODULES = [f"encoder.layer.{depth}.{name}" for depth in range(2) for name in ("attention.self.query", "output.dense")]
+
+
+class Hanging(Judge):
+    """A judge that never answers."""
+
+    def ask(self, messages):
+        time.sleep(1)  # until Ctrl-C is listened to
+        Path("asking").touch()
+        time.sleep(600)
 
 
 class Fakes:
@@ -55,6 +66,8 @@ class Fakes:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         if way == "no score":
             self.score = lambda config: float("nan")
+        if way == "judge hangs":
+            ask_all(Hanging(), [[]])
         if way == "hang":
             Path("hanging").touch()
             time.sleep(600)

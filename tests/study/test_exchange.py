@@ -224,6 +224,46 @@ def test_a_result_that_cannot_be_drawn_leaves_no_record(home, fake, study, resul
     assert not (home / "mlruns").exists()
 
 
+def test_an_import_reports_before_it_draws_what_its_page_does_not_show(home, fake, study, results, runs, monkeypatch):
+    from basisadapt.study.record import record
+    from basisadapt.study.report import html
+
+    asked = []
+
+    def drawn(title, result):
+        asked.append(title)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return {"phi.png": b"\x89PNG"}
+
+    def pictured():
+        return sorted(run.data.tags["basisadapt.row"] for run in runs() if "basisadapt.undrawn" not in run.data.tags)
+
+    monkeypatch.setattr(record, "pictures", drawn)
+    monkeypatch.setattr(html, "PICTURED", 1)
+    code, out, err = study(*SEED, "--import", "results.jsonl")
+    assert code == 130
+    assert "drawing the pictures of 2 cells; Ctrl-C leaves them to the next --import" in err
+    assert "fourier" in table_of(out)
+    assert [run.info.status for run in runs(parents=True)] == ["FINISHED"]
+    assert len(pictured()) == 1
+    code, _, err = study(*SEED, "--import", "results.jsonl")
+    assert (code, pictured()) == (0, ["LoRA", "fourier", "sinc"])
+    assert "drawing the pictures of 2 cells" in err
+    assert len(asked) == 4
+    assert study(*SEED, "--import", "results.jsonl")[::2] == (0, "")
+
+
+def test_an_imported_result_whose_drawing_fails_has_no_pictures(home, fake, study, results, runs, monkeypatch):
+    from basisadapt.study.record import record
+
+    monkeypatch.setattr(record, "pictures", lambda title, result: {}[title])
+    code, _, err = study(*SEED, "--import", "results.jsonl", "--output", "report")
+    assert code == 0
+    assert err.count("cannot be drawn: KeyError") == 3
+    assert study("--report", *SEED, "--output", "report")[::2] == (0, "")
+
+
 def test_cells_of_other_options_are_refused(home, fake, study, results):
     code, _, err = study("tiny.yaml", "--seeds", "2", "--import", "results.jsonl")
     assert code == 2

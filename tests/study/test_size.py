@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
@@ -159,6 +160,25 @@ def test_rows_that_differ_in_their_pace_alone_are_planned_once(many, fake, monke
     cells = resolve_tuning(read_spec("many.yaml")).possible_cells
     assert len(engine.plan_cells(cells, None, dry=True)) == 40
     assert planned == ["sinc", "fourier"]
+
+
+def test_numbers_are_written_at_once_as_mlflow_writes_them(home, fake, monkeypatch):
+    record, spec = Record("sqlite:///mlflow.db", "tiny"), read_spec("tiny.yaml")
+    parent, (first, second, *_) = record.begin(spec, {}), resolve(spec).cells
+    result = fake.run(first.config, on_step=lambda *_: None)
+    curves = {"loss": [(1, 2.0), (3, 1.0), (3, 1.5), (2, 4.0), (1, 2.0), (4, float("nan"))]}
+    result = dataclasses.replace(result, curves=curves)
+    run_ids = [record.start(parent, cell) for cell in (first, second)]
+    record.finish(run_ids[0], first, result, {})
+    monkeypatch.setattr(module, "has_tables", lambda _: False)
+    record.finish(run_ids[1], second, result, {})
+    at_once, by_mlflow = (record._client.get_run(run_id).data.metrics for run_id in run_ids)
+    assert at_once == by_mlflow
+    assert (at_once["loss"], len(at_once)) == (1.5, 14)
+    histories = [
+        {(point.step, point.value) for point in record._client.get_metric_history(run_id, "loss")} for run_id in run_ids
+    ]
+    assert histories == [{(1, 2.0), (2, 4.0), (3, 1.0), (3, 1.5)}] * 2
 
 
 def test_the_record_is_read_at_once_as_mlflow_reads_it(home, fake, study, monkeypatch):

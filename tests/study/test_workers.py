@@ -205,8 +205,8 @@ def test_ctrl_c_in_a_search(home, fake, study):
 
 @pytest.fixture
 def driver(home, faking):
-    """A driver with two workers, of which one hangs; killed at the end."""
-    options = faking({("sinc", 1): "hang"})
+    """A driver with two workers, of which one hangs, and the other one's judge in the last cell; killed at the end."""
+    options = faking({("sinc", 1): "hang", ("fourier", 3): "judge hangs"})
     process = Forked([*STUDY, "--workers", "2", *options], stderr=subprocess.PIPE, text=True)
     eventually(lambda: (home / "hanging").exists() or process.poll() is not None)
     yield process
@@ -225,16 +225,18 @@ def test_workers_die_with_their_driver(driver):
     assert not [worker for worker in left if worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE]
 
 
-def test_a_driver_with_workers_is_interrupted_twice(driver, runs):
+def test_a_driver_with_workers_is_interrupted_twice(driver, home, runs):
+    """At the first Ctrl-C, the worker ends whose judge hangs."""
     left = workers_of(driver)
-    eventually(lambda: "[8/9]" in driver.stderr.readline())  # all but the one that hangs
+    eventually((home / "asking").exists)
     driver.send_signal(signal.SIGINT)
     eventually(lambda: "finishing the cells that run" in driver.stderr.readline())
+    eventually(lambda: "fourier, seed 3: its process ended with exit code 130" in driver.stderr.readline())
     assert driver.poll() is None
     driver.send_signal(signal.SIGINT)
     assert driver.wait(300) == 130
     assert not [worker for worker in left if worker.is_running()]
-    assert sorted(states(runs())) == ["finished"] * 8 + ["killed"]
+    assert sorted(states(runs())) == ["finished"] * 7 + ["killed"] * 2
 
 
 def test_cores_and_gpus_are_shared_out(monkeypatch):

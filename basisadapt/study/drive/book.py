@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from traceback import format_exception
 from typing import TYPE_CHECKING
@@ -128,4 +128,4 @@ def missing_cells(cells: Iterable[Cell], outcomes: Mapping[str, Outcome]) -> lis
 
 def draw(cell: Cell, result: RunResult) -> dict[str, bytes]:
     """The pictures of a result, name to PNG file."""
-    return pictures(f"{cell.row}, seed {cell.seed}", asdict(result))
+    return pictures(f"{cell.row}, seed {cell.seed}", vars(result))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from basisadapt.core.command import tell
-from basisadapt.core.errors import InputError, one_line
-from basisadapt.study.drive.book import draw, missing_cells
+from basisadapt.core.errors import InputError
+from basisadapt.diagnostics.drawable import check_drawable
+from basisadapt.study.drive.book import missing_cells
 from basisadapt.study.drive.engine import report_on
 from basisadapt.study.drive.invocation import Invocation
 from basisadapt.study.drive.paths import StudyPaths, check_paths
@@ -50,15 +50,15 @@ def export_cells(tuning: Tuning, place: StudyPaths, path: Path) -> int:
 
 def import_results(
     tuning: Tuning, place: StudyPaths, tags: Mapping[str, str], executor: Executor, paths: Sequence[Path]
-) -> tuple[Report, list[ResultLine]]:
+) -> tuple[Report, list[ResultLine], list[str]]:
     """Enter results that `python -m basisadapt.training` gave, and report; runs nothing.
 
     Cells that are done in the record stay as they are. The files may hold other studies too: a result of another one is
     this one's where its configuration is that of a cell here, and is passed over otherwise; so are this study's of
-    other options, and how many is said. Returns the report, and the lines of cells that failed there, which are not
-    entered: they are still to be run. Raises InputError, before anything is entered, if there are lines of this study
-    and none is of a cell here, a line's configuration is not the one that its key was made from, or a result cannot be
-    drawn.
+    other options, and how many is said. Returns the report; the lines of cells that failed there, which are not
+    entered: they are still to be run; and the runs of the others, whose pictures `draw_pictures` draws. Raises
+    InputError, before anything is entered, if there are lines of this study and none is of a cell here, a line's
+    configuration is not the one that its key was made from, or a result cannot be drawn.
     """
     check_paths(place)
     cells = {cell.key: cell for cell in tuning.possible_cells}
@@ -86,32 +86,32 @@ def import_results(
         tell(f"{len(elsewhere)} of {own} results are of this study with other options, and are passed over")
     recorded = Record.read(place.tracking_uri, tuning.spec.name, tuning.spec.metrics)
     new = [one for key, one in results.items() if key not in recorded or not recorded[key].done]
-    with TemporaryDirectory() as folder:
-        drawn = [(one, _draw(one, Path(folder))) for one in new]
-        with Invocation(tuning.spec, cells.values(), place, tags, executor) as invocation:
-            invocation.enter((one, _pictures(at)) for one, at in drawn)
-            outcomes = invocation.outcomes
-            report = report_on(tuning.choose(outcomes), outcomes)
-            invocation.end(report)
+    for one in new:
+        try:
+            check_drawable(vars(one.result))
+        except ValueError as error:
+            raise InputError(f"the result of cell {one.cell.key} cannot be drawn: {error}") from error
+    with Invocation(tuning.spec, cells.values(), place, tags, executor) as invocation:
+        invocation.enter(new)
+        outcomes = invocation.outcomes
+        report = report_on(tuning.choose(outcomes), outcomes)
+        invocation.end(report)
     done = {key for key, outcome in outcomes.items() if outcome.done}
-    return report, [line for key, line in failed.items() if key not in done]
+    return (
+        report,
+        [line for key, line in failed.items() if key not in done],
+        [outcomes[key].run_id for key in results if key in done],
+    )
 
 
-def _draw(one: Imported, folder: Path) -> Path:
-    """Draw the pictures of a result into a folder of its own. Raises InputError where that cannot be done."""
-    at = folder / one.cell.key
-    at.mkdir()
-    try:
-        drawn = draw(one.cell, one.result)
-    except Exception as error:  # whatever stands in the place of curves and spectra
-        raise InputError(f"the result of cell {one.cell.key} cannot be drawn: {one_line(error)}") from error
-    for name, content in drawn.items():
-        (at / name).write_bytes(content)
-    return at
-
-
-def _pictures(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def draw_pictures(place: StudyPaths, study: str, run_ids: Sequence[str]) -> None:
+    """Draw the pictures of runs that have none, which takes long beside entering them. A later call goes on."""
+    record = Record(place.tracking_uri, study)
+    undrawn = record.undrawn(run_ids)
+    if undrawn:
+        tell(f"drawing the pictures of {len(undrawn)} cells; Ctrl-C leaves them to the next --import")
+    for run_id in undrawn:
+        record.pictures(run_id)
 
 
 def _numbered(paths: Sequence[Path]) -> Iterator[tuple[Path, int, ResultLine]]:

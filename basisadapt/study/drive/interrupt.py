@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -15,12 +15,13 @@ from basisadapt.core.command import tell
 class Interrupt:
     """A context manager, in which Ctrl-C and SIGTERM raise KeyboardInterrupt: at once, or at the end of what is `held`,
     unless another one comes until then. While cells run, which is `patient`, the first Ctrl-C asks for an end after
-    them. Outside of the main thread, where Python lets no one listen, it changes nothing.
+    them, and `finish` is called. Outside of the main thread, where Python lets no one listen, it changes nothing.
 
     asked: whether a patient one has come.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, finish: Callable[[], None] = lambda: None) -> None:
+        self._finish = finish
         self.asked = False
         self._patient = self._held = self._late = False
         self._before: dict[int, Any] = {}
@@ -62,6 +63,7 @@ class Interrupt:
         if self._patient and not self.asked:
             self.asked = True
             tell("\nfinishing the cells that run; Ctrl-C again stops now")
+            self._finish()
         else:
             self._now(number, frame)
 

@@ -46,7 +46,7 @@ class Invocation:
         if place.output is not None:
             make_folder(place.output)
         self._spec, self._place, self._executor = spec, place, executor
-        self._interrupt = Interrupt()
+        self._interrupt = Interrupt(executor.finish)
         self._ended = False
         self._trials = Trials(place.optuna_url, spec.name, parameter_values(spec, cells))
         self._record = Record(place.tracking_uri, spec.name, spec.metrics)
@@ -103,24 +103,22 @@ class Invocation:
         self._book.close_orphans()
         return self._record.outcomes(cells)
 
-    def enter(self, results: Iterable[tuple[Imported, Mapping[str, bytes]]]) -> None:
-        """Record what was run elsewhere, with its pictures, as if it had been here; what is at work stays as it is.
+    def enter(self, results: Sequence[Imported]) -> None:
+        """Record what was run elsewhere as if it had been here, without pictures; what is at work stays as it is.
 
         Ctrl-C ends it after a result, whole.
         """
-        cells = []
-        for one, drawn in results:
+        for one in results:
             with self._interrupt.held():
-                self._enter(one, drawn)
-            cells.append(one.cell)
-        self._trials.follow(cells, self.outcomes)
+                self._enter(one)
+        self._trials.follow([one.cell for one in results], self.outcomes)
 
-    def _enter(self, one: Imported, drawn: Mapping[str, bytes]) -> None:
+    def _enter(self, one: Imported) -> None:
         run_id = self._record.start(self.run_id, one.cell, lambda: tell(waiting_for(one.cell)), one)
         if run_id is None:
             return
         try:
-            self._record.finish(run_id, one.cell, one.result, drawn, one)
+            self._record.finish(run_id, one.cell, one.result, {}, one)
         except Exception:
             with suppress(*store_errors()):
                 self._record.close(run_id, "killed")

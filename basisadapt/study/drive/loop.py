@@ -79,10 +79,15 @@ class Loop:
             self._progress.end(cell, said, ended.result)
 
     def _wait(self) -> None:
-        """Wait for a cell to end, or its process to die: then it waits again, or has failed if it did before."""
+        """Wait for a cell to end, or its process to die: then it waits again, or has failed if it did before.
+
+        After a Ctrl-C it does neither.
+        """
         end = self._executor.wait(self._progress.step)
         if isinstance(end, Ended):
             self._over.append(end)
+        elif self._interrupt.asked:
+            self._progress.cut_off(self._book.cut_off(end.key, end.reason), end.reason)
         elif end.key in self._once_cut_off:
             self._over.append(Ended(end.key, error=f"{end.reason}, twice"))
         else:

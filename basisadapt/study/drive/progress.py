@@ -97,6 +97,11 @@ class Progress:
         del self._running[cell.key]
         self._say(f"{_name(cell)}: {reason}; it is tried once more")
 
+    def cut_off(self, cell: Cell, reason: str) -> None:
+        """A cell was cut off for `reason` as the study ends."""
+        del self._running[cell.key]
+        self._say(f"{_name(cell)}: {reason}")
+
     def end(self, cell: Cell, shown: str, result: RunResult | None) -> None:
         """A cell has come to its end, with a result or none: tell where its row stands, and how long the rest takes."""
         seconds = time.monotonic() - self._running.pop(cell.key).began

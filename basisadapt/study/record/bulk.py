@@ -1,24 +1,27 @@
-"""All runs of an experiment, read from MLflow's tables at once, for its client makes an object of every number.
+"""MLflow's tables, read and written at once: its client makes an object of every number, of which a run has thousands.
 
 What is left out is what no table of a study shows: the numbers of single modules and curves, whose names have a slash,
-but for those that are asked for, and notes. MLflow's client gives the same where there is a server before the tables.
+but for those that are asked for, and notes. MLflow's client does the same where there is a server before the tables.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from basisadapt.study.record.stores import absolute
 
 if TYPE_CHECKING:
-    from sqlalchemy import BindParameter
+    from sqlalchemy import BindParameter, Engine
 
 ACTIVE = "run_uuid IN (SELECT run_uuid FROM runs WHERE experiment_id = :experiment AND lifecycle_stage = 'active')"
 RUNS = f"SELECT run_uuid, status, start_time, end_time FROM runs WHERE {ACTIVE} ORDER BY start_time DESC, run_uuid"
 TAGS = f"SELECT run_uuid, key, value FROM tags WHERE {ACTIVE} AND key != 'mlflow.note.content'"
-METRICS = f"SELECT run_uuid, key, value FROM latest_metrics WHERE {ACTIVE} AND is_nan = :no"
+NUMBERS = f"SELECT run_uuid, key, value FROM latest_metrics WHERE {ACTIVE} AND is_nan = :no"
+
+COLUMNS = "(run_uuid, key, value, timestamp, step, is_nan) VALUES (:run, :key, :value, :now, :step, :no)"
+POINTS, LATEST = (f"INSERT INTO {table} {COLUMNS}" for table in ("metrics", "latest_metrics"))
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,11 @@ def has_tables(tracking_uri: str) -> bool:
 def read_runs(tracking_uri: str, experiment_id: str, metrics: Collection[str], headline: str) -> list[StoredRun]:
     """The active runs of an experiment, latest first. metrics: names with a slash that are wanted too, as are those
     in the tag called `headline`."""
-    from sqlalchemy import bindparam, create_engine, text
-    from sqlalchemy.pool import NullPool
+    from sqlalchemy import bindparam, text
 
-    engine = create_engine(absolute(tracking_uri), poolclass=NullPool)
+    engine = _engine(tracking_uri)
     shown: BindParameter[str] = bindparam("wanted", expanding=True)
-    numbers = text(f"{METRICS} AND (key NOT LIKE '%/%' OR key IN :wanted)").bindparams(shown)
+    numbers = text(f"{NUMBERS} AND (key NOT LIKE '%/%' OR key IN :wanted)").bindparams(shown)
     known: dict[Any, Any] = {}  # of equal texts, one is kept
     of: Mapping[str, Any] = {"experiment": int(experiment_id)}
     with engine.connect().execution_options(yield_per=1000) as connection:  # rows at a time: one by one is slow
@@ -76,3 +78,32 @@ def read_runs(tracking_uri: str, experiment_id: str, metrics: Collection[str], h
             if run_id in runs:
                 runs[run_id].data.metrics[known.setdefault(key, key)] = value
     return list(runs.values())
+
+
+def write_points(tracking_uri: str, run_id: str, points: Iterable[tuple[str, float, int]], now: int) -> None:
+    """Add all numbers of a run that has none: (name, finite value, step), at the time `now` in milliseconds since 1970.
+
+    What MLflow shows of a name is its value at the last step, the largest if there are several.
+    """
+    from sqlalchemy import text
+
+    rows = {
+        point: {"run": run_id, "key": point[0], "value": point[1], "step": point[2], "now": now, "no": False}
+        for point in points
+    }
+    latest: dict[str, dict[str, Any]] = {}
+    for name, value, step in sorted(rows, key=lambda point: (point[2], point[1])):
+        latest[name] = rows[name, value, step]
+    if rows:
+        with _engine(tracking_uri).begin() as connection:
+            connection.execute(text(POINTS), [*rows.values()])
+            connection.execute(text(LATEST), [*latest.values()])
+
+
+def _engine(tracking_uri: str) -> Engine:
+    from sqlalchemy import create_engine
+    from sqlalchemy.pool import NullPool
+
+    # Of two drivers that write to one file, one waits for the other.
+    patience = {"timeout": 60} if tracking_uri.startswith("sqlite") else {}
+    return create_engine(absolute(tracking_uri), poolclass=NullPool, connect_args=patience)

@@ -31,11 +31,12 @@ class RedactingClient:
 def _cleared(value: Any) -> Any:
     from mlflow.entities import Metric, Param, RunTag
 
-    if isinstance(value, list):
-        return [_cleared(item) for item in value]
-    if isinstance(value, Param | RunTag):
-        return type(value)(redacted(value.key), redacted(value.value))
-    return value if isinstance(value, Metric) else redacted(value)
+    if isinstance(value, list) and value and isinstance(value[0], Metric):
+        return value
+    if isinstance(value, list) and value and isinstance(value[0], Param | RunTag):
+        texts = redacted([(one.key, one.value) for one in value])  # at once: each time all secrets are gathered
+        return [type(one)(*text) for one, text in zip(value, texts, strict=True)]
+    return redacted(value)
 
 
 @contextmanager

@@ -9,13 +9,16 @@ import time
 import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from basisadapt.core.command import tell
+from basisadapt.core.errors import one_line
+from basisadapt.diagnostics.figures import pictures
 from basisadapt.study.outcome import Outcome
-from basisadapt.study.record.bulk import has_tables, read_runs
+from basisadapt.study.record.bulk import has_tables, read_runs, write_points
 from basisadapt.study.record.client import open_client
 from basisadapt.study.record.content import parameters_of, points_of
 from basisadapt.study.record.notes import cell_note, guide
@@ -33,6 +36,7 @@ from basisadapt.study.record.runs import (
     ROW,
     STATUS,
     TERMINAL,
+    UNDRAWN,
     WARNINGS,
     precedence,
     read_run,
@@ -186,7 +190,8 @@ class Record:
         tags = {"mlflow.parentRunId": parent, CELL: cell.key, ROW: limited(cell.row), **signature()}
         began = None
         if imported is not None:
-            tags[HOST], began = limited(imported.host), int(imported.began * 1000)
+            tags |= {HOST: limited(imported.host), UNDRAWN: "true"}
+            began = int(imported.began * 1000)
         name = clean(f"{cell.row} seed {cell.seed}")
         run = self._client.create_run(self.experiment_id, start_time=began, tags=tags, run_name=name)
         run_id = str(run.info.run_id)
@@ -243,24 +248,21 @@ class Record:
         run_id: str,
         cell: Cell,
         result: RunResult,
-        pictures: Mapping[str, bytes],
+        drawn: Mapping[str, bytes],
         imported: Imported | None = None,
         adapter: Path | None = None,
     ) -> None:
         """Write a result whole, then mark the run as done: a kill on the way leaves a cell to run.
 
-        pictures: name to PNG file. adapter: a folder to be kept with the run. Raises InputError for a finished result
+        drawn: name to PNG file. adapter: a folder to be kept with the run. Raises InputError for a finished result
         without its headline metric, and LostRunError.
         """
-        from mlflow.entities import Metric, RunTag
+        from mlflow.entities import RunTag
 
         check_score(result)
         if self._client.get_run(run_id).info.status != "RUNNING":
             raise LostRunError(run_id)
-        now = int(time.time() * 1000)
-        points = [(name, value, now, step) for name, value, step in points_of(result)]
-        for batch in batches([Metric(*point) for point in points if is_number(point[1])], METRICS):
-            self._client.log_batch(run_id, metrics=batch)
+        self._write_points(run_id, [point for point in points_of(result) if is_number(point[1])])
         tags = {
             HEADLINE: clean(result.headline),
             WARNINGS: warnings_text(result.warnings),
@@ -272,8 +274,8 @@ class Record:
         }
         self._client.log_batch(run_id, tags=[RunTag(clean(name), limited(value)) for name, value in tags.items()])
         with tempfile.TemporaryDirectory() as folder:
-            whole = json.dumps({"config": cell.config.to_mapping(), **asdict(result)})
-            for name, content in {"result.json": whole.encode(), **pictures}.items():
+            whole = json.dumps({"config": cell.config.to_mapping(), **vars(result)})
+            for name, content in {"result.json": whole.encode(), **drawn}.items():
                 (Path(folder) / name).write_bytes(content)
             self._client.log_artifacts(run_id, folder)
         if adapter is not None:
@@ -284,6 +286,16 @@ class Record:
                 self._client.set_experiment_tag(self.experiment_id, f"mlflow.experiment.primaryMetric.{name}", value)
             self._primary = result.headline
         self.close(run_id, result.status, ended=imported.ended if imported else None)
+
+    def _write_points(self, run_id: str, points: Sequence[tuple[str, float, int]]) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        if has_tables(self.tracking_uri):
+            write_points(self.tracking_uri, run_id, points, now)
+            return
+        for batch in batches([Metric(name, value, now, step) for name, value, step in points], METRICS):
+            self._client.log_batch(run_id, metrics=batch)
 
     def fail(self, run_id: str, error: str, traceback: str = "") -> None:
         """Record a cell that failed."""
@@ -313,15 +325,41 @@ class Record:
             self.close(run_id, "killed", reason)
 
     def pictures(self, run_id: str) -> dict[str, bytes]:
-        """The PNG files of a run, name to content; empty where its files cannot be read any more."""
-        from mlflow.exceptions import MlflowException
+        """The PNG files of a run, name to content; empty where its files cannot be read any more.
 
+        Those of a run that was imported are drawn when they are asked for, from its result, and kept with it.
+        """
+        try:
+            tags = self._client.get_run(run_id).data.tags
+            if UNDRAWN in tags:
+                return self._draw(run_id, tags.get(ROW, ""))
+            names = sorted(file.path for file in self._client.list_artifacts(run_id))
+            return {name: self._file(run_id, name) for name in names if name.endswith(".png")}
+        except store_errors():
+            return {}
+
+    def undrawn(self, run_ids: Collection[str]) -> list[str]:
+        """Those of the runs whose pictures are still to be drawn."""
+        return [run.info.run_id for run in self._runs(f"tags.`{UNDRAWN}` = 'true'") if run.info.run_id in run_ids]
+
+    def _draw(self, run_id: str, row: str) -> dict[str, bytes]:
+        """Draw a run's pictures, and keep them with it where that can be done; what cannot be drawn has none."""
+        result = json.loads(self._file(run_id, "result.json"))
+        title = f"{row}, seed {result['config']['seed']}"
+        try:
+            drawn = pictures(title, result)
+        except Exception as error:  # whatever stands in the place of curves and spectra
+            tell(f"{title} (run {run_id}) cannot be drawn: {one_line(error)}")
+            drawn = {}
+        with suppress(*store_errors()), tempfile.TemporaryDirectory() as folder:
+            write_into(Path(folder), drawn)
+            self._client.log_artifacts(run_id, folder)
+            self._client.delete_tag(run_id, UNDRAWN)  # last: after a kill they are drawn again
+        return drawn
+
+    def _file(self, run_id: str, name: str) -> bytes:
         with tempfile.TemporaryDirectory() as folder:
-            try:
-                files = Path(self._client.download_artifacts(run_id, "", folder))
-            except (OSError, MlflowException):
-                return {}
-            return {path.name: path.read_bytes() for path in sorted(files.glob("*.png"))}
+            return Path(self._client.download_artifacts(run_id, name, folder)).read_bytes()
 
     def compare_path(self, run_ids: Sequence[str]) -> str | None:
         """The page of MLflow's UI that compares these runs, from the root of its address; None of too many for one."""

@@ -25,6 +25,7 @@ ENVIRONMENT, DATA = "environment.", "data."
 CLAIMED = "basisadapt.claimed"  # its driver knows that no other has the cell
 ALIVE = "basisadapt.alive"  # when its driver was last known to live, in seconds since 1970
 HOST = "basisadapt.imported_from"  # the machine that computed what is imported
+UNDRAWN = "basisadapt.undrawn"  # the pictures of what is imported are still to be drawn
 ACCUMULATE = "basisadapt.accumulate"  # how many smaller batches made up a batch, where memory asked for it
 
 

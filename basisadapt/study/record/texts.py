@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -17,6 +18,7 @@ NAME_LIMIT = 250  # of metrics, parameters and tags
 METRICS, PARAMETERS = 900, 90  # in one call, likewise
 
 
+@functools.lru_cache(maxsize=1 << 14)  # the modules of one study's cells have the same names
 def clean(name: str) -> str:
     """`name` as MLflow allows it: letters, digits and _-. :/, a path without detours; another is cut and numbered."""
     words = " ".join(re.sub(r"[^\w\-. :/]+", " ", name).split())

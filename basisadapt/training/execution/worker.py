@@ -15,6 +15,7 @@ import sys
 import threading
 from typing import Any, NoReturn
 
+from basisadapt.core.command import INTERRUPTED
 from basisadapt.core.registry import load_plugin
 from basisadapt.training.config import RunConfig
 from basisadapt.training.execution.compute import compute
@@ -35,6 +36,7 @@ def serve(settings: JobSettings) -> NoReturn:
         out.flush()
 
     _die_with_the_parent()
+    signal.signal(signal.SIGINT, lambda *_: None)  # the driver's Ctrl-C: only who waits for a judge takes it up
     for plugin in settings.plugins:
         load_plugin(plugin)
     told: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -43,7 +45,10 @@ def serve(settings: JobSettings) -> NoReturn:
         values = json.loads(told.get())
         job = Job(values["key"], RunConfig.from_mapping(values["config"]))
         say("began", job.key)
-        ended = compute(job, settings, lambda key, step, total: say("step", key, step=step, total=total))
+        try:
+            ended = compute(job, settings, lambda key, step, total: say("step", key, step=step, total=total))
+        except KeyboardInterrupt:
+            os._exit(INTERRUPTED)
         say("ended", job.key, **end_to_mapping(ended))
 
 

@@ -100,6 +100,12 @@ class Workers(Executor):
                 worker.job = worker.deadline = None
                 return end_from_mapping(said["key"], said)
 
+    def finish(self) -> None:
+        """Pass a Ctrl-C on to the processes at work, which end where a judge hangs (`tasks.asking`)."""
+        for worker in self._workers:
+            if worker.at_work:  # before, it does not know what to do with it
+                worker.process.send_signal(signal.SIGINT)
+
     def stop(self) -> None:
         """Kill every process."""
         for worker in list(self._workers):
