@@ -32,7 +32,7 @@ from basisadapt.study.plan.cells import resolve
 from basisadapt.study.plan.spec import StudySpec
 from basisadapt.study.report.report import make_report
 from basisadapt.study.report.table import build_table
-from basisadapt.study.report.text import grids
+from basisadapt.study.report.text_tables import text_tables
 from basisadapt.training import attach, plan, run
 from basisadapt.training.config import RunConfig
 
@@ -447,7 +447,7 @@ def test_smollm2_on_commonsense_end_to_end(data_dir, method):
 
 def test_a_table_says_what_the_backbone_is():
     spec = StudySpec(name="one", title="One", question="", sweep={"backbone": ["minilm", "smollm2-135m"]})
-    (grid,) = grids(make_report(build_table(resolve(spec), {})))
+    (grid,) = text_tables(make_report(build_table(resolve(spec), {})))
     said = [note for note in grid.notes if note.startswith("Backbone")]
     assert said == ["Backbone smollm2-135m: the weights are a 4-bit rounding of the original ones."]
 
@@ -689,14 +689,14 @@ def test_a_table_says_what_the_runs_said_of_the_backbone(own):
     """Wherever it is made, and whatever weights are at hand there."""
     spec = StudySpec(name="one", title="One", question="", sweep={"backbone": ["mine", "minilm"]})
     table = build_table(resolve(spec), {})
-    assert not [note for note in grids(make_report(table))[0].notes if note.startswith("Backbone")]
+    assert not [note for note in text_tables(make_report(table))[0].notes if note.startswith("Backbone")]
     outcome = Outcome("run", "key", "finished", "accuracy", {"accuracy": 0.5}, (), "")
     runs = {
         seed: dataclasses.replace(outcome, data={"backbone": note})
         for seed, note in zip(table.lines[0].seeds, ("one rounding", "another", "one rounding"), strict=True)
     }
     lines = (dataclasses.replace(table.lines[0], outcomes=runs), *table.lines[1:])
-    (grid,) = grids(make_report(dataclasses.replace(table, lines=lines)))
+    (grid,) = text_tables(make_report(dataclasses.replace(table, lines=lines)))
     said = [note for note in grid.notes if note.startswith("Backbone")]
     assert said == ["Backbone mine: one rounding.", "Backbone mine: another."]
 

@@ -102,6 +102,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    """The options in the order of --help, group by group."""
     parser = Parser(
         prog="python -m basisadapt.study",
         description="Run the cells that a study has not recorded yet. Then print its table beside the published one,\n"
@@ -109,6 +110,23 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    _add_actions(parser)
+    _add_settings(parser)
+    _add_search(parser)
+    _add_stores(parser)
+    add_job_options(parser)
+    _add_ray(parser)
+    _add_exchange(parser)
+    _add_adapters(parser)
+    parser.add_argument(
+        "--ui", action="store_true", help="serve MLflow's UI for the record at 127.0.0.1 until Ctrl-C; needs no NAME"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an input error")
+    parser.add_argument("--version", action="version", version=f"basisadapt {__version__}")
+    return parser
+
+
+def _add_actions(parser: argparse.ArgumentParser) -> None:
     name = parser.add_argument(
         "name", nargs="?", metavar="NAME", help="a study that --list shows, or the path of a YAML file"
     )
@@ -127,6 +145,9 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="print one JSON document on stdout, and nothing else: after a run, or with --list, --dry-run or --report",
     )
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set",
         action="append",
@@ -139,6 +160,9 @@ def _parser() -> argparse.ArgumentParser:
         "--preset", choices=specs.PRESETS, default="quick", help="the size of the runs (default: quick)"
     )
     parser.add_argument("--seeds", metavar="N,N,...", help="seeds to use instead of the study's")
+
+
+def _add_search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--search",
         choices=SAMPLERS,
@@ -154,6 +178,9 @@ def _parser() -> argparse.ArgumentParser:
         help="propose K trials together (default: 1), so that their cells can run at once; the sampler sees their "
         "values when all K have ended",
     )
+
+
+def _add_stores(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output",
         type=Path,
@@ -167,7 +194,9 @@ def _parser() -> argparse.ArgumentParser:
         help="MLflow's store (default: MLFLOW_TRACKING_URI if it is set, else sqlite:///mlflow.db)",
     )
     parser.add_argument("--storage", metavar="URL", help="Optuna's store (default: optuna.db beside MLflow's file)")
-    add_job_options(parser)
+
+
+def _add_ray(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ray",
         metavar="ADDRESS",
@@ -179,6 +208,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--gpus-per-cell", type=float, metavar="G", help="GPUs likewise (default: 0); 0.25 lets four cells share one"
     )
+
+
+def _add_exchange(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--export",
         type=Path,
@@ -194,6 +226,9 @@ def _parser() -> argparse.ArgumentParser:
         help="enter the results of exported cells into the record, and report; runs nothing. Results of other studies "
         "also count for cells of the same configuration",
     )
+
+
+def _add_adapters(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--save-adapters",
         action="store_true",
@@ -205,12 +240,6 @@ def _parser() -> argparse.ArgumentParser:
         help="merge the adapter of a run, by its id in MLflow or its folder, into its backbone and write the model, "
         "which transformers loads without this package, to --output DIR; needs no NAME",
     )
-    parser.add_argument(
-        "--ui", action="store_true", help="serve MLflow's pages of the record at 127.0.0.1 until Ctrl-C; needs no NAME"
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an input error")
-    parser.add_argument("--version", action="version", version=f"basisadapt {__version__}")
-    return parser
 
 
 def _run(options: argparse.Namespace, command: str) -> Answer:
@@ -403,7 +432,7 @@ def _plans(tuning: Tuning, place: StudyPaths, executor: Executor) -> Answer:
     from basisadapt.study.drive.estimate import estimate_time
     from basisadapt.study.record.record import Record
     from basisadapt.study.report.documents import plan_document
-    from basisadapt.study.report.preview import to_preview
+    from basisadapt.study.report.preview import Preview, to_preview
 
     outcomes = Record.read(place.tracking_uri, tuning.spec.name, tuning.spec.metrics)
     tuned = tuning.choose(outcomes)
@@ -416,8 +445,8 @@ def _plans(tuning: Tuning, place: StudyPaths, executor: Executor) -> Answer:
         print(estimate, file=sys.stderr)
     expected = asdict(estimate) if estimate else None
     downloads = engine.downloads(cells, outcomes, place.data_dir)
-    text = to_preview(tuning.spec, cells, plans, states, downloads)
-    return Answer(text, lambda: plan_document(tuning.spec, cells, plans, states, downloads, expected))
+    preview = Preview(tuning.spec, cells, plans, states, downloads)
+    return Answer(to_preview(preview), lambda: plan_document(preview, expected))
 
 
 def _report(report: Report, place: StudyPaths) -> Answer:

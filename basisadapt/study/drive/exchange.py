@@ -1,4 +1,4 @@
-"""Cells that travel: a study's missing cells as a file for `python -m basisadapt.training`, and its results back."""
+"""Export of a study's missing cells to a file for `python -m basisadapt.training`, and import of its results."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from basisadapt.training.execution.lines import (
 
 
 def export_cells(tuning: Tuning, place: StudyPaths, path: Path) -> int:
-    """Write the cells that the record lacks to a file, a line each. Returns how many; records nothing.
+    """Write the missing cells to a file, one per line. Returns their number; records nothing.
 
-    Of a row that is still to be tuned these are its trials. Raises InputError if the file cannot be written, or holds
+    For a row that is not tuned yet, these are its trials. Raises InputError if the file cannot be written, or holds
     something else.
     """
     outcomes = Record.read(place.tracking_uri, tuning.spec.name, tuning.spec.metrics)
