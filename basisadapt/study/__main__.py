@@ -55,7 +55,12 @@ same command resumes)."""
 
 
 class Answer(NamedTuple):
-    """What a call has to say: a text, the same for --json as a function of nothing, and the exit code."""
+    """The output of a call.
+
+    text: for a terminal.
+    document: returns the same for --json.
+    code: the exit code. Default DONE.
+    """
 
     text: str
     document: Callable[[], Any]
@@ -76,7 +81,7 @@ def main(arguments: list[str]) -> int:
 
             serve(options.tracking_uri)
             return DONE
-        # What plug-ins and libraries print must not get into the document.
+        # Output of plug-ins and libraries must not mix with the document.
         with redirect_stdout(sys.stderr) if options.json else nullcontext():
             answer = _run(options, command)
         say(json.dumps(answer.document(), indent=2, allow_nan=False) if options.json else answer.text)
@@ -87,17 +92,17 @@ def main(arguments: list[str]) -> int:
         print_error(error)
         return BAD_INPUT
     except RecordError as error:
-        print_error(f"{error}. What is recorded stays; to go on: {command}")
+        print_error(f"{error}. The record is kept; to resume: {command}")
         return HAS_FAILURES
     except KeyboardInterrupt:
-        print(f"\nInterrupted. What is finished is kept; to go on: {command}", file=sys.stderr)
+        print(f"\nInterrupted. Finished cells are kept; to resume: {command}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         from basisadapt.study.record.stores import is_stores_fault, record_error
 
         if isinstance(error, OSError) or not is_stores_fault(error):
             raise
-        print_error(f"{record_error(error)}. What is recorded stays; to go on: {command}")
+        print_error(f"{record_error(error)}. The record is kept; to resume: {command}")
         return HAS_FAILURES
 
 
@@ -272,7 +277,7 @@ def _run(options: argparse.Namespace, command: str) -> Answer:
 def _answer(
     study_spec: specs.StudySpec, place: StudyPaths, executor: Executor, options: argparse.Namespace, command: str
 ) -> Answer:
-    """What is asked of a study, done."""
+    """Do what the options ask of a study."""
     from basisadapt.study.drive import engine
 
     tags = {"basisadapt.command": command, "basisadapt.preset": options.preset}
@@ -302,7 +307,7 @@ def _answer(
 
 
 def _check_together(options: argparse.Namespace) -> None:
-    """Raise InputError for options that say too little or too much together."""
+    """Raise InputError for options that are incomplete or do not go together."""
     if options.merge is not None:
         if options.name is not None or options.report is not None or options.output is None:
             raise InputError("--merge RUN goes with --output DIR, and with no NAME")
@@ -348,7 +353,7 @@ def _export(tuning: Tuning, place: StudyPaths, options: argparse.Namespace, comm
 
 
 def _without(words: Sequence[str], option: str) -> list[str]:
-    """A command without an option that takes a value; its name may be cut short."""
+    """A command without an option and its value. The option may be abbreviated."""
     for at, word in enumerate(words):
         name, separate, _ = word.partition("=")
         if len(name) > 2 and option.startswith(name):
@@ -361,7 +366,7 @@ def _import(tuning: Tuning, place: StudyPaths, tags: dict[str, str], executor: E
 
     report, failed = import_results(tuning, place, tags, executor, paths)
     for line in failed:
-        print(f"not entered: {line.row}, seed {line.config['seed']}, which failed: {line.error}", file=sys.stderr)
+        print(f"not entered: {line.row}, seed {line.config['seed']}, it failed: {line.error}", file=sys.stderr)
     answer = _report(report, place)
     return answer._replace(code=HAS_FAILURES) if failed else answer
 

@@ -403,7 +403,7 @@ def test_a_folder_that_cannot_be_written_is_not_blamed_on_the_record(home, fake,
         patch.setattr(Path, "write_bytes", full)
         code, _, err = study("tiny.yaml", "--seeds", "1", "--output", "out")
     assert code == 1
-    assert "error: --output 'out' cannot be written: No space left on device. What is recorded stays; to go on:" in err
+    assert "error: --output 'out' cannot be written: No space left on device. The record is kept; to resume:" in err
 
 
 def test_a_copy_that_fails_names_what_was_not_written():

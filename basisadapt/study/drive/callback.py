@@ -53,4 +53,4 @@ class Callbacks:
                 callback.on_end(cell, result, error)
             except Exception as reason:  # a user's code may raise anything
                 self._callbacks.remove(callback)
-                tell(f"{type(callback).__name__} is told no more: {one_line(reason)}")
+                tell(f"{type(callback).__name__} is not called again: {one_line(reason)}")

@@ -51,14 +51,16 @@ def export_cells(tuning: Tuning, place: StudyPaths, path: Path) -> int:
 def import_results(
     tuning: Tuning, place: StudyPaths, tags: Mapping[str, str], executor: Executor, paths: Sequence[Path]
 ) -> tuple[Report, list[ResultLine]]:
-    """Enter results that `python -m basisadapt.training` gave, and report; runs nothing.
+    """Enter the results of `python -m basisadapt.training` into the record, and report; runs nothing.
 
-    Cells that are done in the record stay as they are. The files may hold other studies too: a result of another one is
-    this one's where its configuration is that of a cell here, and is passed over otherwise; so are this study's of
-    other options, and how many is said. Returns the report, and the lines of cells that failed there, which are not
-    entered: they are still to be run. Raises InputError, before anything is entered, if there are lines of this study
-    and none is of a cell here, a line's configuration is not the one that its key was made from, or a result cannot be
-    drawn.
+    tags: tags of the invocation's MLflow run.
+    paths: files of results; they may hold other studies too.
+
+    A cell that is done in the record stays as it is. A result of another study counts for a cell of the same
+    configuration, and is skipped otherwise. Results of this study with other options are skipped and counted on stderr.
+    Returns the report, and the lines of cells that failed, which are not entered and still to be run.
+    Raises InputError before anything is entered: if the files have lines of this study but of no cell with these
+    options, if the configuration of a line does not match its key, or if a result cannot be plotted.
     """
     check_paths(place)
     cells = {cell.key: cell for cell in tuning.possible_cells}
@@ -98,12 +100,12 @@ def import_results(
 
 
 def _draw(one: Imported, folder: Path) -> Path:
-    """Draw the pictures of a result into a folder of its own. Raises InputError where that cannot be done."""
+    """Draw the pictures of a result into a folder of their own. Raises InputError if they cannot be drawn."""
     at = folder / one.cell.key
     at.mkdir()
     try:
         drawn = draw(one.cell, one.result)
-    except Exception as error:  # whatever stands in the place of curves and spectra
+    except Exception as error:  # curves and spectra of a file may be anything
         raise InputError(f"the result of cell {one.cell.key} cannot be drawn: {one_line(error)}") from error
     for name, content in drawn.items():
         (at / name).write_bytes(content)
@@ -121,9 +123,9 @@ def _numbered(paths: Sequence[Path]) -> Iterator[tuple[Path, int, ResultLine]]:
 
 
 def _cell_of(line: ResultLine, cells: Mapping[str, Cell], study: str) -> Cell | None:
-    """The study's cell that a line is of; None if it is none of these.
+    """The cell of a line; None if the study has no such cell. Raises InputError if its configuration was changed.
 
-    The line's key is that of its configuration as it was written. Settings that have come since are at their defaults.
+    The key of a line is that of its configuration as written. Newer settings are at their defaults.
     """
     here = Cell(study, line.row, RunConfig.from_mapping(line.config))
     key = cell_key(line.study, line.config)

@@ -98,7 +98,7 @@ class Progress:
     def again(self, cell: Cell, reason: str) -> None:
         """A cell whose process died for `reason` is queued again."""
         del self._running[cell.key]
-        self._say(f"{_name(cell)}: {reason}; it is tried once more")
+        self._say(f"{_name(cell)}: {reason}; retrying once")
 
     def end(self, cell: Cell, shown: str, result: RunResult | None) -> None:
         """A cell has ended: print its row's difference and the remaining time. result: None if it failed."""
@@ -109,7 +109,7 @@ class Progress:
     def lost(self, cell: Cell) -> None:
         """Another process has closed a cell's run, after no heartbeat for too long."""
         del self._running[cell.key]
-        self._say(f"{_name(cell)}: another process took this one for dead, and the cell over")
+        self._say(f"{_name(cell)}: another process took this one for dead and has the cell now")
 
     def wait(self, cell: Cell) -> None:
         """Wait until another process claims, gives up or finishes a cell."""
