@@ -366,7 +366,7 @@ def _import(tuning: Tuning, place: StudyPaths, tags: dict[str, str], executor: E
 
     report, failed = import_results(tuning, place, tags, executor, paths)
     for line in failed:
-        print(f"not entered: {line.row}, seed {line.config['seed']}, it failed: {line.error}", file=sys.stderr)
+        print(f"not entered: {line.row}, seed {line.config['seed']}, which failed: {line.error}", file=sys.stderr)
     answer = _report(report, place)
     return answer._replace(code=HAS_FAILURES) if failed else answer
 
