@@ -1,4 +1,4 @@
-"""Draw bases, yours too: `python -m basisadapt.gallery FILE [BASIS ...] --plugin my_bases.py`."""
+"""Plot bases, including your own: `python -m basisadapt.gallery FILE [BASIS ...] --plugin my_bases.py`."""
 
 from __future__ import annotations
 

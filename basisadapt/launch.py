@@ -1,4 +1,4 @@
-"""Run a program that knows peft, but not us, such as lm-eval: `python -m basisadapt.launch lm_eval ARGUMENTS`."""
+"""Run a program that uses peft alone, such as lm-eval: `python -m basisadapt.launch lm_eval ARGUMENTS`."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ A program that imports basisadapt itself needs none of this."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Import what registers our methods, then run a module as `python -m` does, in this process.
+    """Register our methods with peft, then run a module in this process, as `python -m` does.
 
-    Returns 2, the exit code of bad input, where the module or a plug-in cannot be found; otherwise the module ends as
-    it ends when it is run alone.
+    Returns 2, the exit code of bad input, if the module or a plug-in cannot be found. Otherwise the module ends as it
+    does alone.
     """
     try:
         options = _parser().parse_args(arguments)

@@ -1,4 +1,4 @@
-"""Have saved answers to MT-Bench judged again: `python -m basisadapt.mt_bench FILE --data-dir DIR`."""
+"""Judge saved answers to MT-Bench again: `python -m basisadapt.mt_bench FILE --data-dir DIR`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> int:
         print_error(error)
         return BAD_INPUT
     except KeyboardInterrupt:
-        print("\nInterrupted. Judgements so far are kept; the same command goes on.", file=sys.stderr)
+        print("\nInterrupted. Finished judgments are kept; the same command resumes.", file=sys.stderr)
         return INTERRUPTED
     return DONE
 

@@ -1,4 +1,4 @@
-"""Where a nonlinearity pays, read off the update between two checkpoints: `python -m basisadapt.spectra BASE TUNED`."""
+"""Where a nonlinearity helps, by the update between two checkpoints: `python -m basisadapt.spectra BASE TUNED`."""
 
 from __future__ import annotations
 
@@ -22,19 +22,23 @@ if TYPE_CHECKING:
     from basisadapt.phi.settings import PhiSettings
 
 HEAD = ("module", "shape", "norm", "stable rank", "exponent", "BA", "sine", "phi", "best as BA of", "verdict")
-ALIKE = 1e-4  # shares of an update that differ by less are taken for one: a fit is no more exact
-GOLDEN = (math.sqrt(5) - 1) / 2  # whose multiples' fractions are spread most evenly
-LISTED = 32  # ranks whose shares a document lists
-ROUNDING_SHARE = 0.01  # the share of an update that rounding may be before it is spoken of
+ALIKE = 1e-4  # shares of an update that differ by less count as equal: a fit is no more precise
+GOLDEN = (math.sqrt(5) - 1) / 2  # the fractional parts of its multiples are spread most evenly
+LISTED = 32  # ranks whose shares the JSON document has
+ROUNDING_SHARE = 0.01  # the share of rounding in an update above which the verdict mentions it
 
 
 @dataclass(frozen=True)
 class Update:
     """ΔW of one module.
 
-    norm: ‖ΔW‖. stable_rank, exponent: see `diagnostics.spectrum`. captured: what BA of rank 1, 2, ... captures at best,
-    as shares of ‖ΔW‖². rounding: the share of ‖ΔW‖² that rounding the tuned weight to its dtype makes up, expected.
-    phi, sine: what φ(BA) and a sine beside BA capture, as fitted; None where nothing was.
+    module: its name in the base model.
+    shape: (rows, columns).
+    norm: ‖ΔW‖, Frobenius.
+    stable_rank, exponent: see `diagnostics.spectrum`.
+    captured: the shares of ‖ΔW‖² that the best BA of rank 1, 2, ... captures.
+    rounding: the expected share of ‖ΔW‖² from rounding the tuned weight to its dtype.
+    phi, sine: the shares that a fitted BA + φ(BA) and BA + sine capture; None if not fitted.
     """
 
     module: str
@@ -59,14 +63,14 @@ class Update:
 
 
 def rank_of(captured: Sequence[float], share: float) -> int:
-    """The least rank of which BA captures as much as `share`."""
+    """The least rank at which BA captures `share`. captured: see `Update`."""
     return 1 + sum(one < share - ALIKE for one in captured)
 
 
 def formulations(rank: int) -> tuple[PhiSettings, PhiSettings]:
-    """What is fitted: φ(BA), 64 sincs at the bandwidth of their grid, and the control, a sin(ω BA / rms(BA)), ω = 30.
+    """The fitted formulations: φ(BA) of 64 sincs at Nyquist bandwidth, and the control a sin(ω BA / rms(BA)), ω = 30.
 
-    Both beside BA and with an amplitude of 0 at the start; of the sine the amplitude alone is learned.
+    Both are added to BA and start at amplitude 0. Of the sine, only the amplitude a is learned.
     """
     from basisadapt.phi.settings import PhiSettings
 
@@ -119,10 +123,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def updates_between(base_name: str, tuned_name: str, rank: int, pattern: str | None, fits: int) -> list[Update]:
-    """The updates of the modules that `pattern` matches, in the order of the base's names.
+    """The updates of modules, in the order of the base's names.
 
-    pattern: None takes the projections of the blocks. fits: to how many of them, evenly spread, φ is fitted. Raises
-    InputError for bad numbers, and for checkpoints that cannot be had or are not of one model.
+    base_name, tuned_name: a folder, a hub id or a backbone's name.
+    rank: the rank of BA and φ(BA), at least 1 and below every side of the matrices.
+    pattern: a regular expression for the modules. None takes the projections of the blocks.
+    fits: the number of modules, evenly spread, that φ and the sine are fitted to, at least 1.
+
+    Raises InputError for bad numbers, for missing checkpoints, and for checkpoints of different models.
     """
     import torch
 
@@ -149,10 +157,10 @@ def updates_between(base_name: str, tuned_name: str, rank: int, pattern: str | N
 
 
 def spread_places(count: int, fits: int) -> set[int]:
-    """`fits` of `count` places, or all where there are no more: one in each of as many equal stretches.
+    """`fits` of `count` positions, or all if there are fewer: one in each of `fits` equal intervals.
 
-    Where in the n-th, the fraction of n times the golden ratio says, so that of blocks that are built alike not the
-    same matrix is taken every time.
+    The position in interval n is the fractional part of n times the golden ratio, so that identical blocks do not
+    always contribute the same matrix.
     """
     fits = min(fits, count)
     ends = [number * count // fits for number in range(fits + 1)]
@@ -161,9 +169,9 @@ def spread_places(count: int, fits: int) -> set[int]:
 
 
 def pairs_of(base: Checkpoint, tuned: Checkpoint, pattern: str | None) -> list[tuple[str, str]]:
-    """The modules to look at, by their names in both, see `updates_between`.
+    """The names of the modules in both checkpoints, see `updates_between`.
 
-    Raises InputError where there are none, or they do not fit.
+    Raises InputError if there are none, or their shapes differ.
     """
     others, pairs = _names_in(tuned, base), []
     for name in _chosen(base, pattern):
@@ -194,7 +202,7 @@ def _chosen(base: Checkpoint, pattern: str | None) -> list[str]:
 
 
 def _names_in(other: Checkpoint, base: Checkpoint) -> dict[str, str]:
-    """The base's names of modules to the other's: behind a head, the body's names begin with one word more."""
+    """The base's names of modules to the other's; in a model with a head, they may have one more prefix."""
     longer = {name.partition(".")[2]: name for name in base.shapes}
     names = {}
     for name in other.shapes:
@@ -229,7 +237,7 @@ def _update(module: str, base: Tensor, tuned: Tensor, rank: int, fit: bool) -> U
 
 
 def _rounding(weight: Tensor) -> float:
-    """The expected squared error of rounding to the weight's dtype: of each entry a twelfth of its spacing's square."""
+    """The expected squared error of rounding to the weight's dtype, Σ spacing² / 12 over its entries."""
     import torch
 
     _, exponent = torch.frexp(weight.double())
@@ -241,7 +249,7 @@ def _rounding(weight: Tensor) -> float:
 
 
 def report(updates: Sequence[Update], rank: int) -> str:
-    """The table, and under it the verdict."""
+    """The table with the verdict below it."""
     fitted = [update for update in updates if update.phi is not None]
     rows = [HEAD, *(_row(update, rank) for update in updates)]
     if len(fitted) > 1:
@@ -252,9 +260,9 @@ def report(updates: Sequence[Update], rank: int) -> str:
 
 
 def document(updates: Sequence[Update], rank: int) -> dict[str, Any]:
-    """The same in plain JSON types: every module's `Update`, with the shares of up to `LISTED` ranks, and the verdict.
+    """The report in JSON types: the `Update` of every module, with the shares of up to `LISTED` ranks, and the verdict.
 
-    An exponent that no spectrum tells is None.
+    An undefined exponent is None.
     """
     fitted = [update for update in updates if update.phi is not None]
     modules = [
@@ -269,7 +277,7 @@ def document(updates: Sequence[Update], rank: int) -> dict[str, Any]:
 
 
 def _together(updates: Sequence[Update]) -> Update:
-    """Several updates as one, each with its share of their energy; what has no meaning for them all is NaN."""
+    """The mean of several updates, weighted by energy; NaN for what has no mean."""
     energy = math.fsum(update.energy for update in updates)
 
     def mean(shares: Iterator[float]) -> float:

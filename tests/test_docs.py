@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from basisadapt.study import __main__ as command_line
-from basisadapt.study.plan.cells import split_changes
+from basisadapt.study.plan.changes import split_changes
 from basisadapt.study.plan.spec import list_studies
 
 ROOT = Path(__file__).parent.parent

@@ -25,7 +25,8 @@ from basisadapt.methods.aurora import AuroRAConfig
 from basisadapt.methods.dylora import DyLoRAConfig
 from basisadapt.methods.elalora import ElaLoRAConfig
 from basisadapt.methods.nola import NoLAConfig
-from basisadapt.study.plan.cells import known_keys, resolve
+from basisadapt.study.plan.cells import resolve
+from basisadapt.study.plan.keys import known_keys
 from basisadapt.study.plan.spec import PRESETS, list_studies, parse_yaml, published_values, read_spec, studies_dir
 from basisadapt.study.plan.tuning import resolve_tuning
 from basisadapt.training.config import RunConfig

@@ -55,9 +55,12 @@ same command resumes)."""
 
 
 class Answer(NamedTuple):
-    """What a call has to say: a text, the same for --json as a function of nothing, and the exit code.
+    """The output of a call.
 
-    then: what takes long and need not be waited for, done when that is said.
+    text: for a terminal.
+    document: returns the same for --json.
+    code: the exit code. Default DONE.
+    then: slow work that nobody needs to wait for, done after the output. Default: nothing.
     """
 
     text: str
@@ -80,7 +83,7 @@ def main(arguments: list[str]) -> int:
 
             serve(options.tracking_uri)
             return DONE
-        # What plug-ins and libraries print must not get into the document.
+        # Output of plug-ins and libraries must not mix with the document.
         with redirect_stdout(sys.stderr) if options.json else nullcontext():
             answer = _run(options, command)
         say(json.dumps(answer.document(), indent=2, allow_nan=False) if options.json else answer.text)
@@ -92,21 +95,22 @@ def main(arguments: list[str]) -> int:
         print_error(error)
         return BAD_INPUT
     except RecordError as error:
-        print_error(f"{error}. What is recorded stays; to go on: {command}")
+        print_error(f"{error}. The record is kept; to resume: {command}")
         return HAS_FAILURES
     except KeyboardInterrupt:
-        print(f"\nInterrupted. What is finished is kept; to go on: {command}", file=sys.stderr)
+        print(f"\nInterrupted. Finished cells are kept; to resume: {command}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         from basisadapt.study.record.stores import is_stores_fault, record_error
 
         if isinstance(error, OSError) or not is_stores_fault(error):
             raise
-        print_error(f"{record_error(error)}. What is recorded stays; to go on: {command}")
+        print_error(f"{record_error(error)}. The record is kept; to resume: {command}")
         return HAS_FAILURES
 
 
 def _parser() -> argparse.ArgumentParser:
+    """The options in the order of --help, group by group."""
     parser = Parser(
         prog="python -m basisadapt.study",
         description="Run the cells that a study has not recorded yet. Then print its table beside the published one,\n"
@@ -114,6 +118,23 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    _add_actions(parser)
+    _add_settings(parser)
+    _add_search(parser)
+    _add_stores(parser)
+    add_job_options(parser)
+    _add_ray(parser)
+    _add_exchange(parser)
+    _add_adapters(parser)
+    parser.add_argument(
+        "--ui", action="store_true", help="serve MLflow's UI for the record at 127.0.0.1 until Ctrl-C; needs no NAME"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an input error")
+    parser.add_argument("--version", action="version", version=f"basisadapt {__version__}")
+    return parser
+
+
+def _add_actions(parser: argparse.ArgumentParser) -> None:
     name = parser.add_argument(
         "name", nargs="?", metavar="NAME", help="a study that --list shows, or the path of a YAML file"
     )
@@ -132,6 +153,9 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="print one JSON document on stdout, and nothing else: after a run, or with --list, --dry-run or --report",
     )
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set",
         action="append",
@@ -144,6 +168,9 @@ def _parser() -> argparse.ArgumentParser:
         "--preset", choices=specs.PRESETS, default="quick", help="the size of the runs (default: quick)"
     )
     parser.add_argument("--seeds", metavar="N,N,...", help="seeds to use instead of the study's")
+
+
+def _add_search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--search",
         choices=SAMPLERS,
@@ -159,6 +186,9 @@ def _parser() -> argparse.ArgumentParser:
         help="propose K trials together (default: 1), so that their cells can run at once; the sampler sees their "
         "values when all K have ended",
     )
+
+
+def _add_stores(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output",
         type=Path,
@@ -172,7 +202,9 @@ def _parser() -> argparse.ArgumentParser:
         help="MLflow's store (default: MLFLOW_TRACKING_URI if it is set, else sqlite:///mlflow.db)",
     )
     parser.add_argument("--storage", metavar="URL", help="Optuna's store (default: optuna.db beside MLflow's file)")
-    add_job_options(parser)
+
+
+def _add_ray(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ray",
         metavar="ADDRESS",
@@ -184,6 +216,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--gpus-per-cell", type=float, metavar="G", help="GPUs likewise (default: 0); 0.25 lets four cells share one"
     )
+
+
+def _add_exchange(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--export",
         type=Path,
@@ -199,6 +234,9 @@ def _parser() -> argparse.ArgumentParser:
         help="enter the results of exported cells into the record, and report; runs nothing. Results of other studies "
         "also count for cells of the same configuration",
     )
+
+
+def _add_adapters(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--save-adapters",
         action="store_true",
@@ -210,12 +248,6 @@ def _parser() -> argparse.ArgumentParser:
         help="merge the adapter of a run, by its id in MLflow or its folder, into its backbone and write the model, "
         "which transformers loads without this package, to --output DIR; needs no NAME",
     )
-    parser.add_argument(
-        "--ui", action="store_true", help="serve MLflow's pages of the record at 127.0.0.1 until Ctrl-C; needs no NAME"
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an input error")
-    parser.add_argument("--version", action="version", version=f"basisadapt {__version__}")
-    return parser
 
 
 def _run(options: argparse.Namespace, command: str) -> Answer:
@@ -248,7 +280,7 @@ def _run(options: argparse.Namespace, command: str) -> Answer:
 def _answer(
     study_spec: specs.StudySpec, place: StudyPaths, executor: Executor, options: argparse.Namespace, command: str
 ) -> Answer:
-    """What is asked of a study, done."""
+    """Do what the options ask of a study."""
     from basisadapt.study.drive import engine
 
     tags = {"basisadapt.command": command, "basisadapt.preset": options.preset}
@@ -278,7 +310,7 @@ def _answer(
 
 
 def _check_together(options: argparse.Namespace) -> None:
-    """Raise InputError for options that say too little or too much together."""
+    """Raise InputError for options that are incomplete or do not go together."""
     if options.merge is not None:
         if options.name is not None or options.report is not None or options.output is None:
             raise InputError("--merge RUN goes with --output DIR, and with no NAME")
@@ -324,7 +356,7 @@ def _export(tuning: Tuning, place: StudyPaths, options: argparse.Namespace, comm
 
 
 def _without(words: Sequence[str], option: str) -> list[str]:
-    """A command without an option that takes a value; its name may be cut short."""
+    """A command without an option and its value. The option may be abbreviated."""
     for at, word in enumerate(words):
         name, separate, _ = word.partition("=")
         if len(name) > 2 and option.startswith(name):
@@ -408,7 +440,7 @@ def _plans(tuning: Tuning, place: StudyPaths, executor: Executor) -> Answer:
     from basisadapt.study.drive.estimate import estimate_time
     from basisadapt.study.record.record import Record
     from basisadapt.study.report.documents import plan_document
-    from basisadapt.study.report.preview import to_preview
+    from basisadapt.study.report.preview import Preview, to_preview
 
     outcomes = Record.read(place.tracking_uri, tuning.spec.name, tuning.spec.metrics)
     tuned = tuning.choose(outcomes)
@@ -421,8 +453,8 @@ def _plans(tuning: Tuning, place: StudyPaths, executor: Executor) -> Answer:
         print(estimate, file=sys.stderr)
     expected = asdict(estimate) if estimate else None
     downloads = engine.downloads(cells, outcomes, place.data_dir)
-    text = to_preview(tuning.spec, cells, plans, states, downloads)
-    return Answer(text, lambda: plan_document(tuning.spec, cells, plans, states, downloads, expected))
+    preview = Preview(tuning.spec, cells, plans, states, downloads)
+    return Answer(to_preview(preview), lambda: plan_document(preview, expected))
 
 
 def _report(report: Report, place: StudyPaths) -> Answer:

@@ -1,4 +1,4 @@
-"""What became of a cell, as far as it is recorded."""
+"""The outcome of a cell, as recorded."""
 
 from __future__ import annotations
 
@@ -7,23 +7,26 @@ from dataclasses import dataclass, field
 
 from basisadapt.training.execution.lines import DONE
 
-NOT_RUN = "not run"  # the state of a cell that the record lacks
+NOT_RUN = "not run"  # the state of a cell without a recorded run
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the record holds of a cell. Times are in milliseconds since 1970.
+    """What the record holds of a cell.
 
-    run_id: its MLflow run, key: its cell's.
+    run_id: the id of its MLflow run.
+    key: the key of the cell.
     status: "running", "finished", "diverged", "failed" or "killed".
     headline: the name of the metric that is compared.
-    metrics: name to final value, of the finite ones.
-    warnings, error: what its run said; error is of a failed cell.
-    ended: 0 while it runs.
-    busy: another process is at it now.
-    claimed: its driver knows that no other has the cell.
-    orphan: running though its process is gone: seen to be so, or silent for too long elsewhere.
-    environment, data: versions and files, name to text.
+    metrics: name to final value; finite values only.
+    warnings: the warnings of the run.
+    error: why the cell failed, or "".
+    ended: milliseconds since 1970, 0 while the run is open.
+    busy: whether another process is running the cell now.
+    claimed: whether the driver has made sure that no other process has the cell.
+    orphan: whether the run is open although its process is dead, or has sent no heartbeat for too long.
+    environment: name to version.
+    data: name to text: the fingerprint, the split and the backbone's note.
     """
 
     run_id: str

@@ -31,21 +31,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Result:
-    """What is recorded of a study; a notebook shows it as the report's tables, and print() as the command line does.
+    """The recorded results of a study. print() writes the report as the command line does; a notebook shows its tables.
 
-    report: the tables with everything behind them.
+    report: the table, the verdicts, and what tuning found.
     """
 
     report: Report
 
     @property
     def claims(self) -> tuple[Verdict, ...]:
-        """The study's claims, each with its verdict: `claim.text`, `word`, and the numbers in `because`."""
+        """The verdict on each claim of the study: `claim.text`, `word`, and the numbers in `because`."""
         return self.report.verdicts
 
     @property
     def figure(self) -> Figure:
-        """Every row's seeds, mean and standard deviation; drawn anew each time."""
+        """The seeds, mean and standard deviation of every row; a new figure at each access."""
         return comparison_figure(self.report.table)
 
     @property
@@ -54,15 +54,15 @@ class Result:
         return not self.report.has_failures
 
     def to_dataframe(self) -> pd.DataFrame:
-        """The study's table, unrounded: a line a row, with its values on the axes before the numbers of `table.csv`."""
+        """The study's table: for each row, its values on the axes and the columns of `table.csv`, not rounded."""
         import pandas as pd
 
         table = self.report.table
-        records = zip(table.lines, row_records(table), strict=False)  # without the rows at values of the tuned setting
+        records = zip(table.lines, row_records(table), strict=False)  # more follow, at values of the tuned setting
         return pd.DataFrame([{**dict(line.row.point), **record} for line, record in records])
 
     def cells(self) -> pd.DataFrame:
-        """The cells of the table: a line each, with its values on the axes, its state and every recorded metric."""
+        """The cells of the table: for each cell, its values on the axes, its state and every recorded metric."""
         import pandas as pd
 
         return pd.DataFrame(cell_records(self.report.table))
@@ -85,15 +85,20 @@ def run(
     place: StudyPaths | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Result:
-    """Run the cells of a study that the record lacks, as `python -m basisadapt.study NAME` does, and report.
+    """Run the missing cells of a study, as `python -m basisadapt.study NAME` does, and report.
 
-    name: of a shipped study, or the path of a YAML file. preset: a name that `--preset` takes, as far as the study
-    has it. changes: what `--set` takes, such as "adapter.r=8" or "sweep.basis=sinc,fourier". seeds: instead of the
-    study's. plugins: files or modules with bases, tasks and so on of your own. workers: cells that run at once, each in
-    its own process; None runs them one by one in this one, which alone knows what a notebook has defined.
-    place: where results and inputs lie, by default as on the command line. callbacks: are told how each cell ends.
-    A cell that fails or diverges is part of the result, see `Result.is_sound`. Raises InputError before anything is
-    run, RecordError where nothing can be recorded any more, and KeyboardInterrupt; what is finished then is kept.
+    name: a shipped study, or the path of a YAML file.
+    preset: "smoke", "quick", "gpu", "llm", "encoder" or "paper", if the study has it. Default "quick".
+    changes: arguments of `--set`, such as "adapter.r=8" or "sweep.basis=sinc,fourier". Default none.
+    seeds: whole numbers of at least 0 that replace the study's. Default None, the study's.
+    plugins: files or modules with your own bases, tasks and so on. Default none.
+    workers: the number of cells that run at once, each in its own process. None runs them one by one in this process,
+        the only one that knows what a notebook defines. Default None.
+    place: where results and inputs are. Default None, the defaults of the command line.
+    callbacks: called as each cell ends. Default none.
+
+    The result includes failed and diverged cells, see `Result.is_sound`. Raises InputError before any cell runs,
+    RecordError if a store fails, and KeyboardInterrupt. Finished cells stay recorded.
     """
     tuning, place = _resolve(name, preset, changes, seeds, plugins), place or StudyPaths()
     if place.data_dir is not None:
@@ -114,9 +119,9 @@ def read_report(
     plugins: Sequence[str] = (),
     place: StudyPaths | None = None,
 ) -> Result:
-    """What is recorded of a study, as `python -m basisadapt.study --report NAME` prints it; runs nothing.
+    """The recorded results of a study, as `python -m basisadapt.study --report NAME` prints them; runs nothing.
 
-    The settings are those of `run`. Raises InputError, also where nothing of the study is recorded.
+    The settings are those of `run`. Raises InputError, also if nothing of the study is recorded.
     """
     return Result(engine.read_report(_resolve(name, preset, changes, seeds, plugins), place or StudyPaths()))
 

@@ -1,4 +1,4 @@
-"""Means over seeds, their confidence intervals, paired comparisons (paper, section B.2), and plateaus of curves."""
+"""Means over seeds, confidence intervals, paired tests (paper, section B.2), and plateaus of curves."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Difference:
-    """A row against another over the `n` seeds, or tasks, that they share.
+    """The paired difference of two rows, in the metric's unit.
 
-    low, high: the confidence interval of the mean difference; p: of the two-sided paired t-test; error: the standard
-    error of the mean. None where they are undefined: for one pair, or where every pair gives the same difference.
+    n: the number of seeds, or tasks, that both rows have.
+    mean: the mean difference.
+    low, high: its 95 % confidence interval.
+    p: the p-value of the two-sided paired t-test.
+    error: the standard error of the mean, std / √n.
+
+    low, high, p and error are None for one pair, and if all pairs have the same difference.
     """
 
     n: int
@@ -28,12 +33,12 @@ class Difference:
 
 
 def mean(values: Sequence[float]) -> float | None:
-    """The arithmetic mean; None of nothing."""
+    """The arithmetic mean; None for no values."""
     return math.fsum(values) / len(values) if values else None
 
 
 def std(values: Sequence[float]) -> float | None:
-    """The sample standard deviation (n − 1); None of fewer than two values."""
+    """The sample standard deviation, √(Σ (x − mean)² / (n − 1)); None for fewer than two values."""
     centre = mean(values)
     if centre is None or len(values) < 2:
         return None
@@ -41,7 +46,7 @@ def std(values: Sequence[float]) -> float | None:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """The confidence interval of the mean, mean ± t(n − 1) std / √n; None of fewer than two different values."""
+    """The 95 % confidence interval of the mean, mean ± t(n − 1) std / √n; None for fewer than two distinct values."""
     from scipy.special import stdtrit
 
     centre, spread = mean(values), std(values)
@@ -55,7 +60,7 @@ K = TypeVar("K", bound=Hashable)
 
 
 def difference(row: Mapping[K, float], reference: Mapping[K, float]) -> Difference | None:
-    """The paired difference of two mappings from seed (or task) to value; None if they share none."""
+    """The paired difference of two mappings from seed, or task, to value; None if they share no key."""
     from scipy.special import stdtr
 
     shared = [row[key] - reference[key] for key in row if key in reference]
@@ -71,10 +76,10 @@ def difference(row: Mapping[K, float], reference: Mapping[K, float]) -> Differen
 
 @dataclass(frozen=True)
 class Equivalence:
-    """Whether a difference is smaller than a margin: two one-sided paired t-tests (TOST; Schuirmann, 1987).
+    """Two one-sided paired t-tests of |difference| < margin (TOST). Source: Schuirmann (1987).
 
-    p: the larger of the two, of mean ≤ −margin and of mean ≥ margin. half: half the width of the (1 − 2·0.05)
-    confidence interval of the mean; where that lies within the margin, p < 0.05.
+    p: the larger p-value of the two null hypotheses mean ≤ −margin and mean ≥ margin.
+    half: half the width of the 90 % confidence interval of the mean. If the interval lies within ±margin, p < 0.05.
     """
 
     p: float
@@ -82,7 +87,7 @@ class Equivalence:
 
 
 def equivalence(found: Difference, margin: float) -> Equivalence | None:
-    """The tests of `found` against ±margin; None where it has no standard error."""
+    """Test `found` against ±margin, in its unit; None if it has no standard error."""
     from scipy.special import stdtr, stdtrit
 
     if found.error is None:
@@ -93,7 +98,7 @@ def equivalence(found: Difference, margin: float) -> Equivalence | None:
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """p-values adjusted for their number (Holm, 1979), in the given order; None stays None, uncounted."""
+    """Adjust p-values for multiple tests, in their order; None stays None, not counted. Source: Holm (1979)."""
     known = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
     adjusted: list[float | None] = [None] * len(p_values)
     largest = 0.0
@@ -105,10 +110,10 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 @dataclass(frozen=True)
 class Plateau:
-    """Where a curve is near its best.
+    """The x at which a curve is within a tolerance of its maximum.
 
-    octaves: the length of the set of x at which the curve lies within the tolerance of its greatest value, in log₂ x.
-    open: whether that set reaches an end of the curve, so that the length is a lower bound.
+    octaves: the length of this set in log₂ x.
+    open: whether the set includes an end of the curve; the length is then a lower bound.
     """
 
     octaves: float
@@ -116,9 +121,9 @@ class Plateau:
 
 
 def plateau(curve: Mapping[float, float], tolerance: float) -> Plateau | None:
-    """The plateau of a curve x > 0 to value, straight between its points in log₂ x; None of fewer than two points.
+    """The plateau of a curve from x > 0 to value, linear in log₂ x between its points; None for fewer than two points.
 
-    A value of −∞ (a run that diverged) belongs to no plateau, and nor does what lies between it and its neighbours.
+    A value of −∞, of a diverged run, excludes its point and the two segments that meet there.
     """
     points = sorted(curve.items())
     level = max(curve.values(), default=-math.inf) - tolerance

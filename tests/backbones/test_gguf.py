@@ -21,7 +21,7 @@ from basisadapt.study.plan.cells import resolve
 from basisadapt.study.plan.spec import StudySpec
 from basisadapt.study.report.report import make_report
 from basisadapt.study.report.table import build_table
-from basisadapt.study.report.text import grids
+from basisadapt.study.report.text_tables import text_tables
 from basisadapt.training import plan, run
 from tests.backbones.common import config
 
@@ -260,14 +260,14 @@ def test_a_table_says_what_the_runs_said_of_the_backbone(own):
     """Wherever it is made, and whatever weights are at hand there."""
     spec = StudySpec(name="one", title="One", question="", sweep={"backbone": ["mine", "minilm"]})
     table = build_table(resolve(spec), {})
-    assert not [note for note in grids(make_report(table))[0].notes if note.startswith("Backbone")]
+    assert not [note for note in text_tables(make_report(table))[0].notes if note.startswith("Backbone")]
     outcome = Outcome("run", "key", "finished", "accuracy", {"accuracy": 0.5}, (), "")
     runs = {
         seed: dataclasses.replace(outcome, data={"backbone": note})
         for seed, note in zip(table.lines[0].seeds, ("one rounding", "another", "one rounding"), strict=True)
     }
     lines = (dataclasses.replace(table.lines[0], outcomes=runs), *table.lines[1:])
-    (grid,) = grids(make_report(dataclasses.replace(table, lines=lines)))
+    (grid,) = text_tables(make_report(dataclasses.replace(table, lines=lines)))
     said = [note for note in grid.notes if note.startswith("Backbone")]
     assert said == ["Backbone mine: one rounding.", "Backbone mine: another."]
 

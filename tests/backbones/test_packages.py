@@ -19,7 +19,7 @@ from basisadapt.study.plan.cells import resolve
 from basisadapt.study.plan.spec import StudySpec
 from basisadapt.study.report.report import make_report
 from basisadapt.study.report.table import build_table
-from basisadapt.study.report.text import grids
+from basisadapt.study.report.text_tables import text_tables
 from basisadapt.training import plan, run
 from tests.backbones.common import config
 
@@ -179,6 +179,6 @@ def test_smollm2_on_commonsense_end_to_end(data_dir, method):
 
 def test_a_table_says_what_the_backbone_is():
     spec = StudySpec(name="one", title="One", question="", sweep={"backbone": ["minilm", "smollm2-135m"]})
-    (grid,) = grids(make_report(build_table(resolve(spec), {})))
+    (grid,) = text_tables(make_report(build_table(resolve(spec), {})))
     said = [note for note in grid.notes if note.startswith("Backbone")]
     assert said == ["Backbone smollm2-135m: the weights are a 4-bit rounding of the original ones."]

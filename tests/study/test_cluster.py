@@ -418,7 +418,7 @@ def test_a_driver_that_was_taken_for_dead_gives_its_cell_up(home, fake, study, r
     fake.score = score
     code, _, err = study("tiny.yaml", "--seeds", "1")
     assert code == 0
-    assert "LoRA, seed 1: another process took this one for dead, and the cell over" in err
+    assert "LoRA, seed 1: another process took this one for dead and has the cell now" in err
     assert collections.Counter(name for name, _ in fake.ran) == {"lora": 2, "sinc": 2, "fourier": 1}
     assert sorted(run.info.status for run in runs()) == ["FINISHED"] * 3 + ["KILLED"] * 2
     assert sorted(trial.state.name for trial in trials()) == ["COMPLETE"] * 3 + ["FAIL"] * 2

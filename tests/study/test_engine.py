@@ -158,7 +158,7 @@ def test_interrupt_and_resume(home, fake, study, runs, trials):
     fake.ways = {("fourier", 1): "interrupt"}
     code, _, err = study("tiny.yaml")
     assert code == 130
-    assert "to go on: python -m basisadapt.study tiny.yaml" in err
+    assert "to resume: python -m basisadapt.study tiny.yaml" in err
     assert states(runs()) == ["FINISHED"] * 2 + ["KILLED"]
     assert states(runs(parents=True)) == ["KILLED"]
     assert [trial.state.name for trial in trials()] == ["COMPLETE"] * 2 + ["FAIL"]
@@ -450,7 +450,7 @@ def test_passwords_are_shown_nowhere(home, fake, study, monkeypatch, runs):
 
 
 def test_too_many_runs_for_an_address_have_no_link(home, fake, study, runs, monkeypatch):
-    monkeypatch.setattr("basisadapt.study.record.record.COMPARED", 8)
+    monkeypatch.setattr("basisadapt.study.record.record.MAX_COMPARED", 8)
     code, out, _ = study("tiny.yaml")
     assert code == 0
     assert "all runs, by invocation" in out

@@ -67,7 +67,7 @@ def test_a_full_disk_stops_the_study_and_the_record_stays_readable(home, drawn, 
     assert all(said.startswith("[") for said in before)
     assert line.startswith("basisadapt: error: the record cannot be read or written any more: ")
     assert "disk" in line or "space" in line
-    assert "What is recorded stays; to go on: python -m basisadapt.study tiny.yaml" in line
+    assert "The record is kept; to resume: python -m basisadapt.study tiny.yaml" in line
     assert 1 <= len(before) < 9
 
 
@@ -133,7 +133,7 @@ def test_a_record_that_fails_while_cells_run_ends_the_study_in_one_line(home, fa
     assert code == 1
     assert err.splitlines()[-1] == (
         "basisadapt: error: the record cannot be read or written any more: No space left on device: '/somewhere'. "
-        "What is recorded stays; to go on: python -m basisadapt.study tiny.yaml --seeds 1"
+        "The record is kept; to resume: python -m basisadapt.study tiny.yaml --seeds 1"
     )
     assert len(fake.ran) == 1
     assert {run.data.tags["status"] for run in runs()} == {"killed"}  # the next cell's too, which had its run already

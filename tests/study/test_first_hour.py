@@ -129,7 +129,7 @@ def test_callbacks_are_told_how_cells_end_and_cannot_end_the_study(home, fake, c
         ("sinc", 1, values["sinc"]),
         ("fourier", 1, "RuntimeError: out of memory"),
     ]
-    assert capsys.readouterr().err.count("Broken is told no more: ConnectionError: no server") == 1
+    assert capsys.readouterr().err.count("Broken is not called again: ConnectionError: no server") == 1
     studies.run("tiny.yaml", preset="smoke", callbacks=[log])
     assert len(log.seen) == 4, "what is done is not told again, what failed is run again"
 

@@ -21,6 +21,7 @@ from basisadapt.study.report import figures, text
 from basisadapt.study.report.files import report_files
 from basisadapt.study.report.report import make_report
 from basisadapt.study.report.table import tuned_table
+from basisadapt.study.report.text_tables import text_tables
 from basisadapt.study.report.verdicts import NOT_REPRODUCED, REPRODUCED, UNTESTABLE
 from basisadapt.training.config import RunConfig
 
@@ -183,7 +184,7 @@ def test_a_run_fills_both_tables(home, fake, drawn_reports, study, write):
 
 def test_what_is_shown_beside(write):
     found = report_of(write(), score)
-    main, curves, tuning = text.grids(found)
+    main, curves, tuning = text_tables(found)
     assert main.header[1:5] == ["accuracy, %", "seeds", "difference to variant=LoRA (95 % CI)", "p (Holm)"]
     assert main.header[5:9] == [
         "accuracy, % at train.lr=0.001",
@@ -204,18 +205,18 @@ def test_what_is_shown_beside(write):
     assert [row["at"] for row in rows if row["row"] == "LoRA, 1"] == ["", *map(str, RATES)]
     assert float(rows[0]["plateau_octaves"]) == pytest.approx(1.0)
     few = report_of(write(tune=rule(at=[2e-3, 8e-3], common=None)), score)
-    heads = text.grids(few)[0].header
+    heads = text_tables(few)[0].header
     assert [head for head in heads if " at train.lr" in head] == [
         "accuracy, % at train.lr=0.002",
         "accuracy, % at train.lr=0.008",
     ]
     only = report_of(write(tune=rule(grid={"train.lr": [1e-3]})), score)
-    assert not any(" at " in head for head in text.grids(only)[0].header), "it would be the same once more"
+    assert not any(" at " in head for head in text_tables(only)[0].header), "it would be the same once more"
 
 
 def test_over_several_tasks(write):
     found = report_of(write(sweep={"task": ["glue/cola", "glue/rte"], **STUDY["sweep"]}), score)
-    (across,) = (grid for grid in text.grids(found) if grid.title == "Over all tasks")
+    (across,) = (grid for grid in text_tables(found) if grid.title == "Over all tasks")
     assert across.header[6] == "accuracy, % at train.lr=0.001"
     assert len(across.header) == len(across.rows[0]) == 1 + 2 * 5
     assert found.table.values("LoRA, 1", "plateau") == {"glue/cola": pytest.approx(1), "glue/rte": pytest.approx(1)}

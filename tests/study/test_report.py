@@ -20,7 +20,9 @@ from basisadapt.study.plan.spec import published_values, read_spec
 from basisadapt.study.record.notes import cell_note
 from basisadapt.study.report import figures, report, text
 from basisadapt.study.report.files import report_files
+from basisadapt.study.report.footnotes import problems
 from basisadapt.study.report.table import build_table
+from basisadapt.study.report.text_tables import text_tables
 from basisadapt.training import RunResult
 
 
@@ -272,7 +274,7 @@ def test_a_published_table_without_tasks_stands_beside_the_means_over_tasks():
     sinc, lora, paper, *controls = table.across
     assert {line.published for line in (lora, *controls)} == {None}
     assert sinc.published == paper.published == published_values(study.spec.answers)["basis=sinc",]
-    rows, across = text.grids(report.make_report(table))[:2]
+    rows, across = text_tables(report.make_report(table))[:2]
     assert "published" not in rows.header
     assert across.rows[0][2].startswith(sinc.published[0])
 
@@ -360,7 +362,7 @@ def test_data_that_changed_between_cells_and_splits_are_said(two_bases):
     )
     assert f"\n{changed}\n" in printed
     assert "\nRows of docstrings: one row in five is held out.\n" in printed
-    assert text.trouble(made.table) == [changed]
+    assert problems(made.table) == [changed]
     same = {key: dataclasses.replace(outcome, data={"fingerprint": "old"}) for key, outcome in found.items()}
     assert text.to_text(report.make_report(build_table(two_bases, same))) == TEXT
 
@@ -401,7 +403,7 @@ def test_a_folder_that_cannot_be_written_is_not_blamed_on_the_record(home, fake,
         patch.setattr(Path, "write_bytes", full)
         code, _, err = study("tiny.yaml", "--seeds", "1", "--output", "out")
     assert code == 1
-    assert "error: --output 'out' cannot be written: No space left on device. What is recorded stays; to go on:" in err
+    assert "error: --output 'out' cannot be written: No space left on device. The record is kept; to resume:" in err
 
 
 def test_a_copy_that_fails_names_what_was_not_written():

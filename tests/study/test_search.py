@@ -93,7 +93,7 @@ def test_an_interrupted_search_goes_on_as_if_it_had_not_been(
     fake.score = interrupted
     code, _, err = study(*arguments)
     assert code == 130
-    assert f"to go on: python -m basisadapt.study {' '.join(arguments)}" in err
+    assert f"to resume: python -m basisadapt.study {' '.join(arguments)}" in err
     fake.score = hill
     code, resumed, _ = study(*arguments)
     assert code == 0

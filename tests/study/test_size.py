@@ -19,7 +19,7 @@ from basisadapt.study.record import record as module
 from basisadapt.study.record.record import Record
 from basisadapt.study.report import figures, text
 from basisadapt.study.report.documents import report_document
-from basisadapt.study.report.html import PICTURED, to_html
+from basisadapt.study.report.html import MAX_PICTURED, to_html
 from basisadapt.study.report.report import make_report
 from basisadapt.study.report.table import build_table
 
@@ -63,13 +63,13 @@ def test_the_page_has_the_pictures_of_the_rows_that_matter(many):
         asked.append(run_id)
         return {"phi.png": PICTURE}
 
-    pages = {rows: to_html(reported(many(rows)), {}, pictures) for rows in (PICTURED, 400)}
-    assert len(asked) == 2 * PICTURED
-    assert [page.count("<img ") for page in pages.values()] == [PICTURED] * 2
-    assert "rows: those that claims name" not in pages[PICTURED]
-    assert f"Of {PICTURED} of 400 rows" in pages[400]
+    pages = {rows: to_html(reported(many(rows)), {}, pictures) for rows in (MAX_PICTURED, 400)}
+    assert len(asked) == 2 * MAX_PICTURED
+    assert [page.count("<img ") for page in pages.values()] == [MAX_PICTURED] * 2
+    assert "rows: those that claims name" not in pages[MAX_PICTURED]
+    assert f"Of {MAX_PICTURED} of 400 rows" in pages[400]
     assert "The pictures of every cell are with its run in MLflow." in pages[400]
-    assert len(pages[400]) < len(pages[PICTURED]) + 400 * 1000
+    assert len(pages[400]) < len(pages[MAX_PICTURED]) + 400 * 1000
     shown = re.findall(r"<summary>(\w+, [\d.]+), seed 1</summary>", pages[400])
     assert {"sinc, 0.001", "fourier, 0.001"} <= {*shown}  # which the claim names
     best = [f"fourier, {0.001 * (1 + number / 1000):g}" for number in range(199, 191, -1)]
@@ -77,7 +77,7 @@ def test_the_page_has_the_pictures_of_the_rows_that_matter(many):
     assert {name.replace("fourier", "sinc") for name in best} <= {*shown}  # with which they are compared
 
 
-@pytest.mark.parametrize("rows", [PICTURED, 400])
+@pytest.mark.parametrize("rows", [MAX_PICTURED, 400])
 def test_large_pictures_are_of_fewer_rows(many, rows):
     page = to_html(reported(many(rows)), {}, lambda _: {"phi.png": 10 * PICTURE})
     assert page.count("<img ") == 3

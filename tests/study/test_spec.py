@@ -10,7 +10,8 @@ import pytest
 
 import basisadapt
 from basisadapt.core.errors import InputError
-from basisadapt.study.plan.cells import Changes, resolve, split_changes
+from basisadapt.study.plan.cells import resolve
+from basisadapt.study.plan.changes import Changes, split_changes
 from basisadapt.study.plan.spec import list_studies, published_values, read_spec
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from basisadapt.core.errors import InputError
 from basisadapt.study.record.record import Record
-from basisadapt.study.record.stores import patiently, same_database
+from basisadapt.study.record.stores import same_database, with_retries
 from basisadapt.study.record.trials import Trials
 
 
@@ -102,14 +102,14 @@ def test_a_servers_tables_that_another_process_makes_are_awaited(monkeypatch):
             raise error("CREATE TABLE", {}, Exception("relation already exists"))
         return "open"
 
-    assert patiently("postgresql://host/db", lambda: opening(ProgrammingError, 3)) == "open"
+    assert with_retries("postgresql://host/db", lambda: opening(ProgrammingError, 3)) == "open"
     tried.clear()
     with pytest.raises(ProgrammingError):
-        patiently("postgresql://host/db", lambda: opening(ProgrammingError, 100))
+        with_retries("postgresql://host/db", lambda: opening(ProgrammingError, 100))
     assert len(tried) == stores.ATTEMPTS
     tried.clear()
     with pytest.raises(OperationalError):  # a server that is not there is not waited for
-        patiently("postgresql://host/db", lambda: opening(OperationalError, 1))
+        with_retries("postgresql://host/db", lambda: opening(OperationalError, 1))
 
 
 @pytest.mark.parametrize("name", ["mlflow.db", "optuna.db"])

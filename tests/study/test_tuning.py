@@ -12,7 +12,7 @@ from basisadapt.study.plan.cells import resolve
 from basisadapt.study.plan.spec import read_spec
 from basisadapt.study.plan.tuning import resolve_tuning
 from basisadapt.study.report.table import tuned_table
-from basisadapt.study.report.text import _tuning
+from basisadapt.study.report.text_tables import _tuning
 
 RATES = "tune: {grid: {train.lr: [1e-3, 1e-2, 1e-1]}, seeds: [7], validation: 0.25}\n"
 BEST = {"sinc": 1e-2, "lora": 1e-1}

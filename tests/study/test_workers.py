@@ -70,7 +70,7 @@ def test_a_cell_whose_worker_dies_is_tried_once_more_then_left(home, faking, stu
     code, out, err = study(*SEED, "--workers", "1", *faking(ways))
     assert code == 1
     reason = "its process was killed (SIGKILL, as the system does where memory runs out)"
-    assert f"sinc, seed 1: {reason}; it is tried once more" in err
+    assert f"sinc, seed 1: {reason}; retrying once" in err
     assert f"Failed: fourier seed 1 ({reason}, twice)." in out
     assert [(run.data.params["row"], run.data.tags["status"]) for run in runs()] == [
         ("LoRA", "finished"), ("sinc", "killed"), ("fourier", "killed"), ("sinc", "finished"), ("fourier", "failed"),
@@ -175,7 +175,7 @@ def test_ctrl_c_once_finishes_the_cell_that_runs(home, fake, study, runs):
     code, _, err = study(*SEED)
     assert code == 130
     assert "finishing the cells that run; Ctrl-C again stops now" in err
-    assert "to go on: python -m basisadapt.study tiny.yaml" in err
+    assert "to resume: python -m basisadapt.study tiny.yaml" in err
     assert states(runs()) == ["finished", "finished"]
     assert states(runs(parents=True)) == ["killed"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -1,3 +1,3 @@
-"""Running: the engine, searches, and the exchange of cells between machines."""
+"""Drivers: the engine that runs studies, searches, and the exchange of cells between machines."""
 
 from __future__ import annotations

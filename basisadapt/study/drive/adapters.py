@@ -1,4 +1,4 @@
-"""Adapters that a study keeps: where its cells leave them, and that of a run, merged into a plain model."""
+"""Saved adapters: the folder in which cells leave them, and merging the adapter of a run into its backbone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from basisadapt.study.record.adapters import fetch_adapter
 
 @contextmanager
 def place_for_adapters(wanted: bool) -> Iterator[Path | None]:
-    """A folder in which cells leave their adapters until they are recorded; None where they need not."""
+    """A temporary folder for the adapters of cells until they are recorded; None if they are not wanted."""
     if not wanted:
         yield None
         return
@@ -24,9 +24,9 @@ def place_for_adapters(wanted: bool) -> Iterator[Path | None]:
 
 
 def merge_run(run: str, tracking_uri: str, target: Path) -> Needs:
-    """Write the merged model of a run, see `merge_into`. run: its id in MLflow, or a folder with a kept adapter.
+    """Write the merged model of a run to `target`, see `merge_into`.
 
-    Raises InputError.
+    run: the id of the MLflow run, 32 hexadecimal digits, or a folder with a saved adapter. Raises InputError.
     """
     if Path(run).is_dir():
         return merge_into(Path(run), target)

@@ -1,4 +1,4 @@
-"""Cells at work, in both stores: MLflow, which has the last word on what is done, and Optuna, which follows."""
+"""Running cells in both stores. MLflow decides which cells are done; Optuna mirrors it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Running:
-    """A cell at work, with its run in MLflow and its trial of Optuna."""
+    """A running cell with its MLflow run and its Optuna trial."""
 
     cell: Cell
     run_id: str
@@ -34,9 +34,11 @@ class _Running:
 
 
 class Book:
-    """The cells of an invocation that are at work, by their keys.
+    """The running cells of an invocation, by key.
 
-    parent: its run. callbacks: are told how cells end. adapters: see `JobSettings`.
+    parent: the id of the invocation's run.
+    callbacks: called as each cell ends.
+    adapters: see `JobSettings`.
     """
 
     def __init__(
@@ -47,16 +49,16 @@ class Book:
         self._callbacks, self._adapters = callbacks, adapters
 
     def close_orphans(self) -> None:
-        """Close what processes that are gone have left open."""
+        """Close the runs and trials that dead processes left open."""
         self._trials.close_orphans(self._record.close_orphans, self._record.outcomes)
 
     @property
     def run_ids(self) -> list[str]:
-        """The runs of the cells that are at work, and the invocation's."""
+        """The runs of the invocation and of its running cells."""
         return [self._parent, *(at.run_id for at in list(self.running.values()))]
 
     def start(self, cell: Cell, waits: Callable[[], None]) -> bool:
-        """Begin a cell. False if it is done, or another process is at it. waits: see `Record.start`."""
+        """Start a cell. False if it is done, or another process runs it. waits: see `Record.start`."""
         run_id = self._record.start(self._parent, cell, waits)
         if run_id is None:
             return False
@@ -64,15 +66,15 @@ class Book:
         return True
 
     def finish(self, ended: Ended) -> str | None:
-        """Record how a cell ended, which is then not at work any more. Returns that in words; None if it was lost."""
+        """Record the end of a cell. Returns it in words; None if another process has closed its run."""
         at = self.running[ended.key]
         status, value, said = self._end(at, ended)
-        del self.running[ended.key]  # whatever becomes of the trial
+        del self.running[ended.key]  # even if the trial cannot be told
         self._trials.tell(at.trial, status, value)
         return said
 
     def _end(self, at: _Running, ended: Ended) -> tuple[str, float | None, str | None]:
-        """Write to MLflow how a cell ended. Returns its status, its value, and what `finish` does."""
+        """Write the end of a cell to MLflow. Returns its status, its value, and what `finish` returns."""
         result, error, traceback = ended.result, ended.error, ended.traceback
         if result is not None:
             try:
@@ -80,7 +82,7 @@ class Book:
                     self._record.finish(at.run_id, at.cell, result, draw(at.cell, result), adapter=adapter)
             except LostRunError:
                 return "killed", None, None
-            except Exception as reason:  # whatever a result is like, the other cells go on
+            except Exception as reason:  # a bad result fails its own cell only
                 if is_stores_fault(reason):
                     raise
                 error, traceback = one_line(reason), "".join(format_exception(reason))
@@ -94,7 +96,7 @@ class Book:
 
     @contextmanager
     def _adapter_of(self, cell: Cell) -> Iterator[Path | None]:
-        """Where the cell's adapter lies, if it is to be kept; it does not stay there."""
+        """The folder with the cell's adapter, removed afterwards; None if it is not kept."""
         folder = None if self._adapters is None else self._adapters / cell.key
         if folder is None or not folder.is_dir():
             yield None
@@ -105,14 +107,14 @@ class Book:
             shutil.rmtree(folder, ignore_errors=True)
 
     def cut_off(self, key: str, reason: str) -> Cell:
-        """Close a cell that was ended on the way, and return it."""
+        """Record a cell whose process was stopped as killed, and return it."""
         at = self.running.pop(key)
         self._record.cut_off(at.run_id, reason)
         self._trials.tell(at.trial, "killed")
         return at.cell
 
     def of_others(self, cells: Collection[Cell]) -> tuple[list[Cell], list[Cell]]:
-        """Of cells that other processes had, those that they are still at, and those that they have left."""
+        """The cells that other processes still run, and those that they gave up."""
         self._record.close_orphans()
         outcomes = self._record.outcomes()
         missing = missing_cells(cells, outcomes)
@@ -121,11 +123,11 @@ class Book:
 
 
 def missing_cells(cells: Iterable[Cell], outcomes: Mapping[str, Outcome]) -> list[Cell]:
-    """Those of the cells that are not done, each once."""
+    """The cells that are not done, each once."""
     once = {cell.key: cell for cell in cells}
     return [cell for key, cell in once.items() if key not in outcomes or not outcomes[key].done]
 
 
 def draw(cell: Cell, result: RunResult) -> dict[str, bytes]:
-    """The pictures of a result, name to PNG file."""
+    """The pictures of a result, file name to PNG."""
     return pictures(f"{cell.row}, seed {cell.seed}", vars(result))

@@ -1,4 +1,4 @@
-"""What users hang on a study, such as a logger of their own: it is told how every cell ended."""
+"""Callbacks: a user's own code, such as a logger, that a study calls as each cell ends."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ CALLBACKS: Registry[Callback] = Registry("callback")
 
 
 class Callback(ABC):
-    """Told of cells as they end, in the process that drives the study. Subclass it and define `on_end`.
+    """Called as each cell ends, in the process that drives the study. Subclass it and define `on_end`.
 
-    An object is given to `study.run(callbacks=[...])`; of a class with a name, in a plug-in, one is made for every
-    invocation. One that raises is told no more, and the study goes on.
+    Pass an object to `study.run(callbacks=[...])`, or give the class a name in a plug-in: every invocation then makes
+    one. The study continues without a callback that raises.
     """
 
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
@@ -32,21 +32,25 @@ class Callback(ABC):
 
     @abstractmethod
     def on_end(self, cell: Cell, result: RunResult | None, error: str) -> None:
-        """A cell has been run, and recorded. cell: its row, seed and configuration. result: None where it failed, for
-        the reason in `error`."""
+        """Called after a cell is recorded.
+
+        cell: its row, seed and configuration.
+        result: its result, or None if it failed.
+        error: why it failed, else "".
+        """
 
 
 class Callbacks:
-    """Those of one invocation: the given ones, then one of each class that is registered."""
+    """The callbacks of one invocation: the given ones, then one of each registered class."""
 
     def __init__(self, given: Sequence[Callback] = ()) -> None:
-        self._told = [*given, *(CALLBACKS[name]() for name in CALLBACKS)]
+        self._callbacks = [*given, *(CALLBACKS[name]() for name in CALLBACKS)]
 
     def on_end(self, cell: Cell, result: RunResult | None, error: str) -> None:
-        """Tell them all."""
-        for callback in list(self._told):
+        """Call each of them."""
+        for callback in list(self._callbacks):
             try:
                 callback.on_end(cell, result, error)
-            except Exception as reason:  # a stranger's code: whatever it raises, the study must go on
-                self._told.remove(callback)
-                tell(f"{type(callback).__name__} is told no more: {one_line(reason)}")
+            except Exception as reason:  # a user's code may raise anything
+                self._callbacks.remove(callback)
+                tell(f"{type(callback).__name__} is not called again: {one_line(reason)}")

@@ -1,4 +1,4 @@
-"""The driver of a study: finds which cells are missing, has them run, reports."""
+"""The driver of a study: finds the missing cells, has them run, and reports."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from basisadapt.training import Plan
     from basisadapt.training.config import RunConfig
 
-# Settings that no model, no task and no data depend on.
+# Settings on which neither model nor data depend: configurations that differ in these alone share a plan.
 PACE = [f"train.{name}" for name in ("lr", "epochs", "max_steps", "schedule", "warmup_ratio", "weight_decay")]
 
 
@@ -39,13 +39,14 @@ def run_study(
     executor: Executor,
     callbacks: Sequence[Callback] = (),
 ) -> Report:
-    """Run the cells that the record lacks, those that tune first, and report. `tags` go to the invocation's run, and
-    `callbacks` are told how cells end.
+    """Run the missing cells, trials first, and report.
 
-    How long that may take is said first, on stderr, where the record knows.
-    A cell that raises is recorded as failed and the others go on; one whose process dies is tried once more. Raises
-    InputError before anything is recorded, KeyboardInterrupt once what it interrupts is recorded as killed, and
-    RecordError where nothing can be recorded any more.
+    tags: tags of the invocation's MLflow run.
+    callbacks: called as each cell ends.
+
+    Prints an estimate of the run time on stderr if the record allows one. A cell that raises is recorded as failed, and
+    the others run. A cell whose process dies is retried once. Raises InputError before anything is recorded,
+    KeyboardInterrupt after recording the interrupted cells as killed, and RecordError if a store fails.
     """
     check_paths(place)
     recorded = Record.read(place.tracking_uri, tuning.spec.name, tuning.spec.metrics)
@@ -64,18 +65,18 @@ def run_study(
 
 
 def make_ready(cells: Sequence[Cell], data_dir: Path | None, executor: Executor) -> None:
-    """Check what running `cells` needs. Raises InputError where something is wrong, or cannot be had."""
+    """Check the configurations, inputs and memory that `cells` need. Raises InputError."""
     plans = plan_cells(cells, data_dir)
     if plans:
         executor.prepare(max(plan.total for plan in plans.values()))
         if executor.here:
-            _ask_hub(cells, data_dir)
+            _check_hub(cells, data_dir)
 
 
 def plan_cells(cells: Sequence[Cell], data_dir: Path | None, dry: bool = False) -> dict[str, Plan]:
-    """Check every distinct configuration of `cells`, see `training.plan`. Returns row label to plan.
+    """Check each distinct configuration of `cells`, see `training.plan`. Returns row label to plan.
 
-    Rows that differ in how long and how fast they learn alone share a plan, which takes a tenth of a second.
+    Rows that differ in PACE alone share a plan, since each takes a tenth of a second.
     """
     from basisadapt import training
 
@@ -91,7 +92,7 @@ def plan_cells(cells: Sequence[Cell], data_dir: Path | None, dry: bool = False) 
 
 
 def downloads(cells: Iterable[Cell], outcomes: Mapping[str, Outcome], data_dir: Path | None) -> list[str]:
-    """What running those of `cells` that are not done would download from the hub, in words; asks nothing."""
+    """What the missing cells would download from the hub, in words. Makes no request."""
     from basisadapt import backbones, tasks
     from basisadapt.tasks.hub import is_cached
 
@@ -104,11 +105,10 @@ def downloads(cells: Iterable[Cell], outcomes: Mapping[str, Outcome], data_dir: 
     return list(wanted)
 
 
-def _ask_hub(cells: Iterable[Cell], data_dir: Path | None) -> None:
-    """Find out once whether the hub gives what `cells` need of it and is not here yet: data are loaded, of weights it
-    is asked.
+def _check_hub(cells: Iterable[Cell], data_dir: Path | None) -> None:
+    """Load missing data from the hub, and check that it has the missing weights.
 
-    Raises InputError where it does not, or cannot be reached.
+    Raises InputError if it has not, or cannot be reached.
     """
     from basisadapt import backbones, tasks, training
     from basisadapt.tasks.hub import is_cached
@@ -122,12 +122,12 @@ def _ask_hub(cells: Iterable[Cell], data_dir: Path | None) -> None:
 
 
 def _inputs(cells: Iterable[Cell]) -> dict[tuple[str, str, DataSettings], RunConfig]:
-    """What cells read: backbone, task and its settings, each with a configuration that has them."""
+    """The inputs of cells, (backbone, task, data settings), each to a configuration with them."""
     return {(cell.config.backbone, cell.config.task, cell.config.data): cell.config for cell in cells}
 
 
 def read_report(tuning: Tuning, place: StudyPaths) -> Report:
-    """The report from the record alone. Raises InputError if nothing is recorded."""
+    """The report from the record; runs nothing. Raises InputError if nothing is recorded."""
     outcomes = Record.read(place.tracking_uri, tuning.spec.name, tuning.spec.metrics)
     if not outcomes:
         raise InputError(f"nothing of study {tuning.spec.name!r} is recorded in {place.tracking_uri!r}")
@@ -137,12 +137,12 @@ def read_report(tuning: Tuning, place: StudyPaths) -> Report:
 
 
 def report_on(tuned: Tuned, outcomes: Mapping[str, Outcome]) -> Report:
-    """The report on a study with what its tuning found, from the record."""
+    """The report on a tuned study. outcomes: cell key to outcome."""
     return make_report(tuned_table(tuned, outcomes), tuned=tuned)
 
 
 def write_report(report: Report, place: StudyPaths) -> None:
-    """Write the report's files to the output folder, if there is one."""
+    """Write the report's files to `place.output`, unless that is None."""
     if place.output is not None:
         make_folder(place.output)
         record = Record(place.tracking_uri, report.table.study.spec.name)
@@ -150,7 +150,7 @@ def write_report(report: Report, place: StudyPaths) -> None:
 
 
 def _check_own_files(cells: Iterable[Cell], outcomes: Mapping[str, Outcome], data_dir: Path | None) -> None:
-    """Raise InputError if a file of the user's own has changed since some of the cells were run on it."""
+    """Raise InputError if a user's own data file has changed since a cell ran on it."""
     from basisadapt import tasks, training
 
     for cell in cells:

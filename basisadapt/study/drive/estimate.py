@@ -1,4 +1,4 @@
-"""How long a study's missing cells may take, by those that are recorded or have just ended."""
+"""Estimates of the run time of missing cells, from cells that have ended."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ if TYPE_CHECKING:
     from basisadapt.study.plan.cells import Cell
     from basisadapt.training.execution.executor import Executor
 
-SECONDS = ("seconds.train", "seconds.eval", "seconds.observe")  # what a cell's time is made of
+SECONDS = ("seconds.train", "seconds.eval", "seconds.observe")  # metrics whose sum is the run time of a cell
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """seconds: until the `cells` that are missing have ended. recorded: how many finished cells say so."""
+    """The estimated run time of missing cells.
+
+    seconds: until all of them have ended.
+    cells: the number of missing cells.
+    recorded: the number of finished cells behind the estimate.
+    """
 
     seconds: float
     cells: int
@@ -27,9 +32,9 @@ class Estimate:
 
 
 def estimate_time(cells: Sequence[Cell], outcomes: Mapping[str, Outcome], executor: Executor) -> Estimate | None:
-    """Each missing cell at the mean of its row's finished ones, or of all where its row has none, over the slots.
+    """The run time of the missing cells, see `time_left`.
 
-    None where nothing is missing, or none of these cells is recorded with its time: another preset's say nothing.
+    None if nothing is missing, or no finished cell of this study and preset has a recorded time.
     """
     missing, by_row = [], dict[str, list[float]]()
     for cell in {cell.key: cell for cell in cells}.values():
@@ -43,11 +48,14 @@ def estimate_time(cells: Sequence[Cell], outcomes: Mapping[str, Outcome], execut
 
 
 def time_left(left: Sequence[tuple[str, float]], took: Mapping[str, Sequence[float]], slots: int) -> float | None:
-    """Seconds until all that is left has ended, in so many slots. None where nothing is left or nothing has ended.
+    """Seconds until the remaining cells have ended; None if nothing is left or nothing has ended.
 
-    left: of each cell its row, and for how many seconds it has been at work. took: a row to the seconds of those of its
-    cells that have ended. A row of which none has is taken for what cells have worked, in all, for each that has ended:
-    of cells that run at once the shortest end first, and their mean would be too short.
+    left: (row, seconds for which it has run) of each remaining cell.
+    took: row to the run times of its ended cells, in seconds.
+    slots: the number of cells that run at once.
+
+    A cell takes the mean of its row. For a row without ended cells, it takes the total running time of all cells
+    divided by the number of ended ones: of parallel cells the shortest end first, so their mean would be too short.
     """
     ended = sum(map(len, took.values()))
     if not left or not ended:
@@ -58,7 +66,7 @@ def time_left(left: Sequence[tuple[str, float]], took: Mapping[str, Sequence[flo
 
 
 def duration(seconds: float) -> str:
-    """Seconds as they are told."""
+    """Seconds as text: 42 s, 12 min, 3.5 h."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

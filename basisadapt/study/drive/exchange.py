@@ -1,4 +1,4 @@
-"""Cells that travel: a study's missing cells as a file for `python -m basisadapt.training`, and its results back."""
+"""Export of a study's missing cells to a file for `python -m basisadapt.training`, and import of its results."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from basisadapt.training.execution.lines import (
 
 
 def export_cells(tuning: Tuning, place: StudyPaths, path: Path) -> int:
-    """Write the cells that the record lacks to a file, a line each. Returns how many; records nothing.
+    """Write the missing cells to a file, one per line. Returns their number; records nothing.
 
-    Of a row that is still to be tuned these are its trials. Raises InputError if the file cannot be written, or holds
+    For a row that is not tuned yet, these are its trials. Raises InputError if the file cannot be written, or holds
     something else.
     """
     outcomes = Record.read(place.tracking_uri, tuning.spec.name, tuning.spec.metrics)
@@ -51,14 +51,17 @@ def export_cells(tuning: Tuning, place: StudyPaths, path: Path) -> int:
 def import_results(
     tuning: Tuning, place: StudyPaths, tags: Mapping[str, str], executor: Executor, paths: Sequence[Path]
 ) -> tuple[Report, list[ResultLine], list[str]]:
-    """Enter results that `python -m basisadapt.training` gave, and report; runs nothing.
+    """Enter the results of `python -m basisadapt.training` into the record, and report; runs nothing.
 
-    Cells that are done in the record stay as they are. The files may hold other studies too: a result of another one is
-    this one's where its configuration is that of a cell here, and is passed over otherwise; so are this study's of
-    other options, and how many is said. Returns the report; the lines of cells that failed there, which are not
-    entered: they are still to be run; and the runs of the others, whose pictures `draw_pictures` draws. Raises
-    InputError, before anything is entered, if there are lines of this study and none is of a cell here, a line's
-    configuration is not the one that its key was made from, or a result cannot be drawn.
+    tags: tags of the invocation's MLflow run.
+    paths: files of results; they may hold other studies too.
+
+    A cell that is done in the record stays as it is. A result of another study counts for a cell of the same
+    configuration, and is skipped otherwise. Results of this study with other options are skipped and counted on stderr.
+    Returns the report; the lines of cells that failed, which are not entered and still to be run; and the runs of the
+    others, whose pictures `draw_pictures` draws.
+    Raises InputError before anything is entered: if the files have lines of this study but of no cell with these
+    options, if the configuration of a line does not match its key, or if a result cannot be plotted.
     """
     check_paths(place)
     cells = {cell.key: cell for cell in tuning.possible_cells}
@@ -105,7 +108,7 @@ def import_results(
 
 
 def draw_pictures(place: StudyPaths, study: str, run_ids: Sequence[str]) -> None:
-    """Draw the pictures of runs that have none, which takes long beside entering them. A later call goes on."""
+    """Draw the pictures of those runs that have none. An interrupted call is resumed by the next."""
     record = Record(place.tracking_uri, study)
     undrawn = record.undrawn(run_ids)
     if undrawn:
@@ -121,9 +124,9 @@ def _numbered(paths: Sequence[Path]) -> Iterator[tuple[Path, int, ResultLine]]:
 
 
 def _cell_of(line: ResultLine, cells: Mapping[str, Cell], study: str) -> Cell | None:
-    """The study's cell that a line is of; None if it is none of these.
+    """The cell of a line; None if the study has no such cell. Raises InputError if its configuration was changed.
 
-    The line's key is that of its configuration as it was written. Settings that have come since are at their defaults.
+    The key of a line is that of its configuration as written. Newer settings are at their defaults.
     """
     here = Cell(study, line.row, RunConfig.from_mapping(line.config))
     key = cell_key(line.study, line.config)

@@ -1,4 +1,4 @@
-"""What Ctrl-C and SIGTERM do while a study runs."""
+"""Handling of Ctrl-C and SIGTERM while a study runs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from basisadapt.core.command import tell
 
 
 class Interrupt:
-    """A context manager, in which Ctrl-C and SIGTERM raise KeyboardInterrupt: at once, or at the end of what is `held`,
-    unless another one comes until then. While cells run, which is `patient`, the first Ctrl-C asks for an end after
-    them, and `finish` is called. Outside of the main thread, where Python lets no one listen, it changes nothing.
+    """A context manager in which Ctrl-C and SIGTERM raise KeyboardInterrupt.
 
-    asked: whether a patient one has come.
+    They raise at once; inside `held`, at its end, unless a second signal comes first. Inside `patient`, the first
+    Ctrl-C only sets `asked` and calls `finish`. Outside the main thread, where Python allows no handler, it does
+    nothing.
+
+    asked: whether Ctrl-C has asked for an end after the running cells.
     """
 
     def __init__(self, finish: Callable[[], None] = lambda: None) -> None:
@@ -40,7 +42,7 @@ class Interrupt:
 
     @contextmanager
     def patient(self) -> Iterator[None]:
-        """While cells run. Whoever runs them looks at `asked` and raises KeyboardInterrupt after them."""
+        """While cells run: their driver checks `asked`, and raises KeyboardInterrupt after them."""
         self._patient = True
         try:
             yield
@@ -49,7 +51,7 @@ class Interrupt:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """What is to be one step: it is interrupted by no first signal. Raises KeyboardInterrupt at its end then."""
+        """One atomic step: a first signal raises KeyboardInterrupt only at its end."""
         self._held = True
         try:
             yield

@@ -28,10 +28,17 @@ from basisadapt.training.execution.executor import Executor
 
 
 class Invocation:
-    """One call of the command line: its parent run, closed whatever happens, and the cells run under it.
+    """One call of the command line: its parent run, which is always closed, and the cells that run under it.
 
-    cells: that the study may come to have. callbacks: see `Callback`. Inside, while cells run, the first Ctrl-C ends
-    run() after them, see `Interrupt`.
+    spec: the study.
+    cells: the cells that the study may run.
+    place: where results and inputs are.
+    tags: tags of the parent run.
+    executor: where cells run.
+    callbacks: called as each cell ends. Default none.
+
+    While cells run, the first Ctrl-C ends run() after them, see `Interrupt`. Raises InputError if the stores cannot be
+    opened.
     """
 
     def __init__(
@@ -78,17 +85,17 @@ class Invocation:
 
     @property
     def outcomes(self) -> dict[str, Outcome]:
-        """What the record holds: cell key to outcome."""
+        """The recorded outcomes, cell key to outcome."""
         return self._record.outcomes()
 
     def running(self) -> set[str]:
-        """The ids of the runs that are at work, here and elsewhere."""
+        """The ids of the open runs, of this process and others. Closes those of dead processes."""
         return self._record.close_orphans()
 
     def run(self, cells: Sequence[Cell], rows: Sequence[Row] = ()) -> dict[str, Outcome]:
-        """Run what the record lacks of the cells, in their order. Returns what it then holds of them, at least.
+        """Run the missing cells in their order. Returns the outcomes of all given cells, at least.
 
-        rows: those whose difference to their reference is told as their cells end.
+        rows: the rows whose difference to their reference is printed as their cells end.
         """
         outcomes = self._record.outcomes(cells)
         self._trials.follow(cells, outcomes)
@@ -125,9 +132,9 @@ class Invocation:
             raise
 
     def end(self, report: Report) -> None:
-        """Keep the report, in the parent run and in the output folder."""
+        """Write the report to the parent run and to the output folder."""
         files = report_files(report, self._record.pictures)
-        # A long table may be cut off at MLflow's limit: the link comes first.
+        # MLflow truncates a long note, so the link comes first.
         compared = self._record.compare_path(report.table.run_ids)
         link = f"Compare its runs: `{compared}`\n\n" if compared else ""
         with self._interrupt.held():

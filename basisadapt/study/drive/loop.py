@@ -1,4 +1,4 @@
-"""Cells at an executor: its slots are kept full until no cell is left."""
+"""The loop that keeps the slots of an executor full until no cell is left."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from basisadapt.study.plan.cells import Cell
 from basisadapt.study.record.stores import store_errors
 from basisadapt.training.execution.executor import Ended, Executor, Job
 
-POLL_SECONDS = 2.0  # between looks at a cell that another process runs
+POLL_SECONDS = 2.0  # between checks of a cell that another process runs
 
 
 class Loop:
-    """Runs cells, and waits for those that other processes run. A cell whose process dies is tried once more."""
+    """Runs cells, and waits for those that other processes run. A cell whose process dies is retried once."""
 
     def __init__(
         self, cells: Iterable[Cell], book: Book, executor: Executor, interrupt: Interrupt, progress: Progress
@@ -29,11 +29,14 @@ class Loop:
         self._book, self._executor, self._interrupt, self._progress = book, executor, interrupt, progress
 
     def run(self) -> None:
-        """Run them. Raises KeyboardInterrupt after the cells that ran when the first Ctrl-C came, at once after the
-        second; what is at work then is recorded as killed."""
+        """Run the cells.
+
+        Raises KeyboardInterrupt: after the first Ctrl-C once the running cells have ended, after the second at once,
+        and then records the running cells as killed.
+        """
         try:
             while self._waiting or self._book.running or self._elsewhere:
-                self._fill()  # before the cell that left a slot is recorded, which takes a second
+                self._fill()  # first: recording an ended cell takes a second
                 if self._over:
                     self._record(self._over.pop())
                 elif self._book.running:
@@ -45,7 +48,7 @@ class Loop:
         except BaseException:
             with self._interrupt.held():
                 self._executor.stop()
-                # Where the stores are the reason, what is left open is closed by the next call.
+                # If the stores failed, the next call closes the open runs.
                 with suppress(*store_errors()):
                     for key in list(self._book.running):
                         self._book.cut_off(key, "")
@@ -79,9 +82,9 @@ class Loop:
             self._progress.end(cell, said, ended.result)
 
     def _wait(self) -> None:
-        """Wait for a cell to end, or its process to die: then it waits again, or has failed if it did before.
+        """Wait for a cell to end. If its process dies, requeue it; the second time, it has failed.
 
-        After a Ctrl-C it does neither.
+        After a Ctrl-C, it is killed and not requeued.
         """
         end = self._executor.wait(self._progress.step)
         if isinstance(end, Ended):
@@ -97,7 +100,7 @@ class Loop:
             self._progress.again(cell, end.reason)
 
     def _look_elsewhere(self) -> None:
-        """Take over what other processes have left; where they are still at everything, wait a while."""
+        """Take over the cells that other processes gave up; if they still run all of them, wait."""
         cells, (busy, free) = self._elsewhere, self._book.of_others(self._elsewhere)
         for cell in cells:
             if cell not in busy and cell not in free:

@@ -1,4 +1,4 @@
-"""Where a study's results and inputs lie."""
+"""Where a study's results and inputs are."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ from basisadapt.study.report.files import KEPT, MARK
 
 @dataclass(frozen=True, kw_only=True)
 class StudyPaths:
-    """Where a study's results and inputs lie.
+    """Where a study's results and inputs are.
 
-    tracking_uri: MLflow's store, by default MLFLOW_TRACKING_URI or else mlflow.db in this folder. storage: Optuna's;
-    None is `optuna.db` beside MLflow's file. data_dir: the tasks' data. output: a folder that also gets the report.
-    save_adapters: whether each cell's adapter is kept with its run in MLflow.
+    tracking_uri: the URI of MLflow's store. Default: MLFLOW_TRACKING_URI, else mlflow.db in the current folder.
+    storage: the URL of Optuna's store. Default None, optuna.db in the folder of MLflow's file.
+    data_dir: the folder with the tasks' data. Default None, they come from the hub.
+    output: a folder that the report is also written to. Default None.
+    save_adapters: whether MLflow keeps the adapter of each cell. Default False.
     """
 
     tracking_uri: str = field(default_factory=lambda: os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db")
@@ -36,7 +38,7 @@ class StudyPaths:
 
     @property
     def optuna_url(self) -> str:
-        """Optuna's storage."""
+        """The URL of Optuna's store."""
         if self.storage is not None:
             return self.storage
         beside = sqlite_file(self.tracking_uri)
@@ -44,7 +46,7 @@ class StudyPaths:
 
 
 def check_paths(place: StudyPaths) -> None:
-    """Raise InputError unless results can be kept there."""
+    """Raise InputError unless both stores and the folder of files can be written."""
     if same_database(place.optuna_url, place.tracking_uri):
         raise InputError(f"--storage and --tracking-uri cannot share one database, {place.tracking_uri!r}")
     check_database(place.tracking_uri, "--tracking-uri")
@@ -55,7 +57,7 @@ def check_paths(place: StudyPaths) -> None:
 
 
 def make_folder(output: Path) -> None:
-    """Make a folder for a report. Raises InputError where it cannot be, or holds what no report has written."""
+    """Create a folder for a report. Raises InputError if it cannot, or if it holds files of no report."""
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -68,7 +70,7 @@ def make_folder(output: Path) -> None:
 
 
 def write_files(files: Mapping[str, str | bytes], output: Path) -> None:
-    """Write a report's files into its folder. Raises RecordError."""
+    """Write a report's files into its folder. Raises RecordError if they cannot be written."""
     try:
         write_into(output, files)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What a user sees while cells run: a line for each that has ended, and a bar where stderr is a terminal."""
+"""The progress display: a line per ended cell, and a bar if stderr is a terminal."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from basisadapt.study.plan.spec import StudySpec
     from basisadapt.training import RunResult
 
-ENOUGH = 3  # cells, before it is said how long the rest takes
+MIN_ENDED = 3  # cells, before an estimate of the remaining time is shown
 
 
 class Standing:
-    """The rows of a study against their references, by what is recorded and what has finished since."""
+    """The differences of rows to their references, from recorded cells and those that have ended since."""
 
     def __init__(self, spec: StudySpec, rows: Sequence[Row], outcomes: Mapping[str, Outcome]) -> None:
         self._spec, self._outcomes = spec, dict(outcomes)
@@ -35,7 +35,7 @@ class Standing:
             self._groups.setdefault(row.group, []).append(row)
 
     def after(self, cell: Cell, result: RunResult | None) -> str:
-        """What is said of its row once a cell has ended, see `text.standing`."""
+        """The difference of a cell's row after the cell has ended, see `text.standing`."""
         row = self._rows.get(cell.key)
         if row is None or result is None:
             return ""
@@ -56,9 +56,12 @@ class _Running:
 
 
 class Progress:
-    """Counts the cells of a call, of which some are `done` and the others `missing`, and shows those that run.
+    """Counts the ended cells of a call and shows the running ones.
 
-    slots: how many run at once.
+    missing: the cells to run.
+    done: the number of cells that were done before.
+    slots: how many cells run at once.
+    standing: the differences of rows.
     """
 
     def __init__(self, missing: Sequence[Cell], done: int, slots: int, standing: Standing) -> None:
@@ -80,12 +83,12 @@ class Progress:
         self._bar.close()
 
     def begin(self, cell: Cell) -> None:
-        """A cell starts."""
+        """A cell has started."""
         self._running[cell.key] = _Running(cell, time.monotonic())
         self._show()
 
     def step(self, key: str, step: int, total: int) -> None:
-        """A training step of the cell called `key` is done; step 0: its process has begun with it."""
+        """The cell with this key has finished a training step of `total`; at step 0 its process has started."""
         if step == 0:
             self._running[key].began = time.monotonic()
             return
@@ -93,9 +96,9 @@ class Progress:
         self._show()
 
     def again(self, cell: Cell, reason: str) -> None:
-        """A cell that was cut off for `reason` is put back."""
+        """A cell whose process died for `reason` is queued again."""
         del self._running[cell.key]
-        self._say(f"{_name(cell)}: {reason}; it is tried once more")
+        self._say(f"{_name(cell)}: {reason}; retrying once")
 
     def cut_off(self, cell: Cell, reason: str) -> None:
         """A cell was cut off for `reason` as the study ends."""
@@ -103,18 +106,18 @@ class Progress:
         self._say(f"{_name(cell)}: {reason}")
 
     def end(self, cell: Cell, shown: str, result: RunResult | None) -> None:
-        """A cell has come to its end, with a result or none: tell where its row stands, and how long the rest takes."""
+        """A cell has ended: print its row's difference and the remaining time. result: None if it failed."""
         seconds = time.monotonic() - self._running.pop(cell.key).began
         self._took.setdefault(cell.row, []).append(seconds)
         self._ended(cell, f"{shown}{self._standing.after(cell, result)} ({seconds:.0f} s)")
 
     def lost(self, cell: Cell) -> None:
-        """A cell's run was closed by another process, which had seen no sign of life for too long."""
+        """Another process has closed a cell's run, after no heartbeat for too long."""
         del self._running[cell.key]
-        self._say(f"{_name(cell)}: another process took this one for dead, and the cell over")
+        self._say(f"{_name(cell)}: another process took this one for dead and has the cell now")
 
     def wait(self, cell: Cell) -> None:
-        """Nothing can be done until another process has a cell, has given it up or has finished it."""
+        """Wait until another process claims, gives up or finishes a cell."""
         text = waiting_for(cell)
         if self._bar.disable and text != self._waiting:
             self._say(text)
@@ -132,7 +135,7 @@ class Progress:
         self._say(f"[{self._count}/{self._total}] {_name(cell)}: {text}{self._time_left()}")
 
     def _time_left(self) -> str:
-        if sum(map(len, self._took.values())) < ENOUGH:
+        if sum(map(len, self._took.values())) < MIN_ENDED:
             return ""
         now = time.monotonic()
         began = {key: running.began for key, running in self._running.items()}
@@ -148,18 +151,18 @@ class Progress:
 
 
 class _Stderr:
-    """stderr as `tell` treats it."""
+    """A file that writes to stderr with `tell`."""
 
     def write(self, text: str) -> None:
-        """Tell the text."""
+        """Write the text."""
         tell(text, end="")
 
     def flush(self) -> None:
-        """It is told already."""
+        """Do nothing: `tell` has written the text."""
 
 
 def waiting_for(cell: Cell) -> str:
-    """What is said while another process is at a cell."""
+    """The message while another process runs a cell."""
     return f"waiting for another process to finish {_name(cell)}"
 
 

@@ -1,4 +1,4 @@
-"""A study as a search: an Optuna study of its own proposes configurations, and the cells of each are run."""
+"""Search: an Optuna study proposes configurations, and the cells of each are run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from basisadapt.study.drive.engine import make_ready, write_report
 from basisadapt.study.drive.invocation import Invocation
 from basisadapt.study.drive.paths import StudyPaths, check_paths
 from basisadapt.study.outcome import Outcome
-from basisadapt.study.plan.cells import Row, Study, resolve, split_changes
+from basisadapt.study.plan.cells import Row, Study, resolve
+from basisadapt.study.plan.changes import split_changes
 from basisadapt.study.plan.space import Space, distribution, edges, search_space
 from basisadapt.study.plan.spec import SWEEP, VARIANT, ExtraRow, StudySpec
 from basisadapt.study.record.record import Record
@@ -30,17 +31,24 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
     from optuna.trial import FrozenTrial, Trial
 
-SHOWN = 5  # trials in the table beside the reference
-ENOUGH = 10  # finished trials, before importances are estimated from them
+MAX_SHOWN = 5  # trials in the table, in addition to the reference
+MIN_FINISHED = 10  # trials, before importances are estimated
 TASKS = f"{SWEEP}task"
 
 
 @dataclass(frozen=True)
 class Search:
-    """What is searched: a study under a preset and changes, by `sampler`, until `trials` trials have ended.
+    """A search. A trial is one configuration on every task with every seed; its value is the mean headline metric.
 
-    A trial is a configuration, run on every task of the study with every seed; its value is the mean. The first seed
-    drives the sampler. at_once: trials that are proposed together, before any of them has ended.
+    spec: the study.
+    preset: the preset of its runs.
+    changes: "key=value", as `--set` takes them.
+    seeds: the seeds of every trial, None for the study's; the first one also seeds the sampler.
+    sampler: "tpe" or "random".
+    trials: the number of trials, at least 1, those that have ended included.
+    at_once: the number of trials that are proposed together, at least 1. Default 1.
+
+    Raises InputError for numbers below 1.
     """
 
     spec: StudySpec
@@ -58,7 +66,7 @@ class Search:
             raise InputError(f"--at-once must be at least 1, got {self.at_once}")
 
     def rows(self, label: str, settings: Mapping[str, Any]) -> tuple[Row, ...]:
-        """The rows of a trial, one a task: the study's base with `settings` over it. Raises InputError."""
+        """The rows of a trial, one per task: the study's base with `settings` over it. Raises InputError."""
         tasks = {TASKS: self.spec.sweep["task"]} if "task" in self.spec.sweep else {}
         presets = {
             name: {**tasks, **{key: value for key, value in overrides.items() if _stays(key)}}
@@ -70,12 +78,12 @@ class Search:
         return resolve(spec, preset=self.preset, changes=changes, seeds=self.seeds).rows
 
     def reference(self) -> list[Row]:
-        """The rows that the trials are compared with, if the study has any."""
+        """The reference rows of the study, if it has any."""
         study = resolve(self.spec, preset=self.preset, changes=self.changes, seeds=self.seeds)
         return [row for row in study.rows if row.is_reference]
 
     def space(self) -> Space:
-        """Where it looks."""
+        """The space of the search. Raises InputError for a study with variants and no `search`."""
         axes = {**self.spec.sweep, **split_changes(self.changes).sweep}
         axes.pop("task", None)
         if axes.pop(VARIANT, None) and not self.spec.search:
@@ -83,20 +91,20 @@ class Search:
         return search_space(self.spec, axes, self.rows("base", {})[0].cells[0].config)
 
     def study(self, rows: Sequence[Row]) -> Study:
-        """The given rows as a study, whose table has no published one beside it."""
+        """The given rows as a study without published table and claims."""
         title = f"{self.spec.title}: search"
         return Study(dataclasses.replace(self.spec, title=title, answers=None, claims=()), tuple(rows))
 
 
 def _stays(key: str) -> bool:
-    """Whether a preset or a change has a say in what a trial is: of the axes, the tasks alone."""
+    """Whether a key of a preset or a change applies to trials; of the axes, only `task` does."""
     return key == TASKS or not key.startswith(SWEEP)
 
 
 def run_search(search: Search, place: StudyPaths, tags: Mapping[str, str], executor: Executor) -> Report:
-    """Run the trials that are missing, and report. What is finished is never run again.
+    """Run the missing trials, and report. Finished cells never run again.
 
-    Raises InputError before anything is recorded, and KeyboardInterrupt once what was interrupted is closed.
+    Raises InputError before anything is recorded, and KeyboardInterrupt after closing the interrupted trials.
     """
     check_paths(place)
     ends = [(f"{key}={value}", {key: value}) for edge in edges(search.space()) for key, value in edge.items()]
@@ -115,7 +123,7 @@ def run_search(search: Search, place: StudyPaths, tags: Mapping[str, str], execu
 
 
 def read_search(search: Search, place: StudyPaths) -> Report:
-    """The report of a search from the record alone. Raises InputError if nothing of it is recorded."""
+    """The report of a search from the record; runs nothing. Raises InputError if nothing of it is recorded."""
     check_paths(place)
     outcomes = Record.read(place.tracking_uri, search.spec.name, search.spec.metrics)
     driver = SearchDriver(place.optuna_url, search) if outcomes else None
@@ -128,16 +136,16 @@ def read_search(search: Search, place: StudyPaths) -> Report:
 
 def _report(search: Search, driver: SearchDriver, outcomes: Mapping[str, Outcome]) -> Report:
     found = driver.found()
-    best = [row for trial in found.ranked[:SHOWN] for row in search.rows(trial.label, trial.params)]
+    best = [row for trial in found.ranked[:MAX_SHOWN] for row in search.rows(trial.label, trial.params)]
     return make_report(build_table(search.study([*best, *search.reference()]), outcomes), found)
 
 
 class SearchDriver:
-    """The Optuna study behind a search.
+    """The Optuna study of a search.
 
-    Its name ends in a hash of what makes trials comparable: base configuration, seeds, space and sampler. The sampler
-    is seeded anew for each trial by the first seed and the trial's number, so that a search that was interrupted
-    goes on as if it had not been.
+    Its name ends in a hash of base configuration, seeds, space and sampler, so its trials are comparable. The first
+    seed and the trial's number seed the sampler anew for each trial, so an interrupted search resumes with the same
+    proposals.
     """
 
     def __init__(self, storage: str, search: Search) -> None:
@@ -151,12 +159,12 @@ class SearchDriver:
 
     @property
     def ended(self) -> list[EndedTrial]:
-        """The trials that came to an end; those killed are not among them."""
+        """The trials that have ended, without the killed ones."""
         trials = [trial for trial in self._study.get_trials(deepcopy=False) if trial.state.is_finished()]
         return [_ended(trial) for trial in trials if trial.user_attrs.get("status", "killed") != "killed"]
 
     def close_orphans(self, running: Collection[str]) -> None:
-        """Close the trials of invocations whose runs are not among those `running`."""
+        """Close the open trials of invocations whose runs are not in `running`."""
         from optuna.trial import TrialState
 
         for trial in self._study.get_trials(states=(TrialState.RUNNING,)):
@@ -164,7 +172,7 @@ class SearchDriver:
                 self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
     def step(self, invocation: Invocation) -> None:
-        """The next trials: ask, run their cells, tell."""
+        """Run the next trials: ask Optuna, run their cells, tell Optuna."""
         first = len(self.ended) + 1
         last = min(first + self._search.at_once - 1, self._search.trials)
         asked: dict[int, Trial] = {}
@@ -193,14 +201,14 @@ class SearchDriver:
         self._study.sampler = self._sampler(number)
         trial = self._study.ask({key: distribution(key, where) for key, where in self._space.items()})
         for name, value in {RUN: run_id, "number": number, "status": "killed"}.items():
-            trial.set_user_attr(name, value)  # "killed" until it is known better
+            trial.set_user_attr(name, value)  # "killed" unless it ends otherwise
         return trial
 
     def _tell(self, trial: Trial, status: str, value: float | None) -> None:
         from optuna.trial import TrialState
 
         trial.set_user_attr("status", status)
-        # TPE takes a pruned trial for one of the worst, as one that diverged is, and learns nothing from a failed one.
+        # TPE ranks a pruned trial among the worst, as a diverged one is, and ignores a failed one.
         state = {"finished": TrialState.COMPLETE, "diverged": TrialState.PRUNED}.get(status, TrialState.FAIL)
         self._study.tell(trial, value, state=state)
 
@@ -210,19 +218,22 @@ class SearchDriver:
         seed = random.Random(f"{self._seeds[0]} {number}").getrandbits(32)
         if self._search.sampler == "random":
             return RandomSampler(seed=seed)
-        return TPESampler(seed=seed, constant_liar=self._search.at_once > 1)  # which keeps off what is under way
+        return TPESampler(seed=seed, constant_liar=self._search.at_once > 1)  # to avoid proposals near running trials
 
     def found(self) -> SearchResult:
-        """What there is so far."""
+        """The result so far."""
         importance, reason = self._importance()
         search = self._search
         return SearchResult(search.sampler, search.trials, self._seeds, self._space, self.ended, importance, reason)
 
     def _importance(self) -> tuple[dict[str, float], str]:
-        """Setting to its importance by fANOVA, or why there is none."""
+        """Setting to its importance by fANOVA; if there is none, the reason as the second value."""
         values = [trial.value for trial in self.ended if trial.value is not None]
-        if len(values) < ENOUGH:
-            return {}, f"No importances: they need at least {ENOUGH} finished trials, and there are {len(values)}."
+        if len(values) < MIN_FINISHED:
+            return (
+                {},
+                f"No importances: they need {MIN_FINISHED} finished trials or more, and there are {len(values)}.",
+            )
         if len(set(values)) < 2:
             return {}, "No importances: every trial has the same value."
         from optuna.importance import FanovaImportanceEvaluator, get_param_importances

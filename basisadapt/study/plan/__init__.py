@@ -1,3 +1,3 @@
-"""What shall run: studies, their cells, tuning, search spaces and claims."""
+"""Plans: studies with their cells, tuning, search spaces and claims."""
 
 from __future__ import annotations

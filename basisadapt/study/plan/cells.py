@@ -1,4 +1,4 @@
-"""The cells of a study: what its file states with the preset's and the command line's changes worked in."""
+"""The rows and cells of a study, after the changes of its preset and of the command line."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
-from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args, get_type_hints
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from basisadapt.core.errors import InputError, shown, unknown
+from basisadapt.study.plan.changes import hint_at_axes, split_changes
+from basisadapt.study.plan.keys import axis_key, flatten, full_key, nest, plain, with_full_keys
 from basisadapt.study.plan.spec import (
-    RULE,
     SWEEP,
     TUNE,
     VARIANT,
@@ -26,23 +25,25 @@ from basisadapt.study.plan.spec import (
     StudySpec,
     axes_in,
     list_studies,
-    parse_yaml,
 )
 
 if TYPE_CHECKING:  # run configurations need torch, which --help and --list must not wait for
     from basisadapt.training.config import RunConfig
 
 
-Point = tuple[tuple[str, Any], ...]  # one value on every axis: (axis' name, value), ...
+Point = tuple[tuple[str, Any], ...]  # a value on every axis: (axis, value), ...
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table: a configuration, run with every seed.
+    """A row of the table: one configuration, run with every seed.
 
-    point: its values on the axes; of a row beside them, which is called `beside`, the task's alone. published: its name
-    in `published_values`. group: what it shares with the row that it is compared with; is_reference: whether it is the
-    one that the others of its group are compared with.
+    cells: its cells, one per seed.
+    point: its values on the axes; for a row of `StudySpec.beside`, its task alone.
+    beside: its label there, or None for a row of the sweep.
+    published: its name in `published_values`, or None.
+    group: the values that it shares with its reference.
+    is_reference: whether it is the reference of its group.
     """
 
     cells: tuple[Cell, ...]
@@ -59,17 +60,17 @@ class Row:
 
     @cached_property
     def label(self) -> str:
-        """What it is called: the values, joined by ", "."""
+        """Its values on the axes, after the label of an extra row, joined by ", "."""
         return label_of(self.point, self.beside)
 
     @cached_property
     def name(self) -> str:
-        """The label without the task, which rows of other tasks share."""
+        """The label without the task; rows that differ in their task alone share it."""
         return label_of([(axis, value) for axis, value in self.point if axis != "task"], self.beside) or self.label
 
 
 def label_of(point: Iterable[tuple[str, Any]], beside: str | None = None) -> str:
-    """What a row at a point is called, and one beside the axes."""
+    """The label of a row at a point; `beside` is the label of an extra row."""
     return ", ".join([*([] if beside is None else [beside]), *(plain(value) for _, value in point)])
 
 
@@ -77,8 +78,11 @@ def label_of(point: Iterable[tuple[str, Any]], beside: str | None = None) -> str
 class Cell:
     """One run of a study; `key` identifies it in every record.
 
-    named: the axes and settings, in full, that the study's rows or the command line set: what tells its cells apart.
-    point: its row's.
+    study: the name of the study.
+    row: the label of its row.
+    config: its configuration.
+    named: the axes and the full keys that the study's rows or the command line set.
+    point: its row's values on the axes.
     """
 
     study: str
@@ -94,14 +98,14 @@ class Cell:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The configuration by full keys, such as adapter.r."""
+        """The configuration by full keys, such as `adapter.r`."""
         config = self.config.to_mapping()
         parts = {name: config.pop(name) for name in list(config) if isinstance(config[name], dict)}
         return {**config, **{f"{part}.{key}": v for part, values in parts.items() for key, v in values.items()}}
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """Those of `named` that it has, with their values: the variant, and the settings of its method."""
+        """Its variant and settings among `named`; settings that its method lacks are left out."""
         known = {**{axis: value for axis, value in self.point if axis == VARIANT}, **self.settings}
         return {key: known[key] for key in self.named if key in known}
 
@@ -112,7 +116,7 @@ class Cell:
 
 
 def cell_key(study: str, config: Mapping[str, Any]) -> str:
-    """A hash of study, configuration and seed: 16 hexadecimal digits. A setting that came late changes no older key."""
+    """The SHA-256 of study, configuration and seed, 16 hexadecimal digits; without `late` settings at their default."""
     from basisadapt.training.config import identity
 
     settings = {name: value for name, value in identity(config).items() if name != "seed"}
@@ -122,7 +126,7 @@ def cell_key(study: str, config: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Study:
-    """A spec with the command line's changes worked in: the rows to fill."""
+    """A spec and its rows, after all changes."""
 
     spec: StudySpec
     rows: tuple[Row, ...]
@@ -134,8 +138,10 @@ class Study:
 
     @property
     def in_turn(self) -> tuple[Cell, ...]:
-        """Every cell in the order in which they are run: of rows that are compared seed by seed, the reference first,
-        so that differences show early and become surer."""
+        """Every cell in the order of running: seed by seed within a group, the reference first.
+
+        So differences show early.
+        """
         groups = {group: place for place, group in enumerate(dict.fromkeys(row.group for row in self.rows))}
         turns = [
             ((groups[row.group], place, not row.is_reference), cell)
@@ -148,9 +154,9 @@ class Study:
 def resolve(
     spec: StudySpec, *, preset: str = "quick", changes: Sequence[str] = (), seeds: Sequence[int] | None = None
 ) -> Study:
-    """The cells of `spec`: base < given < preset < changes ("key=value") < axis value or the row's own `set`.
+    """The rows of `spec`. Precedence: base < given < preset < changes ("key=value") < axis value, or the row's `set`.
 
-    Every configuration is checked; what the spec tunes is left at the base's value. Raises InputError.
+    Every configuration is checked. Tuned settings stay at the base's value. Raises InputError.
     """
     split = split_changes(changes)
     if preset not in spec.presets and preset != "quick":  # quick is the default, which a study need not name
@@ -161,26 +167,26 @@ def resolve(
 
     preset_axes = axes_in(preset_values, SWEEP)
     preset_values = {name: value for name, value in preset_values.items() if not name.startswith((SWEEP, TUNE))}
-    above = {**_with_full_keys(preset_values), **split.overrides}
+    above = {**with_full_keys(preset_values), **split.overrides}
     sweep: dict[str, tuple[str, list[Any]]] = {}
     for name, points in (*spec.sweep.items(), *preset_axes.items(), *split.sweep.items()):
-        sweep[_axis_key(name)] = (name, points)
+        sweep[axis_key(name)] = (name, points)
     _check_variants(spec, sweep)
 
     given = (values for of_axis in spec.given.values() for values in of_axis.values())
     own = (name for values in (*given, *(beside.set for beside in spec.beside)) for name in values)
     named = tuple(dict.fromkeys([*sweep, *map(full_key, own), *split.overrides]))
-    only_tasks = list(sweep) == ["task"] and not spec.sweep and bool(spec.beside)  # then it multiplies the rows beside
+    only_tasks = list(sweep) == ["task"] and not spec.sweep and bool(spec.beside)  # it multiplies the extra rows
     swept = [] if only_tasks or not sweep else product(sweep.values())
     tasks = sweep["task"][1] if "task" in sweep else [None]
     check_count((len(swept) + len(spec.beside) * len(tasks)) * len(seeds))
-    layers = _Layers(_flat(spec.base), above)
-    with _hint_at_axes(split.lists):
+    layers = _Layers(flatten(spec.base), above)
+    with hint_at_axes(split.lists):
         rows = [_swept_row(spec, layers, point, seeds) for point in swept]
         for beside in spec.beside:
             for point in [(("task", task),) for task in tasks] if "task" in sweep else [()]:
                 base = _base(spec, layers, point)
-                config = {**base, **_scaled(base, _with_full_keys(beside.set)), **dict(point)}
+                config = {**base, **_scaled(base, with_full_keys(beside.set)), **dict(point)}
                 published = None if beside.published is None else (beside.published,)
                 rows.append(_row(spec, Row((), point, beside.label, published), config, seeds))
 
@@ -190,27 +196,14 @@ def resolve(
             raise InputError(f"study {spec.name!r} has two rows called {label!r}")
     if not rows:
         raise InputError(f"study {spec.name!r} has no rows: give it a sweep or rows beside it")
-    rows = [_grouped(_told_apart(row, named), spec.reference, sweep) for row in rows]
+    rows = [_with_group(_with_names(row, named), spec.reference, sweep) for row in rows]
     if spec.reference is not None and not any(row.is_reference for row in rows):
         raise unknown("reference row", str(spec.reference), labels)
     return Study(on_own_data(spec, rows), tuple(rows))
 
 
-@contextmanager
-def _hint_at_axes(lists: Mapping[str, str]) -> Iterator[None]:
-    """Say of a value with commas that is refused how each of its parts makes a row."""
-    try:
-        yield
-    except InputError as error:
-        for key, text in lists.items():
-            if repr(text) in str(error):
-                axis = f"{SWEEP}{key.removeprefix('adapter.')}"
-                raise InputError(f"{error}; for a row of each value: --set {axis}={text}") from error
-        raise
-
-
 def on_own_data(spec: StudySpec, rows: Iterable[Row]) -> StudySpec:
-    """A shipped study without what is published of its tasks, and claimed, where a row is of the user's own data."""
+    """The spec; a shipped one without published table and claims if a row uses the user's own data."""
     from basisadapt import tasks
     from basisadapt.tasks.own_data import OwnData
 
@@ -222,12 +215,14 @@ def on_own_data(spec: StudySpec, rows: Iterable[Row]) -> StudySpec:
 
 
 def parameter_values(spec: StudySpec, cells: Iterable[Cell]) -> dict[str, list[Any]]:
-    """A parameter of the cells to its values: those of an axis in the study's file, under whichever preset, and then
-    those that cells have beside, so that a part of the study's own has the same values as the whole."""
+    """Parameter of the cells to its values: first those of the study's axes under all presets, then those of the cells.
+
+    So a part of a study has the same choices as the whole.
+    """
     found: dict[str, list[Any]] = {}
     for axes in (spec.sweep, *(axes_in(overrides, SWEEP) for overrides in spec.presets.values())):
         for name, values in axes.items():
-            _add(found, _axis_key(name), values)
+            _add(found, axis_key(name), values)
     for cell in {cell.row: cell for cell in cells}.values():
         for key, value in cell.parameters.items():
             _add(found, key, [value])
@@ -239,16 +234,16 @@ def _add(found: dict[str, list[Any]], key: str, values: Iterable[Any]) -> None:
     known.extend(value for value in values if value not in known)
 
 
-def _told_apart(row: Row, named: tuple[str, ...]) -> Row:
+def _with_names(row: Row, named: tuple[str, ...]) -> Row:
     return replace(row, cells=tuple(replace(cell, named=named, point=row.point) for cell in row.cells))
 
 
-def _grouped(row: Row, reference: Reference | None, axes: Iterable[str]) -> Row:
-    """The row with its group; axes: in full."""
+def _with_group(row: Row, reference: Reference | None, axes: Iterable[str]) -> Row:
+    """The row with its group. axes: by their full names."""
     if reference is None or reference.axis is None:
         is_called = reference is not None and reference.value in (row.name, row.label)
         return replace(row, group=(row.task,), is_reference=is_called)
-    axis = _axis_key(reference.axis)
+    axis = axis_key(reference.axis)
     flat = {**row.cells[0].settings, **{name: value for name, value in row.point if name == VARIANT}}
     others = dict.fromkeys(["task", *axes])
     others.pop(axis, None)
@@ -263,27 +258,27 @@ MAX_CELLS = 10_000  # of one study
 
 
 def product(axes: Iterable[tuple[str, list[Any]]]) -> list[Point]:
-    """Every combination of the axes' values; one empty point where there is no axis. Raises InputError if too many."""
+    """Every combination of the axes' values; one empty point for no axes. Raises InputError for more than MAX_CELLS."""
     axes = list(axes)
     check_count(math.prod(len(points) for _, points in axes))
     return list(itertools.product(*([(name, value) for value in points] for name, points in axes)))
 
 
 def check_count(count: int) -> None:
-    """Raise InputError for more cells than anybody runs: a slip of the pen that would take hours to write down."""
+    """Raise InputError for more than MAX_CELLS cells, which would take hours even to list."""
     if count > MAX_CELLS:
         raise InputError(f"a study may have at most {MAX_CELLS:,} cells, and its axes and seeds make {shown(count)}")
 
 
 class _Layers(NamedTuple):
-    """Settings by full keys that hold for every point: the study's base, and what is above what a point gives."""
+    """Settings of all points by full keys: `base`, below what a point gives, and `above` it."""
 
     base: Mapping[str, Any]
     above: Mapping[str, Any]
 
 
 def _base(spec: StudySpec, layers: _Layers, point: Point) -> dict[str, Any]:
-    """The base of a point's rows, by full keys: the study's, what the point's values set over it, and what is above."""
+    """The base of a point's rows by full keys: the study's, what is given for the point, and the layer above."""
     base = {**layers.base}
     for name, value in point:
         base.update(_given(spec, name, value) if name != VARIANT else {})
@@ -291,15 +286,13 @@ def _base(spec: StudySpec, layers: _Layers, point: Point) -> dict[str, Any]:
 
 
 def _given(spec: StudySpec, name: str, value: Any) -> dict[str, Any]:
-    """What is given for an axis' value, by full keys; for a variant without anything, which a method's name may be, the
-    method."""
+    """The settings given for a value on an axis, by full keys; for a variant without any, the method of that name."""
     otherwise = {"method": value} if name == VARIANT else {}
-    return _with_full_keys(spec.given.get(name, {}).get(plain(value), otherwise))
+    return with_full_keys(spec.given.get(name, {}).get(plain(value), otherwise))
 
 
 def _set_by(spec: StudySpec, point: Point) -> dict[str, Any]:
-    """What a point's values set in its rows, by full keys: each the setting of that name, but a variant what is given
-    for it."""
+    """The settings of a point's rows by full keys: each axis sets its own setting, a variant what is given for it."""
     found: dict[str, Any] = {}
     for name, value in point:
         found.update(_given(spec, name, value) if name == VARIANT else {full_key(name): value})
@@ -307,7 +300,7 @@ def _set_by(spec: StudySpec, point: Point) -> dict[str, Any]:
 
 
 def _check_variants(spec: StudySpec, sweep: Mapping[str, tuple[str, list[Any]]]) -> None:
-    """Raise InputError for a variant that nothing is given for, or that sets what another axis does."""
+    """Raise InputError for an unknown variant, and for one that sets another axis."""
     from basisadapt.methods import METHODS
 
     _, variants = sweep.get(VARIANT, ("", []))
@@ -321,7 +314,7 @@ def _check_variants(spec: StudySpec, sweep: Mapping[str, tuple[str, list[Any]]])
 
 
 def _swept_row(spec: StudySpec, layers: _Layers, point: Point, seeds: Sequence[int]) -> Row:
-    # A task that a preset or the command line adds is none of the published table's.
+    # The published table has no task that a preset or the command line adds.
     told = [(name, value) for name, value in point if name != "task" or "task" in spec.sweep]
     published = ",".join(f"{name}={plain(value)}" for name, value in told)
     if spec.answers is not None:
@@ -331,10 +324,10 @@ def _swept_row(spec: StudySpec, layers: _Layers, point: Point, seeds: Sequence[i
 
 
 def _row(spec: StudySpec, row: Row, flat: Mapping[str, Any], seeds: Sequence[int]) -> Row:
-    """The row with its cells, and with the whole of its published name."""
+    """The row with its cells and its full published name."""
     from basisadapt.training.config import RunConfig
 
-    configs = (RunConfig.from_mapping({**_nested(flat), "seed": seed}) for seed in seeds)
+    configs = (RunConfig.from_mapping({**nest(flat), "seed": seed}) for seed in seeds)
     cells = tuple(Cell(spec.name, row.label, config) for config in configs)
     published = row.published
     if spec.answers is not None and spec.answers.names:
@@ -347,7 +340,7 @@ def _row(spec: StudySpec, row: Row, flat: Mapping[str, Any], seeds: Sequence[int
 
 
 def _scaled(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with factors worked out."""
+    """`values` with each factor replaced by its multiple of the base."""
     scaled = dict(values)
     for key, value in values.items():
         if isinstance(value, Factor):
@@ -357,137 +350,7 @@ def _scaled(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any
     return scaled
 
 
-@dataclass(frozen=True)
-class Changes:
-    """The command line's changes: overrides of the base, by full key; replaced axes of the rows and of what is tuned,
-    by name, and what is replaced of the rule of tuning, likewise. lists: overrides that may be meant as an axis, as
-    they are written."""
-
-    overrides: dict[str, Any]
-    sweep: dict[str, list[Any]]
-    tune: dict[str, Any]
-    lists: dict[str, str] = field(default_factory=dict)
-
-
-def split_changes(changes: Sequence[str]) -> Changes:
-    """The command line's "key=value", by kind. Raises InputError."""
-    split = Changes({}, {}, {})
-    for change in changes:
-        key, equals, text = change.partition("=")
-        if not equals:
-            raise InputError(f"--set needs key=value, got {shown(change)}")
-        kind = next((kind for kind in (SWEEP, TUNE) if key.startswith(kind)), "")
-        name = key.removeprefix(kind)
-        if kind == TUNE and name in RULE:
-            split.tune[name] = parse_yaml(text, f"--set {key}")
-        elif kind:
-            parts = [part for part in text.split(",") if part.strip()]
-            if not parts:
-                raise InputError(f"--set {key} needs at least one value")
-            axes = split.sweep if kind == SWEEP else split.tune
-            axes[name] = [_read(key, _axis_key(name), part.strip()) for part in parts]
-        else:
-            split.overrides[full_key(key)] = _read(key, full_key(key), text)
-            if "," in text and not text.startswith(("[", "{")):
-                split.lists[full_key(key)] = text
-    return split
-
-
-def _read(option: str, key: str, text: str) -> Any:
-    """What the command line gives a setting: a text as it is written, whatever it says in YAML, or a YAML value.
-
-    Of a setting that may be a text or something else, what is nothing else is a text.
-    """
-    types = _types(key)
-    if types <= {str, NoneType}:
-        return None if NoneType in types and text in ("null", "~", "") else text
-    try:
-        value = parse_yaml(text, f"--set {option}")
-    except InputError:
-        if str not in types:
-            raise
-        return text
-    return text if isinstance(value, str) else value
-
-
-def _types(key: str) -> set[Any]:
-    """The types that an axis or a setting may have, by its full key; of an adapter's in all methods."""
-    from basisadapt.methods import METHODS
-    from basisadapt.tasks import DataSettings
-    from basisadapt.training.config import RunConfig, TrainSettings
-
-    if key == VARIANT:
-        return {str}
-    group, _, name = key.rpartition(".")
-    one = {"": RunConfig, "train": TrainSettings, "data": DataSettings}
-    classes: list[type] = [one[group]] if group in one else [METHODS[method].settings for method in METHODS]
-    hints = [found[name] for cls in classes if name in (found := get_type_hints(cls))]
-    return {part for hint in hints for part in (get_args(hint) if isinstance(hint, UnionType) else (hint,))}
-
-
 def _checked_seeds(seeds: Any) -> tuple[int, ...]:
     if not isinstance(seeds, list | tuple) or not all(type(seed) is int and seed >= 0 for seed in seeds):
         raise InputError(f"seeds must be whole numbers of at least 0, got {shown(seeds)}")
     return tuple(dict.fromkeys(seeds))
-
-
-def known_keys() -> tuple[str, ...]:
-    """Every key that a configuration may set, in full."""
-    from basisadapt.methods import METHODS
-
-    return _keys_with(tuple(METHODS[name].settings for name in METHODS))
-
-
-@lru_cache(maxsize=2)
-def _keys_with(settings: tuple[type, ...]) -> tuple[str, ...]:
-    """known_keys() while methods have these settings: a large study asks tens of thousands of times."""
-    from basisadapt.phi.settings import field_names
-    from basisadapt.tasks import DataSettings
-    from basisadapt.training.config import TrainSettings, adapter_keys
-
-    groups = {"adapter": adapter_keys(), "train": field_names(TrainSettings), "data": field_names(DataSettings)}
-    return ("task", "backbone", "method", *(f"{group}.{name}" for group, names in groups.items() for name in names))
-
-
-def full_key(name: str) -> str:
-    """A key in full: a name without a dot may be that of an adapter's setting. Raises InputError."""
-    known = known_keys()
-    if f"adapter.{name}" in known:
-        return f"adapter.{name}"
-    if name not in known:
-        raise unknown("key", name, known)
-    return name
-
-
-def _axis_key(name: str) -> str:
-    """An axis' name in full: that of a setting, or VARIANT. Raises InputError."""
-    return name if name == VARIANT else full_key(name)
-
-
-def _with_full_keys(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {full_key(name): value for name, value in values.items()}
-
-
-def _flat(nested: Mapping[str, Any]) -> dict[str, Any]:
-    """{"adapter": {"r": 4}} as {"adapter.r": 4}, with every key checked."""
-    flat: dict[str, Any] = {}
-    for name, value in nested.items():
-        inner = {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
-        flat.update(_with_full_keys(inner))
-    return flat
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for name, value in flat.items():
-        group, dot, key = name.partition(".")
-        if dot:
-            nested.setdefault(group, {})[key] = value
-        else:
-            nested[name] = value
-    return nested
-
-
-def plain(value: Any) -> str:
-    """A value as the command line takes it: true, 0.5, sinc."""
-    return value if isinstance(value, str) else json.dumps(value)

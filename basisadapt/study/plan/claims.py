@@ -7,25 +7,29 @@ from dataclasses import dataclass
 
 from basisadapt.core.errors import InputError, shown
 
-COMMON = "common"  # at: the value that all rows have in common (`tune.common`)
-PLATEAU = "plateau"  # the metric of a row's curve: how many octaves of the tuned setting lie within a point of its best
+COMMON = "common"  # at: the value that all rows share (`tune.common`)
+PLATEAU = "plateau"  # a metric of a row's curve, see `Table.plateau`
 
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A sentence of the paper in one of four forms, over labels of a study's rows.
+    """A claim of the paper in one of four forms. Rows are given by their labels.
 
-    better, than: each row of the first has the greater `metric` than each of the second. increasing: the metric grows
-    along these rows. equal, to, margin: each row of the first differs from each of the second by less than the margin,
-    above 0: in points of the headline metric (hundredths of a fraction that is read as a percentage), in units of any
-    other. rows with at_most or equals: the metric of each is at most so much, or rounds to so much.
-    metric: any recorded one, or "plateau" (see `Table.plateau`); None is the headline metric. at: rows as they were run
-    at that value of the tuned setting, "common" for `tune.common`; None is each at its own choice.
-    per: take 100 · metric / this metric of the same row. relative_to: take 100 · (metric / the same of that row − 1).
-    With several tasks, a label without its task stands for the row's means over seeds, paired by task. In a claim that
-    compares, labels joined by " + " stand for the sum of their rows: a gain of two changes above the sum of their gains
-    is better "both + neither" than "one + other".
-    Raises InputError for a claim in none of these forms.
+    text: the sentence.
+    better, than: the metric of each row in `better` is greater than that of each row in `than`.
+    increasing: the metric increases along these rows, two or more.
+    equal, to, margin: the metrics of each row in `equal` and each row in `to` differ by less than `margin`, above 0.
+        The unit is one percentage point for a headline metric shown as a percentage, else the metric's own.
+    rows: the metric of each of these rows is bounded by `at_most`, or rounds to `equals`.
+    metric: a recorded metric, or "plateau" (see `Table.plateau`). Default None, the headline metric.
+    at: compare the rows at this value of the tuned setting, "common" for `tune.common`. Default None: each row at its
+        own choice.
+    per: take 100 · metric / this metric, both of the same row. Default None.
+    relative_to: take 100 · (metric / the metric of this row − 1). Default None.
+
+    With several tasks, a label without its task stands for the means over seeds, paired by task. In `better`, `than`,
+    `equal` and `to`, labels joined by " + " stand for the sum of their rows. So "two changes gain more than the sum of
+    their gains" is better "both + neither" than "one + other". Raises InputError for any other form.
     """
 
     text: str
@@ -64,7 +68,7 @@ class Claim:
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """(the row that is claimed to have more, or as much, the other), for a claim that compares."""
+        """The pairs of rows (greater or equal, other) that the claim compares; empty if it compares none."""
         if self.equal:
             return list(itertools.product(listed(self.equal), listed(self.to)))
         if self.increasing:
@@ -85,5 +89,5 @@ def listed(labels: str | list[str] | None) -> list[str]:
 
 
 def summed(label: str) -> list[str]:
-    """The labels that are joined in one."""
+    """The labels that " + " joins in one."""
     return label.split(" + ")

@@ -1,4 +1,4 @@
-"""The space of a search: which settings, and where to look for each."""
+"""The space of a search: its settings and the range of each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from basisadapt.core.errors import InputError
 from basisadapt.core.ranges import Choices, Range, parse_range
-from basisadapt.study.plan.cells import full_key
+from basisadapt.study.plan.keys import full_key
 from basisadapt.study.plan.spec import StudySpec
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from basisadapt.core.registry import Registry
     from basisadapt.training.config import RunConfig
 
-DECLARED = {  # where to look for a setting, unless a plug-in in play or the study says otherwise
+DECLARED = {  # default ranges; the study's, then those of the plug-ins that a trial may use, come first
     "train.lr": Range(1e-4, 3e-2, log=True),
     "adapter.num_basis": Range(8, 128, log=True),
     "adapter.interval": Range(1.0, 10.0, log=True),
@@ -35,10 +35,12 @@ Space = Mapping[str, Range | Choices]
 def search_space(spec: StudySpec, axes: Mapping[str, Iterable[Any]], base: RunConfig) -> Space:
     """Full key to range or choices, in a fixed order.
 
-    A study with `search` looks at the settings listed there: [low, high], [low, high, log], a list of choices, or
-    `declared` for the range that plug-ins or DECLARED give. A study without it looks at its axes, by their values,
-    and at every setting with a declared range. `axes`: the sweep; `base`: the configuration that the trials share.
-    Raises InputError.
+    axes: the sweep.
+    base: the configuration that the trials share.
+
+    If the study has `search`, the space is the settings there: [low, high], [low, high, log], a list of choices, or
+    `declared` for the range of the plug-ins or of DECLARED. Otherwise it is the axes with their values, and every
+    setting with a declared range. Raises InputError.
     """
     stated = {full_key(name): values for name, values in spec.search.items()}
     chosen: dict[str, Range | Choices | None] = {full_key(axis): tuple(points) for axis, points in axes.items()}
@@ -54,7 +56,7 @@ def search_space(spec: StudySpec, axes: Mapping[str, Iterable[Any]], base: RunCo
 
 
 def distribution(key: str, where: Range | Choices) -> BaseDistribution:
-    """The Optuna distribution of a setting; whole numbers where the setting holds nothing else."""
+    """The Optuna distribution of a setting; of integers if the setting takes only integers."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if not isinstance(where, Range):
@@ -65,7 +67,7 @@ def distribution(key: str, where: Range | Choices) -> BaseDistribution:
 
 
 def edges(space: Space) -> list[dict[str, Any]]:
-    """Settings to check before a search begins: each range's ends and each choice, one at a time."""
+    """Single settings to check before a search starts: the ends of each range, and each choice."""
     found: list[dict[str, Any]] = []
     for key, where in space.items():
         ends = [where.low, where.high] if isinstance(where, Range) else list(where)
@@ -74,7 +76,7 @@ def edges(space: Space) -> list[dict[str, Any]]:
 
 
 def _plugins(base: RunConfig, chosen: Mapping[str, Range | Choices | None]) -> list[list[Any]]:
-    """The classes of bases, of grids and of sharing policies that a trial may have."""
+    """The classes of bases, grids and sharing policies that a trial may use, by kind."""
     from basisadapt.phi.basis import BASES
     from basisadapt.phi.grids import GRIDS
     from basisadapt.phi.sharing import SHARING
@@ -89,7 +91,7 @@ def _plugins(base: RunConfig, chosen: Mapping[str, Range | Choices | None]) -> l
 
 
 def _declared(key: str, plugins: Iterable[Iterable[Any]]) -> Range:
-    """The smallest range that holds what every plug-in in play declares; the general one for those that do not."""
+    """The union of the ranges that the plug-ins declare; a plug-in without one counts with the default range."""
     name = key.removeprefix("adapter.")
     general = DECLARED.get(key)
     spoken: list[Range | None] = [
@@ -105,7 +107,7 @@ def _declared(key: str, plugins: Iterable[Iterable[Any]]) -> Range:
 
 
 def _is_whole(key: str) -> bool:
-    """Whether a setting holds whole numbers only."""
+    """Whether a setting takes only integers."""
     from basisadapt.methods import METHODS
     from basisadapt.training.config import TrainSettings
 

@@ -1,4 +1,4 @@
-"""What a study's file states: a YAML file in `studies/`, and the published table that it answers."""
+"""A study as its YAML file states it, and the published table that it answers."""
 
 from __future__ import annotations
 
@@ -19,23 +19,26 @@ from basisadapt.study.plan.claims import COMMON, PLATEAU, Claim
 
 PRESETS = ("smoke", "quick", "gpu", "llm", "encoder", "paper")
 MAX_BYTES = 1_000_000  # of a study's file
-SWEEP, TUNE = "sweep.", "tune."  # what the axes of the rows, and of what is tuned, begin with
-VARIANT = "variant"  # the axis of the sweep whose values are names, each for what is `given` for it
-ALL = "all"  # tune.at: every value of the grid
+SWEEP, TUNE = "sweep.", "tune."  # prefixes of the keys of axes, and of tuned settings
+VARIANT = "variant"  # an axis whose values name groups of settings in `given`
+ALL = "all"  # tune.at: all values of the grid
 
-Name = tuple[str, ...]  # of a row in a published table: its parts, and the method that has the column
+Name = tuple[str, ...]  # a row of a published table: its parts, then the method if methods have columns
 
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedTable:
     """The published table that a study answers.
 
-    table: a file in `studies/paper/`. key, column, std: the columns with a row's name (one, or several with a part of
-    it each), its value and the value's standard deviation; where methods have columns of their own, a method to its
-    column. where: a column to the value that rows must have there. setting: on what it was measured.
-    rows: the label of a row of the sweep to its name in the table, where that is not "axis=value,...". names: what a
-    row's values on the axes, such as a method and a task, are called there; given it, a row's name is these, in the
-    order of the axes.
+    table: a file in `studies/paper/`.
+    key: the column with a row's name, or several columns with its parts.
+    column: the column with the value, or method to column if methods have columns of their own.
+    std: the same for the standard deviation. Default None, there is none.
+    setting: what it was measured on. Default "".
+    where: column to the value that a row must have there. Default: all rows.
+    rows: label of a row of the sweep to its published name, where that is not "axis=value,...". Default {}.
+    names: value on an axis, such as a method or a task, to its published name. If given, a row's published name is
+        these names in the order of the axes. Default {}.
     """
 
     table: str
@@ -50,21 +53,21 @@ class PublishedTable:
 
 @dataclass(frozen=True)
 class Factor:
-    """A number that is given by its factor to the base's: x0.5 is half of it."""
+    """A multiple of the base's value: x0.5 is half of it."""
 
     factor: float
 
     @staticmethod
     def parse(value: Any) -> Any:
-        """The factor that a text is; any other value as it is."""
+        """The factor of a text such as "x0.5"; any other value unchanged."""
         found = re.fullmatch(r"x(\d+(?:\.\d+)?)", value) if isinstance(value, str) else None
         return Factor(float(found[1])) if found else value
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What rows are compared with: the row that is called `value`; or, with an axis, each with the row that has this
-    value there and is otherwise equal."""
+    """The row that others are compared with: the row with the label `value`; or, with an axis, the row with `value` on
+    that axis and the same values on the others."""
 
     value: str
     axis: str | None = None
@@ -75,7 +78,12 @@ class Reference:
 
 @dataclass(frozen=True, kw_only=True)
 class ExtraRow:
-    """A row beside the sweep: its label, what it `set`s over the base, by a `Factor` too, the published row."""
+    """A row in addition to the sweep.
+
+    label: its name.
+    set: key to the value, or the `Factor`, that replaces the base's.
+    published: its name in the published table. Default None, it is not there.
+    """
 
     label: str
     set: dict[str, Any]
@@ -84,17 +92,19 @@ class ExtraRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Tune:
-    """What is chosen for every row by itself, and how, before the row is run (see `tuning`).
+    """How settings are tuned for each row before the row is run (see `tuning`).
 
-    grid: a setting to the values that are tried, all combinations of several. seeds: those that they are tried with,
-    none of the study's. validation: the share of the training rows that they are judged on; null where other seeds draw
-    other rows (`tasks.SeededTask`), so that what is chosen on them is not chosen on the rows that are reported.
-    by: "score", the headline metric, of which the greatest mean is chosen, or "loss", eval_loss, of which the least is:
-    it scatters less where few rows are held back.
-    at: of a grid of one setting, the values at which every row is run with the study's seeds as well, whatever is
-    chosen for it, so that there is a curve: a list, or "all" for the grid's. common: one more such value, at which the
-    rows are compared with each other beside the comparison of each at its own; both are numbers above 0.
-    Raises InputError for others.
+    grid: setting to the values to try; with several settings, all combinations.
+    seeds: the seeds of the trials, none of them the study's.
+    validation: the share of the training rows that trials are evaluated on. null if other seeds draw other rows
+        (`tasks.SeededTask`). Either way, nothing is chosen on the reported rows.
+    by: "score", choose the greatest mean of the headline metric, or "loss", choose the least mean eval_loss, which
+        varies less if few rows are held out. Default "score".
+    at: values above 0 of the only tuned setting at which every row is also run with the study's seeds, for a curve:
+        a list, or "all" for the grid's. Default None.
+    common: one more such value, at which all rows are compared with each other. Default None.
+
+    Raises InputError for other values.
     """
 
     grid: dict[str, Any]
@@ -120,12 +130,12 @@ class Tune:
 
     @property
     def setting(self) -> str:
-        """The setting that is tuned, where it is one."""
+        """The first tuned setting: the only one if there is `at` or `common`; "" for an empty grid."""
         return next(iter(self.grid), "")
 
     @property
     def values(self) -> list[float]:
-        """The values at which every row is run, in order."""
+        """`at` and `common` as numbers, in ascending order."""
         return sorted(set(self._listed))
 
     @property
@@ -134,29 +144,37 @@ class Tune:
         return [*values, *(() if self.common is None else (self.common,))]
 
 
-RULE = ("seeds", "validation", "by", "at", "common")  # of Tune: what a preset may replace as tune.NAME, beside the grid
+RULE = ("seeds", "validation", "by", "at", "common")  # fields of Tune that tune.NAME may replace
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudySpec:
     """A study as its file states it.
 
-    title, question: what is compared and how to read it. base: the configuration that all rows share. sweep:
-    an axis' name to its values; the rows are their product. given: an axis, and a value on it, to what its rows set
-    over the base; in the file the two are one key, such as method=vera. An axis called `variant` sets what is given for
-    its values, which are names, such as variant=tuned, and as any axis does so over preset and command line; a method's
-    name needs nothing given.
-    beside: further rows, which no axis changes.
-    reference: see `Reference`; in the file the label of a row, or an axis' value, such as method=lora. answers: the
-    published table. tune: what is chosen for every row before it is run. presets: a name to dotted overrides of the
-    base, `seeds`, and axes in full: sweep.AXIS, tune.SETTING; also tune.NAME of `Tune`. columns: further recorded
-    metrics to show, or quotients of two, such as "bits / parameters.trainable". against: recorded metrics that the
-    headline metric is drawn against. claims: of the paper, each judged by the record. search: setting to its range in a
-    search, see `search_space`.
+    name: the name of its file without the suffix.
+    title: what is compared.
+    question: how to read the result.
+    base: the configuration that all rows share. Default {}.
+    sweep: axis to its values; the rows are the product of the axes. Default {}.
+    given: axis to value to the settings that rows with this value set over the base. The file has one key for both,
+        such as method=vera. Default {}.
+    beside: rows in addition to the sweep, which no axis but `task` changes. Default none.
+    reference: see `Reference`. The file has a row's label, or a value on an axis, such as method=lora. Default None.
+    answers: the published table. Default None.
+    seeds: the seeds of every row. Default 42, 123, 456.
+    tune: what is tuned for each row before it is run. Default None.
+    presets: preset to `seeds`, dotted overrides of the base, whole axes (sweep.AXIS), tuned settings (tune.SETTING)
+        and fields of `Tune` (tune.NAME). Default {}.
+    columns: more metrics to show, or quotients of two, such as "bits / parameters.trainable". Default none.
+    against: metrics to plot the headline metric against. Default none.
+    claims: the claims of the paper. Default none.
+    search: setting to its range in a search, see `search_space`. Default {}.
 
-    A file that is `like` a shipped study takes over its base, presets and seeds, and states what differs; a preset that
-    is null there is left out. An axis called `task` also multiplies the rows beside, and where a preset or the command
-    line gives it to a study without axes, these alone; `reference` is then a label without its task.
+    A file that is `like` a shipped study inherits its base, presets and seeds; a preset that is null there is dropped.
+    The values of an axis called `variant` are names: each stands for the settings in `given`, or for the method of that
+    name. Like every axis, it takes precedence over preset and command line. An axis called `task` also multiplies the
+    rows in `beside`, and only those if a preset or the command line adds it to a study without axes. `reference` is
+    then a label without its task.
     """
 
     name: str
@@ -178,7 +196,7 @@ class StudySpec:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The recorded metrics that it names."""
+        """The metrics that its columns, figures and claims name."""
         claimed = (metric for claim in self.claims for metric in (claim.metric, claim.per) if metric is not None)
         return (*self.columns, *self.against, *claimed)
 
@@ -187,10 +205,10 @@ class StudySpec:
 
 
 class _Loader(yaml.SafeLoader):
-    """yaml.safe_load, except that 1e-3 is a number here as everywhere else (YAML 1.1 wants 1.0e-3).
+    """yaml.safe_load, except that it reads 1e-3 as a number (YAML 1.1 requires 1.0e-3).
 
-    Aliases (*name) are refused, for a few lines of them may stand for more than memory holds, or for themselves; and
-    so are whole numbers that a record cannot hold, and a key that is given more than once.
+    It refuses aliases (*name), since a few lines of them can expand beyond memory or refer to themselves; integers that
+    a record cannot hold; and duplicate keys.
     """
 
     def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
@@ -225,8 +243,8 @@ def _unknown(loader: Any, node: Any) -> None:
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _whole)
-_Loader.add_constructor("tag:yaml.org,2002:timestamp", _text)  # a date is a text
-for _tag in ("binary", "omap", "pairs", "set"):  # what JSON has not
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", _text)  # a date stays text
+for _tag in ("binary", "omap", "pairs", "set"):  # types that JSON lacks
     _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _unknown)
 
 _Loader.add_implicit_resolver(
@@ -235,7 +253,7 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value of a YAML text. Raises InputError that names `where`."""
+    """The value of a YAML text. Raises InputError, which names `where`."""
     try:
         return yaml.load(text, Loader=_Loader)
     except RecursionError as error:
@@ -275,7 +293,7 @@ def read_spec(name: str) -> StudySpec:
 
 
 def _read_file(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
-    """What a file states, over what the file that it is like does. above: the files that are like this one."""
+    """The values of a file over those of the file that it is `like`. above: the files that led here."""
     where = f"study file {str(path)!r}"
     try:
         if path.stat().st_size > MAX_BYTES:
@@ -296,7 +314,7 @@ def _read_file(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _check_paths(values: Any, where: str) -> None:
-    """Raise InputError for a path of data or of a model, anywhere in `values`, that leads out of the folder."""
+    """Raise InputError for a path of data or of a model in `values` that leads out of the study's folder."""
     if isinstance(values, list):
         for value in values:
             _check_paths(value, where)
@@ -311,7 +329,7 @@ def _check_paths(values: Any, where: str) -> None:
 
 
 def _like(name: Any, path: Path) -> Path:
-    """The file that the one at `path` is like: a shipped study, or one beside it. Raises InputError."""
+    """The file that the file at `path` is `like`: a shipped study, or one in the same folder. Raises InputError."""
     if isinstance(name, str) and name.endswith((".yaml", ".yml")):
         return path.parent / inside(name, f"study file {str(path)!r}: like")
     if name not in list_studies():
@@ -320,7 +338,7 @@ def _like(name: Any, path: Path) -> Path:
 
 
 def inside(name: str, where: str) -> str:
-    """A file name that a study file gives, which may not lead out of its folder. Raises InputError."""
+    """The name of a file in the study's folder, checked. Raises InputError for a path that leads out of it."""
     if PurePath(name).name != name or name == ".." or "\\" in name or "\0" in name:
         raise InputError(f"{where} must be the name of a file in the same folder, got {shown(name)}")
     return name
@@ -367,19 +385,17 @@ def _spec(values: dict[str, Any]) -> StudySpec:
 
 
 def _axes(values: Mapping[str, Any]) -> list[str]:
-    """The axes of a file's sweep, and of its presets, as they are called there."""
+    """The axes of a file's sweep and of its presets, as written there."""
     sweep, presets = values.get("sweep"), values.get("presets")
     parts = presets.values() if isinstance(presets, dict) else ()
-    named = [axes_in(part, SWEEP) for part in parts if isinstance(part, dict) and all(map(_is_text, part))]
+    named = [
+        axes_in(part, SWEEP) for part in parts if isinstance(part, dict) and all(isinstance(key, str) for key in part)
+    ]
     return [name for axes in (sweep, *named) if isinstance(axes, dict) for name in axes]
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
 def _reference(text: Any, axes: Sequence[str]) -> Reference:
-    """AXIS=VALUE of one of the axes, or else a label, which may hold a = as well."""
+    """The reference of a text: AXIS=VALUE if the axis exists, else a label, which may contain "=" too."""
     if not isinstance(text, str):
         raise InputError(f"reference must be text or null, got {shown(text)}")
     axis, equals, value = text.partition("=")
@@ -388,7 +404,7 @@ def _reference(text: Any, axes: Sequence[str]) -> Reference:
 
 
 def _by_axis(given: Mapping[Any, Any], sweep: Mapping[Any, Any]) -> dict[str, dict[str, Any]]:
-    """What a file gives for AXIS=VALUE: axis, and value, to that."""
+    """The settings that a file gives for AXIS=VALUE: axis to value to settings."""
     found: dict[str, dict[str, Any]] = {}
     for name, overrides in given.items():
         axis, _, value = str(name).partition("=")
@@ -401,7 +417,7 @@ def _by_axis(given: Mapping[Any, Any], sweep: Mapping[Any, Any]) -> dict[str, di
 
 
 def _check_claim(claim: Claim, tune: Tune | None) -> None:
-    """Raise InputError for a claim on values at which the study runs nothing."""
+    """Raise InputError for a claim on values of the tuned setting at which the study runs no row."""
     at, common = (None, None) if tune is None else (tune.at, tune.common)
     if claim.at is not None and common is None and (at is None or claim.at == COMMON):
         missing = "tune.common" if claim.at == COMMON else "tune.at or tune.common"
@@ -417,7 +433,7 @@ def _check_axes(axes: Mapping[str, Any], kind: str = SWEEP) -> None:
 
 
 def axes_in(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """Those of `values` that replace an axis of a kind, SWEEP or TUNE, by its name."""
+    """The entries of `values` with the prefix `kind`, SWEEP or TUNE, by the name after it."""
     return {name.removeprefix(kind): value for name, value in values.items() if name.startswith(kind)}
 
 
@@ -440,9 +456,9 @@ def _parts(cls: type[Any], values: Any, where: str) -> list[Any]:
 
 
 def published_values(answers: PublishedTable | None) -> dict[Name, tuple[str, str | None]]:
-    """A row's name -> (value, standard deviation) of the published table, as printed there.
+    """Row name to (value, standard deviation), as printed in the published table.
 
-    Where methods have columns of their own, the name ends with the method.
+    If methods have columns of their own, the name ends with the method. Raises InputError if the table cannot be read.
     """
     if answers is None:
         return {}
@@ -465,7 +481,7 @@ def published_values(answers: PublishedTable | None) -> dict[Name, tuple[str, st
 
 
 def _by_method(column: str | dict[str, str] | None) -> dict[Name, str]:
-    """What a row's name ends with, to the column: a method, or nothing if methods share a column."""
+    """The end of a row's name to its column: (method,), or () if methods share a column."""
     if isinstance(column, dict):
         return {(method,): name for method, name in column.items()}
     return {} if column is None else {(): column}

@@ -1,47 +1,38 @@
-"""Tuning: every row is tried with the same values of some settings, and run with those that came out best for it.
+"""Tuning: trials of the same values of some settings for every row, which is then run with its best ones.
 
-A study may ask for every row at given values as well (`tune.at`, `tune.common`), with its own seeds and on its held-out
-rows: cells that are the same as those of a choice are run once.
-The trials are cells like any other, but for two things: their seeds are none of the study's, and they are evaluated on
-training rows that they do not train on (`train.validation`); a task that draws its rows has others for other seeds
-anyway. So nothing is chosen on the rows that are reported.
+Trials are cells with two differences. Their seeds are none of the study's, and they are evaluated on training rows that
+they do not train on (`train.validation`); a task that draws its rows draws others for other seeds. So nothing is chosen
+on the reported rows. `tune.at` and `tune.common` also run every row at given values, with the study's seeds and on its
+held-out rows. A cell that is both a choice and at such a value runs once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from basisadapt.core.errors import InputError
 from basisadapt.core.settings import from_mapping
 from basisadapt.study import statistics
 from basisadapt.study.outcome import NOT_RUN, Outcome
-from basisadapt.study.plan.cells import (
-    Cell,
-    Point,
-    Row,
-    Study,
-    check_count,
-    full_key,
-    on_own_data,
-    plain,
-    product,
-    resolve,
-    split_changes,
-)
+from basisadapt.study.plan.cells import Cell, Point, Row, Study, check_count, on_own_data, product, resolve
+from basisadapt.study.plan.changes import split_changes
+from basisadapt.study.plan.keys import full_key, plain
 from basisadapt.study.plan.spec import RULE, TUNE, StudySpec, Tune, axes_in
 
-if TYPE_CHECKING:
-    from basisadapt.training.config import RunConfig
-
-OTHER_SEEDS, HELD_BACK = (7,), 0.2  # of a rule that the command line makes: seeds, and a share of the training rows
-ENDED = ("finished", "diverged", "failed")  # how a trial may end; after a kill it is still to come
+OTHER_SEEDS, HELD_BACK = (7,), 0.2  # defaults for a rule from the command line: seeds, share of rows
+ENDED = ("finished", "diverged", "failed")  # final states of a trial; a killed one runs again
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A point of the grid for one row. trials: the cells that try it; row: what is run if it is chosen."""
+    """A point of the grid for one row.
+
+    point: the values of the tuned settings.
+    trials: the cells that try them.
+    row: the row that runs if it is chosen.
+    """
 
     point: Point
     trials: tuple[Cell, ...]
@@ -55,9 +46,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class CandidateResult:
-    """What became of a candidate. state: "finished", with the mean over its seeds as `value`, or another word.
+    """The result of a candidate.
 
-    value: of what the rule chooses by; None also where a run has no such metric.
+    candidate: the candidate.
+    state: "finished", or the state of a trial that is not.
+    value: the mean of what `Tune.by` names over the trials; None if a trial has not finished or lacks the metric.
     """
 
     candidate: Candidate
@@ -67,10 +60,12 @@ class CandidateResult:
 
 @dataclass(frozen=True)
 class RowTuning:
-    """One row's candidates, in the grid's order, and the one with the best value: of equals the first.
+    """The candidates of one row, and the best of them.
 
-    least: whether the least value is the best, and not the greatest. A candidate that diverged or failed counts as
-    worst. best: None if none finished, or while one is still to be tried.
+    tried: the results, in the order of the grid.
+    least: whether the least value is best, not the greatest. Default False.
+
+    Candidates that diverged or failed count as worst. The first of equal values is chosen.
     """
 
     tried: tuple[CandidateResult, ...]
@@ -78,7 +73,7 @@ class RowTuning:
 
     @property
     def best(self) -> Candidate | None:
-        """The choice."""
+        """The chosen candidate; None if none has finished, or one is still to be tried."""
         if len(self.tried) == 1:
             return self.tried[0].candidate
         values = [found.value for found in self.tried if found.value is not None]
@@ -94,12 +89,12 @@ class RowTuning:
 
     @property
     def row(self) -> Row:
-        """The row as it is run; as its first candidate has it, while there is no choice."""
+        """The row with its choice; with the first candidate as long as there is none."""
         return (self.best or self.tried[0].candidate).row
 
     @property
     def edges(self) -> list[str]:
-        """The settings whose chosen number is the least or the greatest of the grid: a better one may lie beyond."""
+        """The settings whose choice is the least or greatest number of the grid: a better value may lie beyond it."""
         found = []
         for key, value in self.best.point if self.best else ():
             numbers = [dict(tried.candidate.point)[key] for tried in self.tried]
@@ -111,10 +106,11 @@ class RowTuning:
 
 @dataclass(frozen=True)
 class Tuning:
-    """A study's rows with their candidates, in the grid's order; one each where there is nothing to choose.
+    """The rows of a study with their candidates.
 
-    spec: the study's, with the preset's and the command line's changes to its rule of tuning worked in. at: a value
-    that the rule names to the rows with it.
+    spec: the study's spec, its `tune` after all changes.
+    candidates: for each row its candidates, in the order of the grid; one each if nothing is tuned.
+    at: value in `Tune.values` to the rows at it.
     """
 
     spec: StudySpec
@@ -123,22 +119,22 @@ class Tuning:
 
     @property
     def trials(self) -> tuple[Cell, ...]:
-        """The cells that are run before anything is chosen."""
+        """The cells that run before the choice."""
         return tuple(cell for candidates in self.candidates for one in candidates for cell in one.trials)
 
     @property
     def rows_at(self) -> tuple[Row, ...]:
-        """Every row at every value that the rule names."""
+        """Every row at every value in `Tune.values`."""
         return tuple(row for rows in self.at.values() for row in rows)
 
     @property
     def possible_cells(self) -> list[Cell]:
-        """Every cell that the study may come to have, whatever is chosen; some more than once."""
+        """The cells for every possible choice, some of them more than once."""
         rows = [candidate.row for candidates in self.candidates for candidate in candidates]
         return [*self.trials, *(cell for row in (*rows, *self.rows_at) for cell in row.cells)]
 
     def choose(self, outcomes: Mapping[str, Outcome]) -> Tuned:
-        """The choices that follow from the record."""
+        """The choices by the recorded outcomes, cell key to outcome."""
         by_loss = self.spec.tune is not None and self.spec.tune.by == "loss"
         tried = (tuple(_result_of(one, outcomes, by_loss) for one in candidates) for candidates in self.candidates)
         return Tuned(self, tuple(RowTuning(candidates, least=by_loss) for candidates in tried))
@@ -146,7 +142,7 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Tuned:
-    """A study with what tuning has found."""
+    """A study with the choices of its tuning, row by row."""
 
     tuning: Tuning
     choices: tuple[RowTuning, ...]
@@ -158,12 +154,12 @@ class Tuned:
 
     @property
     def planned(self) -> Study:
-        """Every row with its choice, and every row at the values that the rule names: what is run besides trials."""
+        """Every row with its choice, and every row at `Tune.values`: all that runs except trials."""
         return Study(self.tuning.spec, (*self.study.rows, *self.tuning.rows_at))
 
     @property
     def cells(self) -> list[Cell]:
-        """Every cell, once: the trials', then the others."""
+        """Every cell once: first the trials, then the others."""
         once: dict[str, Cell] = {}
         for cell in (*self.tuning.trials, *self.planned.cells):
             once.setdefault(cell.key, cell)
@@ -171,7 +167,7 @@ class Tuned:
 
     @property
     def chosen(self) -> Study:
-        """Of `planned` what may be run: the rows that have a choice, and those that need none."""
+        """The rows of `planned` that can run: those with a choice, and those at `Tune.values`."""
         rows = (choice.row for choice in self.choices if choice.best)
         return Study(self.tuning.spec, (*rows, *self.tuning.rows_at))
 
@@ -181,7 +177,7 @@ class Tuned:
         return any(tried.state in ("failed", "diverged") for choice in self.choices for tried in choice.tried)
 
     def seen(self, outcomes: Mapping[str, Outcome]) -> dict[str, Outcome]:
-        """The record as a table shows it: a row without a choice was not run, or failed if no candidate finished."""
+        """The outcomes as a table shows them: a row without a choice has not run, or failed if all candidates did."""
         shown = dict(outcomes)
         for choice in self.choices:
             reason = "tuning: " + ", ".join(f"{tried.candidate.name} {tried.state}" for tried in choice.tried)
@@ -207,11 +203,10 @@ def _result_of(candidate: Candidate, outcomes: Mapping[str, Outcome], by_loss: b
 def resolve_tuning(
     spec: StudySpec, *, preset: str = "quick", changes: Sequence[str] = (), seeds: Sequence[int] | None = None
 ) -> Tuning:
-    """`resolve`, and the candidates of every row: a candidate is the study with each value of its point `--set`.
+    """`resolve` with the candidates of every row; a candidate is the study with each value of its point `--set`.
 
-    The rule, its grid included: the spec's < preset's < changes' ("tune.train.lr=1e-3,1e-2"). The only point of a grid
-    needs no trial. Raises InputError, also for a setting that is both tuned and set, and for tuning seeds that are the
-    study's own.
+    Precedence of `tune`: spec < preset < changes ("tune.train.lr=1e-3,1e-2"). A grid of one point needs no trial.
+    Raises InputError, also for a setting that is both tuned and set, and for tuning seeds that are the study's.
     """
     spec = replace(spec, tune=_rule(spec, preset, changes, seeds))
     grid = spec.tune.grid if spec.tune else {}
@@ -252,12 +247,12 @@ def _named(point: Iterable[tuple[str, Any]]) -> str:
 
 
 def _relabelled(row: Row, label: str) -> Row:
-    """The row with cells of another label, by which a record's reader tells them apart."""
+    """The row with another label in its cells, to tell them apart in the record."""
     return replace(row, cells=tuple(replace(cell, row=label) for cell in row.cells))
 
 
 def _rule(spec: StudySpec, preset: str, changes: Sequence[str], seeds: Sequence[int] | None) -> Tune | None:
-    """The rule of tuning, its grid by full keys; of a study that has none, that of the shipped ones."""
+    """`tune` after all changes, its grid by full keys; the defaults for a study that has none."""
     split = split_changes(changes)
     changed = {**axes_in(spec.presets.get(preset, {}), TUNE), **split.tune}
     own = {name: changed.pop(name) for name in RULE if name in changed}
@@ -270,7 +265,7 @@ def _rule(spec: StudySpec, preset: str, changes: Sequence[str], seeds: Sequence[
             )
         if not changed:
             return None
-        drawn = _all_drawn(resolve(spec, preset=preset, changes=changes, seeds=seeds).rows)
+        drawn = all(map(_is_drawn, resolve(spec, preset=preset, changes=changes, seeds=seeds).rows))
         rule = Tune(grid={}, seeds=OTHER_SEEDS, validation=None if drawn else HELD_BACK)
     grid = {full_key(name): values for name, values in {**rule.grid, **changed}.items()}
     for key in grid:
@@ -295,29 +290,26 @@ def _check_seeds(seeds: Sequence[int], rows: Sequence[Row]) -> None:
         raise InputError(f"tune.seeds must be seeds that no row is reported with: {problem}")
 
 
-def _all_drawn(rows: Sequence[Row]) -> bool:
-    return all(_is_drawn(row.cells[0].config) for row in rows)
-
-
-def _is_drawn(config: RunConfig) -> bool:
-    """Whether other seeds are evaluated on other rows."""
+def _is_drawn(row: Row) -> bool:
+    """Whether other seeds draw other evaluated rows."""
     from basisadapt import tasks
 
+    config = row.cells[0].config
     return isinstance(tasks.find(config.task, config.data), tasks.SeededTask)
 
 
 def _check_drawn(rows: Sequence[Row]) -> None:
-    """Raise InputError for a row whose other seeds are evaluated on the rows that it is reported on."""
-    for config in (row.cells[0].config for row in rows):
-        if not _is_drawn(config):
+    """Raise InputError for a row whose trials would be evaluated on its reported rows."""
+    for row in rows:
+        if not _is_drawn(row):
             raise InputError(
-                f"tune.validation must be a share of the training rows for task {config.task!r}, whose evaluated rows "
+                f"tune.validation must be a share of the training rows for task {row.task!r}, whose evaluated rows "
                 "are the same for every seed"
             )
 
 
 def _check_values(rows: Iterable[Sequence[Row]], grid: Mapping[str, Sequence[Any]]) -> None:
-    """Raise InputError for a row that sets itself what is tuned; rows: each with every point of the grid."""
+    """Raise InputError for a row that sets a tuned setting. rows: each at every point of the grid."""
     tuned = [key for key, values in grid.items() if len(values) > 1]
     for same in rows if tuned else ():
         settings = [row.cells[0].settings for row in same]

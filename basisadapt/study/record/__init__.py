@@ -1,3 +1,3 @@
-"""What has run: the stores, with MLflow's runs and Optuna's trials."""
+"""The record: the stores, with MLflow's runs and Optuna's trials."""
 
 from __future__ import annotations

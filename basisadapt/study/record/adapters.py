@@ -1,4 +1,4 @@
-"""The adapter that is kept with a run."""
+"""The adapter that MLflow keeps with a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from basisadapt.study.record.stores import check_sound, sqlite_file
 
 
 def fetch_adapter(tracking_uri: str, run_id: str, folder: Path) -> Path:
-    """The folder with the run's adapter, copied below `folder`. Raises InputError where the run has none."""
+    """Copy the run's adapter below `folder`, and return its folder. Raises InputError if the run has none."""
     from mlflow.exceptions import MlflowException
 
     path = sqlite_file(tracking_uri)

@@ -1,7 +1,8 @@
-"""MLflow's tables, read and written at once: its client makes an object of every number, of which a run has thousands.
+"""All runs of an experiment, read from MLflow's tables at once; and one run's points, written so.
 
-What is left out is what no table of a study shows: the numbers of single modules and curves, whose names have a slash,
-but for those that are asked for, and notes. MLflow's client does the same where there is a server before the tables.
+MLflow's client makes an object of every number, of which a run has thousands. Numbers of modules and curves, whose
+names have a slash, are left out unless asked for, and so are notes: no table of a study shows them. Behind a server,
+MLflow's client reads and writes the same.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ POINTS, LATEST = (f"INSERT INTO {table} {COLUMNS}" for table in ("metrics", "lat
 
 @dataclass(frozen=True)
 class Info:
-    """As of MLflow's runs. Times are in milliseconds since 1970."""
+    """The fields of MLflow's RunInfo that are used here. Times are in milliseconds since 1970."""
 
     run_id: str
     status: str
@@ -36,7 +37,7 @@ class Info:
 
 @dataclass(frozen=True)
 class Data:
-    """As of MLflow's runs, in part."""
+    """The fields of MLflow's RunData that are used here."""
 
     tags: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
@@ -44,28 +45,31 @@ class Data:
 
 @dataclass(frozen=True)
 class StoredRun:
-    """A run, in the form that MLflow's client gives."""
+    """A run in the form of MLflow's `Run`."""
 
     info: Info
     data: Data
 
 
 def has_tables(tracking_uri: str) -> bool:
-    """Whether MLflow's tables are in a database that can be asked, rather than behind a server."""
+    """Whether MLflow's tables are in a database that can be queried, not behind a server."""
     return tracking_uri.startswith(("sqlite", "postgresql"))
 
 
 def read_runs(tracking_uri: str, experiment_id: str, metrics: Collection[str], headline: str) -> list[StoredRun]:
-    """The active runs of an experiment, latest first. metrics: names with a slash that are wanted too, as are those
-    in the tag called `headline`."""
+    """The active runs of an experiment, latest first.
+
+    metrics: names with a slash to include.
+    headline: the tag that names one more of them.
+    """
     from sqlalchemy import bindparam, text
 
     engine = _engine(tracking_uri)
     shown: BindParameter[str] = bindparam("wanted", expanding=True)
     numbers = text(f"{NUMBERS} AND (key NOT LIKE '%/%' OR key IN :wanted)").bindparams(shown)
-    known: dict[Any, Any] = {}  # of equal texts, one is kept
+    known: dict[Any, Any] = {}  # keeps one of equal texts
     of: Mapping[str, Any] = {"experiment": int(experiment_id)}
-    with engine.connect().execution_options(yield_per=1000) as connection:  # rows at a time: one by one is slow
+    with engine.connect().execution_options(yield_per=1000) as connection:  # rows per fetch
         runs = {
             run_id: StoredRun(Info(run_id, status, began, ended), Data())
             for run_id, status, began, ended in connection.execute(text(RUNS), of)

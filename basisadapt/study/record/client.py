@@ -1,4 +1,4 @@
-"""MLflow's client, which is told no secret, and does not wait long for a server that was never there."""
+"""MLflow's client, with redacted arguments, and with few retries until a server has answered once."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 from basisadapt.core.errors import InputError
 from basisadapt.core.redaction import redacted
-from basisadapt.study.record.stores import absolute, make_database, patiently, store_reason
+from basisadapt.study.record.stores import absolute, make_database, store_reason, with_retries
 
 
 class RedactingClient:
-    """An MlflowClient whose methods get their arguments without secrets: texts, tags and parameters, but not files."""
+    """An MlflowClient that redacts secrets in its arguments: texts, tags and parameters, but not files."""
 
     def __init__(self, client: Any) -> None:
         self._client = client
@@ -22,13 +22,13 @@ class RedactingClient:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         method = getattr(self._client, name)
 
-        def tell(*values: Any, **named: Any) -> Any:
-            return method(*map(_cleared, values), **{key: _cleared(value) for key, value in named.items()})
+        def call(*values: Any, **named: Any) -> Any:
+            return method(*map(_redact, values), **{key: _redact(value) for key, value in named.items()})
 
-        return tell
+        return call
 
 
-def _cleared(value: Any) -> Any:
+def _redact(value: Any) -> Any:
     from mlflow.entities import Metric, Param, RunTag
 
     if isinstance(value, list) and value and isinstance(value[0], Metric):
@@ -40,10 +40,10 @@ def _cleared(value: Any) -> Any:
 
 
 @contextmanager
-def impatient() -> Iterator[None]:
-    """Inside, a server that does not answer is asked three times and not for minutes, unless the user says how often.
+def few_retries() -> Iterator[None]:
+    """Inside, MLflow sends a request at most three times, unless the user has set the number of retries.
 
-    Outside MLflow's patience holds: who has begun to record can wait for a server that is started again.
+    Outside, MLflow's own number holds, so recording survives the restart of a server.
     """
     name = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
     before = os.environ.get(name)
@@ -56,7 +56,10 @@ def impatient() -> Iterator[None]:
 
 
 def open_client(tracking_uri: str, study: str) -> tuple[RedactingClient, Any]:
-    """A store's client, and the study's experiment, or None; a missing sqlite file is made. Raises InputError."""
+    """The client of a store, and the experiment of the study, or None. Creates a missing sqlite file.
+
+    Raises InputError if the store cannot be opened, or the experiment is deleted.
+    """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
@@ -64,13 +67,13 @@ def open_client(tracking_uri: str, study: str) -> tuple[RedactingClient, Any]:
 
     for name in ("mlflow", "alembic"):  # after the import, which sets them to INFO
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # an error is told here, in one line
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # errors are reported here, in one line
 
     try:
         url = absolute(tracking_uri)
         make_database(url, _make_tables)
-        client = RedactingClient(patiently(url, lambda: mlflow.MlflowClient(tracking_uri=url)))
-        with impatient():
+        client = RedactingClient(with_retries(url, lambda: mlflow.MlflowClient(tracking_uri=url)))
+        with few_retries():
             found = client.get_experiment_by_name(study)
     except InputError:
         raise
@@ -85,7 +88,7 @@ def open_client(tracking_uri: str, study: str) -> tuple[RedactingClient, Any]:
 
 
 def _make_tables(url: str) -> None:
-    """MLflow's tables, in a sqlite file that it then lets go."""
+    """Create MLflow's tables in a sqlite file, and close it."""
     from mlflow.store.tracking import DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 

@@ -1,4 +1,4 @@
-"""A cell's numbers and parameters, as MLflow keeps them."""
+"""The metrics and parameters of a cell in MLflow."""
 
 from __future__ import annotations
 
@@ -30,11 +30,10 @@ def points_of(result: RunResult) -> Iterable[tuple[str, float, int]]:
 
 
 def parameters_of(cell: Cell) -> dict[str, str]:
-    """Row, seed and what tells a study's cells apart, then every setting that all methods have, by which runs of
-    different studies are compared; settings of the adapter without "adapter.".
+    """Row, seed, the cell's own parameters, and every setting that all methods have; without "adapter." in their names.
 
-    Those of one method alone would differ between the rows of most studies, and crowd out what is varied where MLflow
-    picks parameters to draw; `config.json` has all.
+    Settings of single methods are left out: they differ between the rows of most studies, and would crowd out the
+    varied ones where MLflow picks parameters to plot. `config.json` has all of them.
     """
     of_all = {f"adapter.{name}" for name in field_names(LowRankSettings)}
     common = {key: value for key, value in cell.settings.items() if key in of_all or not key.startswith("adapter.")}

@@ -1,4 +1,4 @@
-"""Signs of life of a driver, for drivers on other hosts or in other containers, who cannot see its process."""
+"""The heartbeat of a driver, for drivers on other hosts or in other containers, which cannot see its process."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from basisadapt.study.record.stores import store_errors
 
 
 class Heartbeat:
-    """While it is on, the record is told every BEAT seconds that the driver of the runs lives.
+    """Between start() and stop(), records every BEAT seconds that the driver of the runs is alive.
 
-    runs: gives the runs that are at work, at any time and in another thread.
+    runs: returns the ids of the open runs; called in another thread.
     """
 
     def __init__(self, record: Record, runs: Callable[[], Collection[str]]) -> None:
@@ -22,17 +22,17 @@ class Heartbeat:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread."""
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """End; the last sign is given when this returns."""
+        """Stop the thread, and wait for its end."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT):
-            with suppress(*store_errors()):  # of a server that is away for a while the driver itself will tell
+            with suppress(*store_errors()):  # the driver itself reports a server that is down
                 self._record.beat(self._runs())

@@ -1,4 +1,4 @@
-"""What MLflow's pages say of a study and of a cell."""
+"""The notes on MLflow's pages of a study and of a cell."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TUNING = """- Rows called "..., tuning ..." are trials of a setting's values, e
 
 
 def guide(spec: StudySpec) -> str:
-    """How to read an experiment."""
+    """How to read the experiment of a study, in Markdown."""
     return f"""**{spec.title}**
 
 {spec.question}
@@ -38,7 +38,7 @@ How to compare: each invocation is a parent run, each cell (row and seed) a chil
 
 
 def cell_note(cell: Cell, result: RunResult) -> str:
-    """What a cell's page says first."""
+    """The note of a cell, in Markdown: its status, main metrics and warnings."""
     names = [result.headline, "stable_rank.mean", "dc_share.mean", "parameters.trainable"]
     names += [f"{name}.{of}" for name in ("linear_fit", "nonlinear_share") for of in ("mean", "largest")]
     numbers = "\n".join(f"- {name}: {result.metrics[name]:.6g}" for name in names if name in result.metrics)
@@ -48,7 +48,7 @@ def cell_note(cell: Cell, result: RunResult) -> str:
 
 
 def _linear(metrics: Mapping[str, float]) -> str:
-    """A line where φ is hardly more than LoRA."""
+    """A line if φ is nearly linear, so nearly LoRA; else ""."""
     if metrics.get("nonlinear_share.largest", 1.0) >= LINEAR:
         return ""
     times = f"{metrics['linear_fit.mean']:.3g}"

@@ -1,4 +1,4 @@
-"""Who runs a cell: a process that can be told dead from alive, so that what it left open can be closed."""
+"""The process that runs a cell, identified so that others can see whether it is dead and close its open runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Owner:
-    """A process: where it is, see `here`, its number there, and when it started, since numbers are used again."""
+    """A process.
+
+    host: where its id is valid, see `here`.
+    pid: its process id.
+    started: its start time, since ids are reused.
+    """
 
     host: str
     pid: int
@@ -25,12 +30,12 @@ class Owner:
 
     @staticmethod
     def of(pid: int) -> Owner:
-        """The process with the number `pid`, on this host."""
+        """The process with the id `pid` on this host."""
         return Owner(here(), pid, _started(pid) or "")
 
     @staticmethod
     def parse(text: str) -> Owner:
-        """What str() gave. Raises ValueError for another text."""
+        """The inverse of str(). Raises ValueError for any other text."""
         host, pid, started = text.rsplit("/", 2)
         return Owner(host, int(pid), started)
 
@@ -39,20 +44,20 @@ class Owner:
 
     @property
     def is_here(self) -> bool:
-        """Whether its end can be seen from here."""
-        return self.host in (here(), socket.gethostname())  # the name alone was written once
+        """Whether this process can see its end."""
+        return self.host in (here(), socket.gethostname())  # older records have the name alone
 
     @property
     def is_dead(self) -> bool:
-        """Whether it ran here and is gone, or this machine was restarted since. Of others nothing is known: False."""
+        """Whether it ran here and has ended, or this machine has rebooted since. False if unknown, on other hosts."""
         return _started(self.pid) != self.started if self.is_here else _is_earlier(self.host)
 
 
 @functools.cache
 def here() -> str:
-    """Where a process number means the same process: host name and, on Linux, machine, PID namespace and boot.
+    """The scope of a process id: the host name and, on Linux, machine, PID namespace and boot.
 
-    Containers may have one host name, and machines too.
+    Containers, and machines, may share a host name.
     """
     parts = [socket.gethostname()]
     with suppress(OSError):
@@ -63,13 +68,13 @@ def here() -> str:
 
 
 def _is_earlier(host: str) -> bool:
-    """Whether `host` is this machine before it was started again."""
+    """Whether `host` is this machine before its last boot."""
     (*place, boot), (*mine, booted) = host.split("/"), here().split("/")
     return len(mine) == 3 and bool(mine[1]) and place == mine and boot != booted
 
 
 def _started(pid: int) -> str | None:
-    """When the process `pid` started, in a form that only compares for equality; None if there is none."""
+    """The start time of the process `pid`, only comparable for equality; None if there is no such process."""
     if Path("/proc/self/stat").exists():
         try:
             stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")

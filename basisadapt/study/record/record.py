@@ -61,16 +61,22 @@ if TYPE_CHECKING:
     from basisadapt.study.plan.spec import StudySpec
     from basisadapt.training import RunResult
 
-BEAT, SILENCE = 20.0, 180.0  # seconds between two signs of life, and without one until a driver elsewhere is dead
-UNDECIDED, NOTICED = 10.0, 1.0  # seconds that a claim waits for another one to be made, and after which that is said
-ADAPTER = "adapter"  # the folder of a run's files that holds its adapter
-FEW = 20  # cells whose runs are sooner read one by one than in the whole record
-COMPARED = 100  # runs that fit into an address, and onto the page that it leads to
+BEAT, SILENCE = 20.0, 180.0  # seconds between heartbeats, and without one until a driver elsewhere counts as dead
+UNDECIDED, NOTICED = 10.0, 1.0  # seconds that a claim waits for a rival, and until the wait is reported
+ADAPTER = "adapter"  # the folder with the adapter, among the files of a run
+MAX_SINGLE_READS = 20  # cells whose runs are read one by one, which is faster than the whole record
+MAX_COMPARED = 100  # runs that fit into the URL of a page that compares them
 
 
 @dataclass(frozen=True)
 class Imported:
-    """A result from elsewhere: the machine that computed it, and from when to when, in seconds since 1970."""
+    """A result from elsewhere.
+
+    cell: its cell.
+    result: the result.
+    host: the host that computed it.
+    began, ended: in seconds since 1970.
+    """
 
     cell: Cell
     result: RunResult
@@ -80,14 +86,18 @@ class Imported:
 
 
 class LostRunError(Exception):
-    """A run was closed by another process, which took the one that had it for dead."""
+    """Another process has closed a run, since its driver seemed dead."""
 
 
 class Record:
-    """One study's part of an MLflow store.
+    """The part of an MLflow store that belongs to one study.
 
-    Opening it writes nothing, but makes a missing sqlite file, and finds the files of runs in a folder that was moved.
-    metrics: those with a slash in their names that outcomes() is to have, as it has all others.
+    tracking_uri: the URI of the store.
+    study: the name of the study, and of its experiment.
+    metrics: names with a slash that outcomes() includes; it includes all without. Default none.
+
+    Opening it creates a missing sqlite file, and updates the paths of files in a folder that was moved. Raises
+    InputError if the store cannot be opened.
     """
 
     def __init__(self, tracking_uri: str, study: str, metrics: Collection[str] = ()) -> None:
@@ -98,14 +108,14 @@ class Record:
         self.experiment_id: str | None = found.experiment_id if found else None
         if found is not None:
             self._find_files(found.artifact_location)
-        self._seen: dict[str, tuple[str, float]] = {}  # a run's last sign of life, and when it was first seen
+        self._seen: dict[str, tuple[str, float]] = {}  # run id to its last heartbeat, and when that was first seen
         self._texts: dict[tuple[tuple[str, str], ...], dict[str, str]] = {}
-        self._primary = ""  # the metric that the experiment's page shows first, as far as it was set here
+        self._primary = ""  # the primary metric of the experiment, if it was set here
 
     def _find_files(self, location: str) -> None:
-        """Have MLflow look beside the database for files that it knows at `location`, where both were moved there.
+        """Update MLflow's file URIs if the database and the files next to it were moved from `location`.
 
-        Left as they are: files that have another place by someone's wish, and those that stayed where they were.
+        Files in a folder of the user's choice, and files that were not moved, keep their URIs.
         """
         path, folder = sqlite_file(self.tracking_uri), artifact_folder(self.tracking_uri)
         mine = f"/{FILES}/{urllib.parse.quote(self.study)}"
@@ -113,12 +123,12 @@ class Record:
             return
         old = location.removesuffix(mine) + f"/{FILES}/"
         if old != (new := f"{folder.as_uri()}/") and (folder.exists() or not file_of(old).exists()):
-            with suppress(sqlite3.Error):  # who may only read finds no pictures
+            with suppress(sqlite3.Error):  # read-only: pictures are not found
                 move_files(path, old, new)
 
     @staticmethod
     def read(tracking_uri: str, study: str, metrics: Collection[str] = ()) -> dict[str, Outcome]:
-        """outcomes() without making anything: empty where there is no record yet."""
+        """outcomes() without creating anything; empty if there is no record yet. Raises InputError."""
         path = sqlite_file(tracking_uri)
         if path is not None and not path.exists():
             return {}
@@ -126,17 +136,17 @@ class Record:
         return Record(tracking_uri, study, metrics).outcomes()
 
     def outcomes(self, cells: Collection[Cell] | None = None) -> dict[str, Outcome]:
-        """Cell key to what is known of it: its earliest done run, else one that runs, else its latest.
+        """Cell key to its outcome: from its earliest done run, else an open one, else its latest.
 
-        cells: those that are asked for, at least. The whole record of a long study takes seconds to read.
+        cells: the cells to include, at least. Default None, all; a long study takes seconds to read.
         """
-        few = cells is not None and len(cells) <= FEW
+        few = cells is not None and len(cells) <= MAX_SINGLE_READS
         runs = chain.from_iterable(map(self._runs_of, cells)) if cells is not None and few else self._every_run()
         found = sorted((self._outcome(run) for run in runs if CELL in run.data.tags), key=precedence)
         return {outcome.key: outcome for outcome in reversed(found)}
 
     def close_orphans(self) -> set[str]:
-        """Close as killed what is RUNNING though its process is gone. Returns the ids of the runs that still are."""
+        """Close the open runs of dead processes as killed. Returns the ids of the runs that stay open."""
         running = set()
         for run in self._runs("attributes.status = 'RUNNING'"):
             if self._outcome(run).orphan:
@@ -146,15 +156,15 @@ class Record:
         return running
 
     def beat(self, run_ids: Iterable[str]) -> None:
-        """Say that the driver of these runs lives."""
+        """Record a heartbeat of the driver of these runs."""
         for run_id in run_ids:
             self._client.set_tag(run_id, ALIVE, sign())
 
     def begin(self, spec: StudySpec, tags: Mapping[str, str]) -> str:
-        """Make the experiment if it is new, close orphans, and start the invocation's parent run."""
+        """Create a missing experiment, close orphans, and start the invocation's parent run. Returns its id."""
         if self.experiment_id is None:
             folder = artifact_folder(self.tracking_uri)
-            # Absolute, beside the database: the artifacts are found from wherever the next command runs.
+            # Absolute, so that the next command finds the artifacts from any folder.
             place = (folder / spec.name).as_uri() if folder else None
             self.experiment_id = self._make_experiment(spec.name, place)
         for key, value in {
@@ -169,7 +179,7 @@ class Record:
         return str(run.info.run_id)
 
     def _make_experiment(self, name: str, place: str | None) -> str:
-        """Its id, also where another driver has made it in the meantime."""
+        """The id of the new experiment, or of the one that another driver has just created."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -183,9 +193,10 @@ class Record:
     def start(
         self, parent: str, cell: Cell, waits: Callable[[], None] = lambda: None, imported: Imported | None = None
     ) -> str | None:
-        """Start a cell's child run, with its parameters. None if it is done, or another process is at it.
+        """Start a cell's child run. Returns its id; None if the cell is done, or another process runs it.
 
-        waits: is called when another process has to be waited for, which may want the cell too.
+        waits: called if the claim has to wait for another process. Default: do nothing.
+        imported: the result, if the cell was run elsewhere. Default None.
         """
         tags = {"mlflow.parentRunId": parent, CELL: cell.key, ROW: limited(cell.row), **signature()}
         began = None
@@ -202,13 +213,13 @@ class Record:
                 return None
             self._describe(run_id, cell)
         except BaseException:
-            with suppress(*store_errors()):  # else the next call closes it
+            with suppress(*store_errors()):  # otherwise the next call closes it
                 self.close(run_id, "killed")
             raise
         return run_id
 
     def _describe(self, run_id: str, cell: Cell) -> None:
-        """Write a cell's parameters and configuration."""
+        """Write the parameters and the configuration of a cell."""
         from mlflow.entities import Param
 
         parameters = [Param(name, limited(value)) for name, value in parameters_of(cell).items()]
@@ -217,12 +228,12 @@ class Record:
         self._client.log_dict(run_id, cell.config.to_mapping(), "config.json")
 
     def _claim(self, run: Any, cell: Cell, waits: Callable[[], None] = lambda: None) -> bool:
-        """Whether the new run has its cell for itself.
+        """Claim the cell for the new run. Returns whether that succeeds.
 
-        Several processes may have found the cell free, and have a run each now. One that sees a claim, or an earlier
-        run, gives way; one that sees later runs only waits until they have seen it, or are claimed: they may have
-        looked before it was there. So one stays, and none waits for one that waits; nor for long, as the other may
-        have been suspended: then it gives way too.
+        Several processes may have found the cell free and started a run each. A run yields to a claimed or earlier one.
+        If it sees only later ones, which may not have seen it, it waits until they have yielded or are claimed. So one
+        run stays, and no run waits for one that waits. The other process may be suspended, so the run also yields after
+        UNDECIDED seconds.
         """
         me = (run.info.start_time, run.info.run_id)
         began, said = time.monotonic(), False
@@ -252,10 +263,13 @@ class Record:
         imported: Imported | None = None,
         adapter: Path | None = None,
     ) -> None:
-        """Write a result whole, then mark the run as done: a kill on the way leaves a cell to run.
+        """Write the whole result, then mark the run as done: after a kill in between, the cell runs again.
 
-        drawn: name to PNG file. adapter: a folder to be kept with the run. Raises InputError for a finished result
-        without its headline metric, and LostRunError.
+        drawn: file name to PNG.
+        imported: the result, if the cell was run elsewhere. Default None.
+        adapter: a folder to keep with the run. Default None.
+
+        Raises InputError for a finished result without its headline metric, and LostRunError if the run is closed.
         """
         from mlflow.entities import RunTag
 
@@ -280,7 +294,7 @@ class Record:
             self._client.log_artifacts(run_id, folder)
         if adapter is not None:
             self._client.log_artifacts(run_id, str(adapter), ADAPTER)
-        if result.headline != self._primary:  # charts and parallel coordinates of the experiment start from it
+        if result.headline != self._primary:  # the default of the experiment's charts
             primary = {"name": clean(result.headline), "greaterIsBetter": "True"}
             for name, value in primary.items():
                 self._client.set_experiment_tag(self.experiment_id, f"mlflow.experiment.primaryMetric.{name}", value)
@@ -298,14 +312,14 @@ class Record:
             self._client.log_batch(run_id, metrics=batch)
 
     def fail(self, run_id: str, error: str, traceback: str = "") -> None:
-        """Record a cell that failed."""
+        """Close the run of a failed cell, with the reason."""
         self._client.set_tag(run_id, "mlflow.note.content", limited(f"Failed: {error}"))
         if traceback:
             self._client.log_text(run_id, storable(traceback), "traceback.txt")
         self.close(run_id, "failed", error)
 
     def end(self, parent: str, note: str, files: Mapping[str, str | bytes]) -> None:
-        """Write the files of an invocation's report, and end its parent run."""
+        """Write the files of an invocation's report, and close its parent run as finished."""
         with tempfile.TemporaryDirectory() as folder:
             write_into(Path(folder), files)
             self._client.log_artifacts(parent, folder)
@@ -313,19 +327,20 @@ class Record:
         self.close(parent, "finished")
 
     def close(self, run_id: str, status: str, error: str = "", ended: float | None = None) -> None:
-        """Give a run its last status, with the reason of a bad one. ended: in seconds since 1970, None is now."""
+        """Close a run with its final status. error: the reason, or "". ended: in seconds since 1970, None is now."""
         if error:
             self._client.set_tag(run_id, ERROR, limited(error))
         self._client.set_tag(run_id, STATUS, status)
         self._client.set_terminated(run_id, TERMINAL[status], end_time=None if ended is None else int(ended * 1000))
 
     def cut_off(self, run_id: str, reason: str) -> None:
-        """Close a run as killed, unless it has ended already."""
+        """Close a run as killed, unless it is closed."""
         if self._client.get_run(run_id).info.status == "RUNNING":
             self.close(run_id, "killed", reason)
 
     def pictures(self, run_id: str) -> dict[str, bytes]:
-        """The PNG files of a run, name to content; empty where its files cannot be read any more.
+        """The PNG files of a run, name to content; empty if they cannot be read.
+
 
         Those of a run that was imported are drawn when they are asked for, from its result, and kept with it.
         """
@@ -362,8 +377,8 @@ class Record:
             return Path(self._client.download_artifacts(run_id, name, folder)).read_bytes()
 
     def compare_path(self, run_ids: Sequence[str]) -> str | None:
-        """The page of MLflow's UI that compares these runs, from the root of its address; None of too many for one."""
-        if len(run_ids) > COMPARED:
+        """The path of the page in MLflow's UI that compares these runs; None for more than MAX_COMPARED."""
+        if len(run_ids) > MAX_COMPARED:
             return None
         lists = {"runs": list(run_ids), "experiments": [self.experiment_id]}
         query = {name: json.dumps(ids, separators=(",", ":")) for name, ids in lists.items()}
@@ -390,13 +405,13 @@ class Record:
         return read_run(run, self._is_gone, self._shared)
 
     def _shared(self, texts: dict[str, str]) -> Mapping[str, str]:
-        """The same mapping for equal ones: of a study's cells most have the same versions and data."""
+        """The same object for equal mappings: most cells of a study have the same versions and data."""
         return self._texts.setdefault(tuple(texts.items()), texts)
 
     def _is_gone(self, run: Any, owner: Owner) -> bool:
-        """Whether a run's driver is dead: seen to be gone, or elsewhere and silent for SILENCE as seen from here.
+        """Whether the driver of a run is dead: it has ended here, or elsewhere sent no heartbeat for SILENCE seconds.
 
-        No two clocks are compared: a sign of life is one because it differs from that before.
+        A heartbeat counts when it differs from the last one, so the clocks of two hosts are never compared.
         """
         if owner.is_here or owner.is_dead:
             return owner.is_dead

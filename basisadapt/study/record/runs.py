@@ -1,4 +1,4 @@
-"""A cell's run in MLflow: the tags by which it is known, and what it says."""
+"""The MLflow run of a cell: its tags, and its outcome."""
 
 from __future__ import annotations
 
@@ -16,32 +16,33 @@ TERMINAL = {
     "diverged": "FINISHED",
     "failed": "FAILED",
     "killed": "KILLED",
-}  # MLflow's words
+}  # status to MLflow's
 
 # The tags that the engine reads back.
 CELL, ROW, STATUS, OWNER = "basisadapt.cell", "basisadapt.row", "status", "basisadapt.owner"
 HEADLINE, WARNINGS, ERROR = "basisadapt.headline", "basisadapt.warnings", "basisadapt.error"
 ENVIRONMENT, DATA = "environment.", "data."
-CLAIMED = "basisadapt.claimed"  # its driver knows that no other has the cell
-ALIVE = "basisadapt.alive"  # when its driver was last known to live, in seconds since 1970
-HOST = "basisadapt.imported_from"  # the machine that computed what is imported
-UNDRAWN = "basisadapt.undrawn"  # the pictures of what is imported are still to be drawn
-ACCUMULATE = "basisadapt.accumulate"  # how many smaller batches made up a batch, where memory asked for it
+CLAIMED = "basisadapt.claimed"  # its driver has made sure that no other has the cell
+ALIVE = "basisadapt.alive"  # the last heartbeat of its driver, in seconds since 1970
+HOST = "basisadapt.imported_from"  # the host of an imported result
+UNDRAWN = "basisadapt.undrawn"  # the pictures of an imported result are still to be drawn
+ACCUMULATE = "basisadapt.accumulate"  # micro-batches per batch, if memory required it
 
 
 def read_run(
     run: Any, is_gone: Callable[[Any, Owner], bool], shared: Callable[[dict[str, str]], Mapping[str, str]]
 ) -> Outcome:
-    """What a run says, whoever wrote it: what cannot be read fails its own cell alone.
+    """The outcome of a run, whoever wrote it. Unreadable content fails its own cell only.
 
-    is_gone: whether a run's driver is dead. shared: a mapping, or an equal one that is kept.
+    is_gone: whether the driver of a run is dead.
+    shared: returns an equal mapping, the same object for equal arguments.
     """
     tags, ended = run.data.tags, run.info.status in TERMINAL.values()
     metrics = {name: value for name, value in run.data.metrics.items() if is_number(value)}
     headline, error = tags.get(HEADLINE, ""), tags.get(ERROR, "")
     status = tags.get(STATUS, "killed") if ended else "running"
     if ended and TERMINAL.get(status) != run.info.status:
-        status = "killed"  # what the tag says was not confirmed by the run's end
+        status = "killed"  # the run did not end as its tag says
     if status == "finished" and headline not in metrics:
         status, error = "failed", f"its record has no finite {headline!r}"
     owner = _owner(tags.get(OWNER, ""))
@@ -64,7 +65,7 @@ def read_run(
 
 
 def precedence(outcome: Outcome) -> tuple[int, int]:
-    """Sorts first the run that stands for its cell."""
+    """A sort key: the run that represents its cell comes first."""
     if outcome.done:
         return 0, outcome.ended
     return (1, 0) if outcome.status == "running" else (2, -outcome.ended)
@@ -82,10 +83,10 @@ def _owner(text: str) -> Owner | None:
 
 
 def signature() -> dict[str, str]:
-    """The tags that say whose a run is."""
+    """The tags of a run that name its owner."""
     return {OWNER: str(Owner.me()), ALIVE: sign()}
 
 
 def sign() -> str:
-    """A sign of life, unlike the one before."""
+    """A heartbeat, different from the one before: the time in seconds since 1970."""
     return f"{time.time():.3f}"

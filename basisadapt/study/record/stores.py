@@ -1,4 +1,4 @@
-"""Where records lie: sqlite files, made whole and looked at first; and what goes wrong with any store."""
+"""The stores: sqlite files, created atomically and checked first, and the errors of any store."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from basisadapt.core.errors import InputError, RecordError, one_line
 T = TypeVar("T")
 
 FILES = "mlruns"  # the folder of the runs' files, beside a sqlite database
-ATTEMPTS, PAUSE = 5, 2.0  # at a database in which another process makes the tables, seconds apart
+ATTEMPTS, PAUSE = 5, 2.0  # if another process creates the tables, and the seconds between
 
 
 def sqlite_file(url: str) -> Path | None:
@@ -32,27 +32,27 @@ def sqlite_file(url: str) -> Path | None:
     try:
         database = make_url(url).database
     except ArgumentError:
-        return None  # who opens it says what is wrong
+        return None  # opening it reports the error
     if not database or database.startswith((":memory:", "file:")):
         raise InputError(f"{url!r} must name a file, as sqlite:///mlflow.db does")
     return Path(database)
 
 
 def sqlite_url(like: str, path: Path) -> str:
-    """The URL `like`, of another file."""
+    """The URL `like` with another file."""
     from sqlalchemy.engine import make_url
 
     return make_url(like).set(database=str(path)).render_as_string(hide_password=False)
 
 
 def same_database(one: str, other: str) -> bool:
-    """Whether two URLs are of one database."""
+    """Whether two URLs name the same database."""
     files = [sqlite_file(url) for url in (one, other)]
     return one == other if None in files else len({path.resolve() for path in files if path is not None}) == 1
 
 
 def check_database(url: str, option: str) -> None:
-    """Raise InputError unless a sqlite database is sound and can be written, or made. Leaves nothing behind."""
+    """Raise InputError unless a sqlite database is intact and can be written, or created. Leaves nothing behind."""
     path = sqlite_file(url)
     if path is None:
         return
@@ -70,7 +70,7 @@ def check_database(url: str, option: str) -> None:
 
 
 def check_sound(url: str, option: str) -> None:
-    """Raise InputError if a sqlite database is damaged, or no database. What a kill left half written is undone."""
+    """Raise InputError if a sqlite database is damaged, or no database. Rolls back what a kill left half written."""
     path = sqlite_file(url)
     if path is None or not path.exists():
         return
@@ -85,8 +85,7 @@ def check_sound(url: str, option: str) -> None:
 
 @contextmanager
 def _connection(path: Path) -> Iterator[sqlite3.Connection]:
-    """A connection to a file that exists: one that may write where the file allows it, for only such a one can undo
-    what is half written."""
+    """A connection to an existing file, read-write if possible, since only that can roll back a half-written change."""
     connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True, timeout=30)
     try:
         yield connection
@@ -95,9 +94,9 @@ def _connection(path: Path) -> Iterator[sqlite3.Connection]:
 
 
 def make_database(url: str, make: Callable[[str], object]) -> None:
-    """Have `make` fill a sqlite database that is missing or empty, unless another process does.
+    """Fill a missing or empty sqlite database with `make`, unless another process does.
 
-    It is given the URL of a file beside, which is put in place in one step: a kill leaves no database, or a whole one.
+    make: gets the URL of a temporary file, which then replaces the database atomically.
     """
     path = sqlite_file(url)
     if path is None or _has_tables(path := path.resolve()):
@@ -109,18 +108,18 @@ def make_database(url: str, make: Callable[[str], object]) -> None:
         if not _has_tables(path):
             for left in (beside, beside.with_name(f"{beside.name}-journal")):
                 left.unlink(missing_ok=True)
-            with _unhurried():
+            with _without_fsync():
                 make(absolute(sqlite_url(url, beside)))
             with beside.open("rb+") as file:
                 os.fsync(file.fileno())
             beside.replace(path)
-        with suppress(OSError):  # whoever takes a lock from now on finds the database
+        with suppress(OSError):  # later lock holders find the database
             lock.unlink()
 
 
 @contextmanager
-def _unhurried() -> Iterator[None]:
-    """SQLite leaves to the system when it writes what is committed: half the time of making MLflow's tables."""
+def _without_fsync() -> Iterator[None]:
+    """SQLite does not wait for the disk, which takes half the time of creating MLflow's tables."""
     from sqlalchemy import event
     from sqlalchemy.engine import Engine
 
@@ -135,7 +134,7 @@ def _unhurried() -> Iterator[None]:
 
 
 def _has_tables(path: Path) -> bool:
-    """Whether something is in a file; also where that cannot be told, which is said by who opens it."""
+    """Whether a database has tables; also True if it cannot be read, since opening it reports the error."""
     if not path.exists():
         return False
     try:
@@ -145,8 +144,8 @@ def _has_tables(path: Path) -> bool:
         return True
 
 
-def patiently(url: str, opening: Callable[[], T]) -> T:
-    """What `opening` gives; it is tried again where a server's tables are made by another process at the same time."""
+def with_retries(url: str, opening: Callable[[], T]) -> T:
+    """The result of `opening`, retried while another process creates the tables of a server's database."""
     from sqlalchemy.exc import IntegrityError, ProgrammingError
 
     for _ in range(ATTEMPTS - 1):
@@ -160,13 +159,13 @@ def patiently(url: str, opening: Callable[[], T]) -> T:
 
 
 def artifact_folder(tracking_uri: str) -> Path | None:
-    """Where the files of runs go, beside a sqlite database; a server has its own place."""
+    """The folder for the files of runs, next to a sqlite database; None for other stores."""
     path = sqlite_file(tracking_uri)
     return path.resolve().parent / FILES if path else None
 
 
 def store_errors() -> tuple[type[Exception], ...]:
-    """What MLflow, Optuna and the disk raise where a record cannot be read or written."""
+    """The errors of MLflow, Optuna and the disk when a record cannot be read or written."""
     from mlflow.exceptions import MlflowException
     from optuna.exceptions import OptunaError
     from sqlalchemy.exc import SQLAlchemyError
@@ -175,28 +174,28 @@ def store_errors() -> tuple[type[Exception], ...]:
 
 
 def is_stores_fault(error: Exception) -> bool:
-    """Whether a store could not write, as on a full disk, rather than refuse what it was given."""
+    """Whether a store has failed, as on a full disk, and not refused a value."""
     return isinstance(error, store_errors()) and getattr(error, "error_code", None) != "INVALID_PARAMETER_VALUE"
 
 
 def record_error(error: Exception) -> RecordError:
-    """A store's error as a user reads it."""
+    """A store's error as a RecordError."""
     return RecordError(f"the record cannot be read or written any more: {store_reason(error)}")
 
 
 def store_reason(error: Exception) -> str:
     """The error in one line, without the statement and the address that SQLAlchemy adds."""
     if isinstance(error, OSError) and error.strerror:
-        file = error.filename2 or error.filename  # of a copy, the second is the one that is written
+        file = error.filename2 or error.filename  # a copy writes the second
         return error.strerror + (f": {str(file)!r}" if file else "")
     return re.split(r"\[SQL:|\(Background on this error", one_line(error))[0].strip()
 
 
 def absolute(url: str) -> str:
-    """The URL with a sqlite file's full path: MLflow keeps connections by URL, wherever the process moves.
+    """The URL with the full path of a sqlite file, since MLflow caches connections by URL.
 
-    The path from here where a URL has to quote a character of the full one: MLflow would make folders of the quoted
-    name. Raises InputError where that does not help.
+    It is the relative path if a URL must quote a character of the full one: MLflow would create folders of the quoted
+    name. Raises InputError if the relative path needs quotes too.
     """
     if (path := sqlite_file(url)) is None:
         return url
@@ -208,7 +207,7 @@ def absolute(url: str) -> str:
 
 
 def move_files(path: Path, old: str, new: str) -> None:
-    """Tell MLflow's database that the files of runs whose URIs begin with `old` have those that begin with `new`."""
+    """Replace the prefix `old` of file URIs in MLflow's database by `new`."""
     with _connection(path) as connection, connection:
         for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
             connection.execute(
@@ -218,7 +217,7 @@ def move_files(path: Path, old: str, new: str) -> None:
 
 
 def storable(text: str) -> str:
-    """The text as every store and file takes it: without lone surrogates and NUL characters."""
+    """The text without lone surrogates and NUL characters, which some stores refuse."""
     return text.encode("utf-8", "replace").decode().replace("\0", "?")
 
 

@@ -1,4 +1,4 @@
-"""The Optuna side of a study: a trial per run of a cell, asked for before it and told after it."""
+"""The Optuna study of a study's cells: one trial per run of a cell."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from basisadapt.core.errors import InputError, one_line
 from basisadapt.study.outcome import Outcome
 from basisadapt.study.record.owner import Owner
-from basisadapt.study.record.stores import make_database, patiently, sqlite_file
+from basisadapt.study.record.stores import make_database, sqlite_file, with_retries
 
 if TYPE_CHECKING:
     from optuna.distributions import CategoricalDistribution
@@ -23,16 +23,20 @@ if TYPE_CHECKING:
 
     from basisadapt.study.plan.cells import Cell
 
-RUN = "run"  # of a trial: the run in MLflow that lives as long
+RUN = "run"  # the user attribute of a trial that names its MLflow run
 
 
 class Trials:
-    """The trials of a study's cells, in the Optuna study of its name, made if it is new.
+    """The trials of a study's cells, in the Optuna study of its name, created if missing.
 
-    A trial's parameters are the axes and settings that tell its cell from the others, each a choice among `values`, see
-    `parameter_values`, so that Optuna's pages and importances show them; what else it stands for is in its user
-    attributes. Optuna keeps the choices of a parameter for good: where the study has others, these trials have one of
-    their own, whose name ends in a hash of its choices. MLflow has the last word on what is done; trials follow it.
+    storage: the URL of Optuna's store.
+    name: the name of the study.
+    values: parameter to its choices, see `parameter_values`. Default None, no parameters.
+
+    The parameters of a trial are the settings that distinguish its cell, so that Optuna's dashboard and importances
+    show them; its user attributes have the rest. Optuna never changes the choices of a parameter: if the study has
+    other choices, its trials go to an Optuna study whose name ends in a hash of them. MLflow decides which cells are
+    done; trials mirror it. Raises InputError if the store cannot be opened.
     """
 
     def __init__(self, storage: str, name: str, values: Mapping[str, Sequence[Any]] | None = None) -> None:
@@ -42,16 +46,16 @@ class Trials:
         self._study_id: int = self._study._study_id
 
     def ask(self, cell: Cell, run_id: str) -> int:
-        """Start the trial of a cell's run, in one step. Returns its number."""
+        """Start the trial of a cell's run, atomically. Returns its number."""
         from optuna.trial import TrialState
 
-        # As optuna.Study.add_trial does, which does not say what number the trial gets.
+        # As optuna.Study.add_trial does, which does not return the number of the trial.
         started = self._trial(cell, TrialState.RUNNING, None, {RUN: run_id})
         trial_id = self._storage.create_new_trial(self._study_id, template_trial=started)
         return self._storage.get_trial_number_from_id(trial_id)
 
     def tell(self, number: int, status: str, value: float | None = None) -> None:
-        """End a trial: complete with a value, or failed without one. One that another process has ended stays so."""
+        """End a trial: complete with a value, failed without. A trial that another process has ended stays as it is."""
         from optuna.exceptions import UpdateFinishedTrialError
 
         trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
@@ -62,8 +66,10 @@ class Trials:
     def close_orphans(
         self, running: Callable[[], Collection[str]], record: Callable[[], Mapping[str, Outcome]]
     ) -> None:
-        """Close the trials whose runs are not among those `running`, as the whole record has these runs: the value of a
-        cell is that of the trial whose run found it. Both are asked for where there are trials to close.
+        """Close the trials whose runs are dead, with the value of the cell if it is from their run.
+
+        running: returns the ids of the open runs.
+        record: returns the recorded outcomes. Both are called only if there are trials to close.
         """
         from optuna.trial import TrialState
 
@@ -78,7 +84,7 @@ class Trials:
             self._study.tell(orphan.number, value, state=_state(value), skip_if_finished=True)
 
     def follow(self, cells: Iterable[Cell], outcomes: Mapping[str, Outcome]) -> None:
-        """Add the trials of done cells that Optuna does not know."""
+        """Add the missing trials of done cells."""
         from optuna.trial import TrialState
 
         known = {
@@ -93,7 +99,7 @@ class Trials:
                 self._study.add_trial(done)
 
     def _trial(self, cell: Cell, state: TrialState, value: float | None, attributes: Mapping[str, str]) -> FrozenTrial:
-        """A cell's trial. What is none of the choices, as a search's cells may have it, is no parameter of it."""
+        """The trial of a cell. Values outside the choices, as in a search, are left out of its parameters."""
         from optuna.trial import create_trial
 
         values = {key: _choice(value) for key, value in cell.parameters.items() if key in self._space}
@@ -114,12 +120,12 @@ def _space(values: Mapping[str, Sequence[Any]]) -> dict[str, CategoricalDistribu
 
 
 def _choice(value: Any) -> Any:
-    """A setting's value as Optuna takes it."""
+    """The value of a setting as Optuna accepts it."""
     return value if isinstance(value, str | int | float | None) else json.dumps(value)
 
 
 def _study_of(storage: str, name: str, space: Mapping[str, CategoricalDistribution]) -> Study:
-    """The Optuna study called `name`, or one of its own for what has other choices there. Raises InputError."""
+    """The Optuna study `name`, or if that has other choices, one for these. Raises InputError."""
     study = open_study(storage, name)
     known = {key: where for trial in study.get_trials(deepcopy=False) for key, where in trial.distributions.items()}
     if all(known.get(key, where) == where for key, where in space.items()):
@@ -129,13 +135,13 @@ def _study_of(storage: str, name: str, space: Mapping[str, CategoricalDistributi
 
 
 def open_study(storage: str, name: str) -> Study:
-    """The Optuna study called `name`, which maximises, made if it is new. Raises InputError."""
+    """The Optuna study `name`, which maximizes, created if missing. Raises InputError if the store cannot be opened."""
     import optuna
     from optuna.storages import RDBStorage
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    # Two drivers may write to one file: wait for the other rather than fail.
+    # Two drivers may write to one file: wait for the lock.
     patience = {"connect_args": {"timeout": 60}} if sqlite_file(storage) else {}
 
     def tables(url: str) -> RDBStorage:
@@ -143,7 +149,7 @@ def open_study(storage: str, name: str) -> Study:
 
     try:
         make_database(storage, lambda url: tables(url).engine.dispose())
-        database = patiently(storage, lambda: tables(storage))
+        database = with_retries(storage, lambda: tables(storage))
         return optuna.create_study(storage=database, study_name=name, direction="maximize", load_if_exists=True)
     except InputError:
         raise
@@ -152,12 +158,12 @@ def open_study(storage: str, name: str) -> Study:
 
 
 def is_orphan(trial: FrozenTrial, running: Collection[str]) -> bool:
-    """Whether nobody is at a RUNNING trial: its run in MLflow is not among those `running`."""
+    """Whether the driver of an open trial is dead: its MLflow run is not in `running`."""
     if RUN in trial.user_attrs:
         return trial.user_attrs[RUN] not in running
-    if "owner" in trial.user_attrs:  # as it was written once
+    if "owner" in trial.user_attrs:  # in older records
         return Owner.parse(trial.user_attrs["owner"]).is_dead
-    # Killed while it was asked for; one that is just being asked for is younger than this.
+    # Killed while asking; a trial that is just being asked for is younger.
     return trial.datetime_start is None or datetime.now() - trial.datetime_start > timedelta(minutes=1)
 
 

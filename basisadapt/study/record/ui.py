@@ -1,4 +1,4 @@
-"""MLflow's pages over a record, for as long as this process lives."""
+"""MLflow's UI for a record, as long as this process lives."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from basisadapt.study.record.stores import check_sound, sqlite_file
 HOST, FIRST_PORT, PORTS = "127.0.0.1", 5000, 100
 START_SECONDS, STOP_SECONDS = 120, 10
 ENDS = (signal.SIGTERM, signal.SIGHUP)
-# A process that ends the server once its stdin ends, which it does with the one who holds the other side.
+# A process that stops the server when its stdin closes, which happens when this process ends.
 WATCH = """
 import os, sys, time
 sys.stdin.read()
@@ -34,10 +34,10 @@ except ProcessLookupError:
 
 
 def serve(tracking_uri: str) -> None:
-    """Serve the store's pages to this machine until Ctrl-C, SIGTERM or the end of the terminal or of this process,
-    however it comes; then none of the server's processes is left.
+    """Serve MLflow's UI on this machine until Ctrl-C, SIGTERM, or the end of the terminal or of this process.
 
-    Raises InputError if there is no such store, no free port, or no server comes up.
+    No process of the server is left then. Raises InputError if the store is missing, no port is free, or the server
+    does not start.
     """
     if tracking_uri.startswith(("http:", "https:")):
         raise InputError(f"--ui serves a local store; {tracking_uri!r} is a server already")
@@ -48,9 +48,9 @@ def serve(tracking_uri: str) -> None:
     address = f"http://{HOST}:{(port := _free_port())}"
     command = ["mlflow", "server", "--host", HOST, "--port", str(port)]
     before = {number: signal.signal(number, _interrupt) for number in ENDS}
-    # No jobs: they would be processes outside of the group.
+    # No jobs: their processes would be outside of the group.
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    store = {"MLFLOW_BACKEND_STORE_URI": tracking_uri}  # no argument, which every user of the machine could read
+    store = {"MLFLOW_BACKEND_STORE_URI": tracking_uri}  # every user of the machine could read an argument
     server = subprocess.Popen(
         [sys.executable, "-m", *command, "--workers", "1"],
         env={**os.environ, **quiet, **store},
@@ -60,8 +60,8 @@ def serve(tracking_uri: str) -> None:
         errors="replace",
         start_new_session=True,
     )
-    words = threading.Thread(target=_pass_on, args=(server,), daemon=True)
-    words.start()
+    reader = threading.Thread(target=_pass_on, args=(server,), daemon=True)
+    reader.start()
     watch = subprocess.Popen(
         [sys.executable, "-c", WATCH, str(server.pid)], stdin=subprocess.PIPE, start_new_session=True
     )
@@ -74,14 +74,14 @@ def serve(tracking_uri: str) -> None:
         pass
     finally:
         _stop(server)
-        words.join(STOP_SECONDS)
+        reader.join(STOP_SECONDS)
         watch.communicate()
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def _pass_on(server: subprocess.Popen[str]) -> None:
-    """Say what the server says of itself, through this process's stderr, which shows no secret."""
+    """Forward the server's stderr through this process's, which redacts secrets."""
     assert server.stderr is not None
     for line in server.stderr:
         print(line, end="", file=sys.stderr, flush=True)
@@ -115,7 +115,7 @@ def _wait_for(address: str, server: subprocess.Popen[str]) -> None:
 
 
 def _stop(server: subprocess.Popen[str]) -> None:
-    """End the whole group, gently first."""
+    """Stop the whole group: SIGTERM, then SIGKILL."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(server.pid, number)

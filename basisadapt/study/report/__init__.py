@@ -1,3 +1,3 @@
-"""What is said of it: tables, verdicts, figures, and their files."""
+"""Reports: tables, verdicts and figures of recorded outcomes, and their files."""
 
 from __future__ import annotations

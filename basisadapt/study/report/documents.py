@@ -1,8 +1,7 @@
-"""What the command line says, as JSON for programs. Numbers are as recorded: fractions, seconds, bytes; unrounded."""
+"""The output of the command line as JSON. Numbers are as recorded: fractions, seconds, bytes, not rounded."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -10,19 +9,20 @@ from basisadapt.core.ranges import Range
 from basisadapt.study import statistics
 
 if TYPE_CHECKING:
-    from basisadapt.study.plan.cells import Cell
     from basisadapt.study.plan.space import Space
     from basisadapt.study.plan.spec import StudySpec
+    from basisadapt.study.report.preview import Preview
     from basisadapt.study.report.report import Report
     from basisadapt.study.report.table import Across, Line, Table
-    from basisadapt.training import Plan
 
 Document = dict[str, Any]
 
 
 def report_document(report: Report, tracking_uri: str) -> Document:
-    """A report: the study's rows, the same over all tasks, verdicts; with values of the tuned setting also the rows at
-    each; of a search also its trials, best first."""
+    """The report: rows, rows over all tasks, and verdicts.
+
+    `at` has the rows at each value of the tuned setting, `trials` the trials of a search, best first.
+    """
     table, spec = report.table, report.table.study.spec
     document = {
         **_heading(spec),
@@ -42,16 +42,12 @@ def report_document(report: Report, tracking_uri: str) -> Document:
     return document
 
 
-def plan_document(
-    spec: StudySpec,
-    cells: Sequence[Cell],
-    plans: Mapping[str, Plan],
-    states: Mapping[str, str],
-    downloads: Sequence[str],
-    estimate: Document | None,
-) -> Document:
-    """Cells to run. plans: row label to counts. states: cell key to what the record says. downloads: from the hub, in
-    words. estimate: in seconds. steps is null where epochs say how long a cell trains, and rows where it takes all."""
+def plan_document(preview: Preview, estimate: Document | None) -> Document:
+    """The preview. estimate: the expected run time in seconds, or None.
+
+    `steps` is null if `epochs` sets the length; `train_rows` and `eval_rows` are null if a cell uses all rows.
+    """
+    plans = preview.plans
     listed = [
         {
             "key": cell.key,
@@ -64,19 +60,24 @@ def plan_document(
             "train_rows": cell.config.train.train_rows,
             "eval_rows": cell.config.train.eval_rows,
             "seed": cell.seed,
-            "state": states[cell.key],
+            "state": preview.states[cell.key],
             "modules": plans[cell.row].modules,
             "parameters": {
                 name: getattr(plans[cell.row], name) for name in ("factors", "transfer", "head", "trainable", "total")
             },
         }
-        for cell in cells
+        for cell in preview.cells
     ]
-    return {**_heading(spec), "cells": listed, "downloads": list(downloads), "estimate": estimate}
+    return {
+        **_heading(preview.spec),
+        "cells": listed,
+        "downloads": list(preview.downloads),
+        "estimate": estimate,
+    }
 
 
 def space_document(spec: StudySpec, space: Space, trials: int, sampler: str) -> Document:
-    """What a search would do. space: setting to its range (low, high, log), or to its values."""
+    """The plan of a search. space: setting to its range (low, high, log) or to its choices."""
     listed = {key: asdict(where) if isinstance(where, Range) else list(where) for key, where in space.items()}
     return {**_heading(spec), "trials": trials, "sampler": sampler, "space": listed}
 
@@ -86,7 +87,7 @@ def _heading(spec: StudySpec) -> Document:
 
 
 def _rows(table: Table) -> Document:
-    """A table's rows, with their plateaus where there are curves, and the same over all tasks."""
+    """The rows of a table, with plateaus if it has curves, and its rows over all tasks."""
     plateaus = [{"plateau": asdict(found) if (found := table.plateau(line)) else None} for line in table.lines]
     rows = zip(table.lines, plateaus if table.at else [{} for _ in plateaus], strict=True)
     return {
@@ -112,7 +113,7 @@ def _row(line: Line, table: Table) -> Document:
 
 
 def _numbers(line: Line | Across) -> Document:
-    """The headline metric by seed or task, and what is made of it; of the published value, the text as printed."""
+    """The headline metric by seed or task with its statistics, and the published value as printed."""
     values = list(line.values.values())
     return {
         "values": {str(key): value for key, value in line.values.items()},

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from basisadapt.diagnostics.figures import verbatim
 from basisadapt.study import statistics
-from basisadapt.study.plan.cells import plain
+from basisadapt.study.plan.keys import plain
 from basisadapt.study.report.table import by_name
 
 if TYPE_CHECKING:
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from basisadapt.study.report.report import SearchResult
     from basisadapt.study.report.table import Line, Table
 
-MAX_ROWS = 100  # rows in a figure; of more it shows those that matter, and says so
-NEAR = 0.12  # of a panel's width, within which two labels may meet
+MAX_ROWS = 100  # rows in a figure; of more it shows the leading ones, and says so
+NEAR = 0.12  # the share of a panel's width below which two labels may overlap
 
 
 def comparison_figure(table: Table) -> Figure:
-    """A panel a task: a row's seeds as dots, mean ± standard deviation over them, the reference's mean as a line."""
+    """A panel per task: each row's seeds as dots with mean ± standard deviation, the reference's mean as a line."""
     from matplotlib.figure import Figure
 
     shown = by_name(table.leading(MAX_ROWS))
@@ -47,32 +47,31 @@ def comparison_figure(table: Table) -> Figure:
 
 
 def _title(table: Table, names: Collection[str]) -> str:
-    """The study's title, and how many of its rows are shown where that is not all."""
+    """The study's title, with the number of shown rows if some are not shown."""
     every = len(by_name(table.lines))
     part = f" ({len(names)} of {every:,} rows)" if len(names) < every else ""
     return verbatim(table.study.spec.title) + part
 
 
 def _compare(axes: Axes, places: Sequence[tuple[int, Line]], scale: float) -> None:
-    """Draw the rows of one task, each at the place of its name."""
+    """Draw the rows of one task, each at its position."""
     alone = sum(line.row.is_reference for _, line in places) == 1
     for place, line in places:
         values = [value * scale for value in line.values.values()]
-        centre, spread = statistics.mean(values), statistics.std(values)
+        center, spread = statistics.mean(values), statistics.std(values)
         axes.plot(values, [place] * len(values), "o", color="0.7", markersize=4)
-        if centre is not None:
-            axes.errorbar(centre, place, xerr=spread, fmt="o", color="C0", capsize=4)
+        if center is not None:
+            axes.errorbar(center, place, xerr=spread, fmt="o", color="C0", capsize=4)
             if line.row.is_reference and alone:
-                axes.axvline(centre, color="0.5", linestyle="--", linewidth=1)
+                axes.axvline(center, color="0.5", linestyle="--", linewidth=1)
     axes.grid(axis="x", alpha=0.3)
 
 
 def curves_figure(table: Table) -> Figure:
-    """The headline metric over the tuned setting, on a logarithmic axis: a panel for the rows that are compared with
-    each other, a line a row through its means over seeds, a band of their 95 % intervals (t).
+    """The headline metric over the tuned setting, on a logarithmic axis: a panel per group of compared rows.
 
-    A ring is a row's own choice, the dashed line the value that all rows have in common. A value at which no seed
-    finished is left out.
+    A line is a row's mean over seeds, its band the 95 % confidence interval (t). A ring marks the row's own choice, the
+    dashed line `tune.common`. Values at which no seed has finished are left out.
     """
     from matplotlib.figure import Figure
 
@@ -100,7 +99,7 @@ def curves_figure(table: Table) -> Figure:
         axes.set_xscale("log")
         axes.set_xticks(list(table.at), [f"{value:g}" for value in table.at], rotation=45, fontsize="small")
         axes.minorticks_off()
-        axes.tick_params(labelbottom=True)  # of shared axes, too, where the panel below is empty
+        axes.tick_params(labelbottom=True)  # shared axes hide them above an empty panel
         axes.set_title(verbatim(_panel_name(table, lines[0])), fontsize="medium")
         axes.grid(alpha=0.3)
     drawn = {
@@ -115,26 +114,26 @@ def curves_figure(table: Table) -> Figure:
     return figure
 
 
-def _curve(axes: Axes, table: Table, line: Line, name: str, colour: str) -> None:
+def _curve(axes: Axes, table: Table, line: Line, name: str, color: str) -> None:
     scale, rule = 100 if table.percent else 1, table.study.spec.tune
     points = []
     for value, same in table.curve(line).items():
         values = [score * scale for score in same.values.values()]
-        centre = statistics.mean(values)
-        if centre is not None:
-            points.append((value, centre, *(statistics.interval(values) or (centre, centre))))
+        center = statistics.mean(values)
+        if center is not None:
+            points.append((value, center, *(statistics.interval(values) or (center, center))))
     if not points:
         return
     x, y, low, high = zip(*points, strict=True)
-    axes.plot(x, y, "o-", color=colour, markersize=3, label=verbatim(name))
-    axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+    axes.plot(x, y, "o-", color=color, markersize=3, label=verbatim(name))
+    axes.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
     chosen = line.row.cells[0].settings.get(rule.setting) if rule else None
     if line.values and chosen is not None and chosen in x:
-        axes.plot(chosen, y[x.index(chosen)], "o", color=colour, markersize=9, fillstyle="none")
+        axes.plot(chosen, y[x.index(chosen)], "o", color=color, markersize=9, fillstyle="none")
 
 
 def _panel_name(table: Table, line: Line) -> str:
-    """What the rows of a panel share: their values on the axes, but for the one on which they are compared."""
+    """The values that the rows of a panel share on the axes."""
     compared = _compared_axis(table)
     shared = [f"{name} = {plain(value)}" for name, value in line.row.point if name not in (compared, "task")]
     tasks = {other.task for other in table.lines}
@@ -142,20 +141,20 @@ def _panel_name(table: Table, line: Line) -> str:
 
 
 def _curve_name(table: Table, line: Line) -> str:
-    """What tells a row from the others of its panel."""
+    """The value, or name, that distinguishes a row in its panel."""
     return next((plain(value) for axis, value in line.row.point if axis == _compared_axis(table)), line.name)
 
 
 def _compared_axis(table: Table) -> str | None:
-    """The axis on which rows are compared with each other; None where they are with one row."""
+    """The axis on which rows are compared; None if all are compared with one row."""
     reference = table.study.spec.reference
     return None if reference is None else reference.axis
 
 
 def against_figure(table: Table) -> Figure:
-    """The headline metric against each of the metrics that the study is read `against`, by logarithm: a point a row.
+    """The headline metric against each metric in `StudySpec.against`, on a logarithmic axis: a point per row.
 
-    Of several tasks, a point is the mean over them of a row that has all; its seeds' deviations are not shown then.
+    With several tasks, a point is the mean over them, without a deviation; rows that lack a task are left out.
     """
     from matplotlib.figure import Figure
 
@@ -170,8 +169,8 @@ def against_figure(table: Table) -> Figure:
                 continue
             x, y = math.fsum(costs) / len(costs), math.fsum(scores) / len(scores)
             spread = statistics.std([value * scale for value in lines[0].values.values()]) if tasks == 1 else None
-            colour = "C1" if lines[0].row.is_reference else "C0"
-            axes.errorbar(x, y * scale, yerr=spread, fmt="o", color=colour, capsize=3)
+            color = "C1" if lines[0].row.is_reference else "C0"
+            axes.errorbar(x, y * scale, yerr=spread, fmt="o", color=color, capsize=3)
             points.append((y * scale, x, name))
         axes.set_xscale("log")
         axes.margins(x=0.2)
@@ -185,26 +184,25 @@ def against_figure(table: Table) -> Figure:
 
 
 def _all_of(lines: Sequence[Line], metric: str | None) -> list[float]:
-    """The mean of every line; empty where one has none."""
+    """The mean of every line; empty if a line has none."""
     means = [line.mean_of(metric) for line in lines]
     return [] if None in means else [mean for mean in means if mean is not None]
 
 
 def _label(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
-    """The name of every point (y, x, name) beside it; of those that would lie on each other the upper are moved up, and
-    down again where they would leave the panel."""
+    """Label every point (y, x, name). Labels that would overlap move up, and down again at the panel's upper end."""
     (low, high), (left, right) = axes.get_ylim(), axes.get_xlim()
     line, width = (high - low) / 35, math.log10(right / left)
 
-    def meets(one: int, other: int) -> bool:
+    def overlap(one: int, other: int) -> bool:
         return abs(math.log10(points[one][1] / points[other][1])) < NEAR * width
 
     points = sorted(points)
     places: list[float] = []
     for n, (y, _, _) in enumerate(points):
-        places.append(max([y, *(places[k] + line for k in range(n) if meets(k, n))]))
+        places.append(max([y, *(places[k] + line for k in range(n) if overlap(k, n))]))
     for n in reversed(range(len(points))):
-        above = [places[k] - line for k in range(n + 1, len(points)) if meets(k, n)]
+        above = [places[k] - line for k in range(n + 1, len(points)) if overlap(k, n)]
         places[n] = min([places[n], high - line, *above])
     way = {"arrowstyle": "-", "color": "0.7", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
     for (y, x, name), place in zip(points, places, strict=True):
@@ -214,7 +212,7 @@ def _label(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
 
 
 def search_figure(found: SearchResult, headline: str) -> Figure:
-    """Left: every trial's value in order, and the best so far. Right: the importance of each setting."""
+    """Left: the value of every trial in order, and the best so far. Right: the importance of each setting."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 1.8 + 0.3 * max(5, len(found.importance))), layout="constrained")

@@ -1,4 +1,4 @@
-"""The files that keep a report."""
+"""The files of a report."""
 
 from __future__ import annotations
 
@@ -6,23 +6,24 @@ import io
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from basisadapt.study.report import text
 from basisadapt.study.report.figures import against_figure, comparison_figure, curves_figure, search_figure
 from basisadapt.study.report.html import to_html
+from basisadapt.study.report.text import text_table_to_csv, to_csv, to_markdown, to_text
+from basisadapt.study.report.text_tables import text_tables
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from basisadapt.study.report.report import Report
 
-MARK = "table.md"  # which every folder with a report has, shipped ones too
+MARK = "table.md"  # every folder with a report has it, also the shipped ones
 KEPT = ("table.txt", "table.csv", "report.html", "comparison.png", "against.png", "search.png")
 
 
 def report_files(report: Report, pictures: Callable[[str], dict[str, bytes]]) -> dict[str, str | bytes]:
-    """Everything that is kept of a report: file name to content.
+    """The files of a report, name to content.
 
-    pictures: the PNG files of the MLflow run with an id, name to content; the page holds those of each row.
+    pictures: run id to the PNG files of that MLflow run, name to content; the HTML page shows those of each row.
     """
     figures = {"comparison.png": comparison_figure(report.table)}
     if len(report.table.at) > 1:
@@ -33,10 +34,10 @@ def report_files(report: Report, pictures: Callable[[str], dict[str, bytes]]) ->
         figures["search.png"] = search_figure(report.search, report.table.headline)
     drawn = {name: _png(figure) for name, figure in figures.items()}
     return {
-        "table.txt": text.to_text(report),
-        "table.md": text.to_markdown(report),
-        "table.csv": text.to_csv(report.table),
-        **{f"{grid.title.lower().replace(' ', '_')}.csv": text.grid_to_csv(grid) for grid in text.grids(report)[1:]},
+        "table.txt": to_text(report),
+        "table.md": to_markdown(report),
+        "table.csv": to_csv(report.table),
+        **{f"{one.title.lower().replace(' ', '_')}.csv": text_table_to_csv(one) for one in text_tables(report)[1:]},
         "report.html": to_html(report, drawn, pictures),
         **drawn,
     }

@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs no network: tables, verdicts, figures, configurations and versions."""
+"""A report as one self-contained HTML page: tables, verdicts, figures, configurations and versions."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterable, Mapping
 from html import escape
 from typing import TYPE_CHECKING
 
-from basisadapt.study.report import text
+from basisadapt.study.report.footnotes import problems
+from basisadapt.study.report.formats import DASH
 from basisadapt.study.report.table import by_name
+from basisadapt.study.report.text_tables import text_tables
 
 if TYPE_CHECKING:
     from basisadapt.study.plan.cells import Row
     from basisadapt.study.report.report import Report
     from basisadapt.study.report.table import Table
-    from basisadapt.study.report.text import Grid
+    from basisadapt.study.report.text_tables import TextTable
     from basisadapt.study.report.verdicts import Verdict
 
 PAGE = """<!doctype html>
@@ -94,7 +96,7 @@ dt { color: var(--faint); }
 dd { margin: 0; }
 """
 
-# Without it the tables stand as they are: the heads become buttons only here.
+# Column heads become sort buttons only here, so the tables also work without the script.
 SCRIPT = """
 for (const table of document.querySelectorAll("table.sortable")) {
   const body = table.tBodies[0], heads = [...table.tHead.rows[0].cells];
@@ -121,7 +123,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
 }
 """
 
-PICTURED, LARGEST = 20, 5_000_000  # rows of which the page has the pictures, at most, and these pictures' bytes
+MAX_PICTURED, MAX_BYTES = 20, 5_000_000  # rows whose pictures the page shows, and the size of these pictures
 
 CAPTIONS = {
     "comparison.png": "Seeds as dots, mean ± standard deviation, the reference's mean as a line; a panel a task",
@@ -140,17 +142,21 @@ CAPTIONS = {
 
 
 def to_html(report: Report, figures: Mapping[str, bytes], pictures: Callable[[str], dict[str, bytes]]) -> str:
-    """The page. figures, pictures: PNG files, those of the report and those of the MLflow run with an id."""
+    """The page.
+
+    figures: the PNG files of the report, name to content.
+    pictures: run id to the PNG files of that MLflow run, name to content.
+    """
     table, spec = report.table, report.table.study.spec
     reference = None if spec.reference is None else str(spec.reference)
-    alerts = set(text.trouble(table))
-    grids = text.grids(report)
+    alerts = set(problems(table))
+    tables = text_tables(report)
     drawn = {name: _figure(name, content, spec.title, "lines") for name, content in figures.items()}
     search = drawn.pop("search.png", None)
     sections = [
-        _section("Result", _grid(grids[0], alerts, reference), *drawn.values()),
+        _section("Result", _text_table(tables[0], alerts, reference), *drawn.values()),
         *([_section("Claims", _verdicts(report.verdicts))] if report.verdicts else []),
-        *(_section(grid.title, _grid(grid, alerts, reference)) for grid in grids[1:]),
+        *(_section(one.title, _text_table(one, alerts, reference)) for one in tables[1:]),
         *([_section("The search in pictures", search)] if search else []),
         _diagnostics(table, pictures),
         _section("Configurations", _configurations(table, reference)),
@@ -179,13 +185,13 @@ def _states(table: Table) -> str:
     return "Cells: " + ", ".join(f"{count} {state}" for state, count in counts.items()) + "."
 
 
-def _grid(grid: Grid, alerts: set[str], reference: str | None) -> str:
-    notes = "".join(f"<li{' class=trouble' if note in alerts else ''}>{escape(note)}</li>" for note in grid.notes)
+def _text_table(table: TextTable, alerts: set[str], reference: str | None) -> str:
+    notes = "".join(f"<li{' class=trouble' if note in alerts else ''}>{escape(note)}</li>" for note in table.notes)
     listed = f'<ul class="notes">{notes}</ul>'
-    if not grid.rows:
+    if not table.rows:
         return listed
-    # The section's heading says what the table is to those who see it.
-    return f"{_table(grid.title, grid.header, grid.rows, reference, caption='unseen')}\n{listed}"
+    # The section heading is the visible caption; this one is for screen readers.
+    return f"{_table(table.title, table.header, table.rows, reference, caption='unseen')}\n{listed}"
 
 
 def _table(
@@ -220,8 +226,8 @@ def _verdicts(verdicts: Iterable[Verdict]) -> str:
     return f'<ul class="verdicts">{"".join(items)}</ul>\n<p class="states">{escape(note)}</p>'
 
 
-def _figure(name: str, content: bytes, of: str, kind: str = "coloured") -> str:
-    """kind: "lines" may be shown with light and dark exchanged; colours would lose their order."""
+def _figure(name: str, content: bytes, of: str, kind: str = "colored") -> str:
+    """A figure with its caption. kind: "lines" is inverted in dark mode; "colored" is not, to keep its color scale."""
     caption = CAPTIONS.get(name, name.rpartition(".")[0].replace("_", " ").capitalize())
     data = base64.b64encode(content).decode()
     image = f'<img class="{kind}" src="data:image/png;base64,{data}" alt="{escape(f"{caption}: {of}")}">'
@@ -229,9 +235,9 @@ def _figure(name: str, content: bytes, of: str, kind: str = "coloured") -> str:
 
 
 def _diagnostics(table: Table, pictures: Callable[[str], dict[str, bytes]]) -> str:
-    """The pictures of one cell of every row, folded; of many rows, or large pictures, of the rows that matter."""
+    """The pictures of one cell per row, folded; of the leading rows if there are many rows or large pictures."""
     folds, tasks = dict[str, str](), len({line.task for line in table.lines})
-    shown = table.leading(max(1, PICTURED // tasks))
+    shown = table.leading(max(1, MAX_PICTURED // tasks))
     for line in shown:
         done = [(seed, outcome) for seed, outcome in line.outcomes.items() if outcome.done]
         for seed, outcome in done[:1]:
@@ -240,8 +246,8 @@ def _diagnostics(table: Table, pictures: Callable[[str], dict[str, bytes]]) -> s
             if drawn:
                 folds[line.label] = f"<details><summary>{escape(cell)}</summary>{''.join(drawn)}</details>"
     size = sum(map(len, folds.values()))
-    if size > LARGEST:
-        shown = table.leading(max(1, len(by_name(shown)) * LARGEST // size))
+    if size > MAX_BYTES:
+        shown = table.leading(max(1, len(by_name(shown)) * MAX_BYTES // size))
     parts = [folds[line.label] for line in shown if line.label in folds]
     note = (
         f'<p class="states">Of {len(shown)} of {len(table.lines):,} rows: those that claims name and those with the '
@@ -252,14 +258,14 @@ def _diagnostics(table: Table, pictures: Callable[[str], dict[str, bytes]]) -> s
 
 
 def _configurations(table: Table, reference: str | None) -> str:
-    """What differs between the rows that have a setting as a table, and the others as a list."""
+    """The settings that differ between rows as a table, and the others as a list."""
     values: dict[str, dict[str, None]] = {}
     for row in table.study.rows:
         for key, value in _settings(row).items():
             values.setdefault(key, {})[value] = None
     varying = [key for key, found in values.items() if len(found) > 1]
     flat = ((row.label, _settings(row)) for row in table.study.rows)
-    rows = [[label, *(settings.get(key, text.DASH) for key in varying)] for label, settings in flat]
+    rows = [[label, *(settings.get(key, DASH) for key in varying)] for label, settings in flat]
     alike = {key: next(iter(found)) for key, found in values.items() if len(found) == 1}
     shared = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in alike.items())
     heads = ["row", *(key.removeprefix("adapter.") for key in varying)]
@@ -270,12 +276,12 @@ def _configurations(table: Table, reference: str | None) -> str:
 
 
 def _settings(row: Row) -> dict[str, str]:
-    """The settings by full key, as text; the seed, in which the cells of a row differ, left out."""
+    """Full key to value as text, without the seed."""
     return {key: str(value) for key, value in row.cells[0].settings.items() if key != "seed"}
 
 
 def _versions(table: Table) -> str:
-    """Every name with each value that a cell was run with."""
+    """Every recorded version with its values over all cells."""
     found: dict[str, dict[str, None]] = {}
     for line in table.every_line:
         for outcome in line.outcomes.values():

@@ -1,8 +1,9 @@
-"""What a study would run, in words: its cells with their parameter counts, and what they would download."""
+"""A preview of a study: its cells with their parameter counts, and what they would download."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,31 +15,40 @@ if TYPE_CHECKING:
 COUNTS = ("seed", "modules", "A and B", "phi", "head", "trainable", "state")
 
 
-def to_preview(
-    spec: StudySpec,
-    cells: Sequence[Cell],
-    plans: Mapping[str, Plan],
-    states: Mapping[str, str],
-    downloads: Sequence[str],
-) -> str:
-    """Cells to run. plans: row label to counts. states: cell key to what the record says. downloads: in words.
+@dataclass(frozen=True)
+class Preview:
+    """What a study would run.
 
-    What all cells share is said once, what differs in a column.
+    cells: every cell once, in the order in which they run.
+    plans: row label to its parameter counts.
+    states: cell key to the recorded status, or "to run".
+    downloads: what would be downloaded from the hub, in words.
     """
+
+    spec: StudySpec
+    cells: Sequence[Cell]
+    plans: Mapping[str, Plan]
+    states: Mapping[str, str]
+    downloads: Sequence[str]
+
+
+def to_preview(preview: Preview) -> str:
+    """The preview for a terminal: settings that all cells share on one line, settings that differ in columns."""
+    cells = preview.cells
     facts = [_facts(cell.config) for cell in cells]
     shared = {name: value for name, value in facts[0].items() if all(one[name] == value for one in facts)}
     others = [name for name in facts[0] if name not in shared]
     rows = [("row", *others, *COUNTS)]
     for cell, known in zip(cells, facts, strict=True):
-        plan = plans[cell.row]
+        plan = preview.plans[cell.row]
         counts = (f"{count:,}" for count in (plan.factors, plan.transfer, plan.head, plan.trainable))
         own = (known[name] for name in others)
-        rows.append((cell.row, *own, str(cell.seed), str(plan.modules), *counts, states[cell.key]))
+        rows.append((cell.row, *own, str(cell.seed), str(plan.modules), *counts, preview.states[cell.key]))
     return "\n".join(
         [
-            f"{spec.title}: {len(cells)} cells",
+            f"{preview.spec.title}: {len(cells)} cells",
             f"Of each: {', '.join(f'{name} {value}' for name, value in shared.items())}",
-            f"To download from the hub: {', '.join(downloads) or 'nothing'}",
+            f"To download from the hub: {', '.join(preview.downloads) or 'nothing'}",
             "",
             *_aligned(rows),
         ]
@@ -46,7 +56,7 @@ def to_preview(
 
 
 def _facts(config: RunConfig) -> dict[str, str]:
-    """What decides how long a cell takes and what its score may be compared with."""
+    """The settings that determine how long a cell takes and which scores are comparable."""
     train = config.train
     length = f"{train.epochs:g} epochs" if train.max_steps is None else f"{train.max_steps} steps"
     return {
@@ -66,7 +76,7 @@ def _rows(count: int | None) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The first column to the left and the last as it is, the others to the right."""
+    """The rows as lines: the first column left-aligned, the last not padded, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *middle, last in rows:

@@ -1,4 +1,4 @@
-"""A table's numbers as they are, unrounded and unscaled: a record a row, or a cell."""
+"""The numbers of a table, neither rounded nor scaled: one record per row, or per cell."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Record = dict[str, Any]
 
 
 def row_records(table: Table) -> list[Record]:
-    """The rows; then, where there are values of the tuned setting, each row at these too."""
+    """One record per row, then one per row at each value of the tuned setting, if there are any."""
     at = ((value, line) for value, same in table.at.items() for line in same.lines)
     records = []
     for value, line in (*((None, line) for line in table.lines), *at):
@@ -50,7 +50,7 @@ def row_records(table: Table) -> list[Record]:
 
 
 def cell_records(table: Table) -> list[Record]:
-    """The cells of the table's rows, each with its values on the axes and every recorded metric."""
+    """One record per cell: its values on the axes, its state and every recorded metric."""
     return [
         {
             **dict(line.row.point),

@@ -1,4 +1,4 @@
-"""A report: a study's table, the verdicts on its claims, and what tuning or a search found."""
+"""A report: a study's table, the verdicts on its claims, and the result of its tuning or search."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EndedTrial:
-    """A trial that came to an end. status: "finished" (with a value), "diverged" or "failed"."""
+    """A trial of a search that has ended.
+
+    number: counts from 1.
+    status: "finished", "diverged" or "failed".
+    value: the mean headline metric over its cells; None unless finished.
+    params: full key to value.
+    """
 
     number: int
     status: str
@@ -25,13 +31,21 @@ class EndedTrial:
 
     @property
     def label(self) -> str:
-        """What its row is called."""
+        """The label of its row."""
         return f"trial {self.number}"
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search has found so far. importance: setting to share, or empty for the reason in no_importance."""
+    """The result of a search so far.
+
+    sampler: "tpe" or "random".
+    wanted: the number of trials asked for.
+    seeds: the seeds of every trial.
+    space: setting to its range or choices.
+    trials: the trials that have ended.
+    importance: setting to its share of the variance, summing to 1; empty for the reason in `no_importance`.
+    """
 
     sampler: str
     wanted: int
@@ -49,7 +63,13 @@ class SearchResult:
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """What is said of a study. search, tuned: what a search or tuning has found, where there was one."""
+    """The report on a study.
+
+    table: its table.
+    verdicts: one per claim.
+    search: the result of the search. Default None, a grid.
+    tuned: the result of tuning. Default None, nothing was tuned.
+    """
 
     table: Table
     verdicts: tuple[Verdict, ...]
@@ -58,12 +78,12 @@ class Report:
 
     @property
     def has_failures(self) -> bool:
-        """Whether a cell failed or diverged, or a trial of the search or of tuning did."""
+        """Whether a cell, or a trial of the search or of tuning, failed or diverged."""
         trials = self.search.trials if self.search else ()
         tuned = self.tuned is not None and self.tuned.has_failures
         return self.table.has_failures or tuned or any(trial.value is None for trial in trials)
 
 
 def make_report(table: Table, search: SearchResult | None = None, tuned: Tuned | None = None) -> Report:
-    """The report on a table."""
+    """The report on a table, with the verdicts on its claims."""
     return Report(table, judge(table), search, tuned)

@@ -1,4 +1,4 @@
-"""The table of a study, from the record: its rows, each against the reference, and over all tasks."""
+"""The table of a study: its rows, each compared with its reference, and rows over all tasks."""
 
 from __future__ import annotations
 
@@ -12,27 +12,30 @@ from typing import TYPE_CHECKING, Any
 from basisadapt.diagnostics.diagnostic import DIAGNOSTICS
 from basisadapt.study import statistics
 from basisadapt.study.outcome import NOT_RUN, Outcome
-from basisadapt.study.plan.cells import Study, plain
+from basisadapt.study.plan.cells import Study
 from basisadapt.study.plan.claims import COMMON, PLATEAU
+from basisadapt.study.plan.keys import plain
 from basisadapt.study.plan.spec import ALL, Name, published_values
 
 if TYPE_CHECKING:
     from basisadapt.study.plan.cells import Row
     from basisadapt.study.plan.tuning import Tuned
 
-PERCENT = ("accuracy", "f1", "matthews", "pearson", "spearman", "energy")  # metrics that are read as percentages
+PERCENT = ("accuracy", "f1", "matthews", "pearson", "spearman", "energy")  # metrics that are shown as percentages
 PER = " / "  # between two metrics: their quotient
-COLUMNS = ("stable_rank.mean", "dc_share.mean", "parameters.trainable")  # of every table, before others
-LINEARITY = ("linear_fit.mean", "nonlinear_share.mean", "nonlinear_share.largest")  # which older runs lack
+COLUMNS = ("stable_rank.mean", "dc_share.mean", "parameters.trainable")  # the first columns of every table
+LINEARITY = ("linear_fit.mean", "nonlinear_share.mean", "nonlinear_share.largest")  # older runs lack these
 
 
 @dataclass(frozen=True)
 class Line:
-    """A row of the table.
+    """A row with its outcomes.
 
-    outcomes: seed to what the record holds of the cell. difference: to the reference row of its group. p: of its test,
-    adjusted. published: value and standard deviation as printed in the paper; None where the row's task is one of
-    several that the published table does not tell apart.
+    row: the row.
+    outcomes: seed to the cell's outcome.
+    published: value and standard deviation as printed; None if the published table lacks the row or its tasks.
+    difference: the difference to the reference of its group.
+    p: the adjusted p-value of the difference.
     """
 
     row: Row
@@ -43,7 +46,7 @@ class Line:
 
     @property
     def label(self) -> str:
-        """The row's label."""
+        """The label of the row."""
         return self.row.label
 
     @property
@@ -53,21 +56,21 @@ class Line:
 
     @property
     def task(self) -> str:
-        """The row's task."""
+        """The task of the row."""
         return self.row.task
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """The seeds that it is to be run with."""
+        """The seeds of its cells, run or not."""
         return tuple(cell.seed for cell in self.row.cells)
 
     @property
     def values(self) -> dict[int, float]:
-        """Seed to headline metric, of the finished cells."""
+        """Seed to headline metric, for finished cells."""
         return {seed: o.value for seed, o in self.outcomes.items() if o.value is not None}
 
     def values_of(self, metric: str | None) -> dict[int, float]:
-        """Seed to any metric, or quotient of two, of the finished cells that have it; None is the headline one."""
+        """Seed to a metric, or a quotient of two, for finished cells that have it. None is the headline metric."""
         if metric is None:
             return self.values
         if PER in metric:
@@ -77,11 +80,11 @@ class Line:
         return {seed: metrics[metric] for seed, metrics in finished.items() if metric in metrics}
 
     def mean_of(self, metric: str | None) -> float | None:
-        """The mean of a metric over the finished cells."""
+        """The mean of a metric over the finished cells; None if no cell has it."""
         return statistics.mean(list(self.values_of(metric).values()))
 
     def seeds_by_state(self) -> dict[str, list[int]]:
-        """ "failed", "diverged", ... or NOT_RUN, to the seeds of which that is the last word."""
+        """State, such as "failed" or NOT_RUN, to the seeds in it."""
         states: dict[str, list[int]] = {}
         for seed in self.seeds:
             state = self.outcomes[seed].status if seed in self.outcomes else NOT_RUN
@@ -91,12 +94,14 @@ class Line:
 
 @dataclass(frozen=True)
 class Across:
-    """Rows that differ in their task alone, taken together (paper, section B.2).
+    """Rows that differ in their task alone, combined (paper, section B.2).
 
-    values: task to the mean over its seeds. difference: to the reference, paired by task: first the mean over the
-    seeds that both have, so that tasks are counted and not seeds of one task. p: of its test, adjusted. pairs: the same
-    paired by task and seed, which speaks of these tasks alone. published: as in Line, of a published table that does
-    not tell the tasks apart.
+    name: their label without the task.
+    values: task to the mean over seeds.
+    published: as in `Line`, for a published table without tasks.
+    difference: the difference to the reference paired by task, each task's being its mean over shared seeds.
+    p: the adjusted p-value of the difference.
+    pairs: the difference paired by task and seed, a statement on these tasks alone.
     """
 
     name: str
@@ -108,12 +113,13 @@ class Across:
 
 
 @dataclass(frozen=True)
-class Plateau:
-    """How wide a row's curve is near its best, in octaves of the tuned setting.
+class RowPlateau:
+    """The plateau of a row's curve, in octaves of the tuned setting; see `statistics.Plateau`.
 
-    octaves: of the curve of means over seeds. open: whether it reaches an end of the curve, of which it then tells no
-    more than a lower bound. by_seed: the same of each seed's curve, by which rows are compared; open_seeds: those whose
-    plateau is open.
+    octaves: the plateau of the mean over seeds.
+    open: whether it reaches an end of the curve, so that `octaves` is a lower bound.
+    by_seed: seed to the plateau of its curve; rows are compared by these.
+    open_seeds: the seeds whose plateau is open.
     """
 
     octaves: float
@@ -124,9 +130,13 @@ class Plateau:
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of a study, in its order. headline: the metric that is compared. across: empty for one task.
+    """The table of a study.
 
-    at: a value of the tuned setting to the same table of the rows as they were run with it; empty where there is none.
+    study: the study.
+    headline: the metric that is compared.
+    lines: its rows, in the study's order.
+    across: its rows over all tasks; empty for one task.
+    at: value of the tuned setting to the table of the rows run at it. Default {}.
     """
 
     study: Study
@@ -137,7 +147,7 @@ class Table:
 
     @functools.cached_property
     def every_line(self) -> list[Line]:
-        """The lines, and those at values that share no cell with them."""
+        """The lines, and the lines in `at` that share no cell with them."""
         own = {cell.key for line in self.lines for cell in line.row.cells}
         at = (line for table in self.at.values() for line in table.lines)
         return [*self.lines, *(line for line in at if line.row.cells[0].key not in own)]
@@ -149,19 +159,22 @@ class Table:
 
     @functools.cached_property
     def percent(self) -> bool:
-        """Whether the headline metric is read as a percentage."""
+        """Whether the headline metric is shown as a percentage."""
         values = [value for line in self.every_line for value in line.values.values()]
         return any(word in self.headline for word in PERCENT) and all(abs(value) <= 1 for value in values)
 
     @property
     def point(self) -> float:
-        """What a point is in the headline metric: 0.01 where it is read as a percentage, else 1."""
+        """One point of the headline metric: 0.01 if it is shown as a percentage, else 1."""
         return 0.01 if self.percent else 1.0
 
     @property
     def beside(self) -> dict[float, Table]:
-        """The tables to show beside this one: at every value that `tune.at` lists, of a whole curve at `tune.common`
-        alone; none at a grid's only value, which is this table again."""
+        """The tables whose columns this one also shows.
+
+        These are the tables at the values that `tune.at` lists; for a whole curve, the one at `tune.common`. The only
+        value of a grid is left out, since its table is this one.
+        """
         rule = self.study.spec.tune
         if rule is None:
             return {}
@@ -169,19 +182,21 @@ class Table:
         return {value: self.at[value] for value in self.at if value in shown and rule.grid[rule.setting] != [value]}
 
     def where(self, at: float | str | None) -> Table:
-        """The table of the rows at a value of the tuned setting, "common" being `tune.common`; without rows where there
-        is none; this one for None."""
+        """The table at a value of the tuned setting, "common" for `tune.common`; an empty one if there is none.
+
+        at: None is this table.
+        """
         if at is None:
             return self
         return self.at.get(self._value(at), dataclasses.replace(self, lines=(), across=(), at={}))
 
     def place(self, at: float | str) -> str:
-        """What a value of the tuned setting is called: train.lr=0.0001."""
+        """The label of a value of the tuned setting: train.lr=0.0001."""
         return f"{self.setting}={plain(self._value(at))}"
 
     @property
     def setting(self) -> str:
-        """The tuned setting, as it is called beside a value."""
+        """The tuned setting without "adapter."; "" if nothing is tuned."""
         return self.study.spec.tune.setting.removeprefix("adapter.") if self.study.spec.tune else ""
 
     def _value(self, at: float | str) -> float:
@@ -191,14 +206,13 @@ class Table:
         return float(at)
 
     def curve(self, line: Line) -> dict[float, Line]:
-        """A value of the tuned setting to the same row there."""
+        """Value of the tuned setting to the same row at it."""
         return {value: table._labelled[line.label] for value, table in self.at.items() if line.label in table._labelled}
 
-    def plateau(self, line: Line) -> Plateau | None:
-        """How many octaves of the tuned setting lie within a point of the best of a row's curve.
+    def plateau(self, line: Line) -> RowPlateau | None:
+        """The octaves of the tuned setting within one point of the best of a row's curve, see `statistics.plateau`.
 
-        The length of that set in log₂ of the setting, the curve being straight between its values. A value at which a
-        run diverged counts as worst. Of the seeds whose cells have all ended; None if there is none.
+        A value at which a run diverged counts as worst. Only seeds whose cells have all ended count; None for no seed.
         """
         curve = self.curve(line)
         by_seed = {seed: _scores(curve, seed) for seed in line.seeds}
@@ -210,11 +224,11 @@ class Table:
         if whole is None:
             return None
         widths = {seed: one.octaves for seed, one in known.items()}
-        return Plateau(whole.octaves, whole.open, widths, tuple(seed for seed, one in known.items() if one.open))
+        return RowPlateau(whole.octaves, whole.open, widths, tuple(seed for seed, one in known.items() if one.open))
 
     @functools.cached_property
     def columns(self) -> tuple[str, ...]:
-        """The metrics shown beside the headline one."""
+        """The metrics shown in addition to the headline metric."""
         linearity = (name for name in LINEARITY if any(line.values_of(name) for line in self.every_line))
         diagnostics = (f"{name}.mean" for name in DIAGNOSTICS)
         return tuple(dict.fromkeys((*COLUMNS, *linearity, *diagnostics, *self.study.spec.columns)))
@@ -225,9 +239,9 @@ class Table:
         return [o.run_id for line in self.lines for o in line.outcomes.values() if o.done]
 
     def values(self, label: str, metric: str | None) -> Mapping[int, float] | Mapping[str, float]:
-        """Seed to value of the row `label`, or task to value of that name over all tasks; empty if there is neither.
+        """Seed to value of the row `label`, or task to mean of the rows of that name; empty if there is neither.
 
-        With one task a name is a row. metric: None is the headline one.
+        With one task, a name is a row. metric: None is the headline metric.
         """
         lines = self._named(label)
         by_task = {line.task: self._values(line, metric) for line in lines}
@@ -243,12 +257,12 @@ class Table:
         return plateau.by_seed if plateau else {}
 
     def open_plateaus(self, label: str) -> list[str]:
-        """The rows of that label, or name, of which a seed's plateau reaches an end of the curve."""
+        """The rows with this label or name that have an open plateau on any seed."""
         found = {line.label: self.plateau(line) for line in self._named(label)}
         return [name for name, plateau in found.items() if plateau is not None and plateau.open_seeds]
 
     def published(self, label: str) -> str | None:
-        """The published mean of the row `label`, or of that name over all tasks."""
+        """The published mean of the row `label`, or of the rows of that name over all tasks."""
         lines = self._named(label)
         printed = lines if len(lines) == 1 else [row for row in self.across if row.name == label]
         return next((row.published[0] for row in printed if row.published), None)
@@ -265,8 +279,10 @@ class Table:
         return by_name(self.lines)
 
     def leading(self, names: int) -> list[Line]:
-        """The lines, in their order, of at most so many names: of more, those that claims name and those with the
-        greatest means over their tasks, each before what it is compared with."""
+        """The lines of at most so many names, in their order.
+
+        First come the names in claims, then those with the greatest means over tasks, each with its reference.
+        """
         if len(self._by_name) <= names:
             return list(self.lines)
         labels = (label for claim in self.study.spec.claims for label in claim.labels)
@@ -287,7 +303,7 @@ class Table:
 
 
 def by_name(lines: Iterable[Line]) -> dict[str, list[Line]]:
-    """The lines of each name, which differ in their task."""
+    """Name to its lines, which differ in their task."""
     found: dict[str, list[Line]] = {}
     for line in lines:
         found.setdefault(line.name, []).append(line)
@@ -295,7 +311,7 @@ def by_name(lines: Iterable[Line]) -> dict[str, list[Line]]:
 
 
 def _scores(curve: Mapping[float, Line], seed: int) -> dict[float, float] | None:
-    """What a seed has at each value, −∞ where it diverged; None where a cell has not ended, or failed."""
+    """Value of the tuned setting to a seed's score, −∞ if it diverged; None if a cell has failed or not ended."""
     scores = {}
     for x, line in curve.items():
         if seed in line.values:
@@ -308,7 +324,7 @@ def _scores(curve: Mapping[float, Line], seed: int) -> dict[float, float] | None
 
 
 def build_table(study: Study, outcomes: Mapping[str, Outcome], at: Mapping[float, Table] | None = None) -> Table:
-    """The table of a study's own cells, whichever invocation ran them. at: those of its rows at values."""
+    """The table of a study. outcomes: cell key to outcome. at: see `Table`."""
     published = published_values(study.spec.answers)
     tells_tasks = "task" in study.spec.sweep or len({row.task for row in study.rows}) == 1
     lines = [_line(row, outcomes, published if tells_tasks else {}) for row in study.rows]
@@ -323,7 +339,7 @@ def build_table(study: Study, outcomes: Mapping[str, Outcome], at: Mapping[float
 
 
 def tuned_table(tuned: Tuned, outcomes: Mapping[str, Outcome]) -> Table:
-    """The table of the rows with their choices, beside it those of the rows at the values that the rule names."""
+    """The table of the rows with their choices; its `at` has the tables at `Tune.values`."""
     studies = {value: Study(tuned.tuning.spec, rows) for value, rows in tuned.tuning.at.items()}
     at = {value: build_table(study, outcomes) for value, study in studies.items()}
     return build_table(tuned.study, tuned.seen(outcomes), at)

@@ -1,4 +1,4 @@
-"""What the record says of the paper's claims."""
+"""Verdicts on the paper's claims."""
 
 from __future__ import annotations
 
@@ -15,12 +15,17 @@ if TYPE_CHECKING:
 
 REPRODUCED, NOT_REPRODUCED, UNTESTABLE = "reproduced", "not reproduced", "not testable here"
 LEVEL = 0.05  # of the family of all tests behind a study's claims (paper, section B.2)
-COUNTED = "parameters."  # metrics that are counted, not measured: they have no error, and one seed is enough
+COUNTED = "parameters."  # metrics that are counted, not measured: without error, so one seed is enough
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A claim, one of the three words, and the numbers behind it."""
+    """The verdict on a claim.
+
+    claim: the claim.
+    word: REPRODUCED, NOT_REPRODUCED or UNTESTABLE.
+    because: the numbers behind it, one text per comparison.
+    """
 
     claim: Claim
     word: str
@@ -29,10 +34,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class _Test:
-    """One pair of a claim's rows.
+    """The test of one pair of a claim's rows.
 
-    p: of the difference, or of the equivalence where one is claimed. published: the difference as printed, in points.
-    scale: what a number is multiplied by to be read.
+    p: the p-value of the difference, or of the equivalence if that is claimed.
+    published: the published difference, in percentage points.
+    scale: the factor from recorded to shown numbers.
     """
 
     claim: Claim
@@ -44,12 +50,12 @@ class _Test:
     scale: float
 
     def number(self, value: float, sign: str = "+") -> str:
-        """A value as it is read."""
+        """A value as it is shown."""
         return format(value * self.scale, f"{sign}.2f" if self.scale == 100 else f"{sign}.4g")
 
 
 def judge(table: Table) -> tuple[Verdict, ...]:
-    """A verdict on each of the study's claims; p-values are adjusted over all of their tests together (Holm)."""
+    """The verdict on each claim of the study; p-values are Holm-adjusted over the tests of all claims."""
     claims = table.study.spec.claims
     found = [[_test(table, claim, pair) for pair in claim.pairs] for claim in claims]
     adjusted = iter(statistics.holm([test.p for tests in found for test in tests]))
@@ -71,7 +77,7 @@ def _test(table: Table, claim: Claim, pair: tuple[str, str]) -> _Test:
 
 
 def _values(table: Table, claim: Claim, label: str) -> dict[Any, float]:
-    """Seed or task to the value of a row, or to the sum of several, where all of them have one."""
+    """Seed, or task, to the value of a row; for several rows, to the sum if all of them have a value."""
     rows = [{**table.where(claim.at).values(part, claim.metric)} for part in summed(label)]
     return {key: sum(row[key] for row in rows) for key in rows[0] if all(key in row for row in rows)}
 
@@ -90,7 +96,7 @@ def _compared(table: Table, claim: Claim, tests: Sequence[_Test]) -> Verdict:
 
 
 def _word(table: Table, test: _Test) -> tuple[str, str]:
-    """The word for one pair, and why where the numbers do not say it."""
+    """The verdict's word for one pair, and a reason that the numbers do not show."""
     difference = test.difference
     if difference is None:
         return UNTESTABLE, ""
@@ -129,7 +135,7 @@ def _equal(test: _Test, low: float, high: float, margin: float) -> tuple[str, st
 
 
 def _doubtful(test: _Test, word: str) -> list[str]:
-    """The labels whose plateau, were it wider than the grid shows, could change the word."""
+    """The labels whose plateaus could change the word if they are wider than the grid shows."""
     if test.claim.metric != PLATEAU or word == UNTESTABLE:
         return []
     more, less = (summed(label) for label in test.pair)
@@ -139,7 +145,7 @@ def _doubtful(test: _Test, word: str) -> list[str]:
 
 
 def _shown(table: Table, test: _Test) -> str:
-    """The difference with its interval, and what it is held against."""
+    """The difference with its interval, p-value, margin and published counterpart."""
     difference = test.difference
     if difference is None:
         parts = (part for label in test.pair for part in summed(label))
@@ -172,7 +178,7 @@ def _published_difference(table: Table, pair: tuple[str, str]) -> float | None:
 
 
 def _counted(table: Table, claim: Claim) -> Verdict:
-    """The verdict on a number by itself."""
+    """The verdict on rows with at_most or equals."""
     words, reasons = [], []
     sign = " %" if claim.per or claim.relative_to else ""
     bound = claim.equals if claim.at_most is None else claim.at_most
