@@ -240,7 +240,7 @@ def test_an_import_reports_before_it_draws_what_its_page_does_not_show(home, fak
         return sorted(run.data.tags["basisadapt.row"] for run in runs() if "basisadapt.undrawn" not in run.data.tags)
 
     monkeypatch.setattr(record, "pictures", drawn)
-    monkeypatch.setattr(html, "PICTURED", 1)
+    monkeypatch.setattr(html, "MAX_PICTURED", 1)
     code, out, err = study(*SEED, "--import", "results.jsonl")
     assert code == 130
     assert "drawing the pictures of 2 cells; Ctrl-C leaves them to the next --import" in err
