@@ -131,7 +131,9 @@ def test_layer_indexing_that_cannot_be_is_refused(settings, message):
     ["bias", "rank_pattern", "alpha_pattern", "target_parameters", "trainable_token_indices", "use_dora"],
 )
 def test_settings_of_other_tuners_are_refused_by_name(setting):
-    with pytest.raises(TypeError, match=rf"unexpected keyword argument '{setting}'; help\(PhiConfig\) has its settings$"):
+    with pytest.raises(
+        TypeError, match=rf"unexpected keyword argument '{setting}'; help\(PhiConfig\) has its settings$"
+    ):
         config(**{setting: None})
 
 
