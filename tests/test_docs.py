@@ -4,6 +4,7 @@ up to date. The API reference is written without a warning and has every public 
 from __future__ import annotations
 
 import ast
+import importlib
 import pkgutil
 import re
 import shlex
@@ -138,6 +139,14 @@ def test_every_option_is_in_a_guide():
     text = "".join(page.read_text(encoding="utf-8") for page in GUIDES)
     options = {option for action in command_line._parser()._actions for option in action.option_strings} - {"-h"}
     assert sorted(option for option in options if not re.search(rf"{option}\b", text)) == []
+
+
+def test_the_page_of_features_is_up_to_date(monkeypatch, recwarn):
+    """In this process: each feature is tried again, and a wrong number is an AssertionError."""
+    monkeypatch.syspath_prepend(ROOT / ".ci")
+    features = importlib.import_module("features")
+    page = (ROOT / "docs" / "reference" / "features.md").read_text(encoding="utf-8")
+    assert page == f"{features.page(features.methods())}\n", "python .ci/features.py > docs/reference/features.md"
 
 
 def test_the_page_of_the_registries_is_up_to_date():

@@ -16,9 +16,11 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from basisadapt.core.errors import InputError, one_line, shown, unknown
+from basisadapt.core.errors import InputError, nearest, one_line, shown, unknown
 from basisadapt.core.settings import checked
 
+# Names in other packages' configurations that are not alike to ours.
+OF_OTHERS = {"rank": "r", "dim": "r", "alpha": "lora_alpha"}
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 Shape = tuple[int | None, ...]  # None where the model decides
@@ -40,6 +42,17 @@ class CheckedConfig(PeftConfig, ABC):  # type: ignore[misc]
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
+
+    def __new__(cls, *_: Any, **settings: Any) -> Any:
+        """Raises TypeError for a setting that there is not, with the nearest one."""
+        known = {field.name for field in dataclasses.fields(cls) if field.init}
+        for name in settings:
+            if name not in known:
+                near = OF_OTHERS.get(name) or nearest(name, sorted(known), alike=0.75)
+                hint = f"did you mean {near!r}?" if near else f"help({cls.__name__}) has its settings"
+                # The words "got an unexpected keyword argument" tell peft that a saved file may be of a later version.
+                raise TypeError(f"{cls.__name__} got an unexpected keyword argument {name!r}; {hint}")
+        return super().__new__(cls)
 
     @abstractmethod
     def saved_shapes(self) -> Mapping[str, Shape]:

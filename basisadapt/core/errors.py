@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 LONGEST = 100  # characters of a value in a message
 MAX_NAMES, MAX_COMPARED = 40, 10_000  # names that are listed, and names searched for the nearest one
@@ -25,19 +25,23 @@ class RecordError(Exception):
 def unknown(kind: str, name: object, known: Iterable[str], alike: float = 0.5) -> InputError:
     """The error for a `name` that is not among the `known` names of a `kind`, such as "basis", with the nearest one.
 
-    The nearest ends in the name, as lora_dropout does in dropout, or is `alike`, a similarity from 0 to 1. The known
-    names are listed if there is no nearest one or there are at most 12.
+    The known names are listed if there is no nearest one (see `nearest`) or there are at most 12.
     """
     names = sorted(known)
     name = str(name) if isinstance(name, str | int | float) else shown(name)
-    compared = [known for known in names[:MAX_COMPARED] if len(known) <= LONGEST]
-    nearest = [known for known in compared if name.endswith(f"_{known.rpartition('.')[2]}")]
-    nearest = nearest or difflib.get_close_matches(name[:LONGEST], compared, n=1, cutoff=alike)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    near = nearest(name, names, alike)
+    hint = f"; did you mean {near!r}?" if near else ""
     few = [known if len(known) <= LONGEST else shown(known) for known in names[:MAX_NAMES]]
     more = f" and {len(names) - MAX_NAMES:,} more" if len(names) > MAX_NAMES else ""
-    listed = f" (known: {', '.join(few) or 'none'}{more})" if not nearest or len(names) <= 12 else ""
+    listed = f" (known: {', '.join(few) or 'none'}{more})" if not near or len(names) <= 12 else ""
     return InputError(f"unknown {kind} {shown(name)}{hint}{listed}")
+
+
+def nearest(name: str, known: Sequence[str], alike: float = 0.5) -> str | None:
+    """The known name that ends `name`, as dropout ends lora_dropout, or is `alike`, a similarity from 0 to 1."""
+    compared = [one for one in known[:MAX_COMPARED] if len(one) <= LONGEST]
+    ends = [one for one in compared if name.endswith(f"_{one.rpartition('.')[2]}")]
+    return next(iter(ends or difflib.get_close_matches(name[:LONGEST], compared, n=1, cutoff=alike)), None)
 
 
 def refused(name: str, value: object, expected: str) -> InputError:

@@ -131,8 +131,31 @@ def test_layer_indexing_that_cannot_be_is_refused(settings, message):
     ["bias", "rank_pattern", "alpha_pattern", "target_parameters", "trainable_token_indices", "use_dora"],
 )
 def test_settings_of_other_tuners_are_refused_by_name(setting):
-    with pytest.raises(TypeError, match=f"unexpected keyword argument '{setting}'"):
+    with pytest.raises(
+        TypeError, match=rf"unexpected keyword argument '{setting}'; help\(PhiConfig\) has its settings$"
+    ):
         config(**{setting: None})
+
+
+@pytest.mark.parametrize(
+    ("setting", "ours"),
+    [
+        ("lora_dropout", "dropout"),
+        ("vera_dropout", "dropout"),
+        ("lora_r", "r"),
+        ("rank", "r"),
+        ("network_dim", None),
+        ("dim", "r"),
+        ("alpha", "lora_alpha"),
+        ("target_module", "target_modules"),
+        ("centered", "centre"),
+    ],
+)
+def test_a_setting_by_another_name_is_told_ours(setting, ours):
+    told = f"did you mean '{ours}'?" if ours else "help(PhiConfig) has its settings"
+    with pytest.raises(TypeError) as refused:
+        config(**{setting: 1})
+    assert str(refused.value) == f"PhiConfig got an unexpected keyword argument '{setting}'; {told}"
 
 
 @pytest.mark.parametrize(
