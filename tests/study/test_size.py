@@ -17,7 +17,7 @@ from basisadapt.study.plan.spec import read_spec
 from basisadapt.study.plan.tuning import resolve_tuning
 from basisadapt.study.record import record as module
 from basisadapt.study.record.record import Record
-from basisadapt.study.report import figures, text
+from basisadapt.study.report import figures, text, text_tables
 from basisadapt.study.report.documents import report_document
 from basisadapt.study.report.html import MAX_PICTURED, to_html
 from basisadapt.study.report.report import make_report
@@ -135,14 +135,14 @@ def test_what_a_plan_takes_grows_as_its_rows_do(many):
     assert more - few < 200 * 1500
 
 
-def test_a_report_is_laid_out_and_drawn_once(home, fake, study, monkeypatch):
+def test_a_report_is_laid_out_and_drawn_once(home, drawn_reports, study, monkeypatch):
     made = []
 
     def counted(owner, name):
         function = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *values, **named: made.append(name) or function(*values, **named))
 
-    counted(text, "_main")
+    counted(text_tables, "_main")
     counted(Figure, "savefig")
     assert study("tiny.yaml", "--output", "report")[0] == 0
     assert sorted(made) == ["_main", "savefig"]

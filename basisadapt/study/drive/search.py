@@ -232,7 +232,7 @@ class SearchDriver:
         if len(values) < MIN_FINISHED:
             return (
                 {},
-                f"No importances: they need {MIN_FINISHED} finished trials or more, and there are {len(values)}.",
+                f"No importances: they need at least {MIN_FINISHED} finished trials, and there are {len(values)}.",
             )
         if len(set(values)) < 2:
             return {}, "No importances: every trial has the same value."

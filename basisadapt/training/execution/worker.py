@@ -7,6 +7,7 @@ A job is {"key", "config"}. The events are {"event": "began", "key"}, {"event": 
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import queue
@@ -39,6 +40,7 @@ def serve(settings: JobSettings) -> NoReturn:
     signal.signal(signal.SIGINT, lambda *_: None)  # the driver's Ctrl-C: only who waits for a judge takes it up
     for plugin in settings.plugins:
         load_plugin(plugin)
+    gc.freeze()  # what is imported lives as long as this process; the collection before each run need not look at it
     told: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(told,), daemon=True).start()
     while True:
