@@ -438,6 +438,18 @@ def test_a_slip_of_export_for_import_costs_nothing(home, fake, study):
     assert results.read_bytes() == before
 
 
+def test_an_export_that_fails_leaves_nothing(home, fake, study, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = sorted(os.listdir())
+    monkeypatch.setattr(Path, "replace", full)
+    code, _, err = study(*SEED, "--export", "cells.jsonl")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--export 'cells.jsonl' cannot be written: No space left on device" in err
+    assert sorted(os.listdir()) == before
+
+
 def test_of_a_row_that_is_tuned_the_trials_travel_first(home, fake, study):
     path = home / "tiny.yaml"
     path.write_text(path.read_text() + "tune: {grid: {train.lr: [1e-3, 1e-2]}, seeds: [7], validation: 0.2}\n")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
+import threading
+from types import SimpleNamespace
 
 import pytest
 from forked import Forked
@@ -138,3 +141,43 @@ def test_a_record_that_fails_while_cells_run_ends_the_study_in_one_line(home, fa
     assert len(fake.ran) == 1
     assert {run.data.tags["status"] for run in runs()} == {"killed"}  # the next cell's too, which had its run already
     assert study("tiny.yaml", "--seeds", "1")[0] == 0
+
+
+def test_a_store_that_has_failed_is_not_waited_for_as_long_again(home, fake, study, monkeypatch):
+    """A server that is gone: its first request is sent again for minutes, those that close what is open are not."""
+    from basisadapt.study.record.record import Record
+
+    retries, name = [], "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+    monkeypatch.delenv(name, raising=False)
+
+    def gone(*_, **__):
+        retries.append(os.environ.get(name))
+        raise ConnectionError("no server")
+
+    for request in ("finish", "cut_off", "close"):
+        monkeypatch.setattr(Record, request, gone)
+    code, _, err = study("tiny.yaml", "--seeds", "1")
+    assert (code, "the record cannot be read or written any more: ConnectionError: no server" in err) == (1, True)
+    assert retries == [None, "2", "2"]
+    assert name not in os.environ
+
+
+def test_a_heartbeat_that_a_lost_server_holds_up_is_not_waited_for(monkeypatch):
+    from basisadapt.study.record import heartbeat
+
+    beating, never = threading.Event(), threading.Event()
+
+    def beat(_):
+        beating.set()
+        never.wait()
+
+    monkeypatch.setattr(heartbeat, "BEAT", 0.0)
+    monkeypatch.setattr(heartbeat, "STOP_SECONDS", 0.01)
+    hanging = heartbeat.Heartbeat(SimpleNamespace(beat=beat), list)
+    hanging.start()
+    assert beating.wait(60)
+    hanging.stop()
+    assert hanging._thread.is_alive()
+    never.set()
+    hanging._thread.join(60)
+    assert not hanging._thread.is_alive()

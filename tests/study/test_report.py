@@ -437,6 +437,24 @@ def test_a_label_is_no_line_and_no_html(home, fake, study):
     assert "<img" not in table
 
 
+def test_a_note_of_mlflow_has_no_line_and_no_html_of_others(home, fake, study, runs):
+    bad, error = "a\nb <img src=x>", RuntimeError("c <script>")
+    (home / "tiny.yaml").write_text((home / "tiny.yaml").read_text().replace("LoRA", json.dumps(bad)))
+
+    def score(config):
+        if config.method != "lora":
+            raise error
+        return 0.5
+
+    fake.score = score
+    assert study("tiny.yaml", "--seeds", "1")[0] == 1
+    lora, failed, _ = (run.data.tags["mlflow.note.content"] for run in runs())
+    assert lora.startswith("**a b &lt;img src=x>, seed 1**: finished\n")
+    assert failed == "Failed: RuntimeError: c &lt;script>"
+    result = RunResult("finished", "accuracy", {"accuracy": 0.5}, warnings=[bad])
+    assert cell_note(resolve(read_spec("tiny.yaml")).cells[0], result).endswith("\n- Warning: a b &lt;img src=x>")
+
+
 def test_nothing_that_is_said_steers_the_terminal(capsys):
     from basisadapt.core.command import guarded, print_error, say
 

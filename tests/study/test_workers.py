@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 from forked import Forked
 
-from basisadapt.training.execution import machine, workers
+from basisadapt.training.execution import machine, scratch, workers
 from basisadapt.training.execution.compute import Inline
 from basisadapt.training.execution.executor import JobSettings
 
@@ -138,6 +139,38 @@ def test_a_worker_that_is_killed_leaves_no_folder(tmp_path, monkeypatch):
     executor.stop()
     assert worker.process.returncode == -signal.SIGKILL
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_of_a_killed_process_is_removed_by_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(scratch.tempfile, "tempdir", str(tmp_path))
+    if not (child := os.fork()):
+        with suppress(OSError):
+            made = scratch.Scratch()
+            (made.path / "file").touch()
+        os._exit(9)  # as after a kill: nothing is cleaned up
+    os.waitpid(child, 0)
+    (left,) = tmp_path.iterdir()
+    scratch.remove_left()
+    assert left.exists(), "so young that its process may not have locked it yet"
+    mine = scratch.Scratch()
+    for folder in (left, mine.path):
+        os.utime(folder, (0, 0))
+    scratch.remove_left()
+    assert list(tmp_path.iterdir()) == [mine.path]
+    mine.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_that_cannot_be_started_is_not_blamed_on_the_record(home, faking, study, runs, monkeypatch):
+    def full():
+        raise OSError(28, "No space left on device", "/full/folder")
+
+    monkeypatch.setattr(workers, "Scratch", full)
+    code, _, err = study(*SEED, "--workers", "1", *faking())
+    assert (code, err.count("\n")) == (2, 1)
+    assert "no process can be started for a cell: " in err
+    assert "No space left on device: '/full/folder'" in err
+    assert set(states(runs())) == {"killed"}
 
 
 def test_out_of_memory_fails_the_cell_and_the_others_go_on(home, fake, study, runs):

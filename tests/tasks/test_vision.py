@@ -194,6 +194,15 @@ def test_a_broken_image_of_the_hub_and_classes_without_names(hub):
         decode(data.train.inputs[0])
 
 
+def test_an_image_of_the_hub_is_as_upright_as_one_of_a_folder(hub, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    Image.new("RGB", (4, 8)).save(tmp_path / "turned.jpg", exif=exif)
+    hub.rows = {**hub.rows, "img": [{"bytes": (tmp_path / "turned.jpg").read_bytes(), "path": None}] * 12}
+    data = tasks.find("vision/cifar100", DataSettings()).load(None)
+    assert decode(data.train.inputs[0]).size == decode(str(tmp_path / "turned.jpg")).size == (8, 4)
+
+
 def test_what_starts_a_program_is_no_image_of_the_hub_either(hub, monkeypatch):
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
     hub.rows = {**hub.rows, "img": [{"bytes": EPS, "path": None}] * 12}

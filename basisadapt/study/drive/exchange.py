@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from basisadapt.core.command import tell
@@ -44,6 +45,8 @@ def export_cells(tuning: Tuning, place: StudyPaths, path: Path) -> int:
         beside.write_text("".join(map(to_line, lines)), encoding="utf-8")
         beside.replace(path)
     except OSError as error:
+        with suppress(OSError):
+            beside.unlink()
         raise InputError(f"--export {str(path)!r} cannot be written: {error.strerror}") from error
     return len(cells)
 

@@ -17,6 +17,7 @@ from basisadapt.study.drive.progress import Progress, Standing, waiting_for
 from basisadapt.study.outcome import Outcome
 from basisadapt.study.plan.cells import Cell, Row, parameter_values
 from basisadapt.study.plan.spec import StudySpec
+from basisadapt.study.record.client import few_retries
 from basisadapt.study.record.heartbeat import Heartbeat
 from basisadapt.study.record.record import Imported, Record
 from basisadapt.study.record.stores import record_error, store_errors
@@ -72,7 +73,7 @@ class Invocation:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         try:
-            with self._interrupt.held():
+            with self._interrupt.held(), few_retries():
                 self._heartbeat.stop()
                 self._executor.stop()
                 if error is not None and not self._ended:

@@ -12,6 +12,7 @@ from basisadapt.study.drive.book import Book
 from basisadapt.study.drive.interrupt import Interrupt
 from basisadapt.study.drive.progress import Progress
 from basisadapt.study.plan.cells import Cell
+from basisadapt.study.record.client import few_retries
 from basisadapt.study.record.stores import store_errors
 from basisadapt.training.execution.executor import Ended, Executor, Job
 
@@ -46,7 +47,7 @@ class Loop:
                 else:
                     self._look_elsewhere()
         except BaseException:
-            with self._interrupt.held():
+            with self._interrupt.held(), few_retries():
                 self._executor.stop()
                 # If the stores failed, the next call closes the open runs.
                 with suppress(*store_errors()):

@@ -43,7 +43,8 @@ def _redact(value: Any) -> Any:
 def few_retries() -> Iterator[None]:
     """Inside, MLflow sends a request at most three times, unless the user has set the number of retries.
 
-    Outside, MLflow's own number holds, so recording survives the restart of a server.
+    Outside, MLflow's own number holds, so recording survives the restart of a server. Once it has failed, what is left
+    to be closed is not waited for as long again.
     """
     name = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
     before = os.environ.get(name)

@@ -9,6 +9,8 @@ from contextlib import suppress
 from basisadapt.study.record.record import BEAT, Record
 from basisadapt.study.record.stores import store_errors
 
+STOP_SECONDS = 10.0  # that the end of a thread is waited for, whose last heartbeat a lost server may hold up
+
 
 class Heartbeat:
     """Between start() and stop(), records every BEAT seconds that the driver of the runs is alive.
@@ -27,10 +29,10 @@ class Heartbeat:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop the thread, and wait for its end."""
+        """Stop the thread, and wait for its end, for at most STOP_SECONDS."""
         self._stop.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(STOP_SECONDS)
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT):

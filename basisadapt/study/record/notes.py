@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from basisadapt.core.markup import in_markdown
 from basisadapt.diagnostics.linear import LINEAR
 from basisadapt.study.record.runs import STATUS
 
@@ -42,9 +43,9 @@ def cell_note(cell: Cell, result: RunResult) -> str:
     names = [result.headline, "stable_rank.mean", "dc_share.mean", "parameters.trainable"]
     names += [f"{name}.{of}" for name in ("linear_fit", "nonlinear_share") for of in ("mean", "largest")]
     numbers = "\n".join(f"- {name}: {result.metrics[name]:.6g}" for name in names if name in result.metrics)
-    warnings = "\n".join(f"- Warning: {warning}" for warning in result.warnings)
+    warnings = "\n".join(f"- Warning: {in_markdown(warning)}" for warning in result.warnings)
     said = "\n".join(part for part in (numbers, _linear(result.metrics), warnings) if part)
-    return f"**{cell.row}, seed {cell.seed}**: {result.status}\n\n{said}"
+    return f"**{in_markdown(cell.row)}, seed {cell.seed}**: {result.status}\n\n{said}"
 
 
 def _linear(metrics: Mapping[str, float]) -> str:

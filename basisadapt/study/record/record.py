@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from basisadapt.core.command import tell
 from basisadapt.core.errors import one_line
+from basisadapt.core.markup import in_markdown
 from basisadapt.diagnostics.figures import pictures
 from basisadapt.study.outcome import Outcome
 from basisadapt.study.record.bulk import has_tables, read_runs, write_points
@@ -313,7 +314,7 @@ class Record:
 
     def fail(self, run_id: str, error: str, traceback: str = "") -> None:
         """Close the run of a failed cell, with the reason."""
-        self._client.set_tag(run_id, "mlflow.note.content", limited(f"Failed: {error}"))
+        self._client.set_tag(run_id, "mlflow.note.content", limited(f"Failed: {in_markdown(error)}"))
         if traceback:
             self._client.log_text(run_id, storable(traceback), "traceback.txt")
         self.close(run_id, "failed", error)

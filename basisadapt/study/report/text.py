@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from basisadapt.core.markup import in_markdown
 from basisadapt.study.report.formats import difference_text, number_form, reference_text
 from basisadapt.study.report.records import row_records
 from basisadapt.study.report.text_tables import TextTable, text_tables
@@ -35,22 +35,18 @@ def to_markdown(report: Report) -> str:
     """The report as Markdown."""
     parts = []
     for table in text_tables(report):
-        rows = [[_escape(cell).replace("|", r"\|") for cell in row] for row in [table.header, *table.rows]]
+        rows = [[in_markdown(cell).replace("|", r"\|") for cell in row] for row in [table.header, *table.rows]]
         rows.insert(1, ["---", *["---:"] * (len(table.header) - 1)])
         body = [*(f"| {' | '.join(row)} |" for row in rows), ""] if table.rows else []
-        notes = (f"- {_escape(note)}" for note in table.notes)
-        parts.append("\n".join([f"**{_escape(table.title)}**", "", *body, *notes]))
+        notes = (f"- {in_markdown(note)}" for note in table.notes)
+        parts.append("\n".join([f"**{in_markdown(table.title)}**", "", *body, *notes]))
     if report.verdicts:
         lines = ["**Claims**", ""]
         for verdict in report.verdicts:
-            lines.append(f"- **{verdict.word}**: {_escape(verdict.claim.text)}. {_escape('; '.join(verdict.because))}.")
+            claim, because = in_markdown(verdict.claim.text), in_markdown("; ".join(verdict.because))
+            lines.append(f"- **{verdict.word}**: {claim}. {because}.")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
-
-
-def _escape(text: str) -> str:
-    """The text on one line, with HTML tags escaped."""
-    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", " ".join(text.split()))
 
 
 def to_csv(table: Table) -> str:

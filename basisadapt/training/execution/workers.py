@@ -8,7 +8,6 @@ import queue
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from contextlib import suppress
@@ -19,12 +18,13 @@ from typing import Any
 import torch
 
 from basisadapt.core.command import tell
-from basisadapt.core.errors import InputError
+from basisadapt.core.errors import InputError, one_line
 from basisadapt.training.compiled import check_compiler
 from basisadapt.training.execution.compute import Inline
 from basisadapt.training.execution.executor import Died, Ended, Executor, Job, JobSettings, OnStep
 from basisadapt.training.execution.lines import end_from_mapping, to_line
 from basisadapt.training.execution.machine import accelerated, cores, free_memory, gpus
+from basisadapt.training.execution.scratch import Scratch, remove_left
 
 START_SECONDS = 120.0  # for a process to start; a longer --timeout extends it
 END_SECONDS = 10.0  # for a process to end after it has closed its stdout
@@ -117,8 +117,13 @@ class Workers(Executor):
 
     def _start(self) -> _Worker:
         place = min(set(range(self._count)) - {worker.place for worker in self._workers})
-        folder = tempfile.TemporaryDirectory(prefix="basisadapt-", ignore_cleanup_errors=True)
-        worker = _Worker(place, folder, _start_process(self._threads, place, Path(folder.name), self._settings))
+        if not self._workers:
+            remove_left()
+        try:
+            scratch = Scratch()
+            worker = _Worker(place, scratch, _start_process(self._threads, place, scratch.path, self._settings))
+        except OSError as error:  # not the record's, nor the results': a full temporary folder, too many processes
+            raise InputError(f"no process can be started for a cell: {one_line(error)}") from error
         self._workers.append(worker)
         threading.Thread(target=self._listen, args=(worker,), daemon=True).start()
         return worker
@@ -148,7 +153,7 @@ class _Worker:
     """A worker process.
 
     - `place` (int): its number among the workers.
-    - `folder`: its temporary files.
+    - `scratch`: the folder of its temporary files.
     - `process`: the process.
     - `job` (str or None): the key of its job.
     - `at_work` (bool): the job has begun.
@@ -156,7 +161,7 @@ class _Worker:
     """
 
     place: int
-    folder: tempfile.TemporaryDirectory[str]
+    scratch: Scratch
     process: subprocess.Popen[str]
     job: str | None = None
     at_work: bool = False
@@ -183,7 +188,7 @@ class _Worker:
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):
             self.process.stdin.close()
-        self.folder.cleanup()
+        self.scratch.remove()
 
     def end(self) -> str:
         """How the process ended, in words."""
