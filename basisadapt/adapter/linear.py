@@ -279,6 +279,14 @@ class AdaptedModel(BaseTuner):  # type: ignore[misc]
         self._try_to_merge(adapter_names, safe_merge)
         return cast(nn.Module, super().merge_and_unload(progressbar, safe_merge, adapter_names))
 
+    def add_weighted_adapter(self, *_: Any, **__: Any) -> None:
+        """Raises InputError: the adapters of this package are summed where they act, and not into another adapter."""
+        raise InputError(
+            f"{self.tuner_layer_cls.title} does not support add_weighted_adapter, which joins factors: their ΔW need "
+            "not be the sum, as φ of a sum is no sum; model.base_model.set_adapter([NAME, NAME]) adds ΔW of several "
+            "adapters up, and merge_and_unload(adapter_names=[NAME, NAME]) merges the sum"
+        )
+
     def _try_to_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         # Every ΔW is computed twice: to undo half a merge would need a copy of all adapted weights.
         for layer in self.model.modules():
