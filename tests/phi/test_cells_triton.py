@@ -80,8 +80,12 @@ def test_values_and_gradients_are_those_of_the_direct_sum(basis, omega, shape):
         bound = 2e-5 * expected.norm() + rounded * factor.norm().cpu()
         assert (found.double().cpu() - expected).norm() <= bound
     grads = torch.autograd.grad(row.parameters, parameters, of_cubics)
-    for found, expected in zip(grads, truth, strict=True):
-        assert (found[0].cpu() - expected).abs().max() <= 3e-5 * expected.abs().max() + 1e-9
+    # Float32 rounds BA, and its place in a cell: where the function is steep, that is more than the table's own error.
+    rounding = z * (1 + 2**-23)
+    moved = direct.pullback(rounding, upstream.double().cpu(), rounding)[2]
+    for found, expected, near in zip(grads, truth, moved, strict=True):
+        bound = 3e-5 * expected.abs().max() + (near - expected).abs().max()
+        assert (found[0].cpu() - expected).abs().max() <= bound + 1e-9
 
 
 CUT_OFF = pytest.mark.skipif(INTERPRETED, reason="the interpreter cuts bfloat16 off, and does not round")
