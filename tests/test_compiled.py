@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import shutil
+import weakref
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch._dynamo.utils import counters
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from basisadapt import training
 from basisadapt.core.errors import InputError
+from basisadapt.training import compiled
 from basisadapt.training.compiled import check_compiler, compiled_blocks
 from basisadapt.training.config import RunConfig
 from basisadapt.training.execution import workers
@@ -63,6 +71,64 @@ def test_a_model_without_blocks_is_refused():
         pass
 
 
+class Block(GradientCheckpointingLayer):
+    def __init__(self):
+        super().__init__()
+        self.projection = nn.Linear(12, 12)
+
+    def forward(self, x):
+        return torch.tanh(self.projection(x))
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """How many graphs there are since the last reset; the compiler is torch's without a backend."""
+    traced = functools.partial(torch.compile, backend="eager")
+    monkeypatch.setattr(torch, "compile", lambda forward, dynamic, options: traced(forward, dynamic=dynamic))
+    torch.compiler.reset()
+    counters.clear()
+    yield lambda: counters["stats"]["unique_graphs"]
+    torch.compiler.reset()
+    counters.clear()
+
+
+def train(rank):
+    """Two blocks with LoRA, for one step; weak references to their weights."""
+    blocks = get_peft_model(nn.Sequential(Block(), Block()), LoraConfig(r=rank, target_modules=["projection"]))
+    with compiled_blocks(blocks):
+        blocks(torch.ones(3, 5, 12)).sum().backward()
+    return [weakref.ref(parameter) for parameter in blocks.parameters()]
+
+
+def test_every_kind_of_model_is_compiled_and_models_of_one_kind_once(graphs):
+    weights = []
+    for rank in range(1, 6):
+        weights += train(rank)
+        assert graphs() == 2 * rank  # the first block's input needs no gradient
+        weights += train(rank)
+        assert graphs() == 2 * rank
+    gc.collect()
+    assert not any(weight() is not None for weight in weights)
+    train(1)
+    assert graphs() == 10
+
+
+def test_old_graphs_are_dropped_when_there_are_many(graphs, monkeypatch):
+    monkeypatch.setattr(compiled, "KEPT", 3)
+    found = []
+    for rank in (1, 2, 3, 1):
+        train(rank)
+        found.append(graphs())
+    assert found == [2, 4, 2, 4]
+
+
+def test_more_graphs_than_there_is_room_for_are_an_error(graphs, monkeypatch):
+    monkeypatch.setattr(compiled, "KEPT", 0)
+    monkeypatch.setattr(compiled, "MOST", 1)
+    with pytest.raises(InputError, match="ever more graphs"):
+        train(1)
+
+
 def test_without_a_compiler_nothing_starts(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -87,8 +153,8 @@ def test_a_compiled_run_has_the_same_numbers(method):
     if shutil.which("g++") is None and not torch.cuda.is_available():
         pytest.skip("needs g++")
     config = RunConfig.from_mapping({"method": method, "adapter": {"r": 2}, "train": SHORT})
-    plain, compiled = (training.run(config, compiled=wanted) for wanted in (False, True))
-    assert compiled.environment["compiled"] == "blocks"
+    plain, fused = (training.run(config, compiled=wanted) for wanted in (False, True))
+    assert fused.environment["compiled"] == "blocks"
     assert "compiled" not in plain.environment
     for name in ("train_loss", "eval_loss", "stable_rank.mean"):
-        assert compiled.metrics[name] == pytest.approx(plain.metrics[name], rel=1e-4), name
+        assert fused.metrics[name] == pytest.approx(plain.metrics[name], rel=1e-4), name

@@ -9,8 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.utils import counters
 
 from basisadapt.core.errors import InputError
+
+KEPT = 64  # graphs of earlier models, for the next one of the same kind
+MOST = 64  # graphs of one model: first block or later one, training or evaluation, one row or several
 
 
 def check_compiler() -> None:
@@ -28,19 +33,40 @@ def check_compiler() -> None:
 def compiled_blocks(model: nn.Module, wanted: bool = True) -> Iterator[None]:
     """While it lasts, every block of a transformers model runs compiled, if that is `wanted`.
 
-    A block is what transformers would checkpoint. All of one class are one compilation; so are all shapes of a batch.
-    Raises InputError for a model without blocks.
+    A block is what transformers would checkpoint. All of one class are one compilation; so are all shapes of a batch,
+    and models of one kind, one after the other. Raises InputError for a model without blocks, and for one that takes
+    more than about MOST graphs.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    blocks: list[Any] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if wanted else []
-    if wanted and not blocks:
+    if not wanted:
+        yield
+        return
+    blocks: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not blocks:
         raise InputError("--compile is for backbones of transformers, and this task's has no block of theirs")
     for block in blocks:
         # Dropout draws as it does uncompiled.
         block.forward = torch.compile(block.forward, dynamic=True, options={"fallback_random": True})
     try:
-        yield
+        with _room_for_graphs():
+            yield
     finally:
         for block in blocks:
             del block.forward  # the class's own remains
+
+
+@contextmanager
+def _room_for_graphs() -> Iterator[None]:
+    """Let a function have as many graphs as MOST, beside those of earlier models, which are dropped beyond KEPT.
+
+    The blocks of all models are one function to torch, which would run it uncompiled from the ninth graph on.
+    """
+    if counters["stats"]["unique_graphs"] > KEPT:
+        torch.compiler.reset()
+        counters.clear()
+    try:
+        with torch._dynamo.config.patch(recompile_limit=KEPT + MOST, fail_on_recompile_limit_hit=True):
+            yield
+    except FailOnRecompileLimitHit as error:
+        raise InputError("--compile makes ever more graphs of this model: train it without") from error
