@@ -3,14 +3,16 @@
     python benchmarks/train_step.py minilm                      # on a CPU: against LoRA and the direct path
     python benchmarks/train_step.py qwen2-0.5b --rank 16 32 --checkpointing no yes      # on a GPU, random weights
     python benchmarks/train_step.py llama3-8b --batch 4 16 --checkpointing yes --methods "phi, N = 50;fp8;sketch"
-    python benchmarks/train_step.py qwen2-0.5b --batch 4x128 16x512 --compile no regional whole --rounds 1 --no-busy
+    python benchmarks/train_step.py qwen2-0.5b --batch 4x128 16x512 --compile no regional whole --rounds 1 --budget 500
 
 Several values of an option are several tables; those of --compile are rows of one: not compiled, each block by itself,
-the whole model. The methods take turns; each turn begins with steps that are not timed, and that compile.
+the whole model. The methods take turns; each turn begins with steps that are not timed, and that compile. Every turn is
+printed as it ends, the table after all of them; where --budget has run out, it says what it lacks.
 The figure is the median over rounds of the ratio to LoRA's step in the same round; on a GPU also tokens per second, the
-time in which the GPU computes, and the peak of allocated memory. A and B are set to the size that training gives them,
-φ's amplitudes are drawn. Before anything is timed, ΔW of every module is held against the direct sum: where they differ
-by more than the tolerance, the error is printed and no time.
+time until the host has launched a step, the kernels of a step, the time in which the GPU computes, and the peak of
+allocated memory. A and B are set to the size that training gives them, φ's amplitudes are drawn. Before anything is
+timed, ΔW of every module is held against the direct sum: where they differ by more than the tolerance, the error is
+printed and no time.
 """
 
 from __future__ import annotations
@@ -61,6 +63,11 @@ class Case:
     autocast: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return torch.float32 if self.autocast or self.backbone == "minilm" else torch.bfloat16
+
     def base(self) -> PreTrainedModel:
         """The model: MiniLM with its weights and a classifier, the others with random weights in bfloat16."""
         torch.manual_seed(0)
@@ -69,15 +76,16 @@ class Case:
         else:
             config = AutoConfig.for_model(**(backbones.find(self.backbone).shapes or {}))
             with self.device:
-                dtype = torch.float32 if self.autocast else torch.bfloat16
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+                model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
         return model.train()
 
     def prepare(self, model: PreTrainedModel) -> None:
-        """Switch checkpointing on or off."""
+        """Give the weights their dtype, and switch checkpointing on or off."""
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(self.dtype)
         if not self.checkpointing:
             model.gradient_checkpointing_disable()
             return
@@ -197,7 +205,7 @@ class Result:
     """What was measured of one method."""
 
     seconds: list[float] = field(default_factory=list)
-    busy: float = 0.0  # seconds of a step in which the GPU computes; the rest it waits for the host
+    host: list[float] = field(default_factory=list)  # seconds until the last kernel of a step is launched
     peak: float = 0.0
     trainable: int = 0
     loss: float = 0.0
@@ -210,8 +218,23 @@ def compiled_graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
-def timed(step: Callable[[], object], device: torch.device, steps: int) -> float:
-    """Seconds per step, after some that are not timed."""
+@dataclass(frozen=True)
+class Turns:
+    """What is measured of each case, and how often; `deadline` (by time.monotonic): then nothing more is begun."""
+
+    methods: list[str]  # parts of names
+    compiling: list[str]
+    rounds: int
+    steps: int
+    deadline: float
+
+    def late(self) -> bool:
+        """Whether the budget is spent."""
+        return time.monotonic() >= self.deadline
+
+
+def timed(step: Callable[[], object], device: torch.device, steps: int) -> tuple[float, float]:
+    """Seconds per step, after some that are not timed, and those until one more step is launched."""
     for _ in range(UNTIMED):
         step()
     if device.type == "cuda":
@@ -222,15 +245,22 @@ def timed(step: Callable[[], object], device: torch.device, steps: int) -> float
         step()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return (time.perf_counter() - began) / steps
+    seconds = (time.perf_counter() - began) / steps
+    began = time.perf_counter()
+    step()
+    host = time.perf_counter() - began
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return seconds, host
 
 
-def busy(step: Callable[[], object]) -> float:
-    """Seconds of kernels in one step."""
+def busy(step: Callable[[], object]) -> tuple[float, int]:
+    """Seconds of kernels in one step, copies included, and how many there are."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
-    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
+    events = [event for event in profile.key_averages() if event.self_device_time_total > 0]
+    return sum(event.self_device_time_total for event in events) / 1e6, sum(event.count for event in events)
 
 
 @contextlib.contextmanager
@@ -271,43 +301,39 @@ def check(case: Case, base: PreTrainedModel) -> float:
 Results = dict[tuple[str, str], Result]  # by method and way to compile
 
 
-def measure(case: Case, base: PreTrainedModel, only: list[str], modes: list[str], rounds: int, steps: int) -> Results:
-    """The methods in turn, `rounds` times; the base model is shared, so that its weights are there once."""
+def measure(case: Case, base: PreTrainedModel, turns: Turns) -> Results:
+    """The methods in turn, a round after the other; the base model is shared, so that its weights are there once."""
+    names = [name for name in rivals(case) if any(word in name for word in ["LoRA (peft)", *turns.methods])]
+    results = {(name, compiling): Result() for compiling in turns.compiling for name in names}
+    if turns.late():
+        return results
     error = check(case, base)
     print(f"largest error of ΔW against the direct sum, relative to its largest value: {error:.1e}")
     if not error <= 2 * default_tolerance(base.dtype):
         raise SystemExit("wrong value: nothing is timed")
-    names = [name for name in rivals(case) if any(word in name for word in ["LoRA (peft)", *only])]
-    results = {(name, compiling): Result() for compiling in modes for name in names}
-    for _ in range(rounds):
-        for (name, compiling), result in results.items():
-            method, before = rivals(case)[name], compiled_graphs()
-            try:
-                with attached(case, base, method, compiling) as step:
-                    run = captured(step) if case.graph else step
-                    run()
-                    first = compiled_graphs()
-                    result.seconds.append(timed(run, case.device, steps))
-                    result.graphs, result.late = first - before, compiled_graphs() - first
-                    result.trainable, result.loss = step.count, run().item()
-                    if case.device.type == "cuda":
-                        result.peak = max(result.peak, torch.cuda.max_memory_allocated() / 2**30)
-                    del run  # a graph keeps all the memory of its step
-            except (torch.OutOfMemoryError, ValueError, RuntimeError) as problem:
-                print(f"{name}: {type(problem).__name__}: {str(problem).splitlines()[0]}")
-                result.seconds.append(float("nan"))
+    for number, ((name, compiling), result) in itertools.product(range(turns.rounds), results.items()):
+        if turns.late():
+            break
+        method, before = rivals(case)[name], compiled_graphs()
+        try:
+            with attached(case, base, method, compiling) as step:
+                run = captured(step) if case.graph else step
+                run()
+                first = compiled_graphs()
+                seconds, host = timed(run, case.device, turns.steps)
+                result.graphs, result.late = first - before, compiled_graphs() - first
+                result.trainable, result.loss = step.count, run().item()
+                if case.device.type == "cuda":
+                    result.peak = max(result.peak, torch.cuda.max_memory_allocated() / 2**30)
+                del run  # a graph keeps all the memory of its step
+        except (torch.OutOfMemoryError, ValueError, RuntimeError) as problem:
+            print(f"{name}: {type(problem).__name__}: {str(problem).splitlines()[0]}")
+            seconds = host = math.nan
+        result.seconds.append(seconds)
+        result.host.append(host)
+        beside = f", {host * 1e3:.1f} to launch it, {result.peak:.2f} GiB" if case.device.type == "cuda" else ""
+        print(f"round {number + 1}, {name}, {compiling} compile: {seconds * 1e3:.1f} ms{beside}", flush=True)
     return results
-
-
-def measure_busy(case: Case, base: PreTrainedModel, results: Results) -> None:
-    """Last of all: once a profiler has run in a process, every launch costs the host more. Without a graph, for the
-    kernels are the same, and memory did not suffice for the next graph after a profiled one."""
-    for (name, compiling), result in results.items():
-        if math.isfinite(result.seconds[-1]):
-            with attached(case, base, rivals(case)[name], compiling) as step:
-                for _ in range(UNTIMED if compiling != "no" else 1):
-                    step()
-                result.busy = busy(step)
 
 
 def products_bound(case: Case, rate: float) -> float:
@@ -320,46 +346,66 @@ def products_bound(case: Case, rate: float) -> float:
     return 2 * case.batch * case.tokens * adapted * passes / rate
 
 
-def ratios(result: Result, other: Result) -> list[float]:
-    """Of the steps of each round."""
-    return [a / b for a, b in zip(result.seconds, other.seconds, strict=True)]
+def ratio(result: Result, other: Result) -> list[float]:
+    """Of the steps of each round that has both."""
+    return [a / b for a, b in zip(result.seconds, other.seconds, strict=False)]
+
+
+def shown(figure: Callable[[list[float]], float], values: list[float]) -> str:
+    """The median, the least or the largest of some ratios; a dash for none."""
+    return f"{figure(values):.2f}" if values else "–"
 
 
 def report(case: Case, results: Results) -> None:
-    """The table."""
+    """The table, and what is not in it."""
     on_gpu = case.device.type == "cuda"
     modes = list(dict.fromkeys(compiling for _, compiling in results))
     beside = [f"/ LoRA's, {mode} compile |" for mode in modes] if len(modes) > 1 else ["step / LoRA's step, median |"]
-    more = ["tokens/s |", "peak GiB |", "trainable |"] if on_gpu else []
+    more = ["launched in, ms |", "tokens/s |", "peak GiB |", "trainable |"] if on_gpu else []
     graphs = ["graphs | later |"] if modes != ["no"] else []
     columns = ["| method | compile | step, ms |", *beside, "min | max |", *graphs, *more]
     print("\n" + " ".join(columns))
     print("|---|---|" + "---:|" * (sum(column.count("|") for column in columns) - 3))
-    for (name, compiling), result in results.items():
-        own = ratios(result, results["LoRA (peft)", compiling])
+    measured = {key: result for key, result in results.items() if result.seconds}
+    for (name, compiling), result in measured.items():
+        of_lora = {mode: ratio(result, results["LoRA (peft)", mode]) for mode in modes}
         seconds = statistics.median(result.seconds)
-        row = [name, compiling, f"{seconds * 1e3:.1f}"]
-        row += [f"{statistics.median(ratios(result, results['LoRA (peft)', mode])):.2f}" for mode in modes]
-        row += [f"{min(own):.2f}", f"{max(own):.2f}"]
+        row = [name, compiling, f"{seconds * 1e3:.1f}", *(shown(statistics.median, of_lora[mode]) for mode in modes)]
+        row += [shown(min, of_lora[compiling]), shown(max, of_lora[compiling])]
         row += [str(result.graphs), str(result.late)] if graphs else []
         if on_gpu:
-            row += [f"{case.batch * case.tokens / seconds:,.0f}", f"{result.peak:.2f}", f"{result.trainable:,}"]
+            row += [f"{statistics.median(result.host) * 1e3:.1f}", f"{case.batch * case.tokens / seconds:,.0f}"]
+            row += [f"{result.peak:.2f}", f"{result.trainable:,}"]
         print(f"| {' | '.join(row)} |", flush=True)
+    if missing := [f"{name} ({compiling} compile)" for name, compiling in results if (name, compiling) not in measured]:
+        print(f"\nnot measured, for the budget was spent: {', '.join(missing)}", flush=True)
     for many, few in (("phi, N = 512", "phi, N = 8"), ("phi direct, N = 50", "phi, N = 50")):
-        if {(many, "no"), (few, "no")} <= set(results):
-            found = statistics.median(ratios(results[many, "no"], results[few, "no"]))
+        if {(many, "no"), (few, "no")} <= set(measured):
+            found = statistics.median(ratio(results[many, "no"], results[few, "no"]))
             print(f"\n{many} / {few}: {found:.3f}")
 
 
-def report_busy(case: Case, results: Results, rate: float) -> None:
-    """The time in which the GPU computes, and what the products alone take at `rate`."""
-    print("\n| method | compile | GPU at work, ms |\n|---|---|---:|")
+def report_busy(case: Case, base: PreTrainedModel, results: Results, rate: float, turns: Turns) -> None:
+    """How long the GPU computes and how many kernels it runs, and what the products alone take at `rate`.
+
+    Last of all: once a profiler has run in a process, every launch costs the host more. Without a graph, for the
+    kernels are the same, and memory did not suffice for the next graph after a profiled one.
+    """
+    print("\n| method | compile | GPU at work, ms | kernels |\n|---|---|---:|---:|")
     for (name, compiling), result in results.items():
-        print(f"| {name} | {compiling} | {result.busy * 1e3:.0f} |")
+        if turns.late():
+            print("the rest is not measured, for the budget was spent")
+            return
+        if result.seconds and math.isfinite(result.seconds[-1]):
+            with attached(case, base, rivals(case)[name], compiling) as step:
+                for _ in range(UNTIMED if compiling != "no" else 1):
+                    step()
+                seconds, kernels = busy(step)
+            print(f"| {name} | {compiling} | {seconds * 1e3:.0f} | {kernels:,} |", flush=True)
     bound = products_bound(case, rate)
     print(f"\nproducts of the adapted layers at the measured {rate / 1e12:.0f} TFLOP/s: {bound * 1e3:.0f} ms")
     for (name, compiling), result in results.items():
-        if name == "phi, N = 50":
+        if name == "phi, N = 50" and result.seconds:
             share = bound / statistics.median(result.seconds)
             print(f"{share:.0%} of φ's step, {compiling} compile", flush=True)
 
@@ -381,7 +427,7 @@ def merged_inference(case: Case, base: PreTrainedModel) -> None:
         if case.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-        seconds = timed(lambda: model(input_ids=tokens), case.device, 5)
+        seconds, _ = timed(lambda: model(input_ids=tokens), case.device, 5)
         used = torch.cuda.max_memory_allocated() - before if case.device.type == "cuda" else 0
         return seconds, used / 2**30
 
@@ -404,41 +450,57 @@ def gemm_rate() -> float:
     return 10 * 2 * 8192**3 / (time.perf_counter() - began)
 
 
-def main() -> None:
-    """Check, then time."""
+def axes(given: argparse.Namespace) -> list[Case]:
+    """A case for every combination of the options with several values."""
+    small = given.backbone == "minilm"
+    ranks = given.rank or [4 if small else 16]
+    cases = []
+    for shape, rank, *ways in itertools.product(given.batch, ranks, given.checkpointing, given.graph, given.autocast):
+        batch, _, tokens = shape.partition("x")
+        length = int(tokens or given.tokens or (32 if small else 512))
+        cases.append(Case(given.backbone, int(batch), length, rank, *(way == "yes" for way in ways)))
+    return cases
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("backbone", choices=["minilm", "qwen2-0.5b", "llama3-8b"])
     parser.add_argument("--batch", nargs="+", default=["16"], help="16, or with its tokens 16x512")
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--rank", type=int, nargs="+")
-    parser.add_argument("--checkpointing", choices=["no", "yes"], nargs="+", default=["no"])
-    parser.add_argument("--graph", action="store_true", help="every method's step as one CUDA graph")
-    parser.add_argument("--autocast", action="store_true", help="weights in float32, products in bfloat16")
+    for name, text in (
+        ("checkpointing", "of every block"),
+        ("graph", "every method's step as one CUDA graph"),
+        ("autocast", "weights in float32, products in bfloat16"),
+    ):
+        parser.add_argument(f"--{name}", choices=["no", "yes"], nargs="+", default=["no"], help=text)
     parser.add_argument("--compile", choices=["no", "regional", "whole"], nargs="+", default=["no"])
     parser.add_argument("--busy", action=argparse.BooleanOptionalAction, default=True, help="how long the GPU works")
     parser.add_argument("--methods", default="", help="parts of names, separated by semicolons; LoRA is always there")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4)
-    given = parser.parse_args()
-    small = given.backbone == "minilm"
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no new row is begun")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Check, then time."""
+    given = parse()
+    deadline = time.monotonic() + given.budget
+    turns = Turns(given.methods.split(";"), given.compile, given.rounds, given.steps, deadline)
     for name, value in environment().items():
         print(f"{name}: {value}")
-    axes = itertools.product(given.batch, given.rank or [4 if small else 16], given.checkpointing)
-    cases = []
-    for shape, rank, checkpointing in axes:
-        batch, _, tokens = shape.partition("x")
-        length = int(tokens or given.tokens or (32 if small else 512))
-        way = checkpointing == "yes", given.graph, given.autocast
-        cases.append(Case(given.backbone, int(batch), length, rank, *way))
+    cases = axes(given)
     base = cases[0].base()
     rate = gemm_rate() if cases[0].device.type == "cuda" else math.nan
     tables = []
     for case in cases:
         print(f"\n{case}", flush=True)
         case.prepare(base)
-        tables.append(measure(case, base, given.methods.split(";"), given.compile, given.rounds, given.steps))
+        tables.append(measure(case, base, turns))
         report(case, tables[-1])
-    if not given.busy:
+    if not given.busy or turns.late():
         return
     cases[0].prepare(base)
     merged_inference(cases[0], base)
@@ -446,8 +508,7 @@ def main() -> None:
         for case, results in zip(cases, tables, strict=True):
             print(f"\n{case}")
             case.prepare(base)
-            measure_busy(case, base, results)
-            report_busy(case, results, rate)
+            report_busy(case, base, results, rate, turns)
 
 
 if __name__ == "__main__":
