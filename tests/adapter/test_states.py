@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -474,3 +476,19 @@ def overwrite_omega(model):
 def test_layers_of_the_model_are_ours():
     """What these tests rest on."""
     assert all(isinstance(adapted().base_model.model[index], PhiLinear) for index in (0, 2))
+
+
+@pytest.mark.parametrize("settings", [{}, {"backend": "direct"}, {"gain": 300.0, "omega_init": 3.0}])
+def test_a_model_that_nobody_holds_is_gone(settings):
+    """Its frozen weights too: several layers' functions hang on one node of autograd, which may be in no cycle."""
+    layers = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 10))
+    model = get_peft_model(layers, PhiConfig(r=2, target_modules=["0", "1"], **settings))
+    model(X).sum().backward()
+    with torch.no_grad():
+        model.base_model.model[0].phi_A["default"].add_(0.1)
+        model(X)
+    del layers
+    weights = [weakref.ref(parameter) for parameter in model.parameters()]
+    del model
+    gc.collect()
+    assert not any(weight() is not None for weight in weights)
