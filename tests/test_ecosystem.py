@@ -217,8 +217,27 @@ def test_a_saved_adapter_goes_where_a_model_goes(adapter, causal, tmp_path):
 
 
 def test_transformers_own_loading_says_what_works_instead(adapter, causal):
+    from transformers import pipeline
+
     with pytest.raises(ValueError, match="use `get_peft_model` instead"):
         causal["base"].load_adapter(str(adapter))
+    with pytest.raises(ValueError, match="use `get_peft_model` instead"):
+        pipeline("text-generation", model=str(adapter), tokenizer=causal["tokenizer"])
+
+
+def test_mlflow_loads_a_peft_model_again(adapter, causal, language_model, tmp_path, monkeypatch):
+    """The program of the text."""
+    pytest.importorskip("mlflow", reason="needs the extra `lab`")
+    monkeypatch.chdir(tmp_path)
+    model = PeftModel.from_pretrained(causal["base"], adapter).eval()
+    tokens = torch.arange(5, 25).view(2, 10)
+    with torch.no_grad():
+        expected = model(tokens).logits
+    given = run("MLflow", model=model, tokenizer=causal["tokenizer"], backbone=str(language_model))
+    loaded = given["loaded"].model
+    assert isinstance(loaded, PeftModel)
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(tokens).logits, expected)
 
 
 @pytest.mark.slow
