@@ -212,8 +212,12 @@ def test_a_saved_adapter_goes_where_a_model_goes(adapter, causal, tmp_path):
     model = AutoPeftModelForCausalLM.from_pretrained(adapter)
     write = pipeline("text-generation", model=model, tokenizer=causal["tokenizer"])
     (answer,) = write("1 and 1", max_new_tokens=4, do_sample=False)
-    merged = pipeline("text-generation", model=model.merge_and_unload(), tokenizer=causal["tokenizer"])
-    assert merged("1 and 1", max_new_tokens=4, do_sample=False) == [answer]
+    plain = model.merge_and_unload()
+    plain.save_pretrained(tmp_path / "merged")
+    causal["tokenizer"].save_pretrained(tmp_path / "merged")
+    for merged in (plain, str(tmp_path / "merged")):
+        write = pipeline("text-generation", model=merged, tokenizer=causal["tokenizer"])
+        assert write("1 and 1", max_new_tokens=4, do_sample=False) == [answer]
 
 
 def test_transformers_own_loading_says_what_works_instead(adapter, causal):
