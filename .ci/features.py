@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from peft import PeftModel, PeftType, convert_to_lora, get_peft_model, inject_adapter_in_model
+from peft import PeftModel, convert_to_lora, get_peft_model, inject_adapter_in_model
 from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor, nn
 
+from basisadapt.adapter.saved import CheckedConfig
 from basisadapt.core.errors import one_line
 from basisadapt.methods import METHODS
 from basisadapt.methods.method import PeftMethod
@@ -25,7 +26,7 @@ from basisadapt.methods.method import PeftMethod
 HEAD = """\
 # What works with each method
 
-φ, and the rivals that are peft methods of this package. Each entry was tried on a small model by
+φ, and the rivals whose layers are of this package. Each entry was tried on a small model by
 `python .ci/features.py > docs/reference/features.md`: "yes" says that the numbers were right, "refused" that an error
 was raised, after which the model computed as before. [Quantized weights, torch.compile, export, checkpointing,
 processes](../tools.md#what-works) have tests of their own."""
@@ -54,11 +55,7 @@ class Case:
 
     def config(self, **others: Any) -> Any:
         """The method's configuration, of rank 2, with other settings."""
-        method = METHODS[self.name]()
-        assert isinstance(method, PeftMethod)
-        settings = method.settings(r=2)
-        common = {"task_type": None, "target_modules": ["first", "second"]}
-        return method.peft_config(settings, {**common, **others})
+        return _config(self.name, **others)
 
     @torch.no_grad()
     def draw(self, adapter: str, seed: int = 0) -> None:
@@ -79,6 +76,13 @@ class Case:
         self.model.set_adapter("other")
         self.draw("other", seed=1)
         self.model.set_adapter("default")
+
+
+def _config(name: str, **others: Any) -> Any:
+    method = METHODS[name]()
+    assert isinstance(method, PeftMethod)
+    common = {"task_type": None, "target_modules": ["first", "second"]}
+    return method.peft_config(method.settings(r=2), {**common, **others})
 
 
 def _base() -> nn.Module:
@@ -227,8 +231,9 @@ FEATURES: dict[str, Callable[[Case], None]] = {
 
 
 def methods() -> list[str]:
-    """φ, and the rivals that are peft methods of this package."""
-    ours = [name for name in METHODS if f"BASISADAPT_{name.upper()}" in PeftType.__members__]
+    """φ, and the rivals whose layers are of this package, SineLoRA's among them."""
+    peft = [name for name in METHODS if issubclass(METHODS[name], PeftMethod)]
+    ours = [name for name in peft if isinstance(_config(name), CheckedConfig)]
     return ["phi", *(name for name in ours if name != "phi")]
 
 

@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from basisadapt.methods import METHODS
 from basisadapt.study import __main__ as command_line
 from basisadapt.study.plan.changes import split_changes
 from basisadapt.study.plan.spec import list_studies
@@ -146,6 +147,7 @@ def test_the_page_of_features_is_up_to_date(monkeypatch, recwarn):
     monkeypatch.syspath_prepend(ROOT / ".ci")
     features = importlib.import_module("features")
     page = (ROOT / "docs" / "reference" / "features.md").read_text(encoding="utf-8")
+    assert {"abba", "sinelora"} < set(features.methods()) < set(METHODS)
     assert page == f"{features.page(features.methods())}\n", "python .ci/features.py > docs/reference/features.md"
 
 

@@ -212,13 +212,36 @@ def test_a_saved_adapter_goes_where_a_model_goes(adapter, causal, tmp_path):
     model = AutoPeftModelForCausalLM.from_pretrained(adapter)
     write = pipeline("text-generation", model=model, tokenizer=causal["tokenizer"])
     (answer,) = write("1 and 1", max_new_tokens=4, do_sample=False)
-    merged = pipeline("text-generation", model=model.merge_and_unload(), tokenizer=causal["tokenizer"])
-    assert merged("1 and 1", max_new_tokens=4, do_sample=False) == [answer]
+    plain = model.merge_and_unload()
+    plain.save_pretrained(tmp_path / "merged")
+    causal["tokenizer"].save_pretrained(tmp_path / "merged")
+    for merged in (plain, str(tmp_path / "merged")):
+        write = pipeline("text-generation", model=merged, tokenizer=causal["tokenizer"])
+        assert write("1 and 1", max_new_tokens=4, do_sample=False) == [answer]
 
 
 def test_transformers_own_loading_says_what_works_instead(adapter, causal):
+    from transformers import pipeline
+
     with pytest.raises(ValueError, match="use `get_peft_model` instead"):
         causal["base"].load_adapter(str(adapter))
+    with pytest.raises(ValueError, match="use `get_peft_model` instead"):
+        pipeline("text-generation", model=str(adapter), tokenizer=causal["tokenizer"])
+
+
+def test_mlflow_loads_a_peft_model_again(adapter, causal, language_model, tmp_path, monkeypatch):
+    """The program of the text."""
+    pytest.importorskip("mlflow", reason="needs the extra `lab`")
+    monkeypatch.chdir(tmp_path)
+    model = PeftModel.from_pretrained(causal["base"], adapter).eval()
+    tokens = torch.arange(5, 25).view(2, 10)
+    with torch.no_grad():
+        expected = model(tokens).logits
+    given = run("MLflow", model=model, tokenizer=causal["tokenizer"], backbone=str(language_model))
+    loaded = given["loaded"].model
+    assert isinstance(loaded, PeftModel)
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(tokens).logits, expected)
 
 
 @pytest.mark.slow

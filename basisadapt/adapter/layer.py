@@ -110,12 +110,7 @@ class PhiLinear(AdaptedLinear):
 
     def _in_graphs(self) -> bool:
         """Whether torch.compile can trace the forward pass. It traces this method too, so all layers give one graph."""
-        # torch.compiler.is_exporting() is always true inside a graph before torch 2.13.
-        if getattr(torch.compiler, "_is_exporting_flag", False):
-            raise InputError(
-                "a model with φ(BA) is not exported, since φ is compiled anew whenever it changes: export the plain "
-                "model that merge_and_unload() gives"
-            )
+        refuse_export()
         linked = all(self.phi_link[name].row is not None for name in self.active_adapters if name in self.phi_link)
         unmerges = self.disable_adapters and self.merged
         return linked and not unmerges and not self._quantised and self._is_plain()
@@ -180,3 +175,13 @@ class PhiLinear(AdaptedLinear):
         B: Any = self.phi_B._parameters[adapter]
         function = self.phi_source[adapter].function(self.name, A, B)
         return adapted_linear(x, weight, bias, A, B, function.evaluator, function.execution)
+
+
+def refuse_export() -> None:
+    """Raise InputError within torch.export. A graph of torch.compile can trace this too."""
+    # torch.compiler.is_exporting() is always true inside a graph before torch 2.13.
+    if getattr(torch.compiler, "_is_exporting_flag", False):
+        raise InputError(
+            "a model with φ(BA) is not exported, since φ is compiled anew whenever it changes: export the plain model "
+            "that merge_and_unload() gives"
+        )

@@ -14,7 +14,7 @@ from torch import nn
 
 from basisadapt.adapter.config import PhiConfig
 from basisadapt.adapter.honored import watch
-from basisadapt.adapter.layer import PhiLinear
+from basisadapt.adapter.layer import PhiLinear, refuse_export
 from basisadapt.adapter.linear import AdaptedModel
 from basisadapt.adapter.placement import describe, target_pattern
 from basisadapt.core.errors import InputError
@@ -75,7 +75,11 @@ class PhiModel(AdaptedModel):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Compile φ of all modules if anything has changed since the last call of the model."""
+        """Compile φ of all modules if anything has changed since the last call of the model.
+
+        Raises InputError within torch.export.
+        """
+        refuse_export()
         with super()._enable_peft_forward_hooks(*args, **kwargs), ExitStack() as stack:
             for compiler in self._compilers():
                 stack.enter_context(compiler.compiled())

@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from basisadapt.core.errors import InputError, nearest, one_line, shown, unknown
 from basisadapt.core.settings import checked
 
-# Names in other packages' configurations that are not alike to ours.
-OF_OTHERS = {"rank": "r", "dim": "r", "alpha": "lora_alpha"}
+# Names in other packages' configurations, and in the paper, that are not alike to ours.
+OF_OTHERS = {"rank": "r", "dim": "r", "alpha": "lora_alpha", **dict.fromkeys(("n", "n_basis", "nbasis"), "num_basis")}
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 Shape = tuple[int | None, ...]  # None where the model decides
@@ -48,7 +48,8 @@ class CheckedConfig(PeftConfig, ABC):  # type: ignore[misc]
         known = {field.name for field in dataclasses.fields(cls) if field.init}
         for name in settings:
             if name not in known:
-                near = OF_OTHERS.get(name) or nearest(name, sorted(known), alike=0.75)
+                ours = OF_OTHERS.get(name)
+                near = ours if ours in known else nearest(name, sorted(known), alike=0.75)
                 hint = f"did you mean {near!r}?" if near else f"help({cls.__name__}) has its settings"
                 # The words "got an unexpected keyword argument" tell peft that a saved file may be of a later version.
                 raise TypeError(f"{cls.__name__} got an unexpected keyword argument {name!r}; {hint}")

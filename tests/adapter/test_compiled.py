@@ -268,10 +268,21 @@ def test_a_copy_has_its_own_functions():
     torch.testing.assert_close(gradients(other), gradients(toy()))
 
 
-def test_export_is_refused_and_the_merged_model_exported():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("called", [False, True], ids=["new", "called"])
+def test_export_of_the_peft_model_is_refused(dtype, called):
+    adapted, x = toy().to(dtype), X.to(dtype)
+    if called:
+        adapted(x)
+    for part in (adapted, adapted.base_model, adapted.base_model.model):
+        with pytest.raises(InputError, match="export the plain model that merge_and_unload"):
+            torch.export.export(part, (x,))
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="export the plain model that merge_and_unload"):
+        torch.export.export(adapted, (x,), strict=True)
+
+
+def test_the_merged_model_is_exported():
     adapted = toy()
-    with pytest.raises(InputError, match="merge_and_unload"):
-        torch.export.export(adapted.base_model.model, (X,))
     expected = adapted(X)
     exported = torch.export.export(adapted.merge_and_unload(), (X,))
     torch.testing.assert_close(exported.module()(X), expected)

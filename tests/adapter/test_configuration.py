@@ -8,6 +8,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from basisadapt import InputError
+from basisadapt.methods.abba import ABBAConfig
 from tests.adapter.toys import (
     CASES,
     MLP,
@@ -149,6 +150,10 @@ def test_settings_of_other_tuners_are_refused_by_name(setting):
         ("alpha", "lora_alpha"),
         ("target_module", "target_modules"),
         ("centered", "centre"),
+        ("n_basis", "num_basis"),
+        ("n", "num_basis"),
+        ("nbasis", "num_basis"),
+        ("num_bases", "num_basis"),
     ],
 )
 def test_a_setting_by_another_name_is_told_ours(setting, ours):
@@ -156,6 +161,11 @@ def test_a_setting_by_another_name_is_told_ours(setting, ours):
     with pytest.raises(TypeError) as refused:
         config(**{setting: 1})
     assert str(refused.value) == f"PhiConfig got an unexpected keyword argument '{setting}'; {told}"
+
+
+def test_a_method_is_told_of_no_setting_that_it_lacks():
+    with pytest.raises(TypeError, match=r"'n_basis'; help\(ABBAConfig\) has its settings$"):
+        ABBAConfig(n_basis=3)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,8 @@ addEventListener("load", () => {
     alts: [...document.images].map(image => image.alt),
     overflow: root.scrollWidth - root.clientWidth,
     boxes: [...document.querySelectorAll(".box")].map(box => box.clientWidth <= root.clientWidth),
+    hidden: document.querySelector(".box").scrollWidth - document.querySelector(".box").clientWidth,
+    scrolls: getComputedStyle(document.querySelector(".box")).overflowX,
     requests: performance.getEntriesByType("resource").map(entry => entry.name).filter(name => !/^data:/.test(name)),
     background: getComputedStyle(document.body).backgroundColor,
     start: order(), up: click(1), down: click(1), names: click(0),
@@ -98,6 +100,23 @@ def test_the_page_in_a_browser(folder, page, width, dark):
     assert seen["down"] == ["sinc", "LoRA", "fourier"]
     assert seen["names"] == ["fourier", "LoRA", "sinc"]
     assert seen["sort"] == "ascending"
+
+
+def test_every_column_is_in_sight_at_a_desk_and_scrolled_to_below(folder):
+    """The widest table: three seeds, an interval, and what is measured of φ."""
+    study = resolve(read_spec("ablate_basis"), seeds=[1, 2, 3])
+    linear = {"linear_fit.mean": 1.65, "linear_fit.largest": 2.0, "nonlinear_share.mean": 0.0015}
+    measured = {**linear, "nonlinear_share.largest": 0.125, "parameters.trainable": 173338.0}
+    known = {
+        cell.key: outcome(cell, 0.5 + 0.001 * cell.seed, **measured, **dict.fromkeys(study.spec.columns, 2.5))
+        for cell in study.cells
+    }
+    page = report_files(make_report(build_table(study, known)), png)["report.html"]
+    assert page.partition("</thead>")[0].count("<th") >= 12
+    assert page.count('<div class="box"') == page.count("<table")
+    at_a_desk, below = look(folder, page, 1300), look(folder, page, 800)
+    assert at_a_desk["hidden"] == 0
+    assert (below["hidden"] > 0, below["scrolls"], below["overflow"]) == (True, "auto", 0)
 
 
 def test_the_page_stands_without_scripts_and_names_no_other_place(page):

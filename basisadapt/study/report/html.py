@@ -52,7 +52,7 @@ STYLE = """
   img.lines { filter: invert(.91) hue-rotate(180deg); } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 72rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
+main { max-width: 80rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
 h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .5rem; }
 h2 { font-size: 1.25rem; margin: 2.5rem 0 .75rem; padding-top: 1rem; border-top: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; }
@@ -60,20 +60,22 @@ p, li, figcaption, dd { max-width: 46rem; overflow-wrap: anywhere; }
 .lead { margin: 0; }
 .states, .notes, figcaption { color: var(--faint); }
 .states { margin: .75rem 0 0; font-size: .9rem; }
-.box { overflow-x: auto; border: 1px solid var(--line); border-radius: .4rem; }
+.box { overflow-x: auto; border: 1px solid var(--line); border-radius: .4rem; background:
+  linear-gradient(to left, var(--paper) 1.5rem, transparent) right / 3rem 100% no-repeat local,
+  linear-gradient(to left, var(--line), transparent) right / .75rem 100% no-repeat scroll; }
 :is(.box, button, summary):focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 table { border-collapse: separate; border-spacing: 0; width: max-content; min-width: 100%; font-size: .9rem;
   font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding: .5rem .75rem; color: var(--faint); }
 caption.unseen { position: absolute; width: 1px; height: 1px; padding: 0; overflow: hidden; clip-path: inset(50%); }
-th, td { padding: .4rem .75rem; text-align: right; white-space: nowrap; }
+th, td { padding: .4rem .6rem; text-align: right; white-space: nowrap; }
 th:first-child { position: sticky; left: 0; text-align: left; background: var(--paper); }
 thead th, thead th:first-child { white-space: normal; vertical-align: bottom; background: var(--shade);
   border-bottom: 1px solid var(--line); }
 tbody tr + tr > * { border-top: 1px solid var(--line); }
 tbody th { font-weight: 600; }
 tr.reference, tr.reference th:first-child { background: var(--shade); }
-th button { all: unset; display: inline-block; max-width: 9rem; cursor: pointer; }
+th button { all: unset; display: inline-block; width: min-content; cursor: pointer; }
 th button::after { content: "\\a0\\2195"; color: var(--faint); }
 th[aria-sort=ascending] button::after { content: "\\a0\\2191"; }
 th[aria-sort=descending] button::after { content: "\\a0\\2193"; }
