@@ -90,8 +90,14 @@ HEADS = ("classifier", "score")  # transformers' names for a classifier's head; 
 
 
 def model_class(form: str) -> Any:
-    """The class that builds a model of that form from a configuration, or loads one."""
+    """The class that loads a model of that form."""
     return _class(FORMS[form].model)
+
+
+def new_model(form: str, config: Any) -> Any:
+    """A model of that form, without loaded weights."""
+    whole = model_class(form)
+    return getattr(whole, "from_config", whole)(config)  # an Auto class of transformers' cannot be called
 
 
 def processor_class(form: str) -> Any:

@@ -44,11 +44,6 @@ class LastMLP(PreTrainedModel):  # type: ignore[misc]
         self.register_buffer("classes", torch.zeros(config.num_labels, config.hidden_size))
         self.post_init()
 
-    @classmethod
-    def from_config(cls, config: Any) -> LastMLP:
-        """The model with no weights loaded."""
-        return cls(config)
-
     def forward(self, hidden: Tensor, words: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
         """Logits for h, and their mean cross-entropy for `words`, the right classes, of shape (rows, tokens)."""
         parts: Any = self.model

@@ -37,11 +37,6 @@ class LastFeedForward(BertPreTrainedModel):  # type: ignore[misc]
         self.register_buffer("classes", torch.zeros(config.num_labels, config.hidden_size))
         self.post_init()
 
-    @classmethod
-    def from_config(cls, config: Any) -> LastFeedForward:
-        """The model without loaded weights, as transformers' classes have it."""
-        return cls(config)
-
     def draw_classes(self) -> None:
         """Draw C from torch's global generator."""
         self.classes.normal_(std=self.config.hidden_size**-0.5)
@@ -98,11 +93,6 @@ class LastQuery(BertPreTrainedModel):  # type: ignore[misc]
         query = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.encoder = _last_block(config, attention=nn.ModuleDict({"self": nn.ModuleDict({"query": query})}))
         self.post_init()
-
-    @classmethod
-    def from_config(cls, config: Any) -> LastQuery:
-        """The model without loaded weights, as transformers' classes have it."""
-        return cls(config)
 
     def forward(self, weight: Tensor, target: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
         """The logits ΔW, and the loss ‖ΔW − T‖² / ‖T‖², for weight W and target T of shape (rows, m, n)."""
