@@ -16,7 +16,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from basisadapt.training.execution.lines import ResultLine, read_lines
+from basisadapt.training.execution.json_lines import ResultLine, read_lines
 
 
 def main() -> int:
