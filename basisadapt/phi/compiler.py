@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -257,13 +258,20 @@ class Compiler:
         trained = tuple(table.requires_grad for table in tables)
         ways = {where: Execution(self.backend(where), self._dense) for where in {A.device for A, _ in pairs}}
         functions = [
-            Function(evaluator, ways[A.device], functools.partial(self._check, name))
+            Function(evaluator, ways[A.device], functools.partial(_check, weakref.ref(self), name))
             for name, evaluator, (A, _) in zip(names, evaluators, pairs, strict=True)
         ]
         return Compiled(
             dict(zip(names, functions, strict=True)), wanted, copies, trained, tolerances, kept,
             rows_and_keys(functions),
         )  # fmt: skip
+
+
+def _check(compiler: weakref.ref[Compiler], module: str, function: Function, A: Tensor, B: Tensor) -> None:
+    """`Compiler._check`. A weak reference: autograd's nodes hold functions, and no garbage collector sees a cycle there."""
+    held = compiler()
+    assert held is not None, "the layer that calls holds its compiler"
+    held._check(module, function, A, B)
 
 
 def _in_backward() -> bool:
