@@ -1,8 +1,8 @@
 """Tokens per second and card of many cells at once, from the file that `python -m basisadapt.training` has written.
 
-python -m basisadapt.study ablate_rate --preset llm --data-dir DIR --export cells.jsonl
-python -m basisadapt.training cells.jsonl --workers 14 --data-dir DIR --output results.jsonl
-python benchmarks/cells_at_once.py results.jsonl --gpus 2
+    python -m basisadapt.study ablate_rate --preset llm --data-dir DIR --export cells.jsonl
+    python -m basisadapt.training cells.jsonl --workers 14 --data-dir DIR --output results.jsonl
+    python benchmarks/cells_at_once.py results.jsonl --gpus 2
 
 Tokens are those of training, without padding. The stretch lasts from the first cell's begin to the last one's end, with
 loading, evaluation and all; "training" is what as many cells would make that do nothing but train.
@@ -16,7 +16,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from basisadapt.training.execution.lines import ResultLine, read_lines
+from basisadapt.training.execution.json_lines import ResultLine, read_lines
 
 
 def main() -> int:

@@ -4,10 +4,10 @@
 
 The adapted layers of Qwen2-0.5B, 24 blocks of seven, in bfloat16 with r = 16, each on 512 tokens of its own; max |BA| =
 0.1 in every layer, B and α drawn, ω spread by a percent, as training leaves it. A step is a forward and a backward pass
-through all layers and AdamW. φ looks at everything anew once in VERIFY_EVERY steps: its time is the mean over so many,
-of the one that looks and the median of others. In brackets is the evaluator of the first layer: S and the terms of a
-series, T and the cells of a table, D for the direct sum; behind it the largest error of some rows of its ΔW, against
-the direct sum, over ΔW's largest entry, and the peak of allocated memory.
+through all layers and AdamW. φ chooses its evaluators anew once in VERIFY_EVERY steps: its time is the mean over so
+many, of the one that chooses and the median of others. In brackets are the evaluator of the first layer, S with the
+terms of a series, T with the cells of a table, D for the direct sum; the largest error of some rows of its ΔW against
+the direct sum, over ΔW's largest entry; and the peak of allocated memory.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ class Step:
         others = [self.seconds() for _ in range(OTHERS)]
         for _ in range(VERIFY_EVERY - UNTIMED - OTHERS):
             self()
-        looking = self.seconds()
-        return (looking + (VERIFY_EVERY - 1) * statistics.median(others)) / VERIFY_EVERY
+        choosing = self.seconds()
+        return (choosing + (VERIFY_EVERY - 1) * statistics.median(others)) / VERIFY_EVERY
 
     @torch.no_grad()
     def evaluator_and_error(self) -> tuple[str, float]:

@@ -8,7 +8,6 @@ walk on 64 tokens. Same data, same seeds; per way the mean loss of the last twen
 
 from __future__ import annotations
 
-import argparse
 import statistics
 
 import peft
@@ -20,7 +19,7 @@ from basisadapt.adapter import PhiConfig
 from basisadapt.core.environment import environment
 
 WAYS = ("exact", "fp8", "sketch:4", "sketch:16")
-BATCH, TOKENS, STATES, LAST = 8, 256, 64, 20
+BATCH, TOKENS, STATES, STEPS, LAST = 8, 256, 64, 100, 20
 
 
 def walks(transition: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -33,7 +32,7 @@ def walks(transition: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return torch.stack(steps, 1)
 
 
-def losses(way: str, seed: int, steps: int) -> list[float]:
+def losses(way: str, seed: int) -> list[float]:
     """The loss of every step."""
     generator = torch.Generator().manual_seed(seed)
     transition = (4 * torch.randn(STATES, STATES, generator=generator)).softmax(1)
@@ -44,7 +43,7 @@ def losses(way: str, seed: int, steps: int) -> list[float]:
     model = peft.get_peft_model(base, PhiConfig(task_type="CAUSAL_LM", r=16, num_basis=50, dense_gradient=way)).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
     found = []
-    for _ in range(steps):
+    for _ in range(STEPS):
         tokens = walks(transition, generator).cuda()
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
@@ -56,18 +55,13 @@ def losses(way: str, seed: int, steps: int) -> list[float]:
 
 def main() -> None:
     """Train each way, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
-    options = parser.parse_args()
-    steps = options.steps
     for name, value in environment().items():
         print(f"{name}: {value}")
-    print(f"\n{steps} steps of {BATCH} × {TOKENS} tokens\n")
+    print(f"\n{STEPS} steps of {BATCH} × {TOKENS} tokens\n")
     print(f"| dense gradient | first loss | mean of the last {LAST}, three seeds | standard deviation |")
     print("|---|---:|---:|---:|")
-    for way in options.ways:
-        runs = [losses(way, seed, steps) for seed in range(3)]
+    for way in WAYS:
+        runs = [losses(way, seed) for seed in range(3)]
         last = [statistics.mean(run[-LAST:]) for run in runs]
         first = statistics.mean(run[0] for run in runs)
         print(f"| {way} | {first:.3f} | {statistics.mean(last):.3f} | {statistics.stdev(last):.3f} |", flush=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import torch
@@ -27,6 +28,7 @@ from basisadapt.phi.evaluators import Series
 from basisadapt.phi.kernels import effective_weight
 
 TOLERANCE = default_tolerance(torch.bfloat16)
+RADIUS = 0.2  # max |BA|
 TURNS = 9
 ROWS = 64  # rows that are held against float64
 
@@ -52,13 +54,13 @@ def _direct_sinc(W, OUT, A, B, alpha, omega, grid, m, n, r, N, BM: tl.constexpr,
 class Bench:
     """One shape: W, A, B and a dense gradient, drawn as training leaves them; timing and checks."""
 
-    def __init__(self, m: int, n: int, r: int, radius: float, dtype: torch.dtype) -> None:
+    def __init__(self, m: int, n: int, r: int) -> None:
         torch.manual_seed(0)
-        self.weight = (torch.randn(m, n, device="cuda") * 0.02).to(dtype)
+        self.weight = (torch.randn(m, n, device="cuda") * 0.02).bfloat16()
         self.A = torch.randn(r, n, device="cuda") / math.sqrt(n)
         self.B = torch.randn(m, r, device="cuda")
-        self.B *= radius / (self.B @ self.A).abs().max()
-        self.gradient = (torch.randn(m, n, device="cuda") * 1e-3).to(dtype)
+        self.B *= RADIUS / (self.B @ self.A).abs().max()
+        self.gradient = (torch.randn(m, n, device="cuda") * 1e-3).bfloat16()
         self.bandwidth = self._copy_bandwidth()
         self.bound = 2 * self.weight.nbytes / self.bandwidth
 
@@ -75,6 +77,16 @@ class Bench:
         grid = torch.linspace(-3, 3, num, device="cuda")
         one = torch.ones((), device="cuda")
         return Transfer(Sinc(), alpha, torch.ones_like(alpha), grid, one, True, True, 1.0)
+
+    def series(self, transfer: Transfer) -> Series:
+        """The series that is chosen for F."""
+        chosen = evaluator(transfer, self.A, self.B, "triton", TOLERANCE)
+        assert isinstance(chosen, Series)
+        return chosen
+
+    def forward(self, chosen: Series) -> Callable[[], torch.Tensor]:
+        """A function that forms W + F(BA)."""
+        return partial(effective_weight, self.weight, self.A, self.B, chosen, torch.bfloat16, "triton")
 
     def truth(self, transfer: Transfer) -> torch.Tensor:
         """The first rows of W + F(BA), float64."""
@@ -106,8 +118,7 @@ def forward_row(bench: Bench, name: str, run: Callable[[], torch.Tensor], truth:
 
 def with_degree(bench: Bench, degree: int) -> tuple[Series, torch.Tensor]:
     """A series of a given length with drawn coefficients that fall off, and W plus its value."""
-    base = evaluator(bench.transfer(8), bench.A, bench.B, "triton", TOLERANCE)
-    assert isinstance(base, Series)
+    base = bench.series(bench.transfer(8))
     falling = torch.exp(-10.0 * torch.arange(128, dtype=torch.float64, device="cuda") / degree)
     generator = torch.Generator(device="cuda").manual_seed(degree)
     drawn = 0.01 * torch.randn(128, generator=generator, device="cuda", dtype=torch.float64) * falling
@@ -145,14 +156,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", default="14336x4096")
     parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--radius", type=float, default=0.2, help="max |BA|")
     arguments = parser.parse_args()
     for name, value in environment().items():
         print(f"{name}: {value}")
     m, n = (int(side) for side in arguments.shape.split("x"))
-    bench = Bench(m, n, arguments.rank, arguments.radius, torch.bfloat16)
+    bench = Bench(m, n, arguments.rank)
     print(
-        f"\nW {m} × {n} bfloat16, r = {arguments.rank}, max |BA| = {arguments.radius}; copy of 1 GiB "
+        f"\nW {m} × {n} bfloat16, r = {arguments.rank}, max |BA| = {RADIUS}; copy of 1 GiB "
         f"{bench.bandwidth / 1e12:.2f} TB/s; bound {bench.bound * 1e6:.1f} µs"
     )
     target = torch.empty_like(bench.weight)
@@ -164,15 +174,12 @@ def main() -> None:
     runs: dict[int, Callable[[], torch.Tensor]] = {}
     for num in (8, 50, 512):
         transfer = bench.transfer(num)
-        chosen = evaluator(transfer, bench.A, bench.B, "triton", TOLERANCE)
-        assert isinstance(chosen, Series)
-        run = lambda chosen=chosen: effective_weight(bench.weight, bench.A, bench.B, chosen, torch.bfloat16, "triton")  # noqa: E731
-        compiled[num] = forward_row(bench, f"sinc, N = {num}", run, bench.truth(transfer), chosen.width)
-        runs[num] = run
+        chosen = bench.series(transfer)
+        runs[num] = bench.forward(chosen)
+        compiled[num] = forward_row(bench, f"sinc, N = {num}", runs[num], bench.truth(transfer), chosen.width)
     for degree in (8, 16, 32, 64, 128):
         chosen, truth = with_degree(bench, degree)
-        run = lambda chosen=chosen: effective_weight(bench.weight, bench.A, bench.B, chosen, torch.bfloat16, "triton")  # noqa: E731
-        forward_row(bench, "a series drawn", run, truth, degree)
+        forward_row(bench, "a series drawn", bench.forward(chosen), truth, degree)
 
     transfer = bench.transfer(50)
 
@@ -203,14 +210,13 @@ def main() -> None:
     print("\n| from the dense gradient | degree | time | × the forward's bound | error |\n|---|---:|---:|---:|---:|")
     for num in (8, 50, 512):
         transfer = bench.transfer(num)
-        chosen = evaluator(transfer, bench.A, bench.B, "triton", TOLERANCE)
-        assert isinstance(chosen, Series)
+        chosen = bench.series(transfer)
         error = check_gradients(bench, transfer, chosen)
         if not error <= 1e-2:
             print(f"| dA, dB and moments, N = {num} | {chosen.width} | wrong: error {error:.1e} | | |")
             continue
         work = bench.gradient.clone()  # overwritten at each repetition, which changes nothing but its values
-        time = seconds(lambda: kernels_triton.pull_back(work, bench.A, bench.B, chosen))  # noqa: B023
+        time = seconds(partial(kernels_triton.pull_back, work, bench.A, bench.B, chosen))
         print(
             f"| dA, dB and moments, N = {num} | {chosen.width} | {time * 1e6:.0f} µs "
             f"| {time / bench.bound:.2f} | {error:.1e} |"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from basisadapt.training.config import RunConfig
-from basisadapt.training.execution.lines import ResultLine
+from basisadapt.training.execution.json_lines import ResultLine
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "cells_at_once.py"
 

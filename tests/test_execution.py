@@ -11,7 +11,7 @@ from basisadapt import backbones, training
 from basisadapt.training.config import RunConfig
 from basisadapt.training.execution.compute import Inline
 from basisadapt.training.execution.executor import Ended, Job, JobSettings
-from basisadapt.training.execution.lines import brief, to_line
+from basisadapt.training.execution.json_lines import brief, to_line
 from basisadapt.training.execution.workers import Workers
 
 SHORT = {"max_steps": 3, "eval_rows": 24, "train_rows": 64, "batch_size": 8}

@@ -30,7 +30,7 @@ from basisadapt.study.plan.keys import known_keys
 from basisadapt.study.plan.spec import PRESETS, list_studies, parse_yaml, published_values, read_spec, studies_dir
 from basisadapt.study.plan.tuning import resolve_tuning
 from basisadapt.training.config import RunConfig
-from basisadapt.training.execution.lines import CellLine, ResultLine, parse_result, read_lines
+from basisadapt.training.execution.json_lines import CellLine, ResultLine, parse_result, read_lines
 from tests.conftest import model_of
 from tests.tasks import test_fuzz as of_data
 

@@ -118,7 +118,7 @@ def test_how_linear_an_update_is_stands_in_the_run_as_describe_tells_it(case):
         )
         assert metrics[f"{column}.mean"] == pytest.approx(frame.loc["mean", column], rel=1e-12)
         assert metrics[f"{column}.largest"] == pytest.approx(frame.loc["largest", column], rel=1e-12)
-    on_the_way, _ = observe(adapted, method, in_passing=True)
+    on_the_way, _ = observe(adapted, method, snapshot=True)
     assert not any("nonlinear_share" in numbers for numbers in on_the_way.values()), "once, at the end"
 
 

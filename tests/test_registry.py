@@ -111,7 +111,7 @@ def test_settings_from_a_mapping():
 
 
 def test_of_two_plugins_with_one_name_both_travel(tmp_path):
-    from basisadapt.training.execution.on_ray import _load_plugins, _packed
+    from basisadapt.training.execution.ray_executor import _load_plugins, _packed
 
     packed = []
     for folder in ("a", "b"):

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from basisadapt.training.config import RunConfig
-from basisadapt.training.execution.lines import CellLine, read_lines
+from basisadapt.training.execution.json_lines import CellLine, read_lines
 
 ROOT = Path(__file__).parents[1]
 

@@ -32,11 +32,6 @@ class ZeroShotCLIP(CLIPPreTrainedModel):  # type: ignore[misc]
         self.register_buffer("classes", torch.zeros(config.num_labels, config.projection_dim))
         self.post_init()
 
-    @classmethod
-    def from_config(cls, config: Any) -> ZeroShotCLIP:
-        """The model without loaded weights, as transformers' classes have it."""
-        return cls(config)
-
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
         """Logits (rows, num_labels) of images (rows, 3, side, side); with labels (rows,) also the cross-entropy."""
         embedding = self.visual_projection(self.vision_model(pixel_values).pooler_output)

@@ -17,7 +17,7 @@ class Form:
     - `model` (str): the class, of transformers or ours, that loads the model.
     - `models` (str): transformers' mapping of the model types that can take the form.
     - `processor` (str): the class that loads what a task makes inputs with: a tokenizer, an image processor, or for
-      parts of a model (`parts`) its frozen rest.
+      parts of a model (`bert_parts`) its frozen rest.
     - `peft` (str or None): peft's name for the type of task, if it has one.
     """
 
@@ -52,16 +52,16 @@ FORMS = {
     ),
     "feed_forward": Form(
         does="store facts in a feed-forward block (task facts)",
-        model="LastFeedForward",  # ours, like Below
+        model="LastFeedForward",  # ours, like FeedForwardInputs
         models="MODEL_FOR_MASKED_LM_MAPPING_NAMES",
-        processor="Below",
+        processor="FeedForwardInputs",
         peft=None,
     ),
     "last_mlp": Form(
         does="store words in its last MLP (task phone_book)",
         model="LastMLP",  # ours, as is what is below it
         models="MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
-        processor="BelowMLP",
+        processor="MLPInputs",
         peft=None,
     ),
     "weight": Form(
@@ -90,8 +90,14 @@ HEADS = ("classifier", "score")  # transformers' names for a classifier's head; 
 
 
 def model_class(form: str) -> Any:
-    """The class that builds a model of that form from a configuration, or loads one."""
+    """The class that loads a model of that form."""
     return _class(FORMS[form].model)
+
+
+def new_model(form: str, config: Any) -> Any:
+    """A model of that form, without loaded weights."""
+    whole = model_class(form)
+    return getattr(whole, "from_config", whole)(config)  # an Auto class of transformers' cannot be called
 
 
 def processor_class(form: str) -> Any:
@@ -102,10 +108,10 @@ def processor_class(form: str) -> Any:
 def _class(name: str) -> Any:
     import transformers
 
-    from basisadapt.backbones import clip, last_mlp, parts
+    from basisadapt.backbones import bert_parts, clip, last_mlp
 
-    of_bert = (parts.LastFeedForward, parts.Below, parts.LastQuery, parts.QueryWeight)
-    ours = (clip.ZeroShotCLIP, *of_bert, last_mlp.LastMLP, last_mlp.BelowMLP)
+    of_bert = (bert_parts.LastFeedForward, bert_parts.FeedForwardInputs, bert_parts.LastQuery, bert_parts.QueryWeight)
+    ours = (clip.ZeroShotCLIP, *of_bert, last_mlp.LastMLP, last_mlp.MLPInputs)
     return next((one for one in ours if one.__name__ == name), None) or getattr(transformers, name)
 
 

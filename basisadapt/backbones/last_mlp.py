@@ -1,4 +1,4 @@
-"""The last MLP of a Llama or a Qwen2 as a model of its own, and what makes its inputs."""
+"""The last MLP of a Llama or a Qwen2 as a model of its own, and what provides its inputs."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 from basisadapt.core.errors import InputError
 
 MLPS = {"llama": LlamaMLP, "qwen2": Qwen2MLP}  # by model type; their norms are the same
-TEXTS_AT_ONCE = 64  # texts that are embedded together
-SPACES = "Ġ▁"  # by which the vocabularies of BPE and SentencePiece mark a token that begins a word
+BATCH_SIZE = 64  # texts that are embedded at once
+SPACES = "Ġ▁"  # the marks of a token that begins a word, in vocabularies of BPE and SentencePiece
 
 
 class LastMLP(PreTrainedModel):  # type: ignore[misc]
     """Logits C norm(h + mlp(norm′(h))), shape (rows, tokens, num_labels).
 
-    h: the residual stream at the last block's MLP, (rows, tokens, hidden), see `BelowMLP`. norm′, mlp and norm, the
-    last block's and the model's, have the names that they have in the whole model. C: `classes`, (num_labels, hidden),
-    the rows of the model's own head that belong to the words; a buffer, which no method trains and no adapter saves.
+    - h: the residual stream at the last block's MLP, (rows, tokens, hidden), from `MLPInputs`.
+    - norm′, mlp: the last block's; norm: the model's. Their names are those in the whole model.
+    - C: `classes`, (num_labels, hidden), the rows of the model's own head for the words; a buffer, which no method
+      trains and no adapter saves.
     """
 
     main_input_name = "hidden"
@@ -44,13 +45,8 @@ class LastMLP(PreTrainedModel):  # type: ignore[misc]
         self.register_buffer("classes", torch.zeros(config.num_labels, config.hidden_size))
         self.post_init()
 
-    @classmethod
-    def from_config(cls, config: Any) -> LastMLP:
-        """The model with no weights loaded."""
-        return cls(config)
-
     def forward(self, hidden: Tensor, words: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
-        """Logits for h, and their mean cross-entropy for `words`, the right classes, of shape (rows, tokens)."""
+        """Logits (rows, tokens, num_labels) of h, and their mean cross-entropy, for classes `words` (rows, tokens)."""
         parts: Any = self.model
         block, h = parts["layers"][-1], hidden.to(self.dtype)
         y = parts["norm"](h + block["mlp"](block["post_attention_layernorm"](h)))
@@ -58,68 +54,69 @@ class LastMLP(PreTrainedModel):  # type: ignore[misc]
         return SequenceClassifierOutput(loss=cross_entropy(logits.flatten(0, 1), words.flatten()), logits=logits)
 
 
-class BelowMLP:
-    """A language model below its last MLP, frozen: keys and values in, the residual stream out; and its head."""
+class MLPInputs:
+    """A language model up to its last MLP, frozen: makes h of `LastMLP` from keys and values; and its head."""
 
     def __init__(self, tokenizer: Any, model: Any) -> None:
         self._tokenizer, self._head = tokenizer, model.get_output_embeddings().weight.detach()
-        model.model.layers[-1].mlp, model.model.norm = _Nothing(), nn.Identity()
+        model.model.layers[-1].mlp, model.model.norm = _Zero(), nn.Identity()
         self._body = model.model.eval().requires_grad_(False)
         vocabulary = tokenizer.get_vocab().items()
         self._words = sorted(n for token, n in vocabulary if token[:1] in SPACES and _is_word(token[1:]))
 
     @classmethod
-    def from_pretrained(cls, source: str, **options: Any) -> BelowMLP:
-        """The tokenizer and the model of a hub id or a folder, in float32, on a GPU where there is one.
+    def from_pretrained(cls, source: str, **options: Any) -> MLPInputs:
+        """Load the tokenizer and the model, in float32, on a GPU if there is one, from a hub id or a folder.
 
-        A process keeps the last one, for it is the whole model.
+        The process caches the last one, since it is a whole model.
         """
-        return _known(source, **options)
+        return _loaded(source, **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """The tokenizer; the rest is the backbone's own."""
+        """Save the tokenizer; the model is not saved, as it is the backbone's."""
         self._tokenizer.save_pretrained(folder)
 
     def classes(self, count: int) -> Tensor:
-        """The head's rows of `count` words that are evenly spread over all, shape (count, hidden).
+        """The head's rows for `count` words, evenly spaced in the vocabulary, shape (count, hidden).
 
-        Raises InputError where the vocabulary has fewer.
+        Raises InputError if the vocabulary has fewer.
         """
-        rows: Tensor = self._head[self._spread(count).to(self._head.device)]
+        rows: Tensor = self._head[self._class_ids(count).to(self._head.device)]
         return rows
 
     @torch.no_grad()
     def __call__(self, keys: Sequence[Sequence[int]], values: Sequence[Sequence[int]], count: int) -> Tensor:
-        """The residual stream where each token of a value is to be told, shape (rows, tokens of a value, hidden).
+        """The residual stream from which each token of a value is predicted, shape (rows, tokens of a value, hidden).
 
-        A key is a number of tokens, all keys as many, each given by a number: token n is the word n mod W of the W
-        words. A value is a number of classes, all values as many; class c is the c-th of the `count` words of
-        `classes`. A text is a key and its value, each word after all that stands before it.
+        - `keys`: lists of integers, all of one length; n stands for word n mod W of the W words.
+        - `values`: lists of classes, all of one length; class c is the c-th of the `count` words of `classes`.
+
+        A text is a key followed by its value; each token is predicted from those before it.
         """
-        known = torch.tensor(self._words)
-        ids = torch.cat([known[torch.tensor(keys) % len(known)], self._spread(count)[torch.tensor(values)]], dim=1)
+        words = torch.tensor(self._words)
+        ids = torch.cat([words[torch.tensor(keys) % len(words)], self._class_ids(count)[torch.tensor(values)]], dim=1)
         first, device = len(keys[0]) - 1, self._head.device
-        parts = torch.split(ids[:, :-1], TEXTS_AT_ONCE)
+        parts = torch.split(ids[:, :-1], BATCH_SIZE)
         return torch.cat([self._body(part.to(device)).last_hidden_state[:, first:].cpu() for part in parts])
 
-    def _spread(self, count: int) -> Tensor:
+    def _class_ids(self, count: int) -> Tensor:
         if len(self._words) < count:
             raise InputError(f"its vocabulary has {len(self._words)} words, and {count} are needed for values")
         return torch.tensor([self._words[place * len(self._words) // count] for place in range(count)])
 
 
 @functools.lru_cache(maxsize=1)
-def _known(source: str, **options: Any) -> BelowMLP:
+def _loaded(source: str, **options: Any) -> MLPInputs:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True, **options)
-    return BelowMLP(AutoTokenizer.from_pretrained(source, **options), model.to(device))
+    return MLPInputs(AutoTokenizer.from_pretrained(source, **options), model.to(device))
 
 
 def _is_word(text: str) -> bool:
     return text.isascii() and text.isalpha()
 
 
-class _Nothing(nn.Module):
+class _Zero(nn.Module):
     """An MLP that adds nothing to the residual stream."""
 
     def forward(self, h: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from basisadapt.backbones.beside import check_beside
 from basisadapt.backbones.catalogue import OWN, Backbone
 from basisadapt.backbones.failures import NO_SAFETENSORS, explained
-from basisadapt.backbones.forms import check_form, is_head, model_class, processor_class
+from basisadapt.backbones.forms import check_form, is_head, model_class, new_model, processor_class
 from basisadapt.backbones.inputs import check_tokenizer, most_tokens
 from basisadapt.backbones.packages import check_installed, place_of
 from basisadapt.backbones.precision import keep_head_exact, loading_options
@@ -37,7 +37,7 @@ def shape_only(backbone: Backbone, form: str, num_labels: int) -> PreTrainedMode
         config = _config(backbone, num_labels)
     check_form(backbone, form, config.model_type)
     with torch.device("meta"), explained(backbone):
-        return model_class(form).from_config(config)
+        return new_model(form, config)
 
 
 def check_at_hand(backbone: Backbone) -> None:

@@ -37,7 +37,7 @@ def unknown(kind: str, name: object, known: Iterable[str], alike: float = 0.5) -
     return InputError(f"unknown {kind} {shown(name)}{hint}{listed}")
 
 
-def nearest(name: str, known: Sequence[str], alike: float = 0.5) -> str | None:
+def nearest(name: str, known: Sequence[str], alike: float) -> str | None:
     """The known name that ends `name`, as dropout ends lora_dropout, or is `alike`, a similarity from 0 to 1."""
     compared = [one for one in known[:MAX_COMPARED] if len(one) <= LONGEST]
     ends = [one for one in compared if name.endswith(f"_{one.rpartition('.')[2]}")]

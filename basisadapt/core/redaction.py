@@ -61,8 +61,8 @@ def _redacted(value: object, secrets: frozenset[str]) -> object:
         return re.sub(rf"({FIELD})[^&;\s\"'<>]+", rf"\1{MARK}", text, flags=re.IGNORECASE) if "=" in text else text
     if isinstance(value, dict):
         return {_redacted(key, secrets): _redacted(item, secrets) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_redacted(item, secrets) for item in value)  # type: ignore[attr-defined, call-arg]
+    if isinstance(value, list | tuple) and type(value) in (list, tuple):  # a named tuple takes its fields one by one
+        return type(value)(_redacted(item, secrets) for item in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
         return dataclasses.replace(value, **{name: _redacted(item, secrets) for name, item in fields.items()})

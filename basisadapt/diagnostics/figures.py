@@ -317,8 +317,8 @@ def verbatim(text: str) -> str:
     return text.encode("utf-8", "replace").decode().replace("$", r"\$")
 
 
-def _name(axes: Axes, name: str, fontsize: int = 9, pad: float = 6) -> None:
-    axes.set_title(verbatim(name), fontsize=fontsize, pad=pad, y=1.0)  # without y, matplotlib searches for a place
+def _name(axes: Axes, name: str, fontsize: int = 9) -> None:
+    axes.set_title(verbatim(name), fontsize=fontsize, pad=6, y=1.0)  # without y, matplotlib searches for a place
 
 
 def _dress(axes: Axes) -> None:

@@ -60,11 +60,6 @@ class AuroRALinear(ProductLinear):
             "aurora_spline": torch.zeros(r, settings.num_knots),
         }
 
-    def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """A (r, n) and B (m, r)."""
-        A, B, _, _ = self.trained(adapter)
-        return A, B
-
     def bottleneck(self, adapter: str, h: Tensor) -> Tensor:
         """ANL(h) = tanh(W_b tanh h) + spline(h), for h = x Aᵀ of shape (..., r); same shape."""
         _, _, W, c = self.trained(adapter)

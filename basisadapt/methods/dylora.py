@@ -28,11 +28,6 @@ class DyLoRALinear(ProductLinear):
         r = settings.r
         return {"dylora_A": kaiming(r, self.in_features), "dylora_B": torch.zeros(self.out_features, r)}
 
-    def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """A (r, n) and B (m, r), all ranks."""
-        A, B = self.trained(adapter)
-        return A, B
-
     def bottleneck(self, adapter: str, h: Tensor) -> Tensor:
         """h (..., r) times r / b with all but the first b channels zero; b is drawn from torch's CPU generator."""
         if not self.training:

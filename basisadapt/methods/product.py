@@ -91,9 +91,10 @@ class ProductLinear(AddedLinear):
 
     not_a_weight: ClassVar[str | None] = None
 
-    @abstractmethod
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """A (k, n) and B (m, k), differentiable in the trained tensors."""
+        """A (k, n) and B (m, k), differentiable in the trained tensors; the first two of them unless overridden."""
+        A, B, *_ = self.trained(adapter)
+        return A, B
 
     def bottleneck(self, adapter: str, h: Tensor) -> Tensor:
         """g(h) for h = x Aᵀ, both of shape (..., k); h itself unless a method overrides it."""

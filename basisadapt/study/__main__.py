@@ -385,7 +385,7 @@ def _merge(options: argparse.Namespace) -> Answer:
 
 
 def _executor(options: argparse.Namespace, adapters: Path | None) -> Executor:
-    from basisadapt.training.execution.on_ray import OnRay, RaySettings
+    from basisadapt.training.execution.ray_executor import RayExecutor, RaySettings
     from basisadapt.training.execution.workers import local_executor
 
     settings = job_settings(options, adapters)
@@ -393,7 +393,7 @@ def _executor(options: argparse.Namespace, adapters: Path | None) -> Executor:
         return local_executor(options.workers, settings)
     needs = {"cpus": options.cpus_per_cell, "gpus": options.gpus_per_cell}
     given = {name: value for name, value in needs.items() if value is not None}
-    return OnRay(RaySettings(address=options.ray, **given), settings)
+    return RayExecutor(RaySettings(address=options.ray, **given), settings)
 
 
 def _search(study_spec: specs.StudySpec, options: argparse.Namespace) -> Search:

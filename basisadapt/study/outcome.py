@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from basisadapt.training.execution.lines import DONE
+from basisadapt.training.execution.json_lines import DONE
 
 NOT_RUN = "not run"  # the state of a cell without a recorded run
 

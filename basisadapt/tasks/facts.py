@@ -19,7 +19,7 @@ from basisadapt.tasks.task import Example, Rows
 KEY = 4  # words of a key
 CLASSES = 256
 VALUE = 8  # words of a value in a phone book
-WORDS = 2**31  # a word is given by a number below, see `backbones.parts.Below` and `backbones.last_mlp.BelowMLP`
+WORDS = 2**31  # a word is given by a number below, see `bert_parts.FeedForwardInputs` and `last_mlp.MLPInputs`
 
 
 class StoredTask(DrawnTask):

@@ -1,4 +1,4 @@
-"""Measures every module's update, and what its method reports, at the start, during training and at the end.
+"""Measures every module's update, with the numbers of its method, before, during and after training.
 
 Observing changes nothing: it draws no random numbers and compiles φ separately from the training step. A run gives the
 same numbers, bit for bit, with and without it.
@@ -28,7 +28,7 @@ EARLY, MIDDLE = 0.1, 0.5  # of the steps; the paper uses 5 %, 50 % and the end (
 SPECTRUM = 128  # singular values kept of each update
 NEGLIGIBLE = 1e-12  # an update too small to change a weight in any precision, such as rounding of a series at BA = 0
 CURVE_POINTS = 100
-OF_EVERY_UPDATE = ("kind", "stable_rank", "dc_share", "spectrum")
+STANDARD_NUMBERS = ("kind", "stable_rank", "dc_share", "spectrum")
 
 Numbers = dict[str, Any]
 Curve = dict[str, list[float]]
@@ -80,18 +80,18 @@ class Observer:
             if step % max(1, total // CURVE_POINTS) == 0:
                 self._smoothness.append((step, self._path.smoothness()))
         if step in {0, math.ceil(EARLY * total), math.ceil(MIDDLE * total)} - {total}:
-            modules, phi = self._look(in_passing=True)
+            modules, phi = self._observe(snapshot=True)
             self.snapshots.append({"step": step, "stable_rank": _stable_ranks(modules), "phi": phi})
 
     def end(self) -> None:
         """Observe the trained model."""
-        self.modules, self.phi = self._look()
+        self.modules, self.phi = self._observe()
 
-    def _look(self, in_passing: bool = False) -> tuple[dict[str, Numbers], dict[str, Curve]]:
+    def _observe(self, snapshot: bool = False) -> tuple[dict[str, Numbers], dict[str, Curve]]:
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # pending work belongs to the training step
         began = time.perf_counter()
-        found = observe(self._model, self._method, in_passing)
+        found = observe(self._model, self._method, snapshot)
         self.seconds += time.perf_counter() - began
         return found
 
@@ -158,7 +158,7 @@ def summary(modules: dict[str, Numbers], method: Method) -> dict[str, float]:
         metrics[f"stable_rank{group}.mean"] = statistics.fmean(ranks)
         metrics[f"stable_rank{group}.std"] = statistics.pstdev(ranks)
     of_diagnostics = [{name: numbers[name] for name in DIAGNOSTICS if name in numbers} for numbers in modules.values()]
-    shared = {*OF_EVERY_UPDATE, *DIAGNOSTICS}
+    shared = {*STANDARD_NUMBERS, *DIAGNOSTICS}
     own = [{name: numbers[name] for name in numbers if name not in shared} for numbers in modules.values()]
     return {**metrics, **method.summary([numbers for numbers in own if numbers]), **means(of_diagnostics)}
 
@@ -175,11 +175,11 @@ def _kinds(modules: dict[str, Numbers]) -> dict[str, list[str]]:
 
 
 @torch.no_grad()
-def observe(model: nn.Module, method: Method, in_passing: bool = False) -> tuple[dict[str, Numbers], dict[str, Curve]]:
+def observe(model: nn.Module, method: Method, snapshot: bool = False) -> tuple[dict[str, Numbers], dict[str, Curve]]:
     """Every module's numbers and its learned function, as in `training.RunResult`.
 
-    Modules without a ΔW are left out. Entries of ΔW that are not finite count as 0. in_passing: of ΔW, measure only
-    the stable rank and the diagnostics. All processes of a group must call it.
+    Modules without a ΔW are left out. Entries of ΔW that are not finite count as 0. snapshot: measure of ΔW only the
+    stable rank and the diagnostics. All processes of a group must call it.
 
     Raises InputError if two numbers of a module have the same name.
     """
@@ -195,42 +195,39 @@ def observe(model: nn.Module, method: Method, in_passing: bool = False) -> tuple
             delta = torch.nan_to_num(change, posinf=0.0, neginf=0.0)
             if delta.abs().max() < NEGLIGIBLE:
                 delta = torch.zeros_like(delta)
-            numbers = {"kind": describe(name).kind, **(_in_passing(delta) if in_passing else _spectrum(delta))}
-            said = _finite(method.describe(layer))
-            _enter(said.numbers, numbers)
-            _enter(_of_diagnostics(delta, layer), numbers)
-            _enter({} if in_passing else _finite_ones(method.measure(layer, delta)), numbers)
+            sizes = {"stable_rank": stable_rank_of(delta)} if snapshot else _spectrum(delta)
+            numbers = {"kind": describe(name).kind, **sizes}
+            description = _finite_description(method.describe(layer))
+            _add(description.numbers, numbers)
+            _add(_of_diagnostics(delta, layer), numbers)
+            _add({} if snapshot else _finite_numbers(method.measure(layer, delta)), numbers)
         modules[name] = numbers
-        if said.curve:
-            curves[name] = said.curve
+        if description.curve:
+            curves[name] = description.curve
     return modules, curves
 
 
-def _finite(said: Description) -> Description:
+def _finite_description(description: Description) -> Description:
     """The description, or an empty one if any value is not finite."""
-    values = itertools.chain(said.numbers.values(), *said.curve.values())
-    return said if all(map(math.isfinite, values)) else Description()
+    values = itertools.chain(description.numbers.values(), *description.curve.values())
+    return description if all(map(math.isfinite, values)) else Description()
 
 
 def _of_diagnostics(delta: Tensor, layer: Any) -> dict[str, float]:
-    """The numbers of all diagnostics that are finite."""
-    return _finite_ones({name: float(DIAGNOSTICS[name]().number(delta, layer)) for name in DIAGNOSTICS})
+    """The numbers of all diagnostics, as far as they are finite."""
+    return _finite_numbers({name: float(DIAGNOSTICS[name]().number(delta, layer)) for name in DIAGNOSTICS})
 
 
-def _finite_ones(numbers: Mapping[str, float]) -> dict[str, float]:
+def _finite_numbers(numbers: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
 
-def _enter(found: Mapping[str, float], numbers: Numbers) -> None:
-    """Add what was found to a module's numbers. Raises InputError for a name that is taken."""
+def _add(found: Mapping[str, float], numbers: Numbers) -> None:
+    """Add `found` to a module's numbers. Raises InputError for a name that is taken."""
     for name in found:
-        if name in (*numbers, *OF_EVERY_UPDATE):
+        if name in (*numbers, *STANDARD_NUMBERS):
             raise InputError(f"two numbers of a module are called {name!r}; rename the diagnostic, or the method's own")
     numbers |= found
-
-
-def _in_passing(delta: Tensor) -> Numbers:
-    return {"stable_rank": stable_rank_of(delta)}
 
 
 def _spectrum(delta: Tensor) -> Numbers:

@@ -16,7 +16,7 @@ from basisadapt.core.environment import environment
 from basisadapt.core.errors import InputError
 from basisadapt.diagnostics.convergence import fit_power_law
 from basisadapt.methods import METHODS, Method, ParameterGroup
-from basisadapt.methods.kept import keep_needs
+from basisadapt.methods.saved_adapter import write_requirements
 from basisadapt.tasks import Example, Rows, Task, TaskData
 from basisadapt.tasks.completion import reads_rows_apart
 from basisadapt.training.compiled import compiled_blocks
@@ -238,7 +238,7 @@ def _save(job: _Job, save_to: Path | None, checkpoints: Path) -> float:
     folder = save_to or checkpoints
     job.model.save_pretrained(folder)
     if save_to is not None and is_adapter:
-        keep_needs(save_to, job.task.form, job.task.num_labels, job.config.to_mapping())
+        write_requirements(save_to, job.task.form, job.task.num_labels, job.config.to_mapping())
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from basisadapt import InputError, backbones
 from basisadapt import study as studies
-from basisadapt.methods.kept import NEEDS, keep_needs, merge_into, read_needs
+from basisadapt.methods.saved_adapter import FILE, merge_into, read_requirements, write_requirements
 from basisadapt.phi.basis import BASES
 from basisadapt.study.drive.paths import StudyPaths
 
@@ -64,15 +64,15 @@ def test_an_adapter_is_kept_and_merged_into_what_transformers_loads_alone(
     assert code == 0, error
     kept = adapters(home)
     run_id, files = kept["bump_of_a_test"]
-    assert {Path(file).name for file in files} >= {"adapter_config.json", "adapter_model.safetensors", NEEDS}
+    assert {Path(file).name for file in files} >= {"adapter_config.json", "adapter_model.safetensors", FILE}
     code, said, error = study("--merge", run_id, "--output", "plain")
     assert (code, error) == (0, "")
     assert "transformers loads it" in said
 
     folder = Path(mlflow.MlflowClient(f"sqlite:///{home}/mlflow.db").download_artifacts(run_id, "adapter", str(home)))
-    needs = read_needs(folder)
-    assert (needs.plugins, needs.form, needs.num_labels) == (("my_basis.py",), "text", 2)
-    assert needs.config["adapter"]["basis"] == "bump_of_a_test"
+    saved = read_requirements(folder)
+    assert (saved.plugins, saved.form, saved.num_labels) == (("my_basis.py",), "text", 2)
+    assert saved.config["adapter"]["basis"] == "bump_of_a_test"
     head = next(v for k, v in load_file(folder / "adapter_model.safetensors").items() if "score" in k)
     merged = load_file(home / "plain" / "model.safetensors")
     assert torch.equal(merged["score.weight"], head), "the head that was trained"
@@ -118,7 +118,7 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_loaded(home, study,
     folder.mkdir()
 
     def refuse(message, form="text", weights="fp32"):
-        keep_needs(folder, form, 2, {"backbone": "minilm", "method": "phi", "train": {"weights": weights}})
+        write_requirements(folder, form, 2, {"backbone": "minilm", "method": "phi", "train": {"weights": weights}})
         with pytest.raises(InputError, match=message):
             merge_into(folder, plain)
 
@@ -129,7 +129,7 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_loaded(home, study,
     plain.mkdir()
     (plain / "notes.txt").touch()
     refuse("is not an empty folder")
-    (folder / NEEDS).write_text("{")
+    (folder / FILE).write_text("{")
     with pytest.raises(InputError, match="cannot be read"):
         merge_into(folder, plain)
     for arguments, message in (

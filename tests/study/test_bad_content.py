@@ -13,7 +13,7 @@ from basisadapt.study.record.record import Record
 from basisadapt.study.record.texts import NAME_LIMIT, clean
 from basisadapt.training import running
 from basisadapt.training.config import RunConfig
-from basisadapt.training.execution.lines import to_line
+from basisadapt.training.execution.json_lines import to_line
 
 SEED = ("tiny.yaml", "--seeds", "1")
 

@@ -54,7 +54,7 @@ def results(home, fake, study):
     """A file of results of every cell with seed 1, as the program writes it."""
     import dataclasses
 
-    from basisadapt.training.execution.lines import to_line
+    from basisadapt.training.execution.json_lines import to_line
 
     study(*SEED, "--export", "cells.jsonl")
     lines = []
@@ -206,7 +206,7 @@ def test_a_line_that_is_no_json_is_refused(home, fake, study, text):
 
 
 def test_a_small_file_that_unpacks_to_a_large_one_is_refused(home, fake, study, monkeypatch):
-    monkeypatch.setattr("basisadapt.training.execution.lines.MAX_BYTES", 1000)
+    monkeypatch.setattr("basisadapt.training.execution.json_lines.MAX_BYTES", 1000)
     (home / "results.jsonl.gz").write_bytes(gzip.compress(bytes(100_000)))
     code, _, err = study(*SEED, "--import", "results.jsonl.gz")
     assert code == 2
@@ -214,7 +214,7 @@ def test_a_small_file_that_unpacks_to_a_large_one_is_refused(home, fake, study, 
 
 
 def test_a_result_that_cannot_be_drawn_leaves_no_record(home, fake, study, results, runs):
-    from basisadapt.training.execution.lines import to_line
+    from basisadapt.training.execution.json_lines import to_line
 
     odd = in_result(snapshots=[{"step": "first"}])(results[1])
     Path("results.jsonl").write_text("".join(map(to_line, (results[0], odd))))

@@ -7,7 +7,6 @@ import importlib.util
 import math
 import re
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import try_to_load_from_cache
@@ -142,16 +141,13 @@ def test_further_tables_print_the_same_values(name):
 def shallow(monkeypatch):
     """Has the first blocks of a model made alone: all are alike, and making them takes most of the time."""
 
-    def model_class(form):
-        def from_config(config):
-            blocks = getattr(config, "vision_config", config)
-            blocks.num_hidden_layers = min(blocks.num_hidden_layers, 4)
-            return whole(form).from_config(config)
+    def new_model(form, config):
+        blocks = getattr(config, "vision_config", config)
+        blocks.num_hidden_layers = min(blocks.num_hidden_layers, 4)
+        return whole(form, config)
 
-        return SimpleNamespace(from_config=from_config)
-
-    whole = loading.model_class
-    monkeypatch.setattr(loading, "model_class", model_class)
+    whole = loading.new_model
+    monkeypatch.setattr(loading, "new_model", new_model)
 
 
 @every_study

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from basisadapt import InputError, backbones
-from basisadapt.backbones.parts import Below, LastFeedForward
+from basisadapt.backbones.bert_parts import FeedForwardInputs, LastFeedForward
 from basisadapt.tasks import DataSettings
 from basisadapt.tasks.facts import Facts
 from basisadapt.training import load_data, plan, run
@@ -98,7 +98,7 @@ def test_the_block_is_the_end_of_the_whole_model(bert):
     torch.manual_seed(5)
     model, below = backbones.load(backbones.find(str(bert)), "feed_forward", 256)
     assert isinstance(model, LastFeedForward)
-    assert isinstance(below, Below)
+    assert isinstance(below, FeedForwardInputs)
     whole = transformers.AutoModel.from_pretrained(bert).eval()
     assert {name for name, _ in model.named_parameters()} < {name for name, _ in whole.named_parameters()}
     keys = np.random.default_rng(1).integers(2**31, size=(130, 4))

@@ -9,7 +9,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from basisadapt import InputError, backbones
-from basisadapt.backbones.parts import LastQuery, QueryWeight
+from basisadapt.backbones.bert_parts import LastQuery, QueryWeight
 from basisadapt.methods import METHODS
 from basisadapt.tasks import TASKS, DrawnTask
 from basisadapt.tasks.matrix import MatrixTask

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models
 
 from basisadapt import InputError, backbones
 from basisadapt.backbones import last_mlp
-from basisadapt.backbones.last_mlp import BelowMLP, LastMLP
+from basisadapt.backbones.last_mlp import LastMLP, MLPInputs
 from basisadapt.study.plan.spec import read_spec
 from basisadapt.study.plan.tuning import resolve_tuning
 from basisadapt.tasks import DataSettings
@@ -89,7 +89,7 @@ def test_the_mlp_is_the_end_of_the_whole_model(backbone):
     """Its logits are those that the whole model has for the 256 words, at each word of a value."""
     model, below = backbones.load(backbones.find(str(backbone)), "last_mlp", CLASSES)
     assert isinstance(model, LastMLP)
-    assert isinstance(below, BelowMLP)
+    assert isinstance(below, MLPInputs)
     whole = transformers.AutoModelForCausalLM.from_pretrained(backbone).eval()
     assert {name for name, _ in model.named_parameters()} < {name for name, _ in whole.named_parameters()}
     rows = PhoneBook(DataSettings(facts=130)).of_seed(0).train
@@ -107,7 +107,7 @@ def test_the_mlp_is_the_end_of_the_whole_model(backbone):
 
 
 def test_a_process_reads_the_whole_model_once(backbone, monkeypatch):
-    last_mlp._known.cache_clear()
+    last_mlp._loaded.cache_clear()
     read, load = [], transformers.AutoModelForCausalLM.from_pretrained
     monkeypatch.setattr(
         last_mlp.AutoModelForCausalLM, "from_pretrained", lambda *a, **k: read.append(a) or load(*a, **k)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from basisadapt.core.errors import InputError, shown
-from basisadapt.methods.kept import Needs, merge_into
+from basisadapt.methods.saved_adapter import Requirements, merge_into
 from basisadapt.study.record.adapters import fetch_adapter
 
 
@@ -23,7 +23,7 @@ def place_for_adapters(wanted: bool) -> Iterator[Path | None]:
         yield Path(folder)
 
 
-def merge_run(run: str, tracking_uri: str, target: Path) -> Needs:
+def merge_run(run: str, tracking_uri: str, target: Path) -> Requirements:
     """Write the merged model of a run to `target`, see `merge_into`.
 
     run: the id of the MLflow run, 32 hexadecimal digits, or a folder with a saved adapter. Raises InputError.

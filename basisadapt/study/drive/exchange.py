@@ -20,7 +20,7 @@ from basisadapt.study.record.record import Imported, Record
 from basisadapt.study.report.report import Report
 from basisadapt.training.config import RunConfig
 from basisadapt.training.execution.executor import Executor
-from basisadapt.training.execution.lines import (
+from basisadapt.training.execution.json_lines import (
     CellLine,
     ResultLine,
     check_replaceable,

@@ -55,7 +55,7 @@ from basisadapt.study.record.stores import (
     store_errors,
 )
 from basisadapt.study.record.texts import METRICS, PARAMETERS, batches, clean, limited, warnings_text, write_into
-from basisadapt.training.execution.lines import check_score, is_number
+from basisadapt.training.execution.json_lines import check_score, is_number
 
 if TYPE_CHECKING:
     from basisadapt.study.plan.cells import Cell

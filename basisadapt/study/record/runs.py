@@ -9,7 +9,7 @@ from typing import Any
 from basisadapt.study.outcome import Outcome
 from basisadapt.study.record.owner import Owner
 from basisadapt.study.record.texts import read_warnings
-from basisadapt.training.execution.lines import is_number
+from basisadapt.training.execution.json_lines import is_number
 
 TERMINAL = {
     "finished": "FINISHED",

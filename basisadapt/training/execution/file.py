@@ -14,12 +14,10 @@ from basisadapt.core.errors import InputError
 from basisadapt.training import planning
 from basisadapt.training.config import RunConfig
 from basisadapt.training.execution.executor import Ended, Executor, Job
-from basisadapt.training.execution.lines import CellLine, LineFile, ResultLine, brief, end_to_mapping, read_lines
+from basisadapt.training.execution.json_lines import CellLine, LineFile, ResultLine, brief, end_to_mapping, read_lines
 
 
-def run_file(
-    cells: Path, output: Path, executor: Executor, data_dir: Path | None, without_arrays: bool = False
-) -> bool:
+def run_file(cells: Path, output: Path, executor: Executor, data_dir: Path | None, without_arrays: bool) -> bool:
     """Run the cells that have no result in `output` yet, and append their results. Returns whether all have finished.
 
     without_arrays: write `brief` results. Raises InputError before anything runs, and OSError if a result cannot be

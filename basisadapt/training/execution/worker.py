@@ -21,7 +21,7 @@ from basisadapt.core.registry import load_plugin
 from basisadapt.training.config import RunConfig
 from basisadapt.training.execution.compute import compute
 from basisadapt.training.execution.executor import Job, JobSettings
-from basisadapt.training.execution.lines import end_to_mapping, to_line
+from basisadapt.training.execution.json_lines import end_to_mapping, to_line
 
 PR_SET_PDEATHSIG = 1  # Linux's prctl: the signal that a process gets when its parent dies
 

@@ -22,7 +22,7 @@ from basisadapt.core.errors import InputError, one_line
 from basisadapt.training.compiled import check_compiler
 from basisadapt.training.execution.compute import Inline
 from basisadapt.training.execution.executor import Died, Ended, Executor, Job, JobSettings, OnStep
-from basisadapt.training.execution.lines import end_from_mapping, to_line
+from basisadapt.training.execution.json_lines import end_from_mapping, to_line
 from basisadapt.training.execution.machine import accelerated, cores, free_memory, gpus
 from basisadapt.training.execution.scratch import Scratch, remove_left
 

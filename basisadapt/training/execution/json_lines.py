@@ -1,6 +1,6 @@
-"""JSON lines: what a driver and its workers say to each other, and the files in which cells and results travel.
+"""JSON lines: the messages between a driver and its workers, and the files of cells and results.
 
-A line is an object. Numbers keep every bit, NaN and infinities included.
+Each line is an object. Numbers keep every bit, including NaN and infinities.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 L = TypeVar("L")
 
-LATEST = 1e11  # seconds since 1970: no clock shows more
+MAX_TIME = 1e11  # seconds since 1970: no clock shows more
 MAX_BYTES = 4 << 30  # of a file, unpacked
-LARGEST = 1e100  # size of a number that can be compared: the squares of larger ones, for deviations, may have none
-DONE = ("finished", "diverged")  # the states of a result: a cell that has come to one is not run again
+MAX_NUMBER = 1e100  # of a recorded number: the squares of larger ones, for deviations, would overflow
+DONE = ("finished", "diverged")  # the states of a result: a cell in one of them is not run again
 
 
 @dataclass(frozen=True, kw_only=True)
 class CellLine:
-    """A cell that is to be run elsewhere: its study, row and key in the record, and its configuration."""
+    """A cell to run elsewhere: its study, row and key in the record, and its configuration."""
 
     study: str
     row: str
@@ -43,9 +43,12 @@ class CellLine:
 
 @dataclass(frozen=True, kw_only=True)
 class ResultLine(CellLine):
-    """What became of a cell: a result, its fields those of a RunResult, or an error and its traceback.
+    """A cell with its result, the fields of a RunResult, or its error and traceback.
 
-    host: the machine that ran it. began, ended: seconds since 1970. Raises InputError for times that are none.
+    - `host` (str): the machine that ran it.
+    - `began`, `ended` (float): seconds since 1970.
+
+    Raises InputError for times out of range.
     """
 
     host: str
@@ -56,13 +59,13 @@ class ResultLine(CellLine):
     traceback: str = ""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.began <= self.ended < LATEST:
+        if not 0 <= self.began <= self.ended < MAX_TIME:
             raise InputError(f"began and ended must be seconds since 1970, got {self.began} and {self.ended}")
 
 
-OF_CELL = {field.name for field in dataclasses.fields(CellLine)}
-ADDED = {field.name for field in dataclasses.fields(ResultLine)} - OF_CELL  # what a result says beyond its cell
-BEGINNING = f'{{"{dataclasses.fields(CellLine)[0].name}": "'.encode()  # of every line of a file
+CELL_FIELDS = {field.name for field in dataclasses.fields(CellLine)}
+RESULT_FIELDS = {field.name for field in dataclasses.fields(ResultLine)} - CELL_FIELDS  # beyond those of its cell
+LINE_START = f'{{"{dataclasses.fields(CellLine)[0].name}": "'.encode()  # the first bytes of every line of a file
 
 
 def end_to_mapping(ended: Ended) -> dict[str, Any]:
@@ -81,7 +84,7 @@ def brief(result: RunResult) -> RunResult:
 
 
 def end_from_mapping(key: str, values: dict[str, Any]) -> Ended:
-    """What `end_to_mapping` gave; a result that no run gives is an error."""
+    """The inverse of `end_to_mapping`; an invalid result becomes an error."""
     from basisadapt.training.execution.executor import Ended
 
     try:
@@ -92,8 +95,8 @@ def end_from_mapping(key: str, values: dict[str, Any]) -> Ended:
 
 
 def is_number(value: float) -> bool:
-    """Whether it can be recorded, compared and drawn."""
-    return abs(value) < LARGEST  # NaN is not
+    """Whether `value` can be recorded, compared and drawn."""
+    return abs(value) < MAX_NUMBER  # NaN is not
 
 
 def check_score(result: RunResult) -> None:
@@ -103,7 +106,7 @@ def check_score(result: RunResult) -> None:
 
 
 def parse_result(values: dict[str, Any]) -> RunResult:
-    """A RunResult from its fields in JSON types, without secrets. Raises InputError for what no run gives."""
+    """A RunResult from its fields in JSON types, with secrets redacted. Raises InputError if it is invalid."""
     from basisadapt.training.result import RunResult
 
     try:
@@ -117,16 +120,17 @@ def parse_result(values: dict[str, Any]) -> RunResult:
 
 
 def to_line(values: Any) -> str:
-    """A line, its end included; `values` is a dataclass or a mapping."""
+    """A dataclass or a mapping as a line, with its line break."""
     return json.dumps(values if isinstance(values, dict) else asdict(values), ensure_ascii=False) + "\n"
 
 
 def read_lines(path: Path, kind: type[L], option: str) -> list[L]:
-    """The lines of a file, packed by gzip if it ends so, each as a `kind`.
+    """The lines of a file, or of a gzip file (`.gz`), each as a `kind`.
 
-    What a kill leaves of a last line is not one; a last line that lacks its end alone is. A result read as a CellLine
-    is its cell, which can be run again. `option` is where the user gave the path. Raises InputError that names the
-    line, and for a file of more than MAX_BYTES.
+    The rest of a last line that a kill cut off is skipped; a whole last line without its line break counts. A result
+    can be read as a CellLine, to run its cell again. option: where the user gave the path.
+
+    Raises InputError that names the line, or for a file of more than MAX_BYTES.
     """
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
@@ -146,7 +150,7 @@ def _parse(text: str, kind: type[L], where: str) -> L:
         if not isinstance(values, dict):
             raise InputError("a line must be an object with keys and values")
         if kind is CellLine:
-            values = {key: value for key, value in values.items() if key not in ADDED}
+            values = {key: value for key, value in values.items() if key not in RESULT_FIELDS}
         return from_mapping(kind, values)
     except (InputError, TypeError) as error:  # a TypeError for a field that is missing
         raise InputError(f"{where}: {error}") from error
@@ -155,7 +159,7 @@ def _parse(text: str, kind: type[L], where: str) -> L:
 
 
 def _is_whole(line: bytes) -> bool:
-    """Whether a line is there to its last letter: the beginning of an object is none."""
+    """Whether a line is complete: a whole object, not the beginning of one."""
     try:
         return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
@@ -163,12 +167,12 @@ def _is_whole(line: bytes) -> bool:
 
 
 def check_replaceable(path: Path, option: str) -> None:
-    """Raise InputError unless a file of cells may take this place: it is free, or has such a file."""
+    """Raise InputError unless the path is free, or is a file of cells that may be replaced."""
     try:
         if not path.exists() or not path.stat().st_size:
             return
         with path.open(encoding="utf-8") as file:
-            ours = all(json.loads(line).keys() == OF_CELL for line in file)
+            ours = all(json.loads(line).keys() == CELL_FIELDS for line in file)
     except OSError as error:
         raise InputError(f"{option} {str(path)!r} cannot be written: {error.strerror}") from error
     except (ValueError, AttributeError, RecursionError):
@@ -178,9 +182,9 @@ def check_replaceable(path: Path, option: str) -> None:
 
 
 class LineFile:
-    """A file that lines are added to, each whole or not at all. What a kill left of a line is cut off first.
+    """A file to which lines are appended, each whole or not at all. The rest of a line that a kill cut off is removed.
 
-    Raises InputError for a file that cannot be written, or ends in anything else.
+    Raises InputError for a file that cannot be written, or does not end in a line of ours.
     """
 
     def __init__(self, path: Path, option: str) -> None:
@@ -195,7 +199,7 @@ class LineFile:
                 last = content[end:]
                 if last and _is_whole(last):
                     file.write(b"\n")
-                elif last.startswith(BEGINNING) or BEGINNING.startswith(last):
+                elif last.startswith(LINE_START) or LINE_START.startswith(last):
                     file.truncate(end)
                 else:
                     raise InputError(f"{option} {str(path)!r} does not end in a line of ours: it holds something else")
@@ -203,7 +207,7 @@ class LineFile:
             raise InputError(f"{option} {str(path)!r} cannot be written: {error.strerror}") from error
 
     def append(self, values: Any) -> None:
-        """Add a line, on the disk when this returns. Raises OSError, the file then being as it was."""
+        """Append a line; it is on the disk when this returns. Raises OSError, and leaves the file as it was."""
         with self._path.open("ab", buffering=0) as file:
             before = file.tell()
             line = memoryview(to_line(values).encode())

@@ -8,7 +8,14 @@ import json
 import pytest
 
 from basisadapt import InputError
-from basisadapt.training.execution.lines import CellLine, LineFile, ResultLine, check_replaceable, read_lines, to_line
+from basisadapt.training.execution.json_lines import (
+    CellLine,
+    LineFile,
+    ResultLine,
+    check_replaceable,
+    read_lines,
+    to_line,
+)
 
 CELL = CellLine(study="s", row="φ", key="k", config={"seed": 1})
 RESULT = ResultLine(study="s", row="φ", key="k", config={"seed": 1}, host="h", began=1.0, ended=2.0, error="e")

@@ -1,4 +1,4 @@
-"""The executor that runs jobs as Ray tasks, on whatever nodes a Ray cluster has."""
+"""The executor that runs jobs as tasks on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from basisadapt.core.registry import load_plugin
 from basisadapt.training.config import RunConfig
 from basisadapt.training.execution.compute import compute
 from basisadapt.training.execution.executor import Died, Ended, Executor, Job, JobSettings, OnStep
-from basisadapt.training.execution.lines import end_from_mapping, end_to_mapping
+from basisadapt.training.execution.json_lines import end_from_mapping, end_to_mapping
 
 LOCAL = "local"
 RETRIES = 3  # of a job whose node or process is lost
@@ -26,10 +26,13 @@ NODE = "ray_node"  # in a result's environment: the node that ran it
 
 @dataclass(frozen=True, kw_only=True)
 class RaySettings:
-    """Where the cluster is, and what of it a job takes.
+    """Where the cluster is, and what a job takes of it.
 
-    address: what ray.init takes, or "local", a cluster of this machine alone that ends with the executor. cpus, gpus:
-    fractions are shares of one. Raises InputError out of range.
+    - `address` (str): that of ray.init, or "local" for a cluster on this machine that ends with the executor.
+    - `cpus` (float > 0, default 1): CPUs of a job.
+    - `gpus` (float >= 0, default 0): GPUs of a job; several jobs share one if it is a fraction.
+
+    Raises InputError for a value out of range.
     """
 
     address: str
@@ -43,11 +46,11 @@ class RaySettings:
             raise InputError(f"--gpus-per-cell must be at least 0, got {self.gpus:g}")
 
 
-class OnRay(Executor):
-    """As many jobs at once as the cluster has room for. Results come back as they are told, and lie nowhere else.
+class RayExecutor(Executor):
+    """Runs as many jobs at once as the cluster has capacity for. The nodes keep no results.
 
-    A job whose node is lost is run again on another, up to RETRIES times. Plug-in files travel with the jobs; modules
-    have to be installed on the nodes, and the tasks' data to lie there.
+    A job whose node is lost runs again on another, up to RETRIES times. Plug-in files are sent with the jobs; modules
+    and the tasks' data must be on the nodes.
     """
 
     here = False
@@ -63,37 +66,37 @@ class OnRay(Executor):
         self._plugins = [_packed(plugin) for plugin in settings.plugins]
         self._jobs: dict[Any, str] = {}  # a task's reference to the key of its job
         self._task: Any = None
-        self._connection = ExitStack()  # what is undone when it ends
+        self._connection = ExitStack()  # closed when the executor stops
 
     def prepare(self, parameters: int) -> None:
-        """Connect to the cluster. Raises InputError where it cannot be reached."""
+        """Connect to the cluster. Raises InputError if it cannot be reached."""
         self._connect()
 
     @property
     def slots(self) -> int:
-        """What fits into the nodes that the cluster has now, and one job at least."""
+        """The number of jobs that fit on the nodes that the cluster has now, at least 1."""
         self._connect()
-        there = self._ray.cluster_resources()
-        room = [there.get("CPU", 0) // self._cluster.cpus]
+        total = self._ray.cluster_resources()
+        fitting = [total.get("CPU", 0) // self._cluster.cpus]
         if self._cluster.gpus:
-            room.append(there.get("GPU", 0) // self._cluster.gpus)
-        return max(1, int(min(room)))
+            fitting.append(total.get("GPU", 0) // self._cluster.gpus)
+        return max(1, int(min(fitting)))
 
     def submit(self, job: Job) -> None:
-        """Give the job to Ray, which places it."""
+        """Submit the job to Ray, which chooses a node."""
         self._connect()
         settings = replace(self._settings, plugins=())
         self._jobs[self._task.remote(job.key, job.config.to_mapping(), settings, self._plugins)] = job.key
 
     def wait(self, on_step: OnStep) -> Ended | Died:
-        """Wait until a task ends. Steps are not seen from here."""
+        """Wait until a task ends. `on_step` is never called: a node reports no steps."""
         while True:
             done, _ = self._ray.wait(list(self._jobs), num_returns=1, timeout=1.0)  # a Ctrl-C gets in between
             if done:
                 return self._end(done[0])
 
     def stop(self) -> None:
-        """Cancel all tasks, and let the cluster go."""
+        """Cancel all tasks, and disconnect."""
         for task in self._jobs:
             with suppress(Exception):  # a cluster that is gone runs nothing
                 self._ray.cancel(task, force=True)
@@ -130,7 +133,7 @@ class OnRay(Executor):
 
 
 def run_job(key: str, config: dict[str, Any], settings: JobSettings, plugins: list[tuple[str, str | None]]) -> bytes:
-    """A job on a node: how it ended, as compressed JSON, so small that Ray hands it over without storing it."""
+    """Run a job on a node. Returns how it ended, as compressed JSON, small enough for Ray not to store it."""
     import ray
 
     _load_plugins(tuple(plugins))
@@ -146,7 +149,7 @@ def run_job(key: str, config: dict[str, Any], settings: JobSettings, plugins: li
 
 @functools.cache
 def _load_plugins(plugins: tuple[tuple[str, str | None], ...]) -> None:
-    """Load plug-ins that came as `_packed`, once in a process: it is kept for further jobs of its driver."""
+    """Load plug-ins in the form of `_packed`, once per process: Ray keeps it for further jobs of the driver."""
     with tempfile.TemporaryDirectory() as folder:
         for number, (name, source) in enumerate(plugins):
             path = Path(folder, str(number), name)  # two files may have one name
@@ -157,6 +160,6 @@ def _load_plugins(plugins: tuple[tuple[str, str | None], ...]) -> None:
 
 
 def _packed(plugin: str) -> tuple[str, str | None]:
-    """A plug-in as it travels: a file's name and source, or a module's name alone."""
+    """A plug-in as it is sent: the name and source of a file, or the name of a module."""
     path = Path(plugin)
     return (path.name, path.read_text(encoding="utf-8")) if plugin.endswith(".py") else (plugin, None)

@@ -1,4 +1,4 @@
-"""Parts of BERT's last block as separate models, and the frozen rest that makes their inputs."""
+"""Parts of BERT's last block as models of their own, and what provides their inputs."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from transformers import AutoTokenizer, BertModel, BertPreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.bert.modeling_bert import BertIntermediate, BertOutput
 
-KEYS_AT_ONCE = 64  # keys that are embedded together
+BATCH_SIZE = 64  # keys that are embedded at once
 
 
 class LastFeedForward(BertPreTrainedModel):  # type: ignore[misc]
     """Logits C y, shape (rows, num_labels), with y = LayerNorm(h + W₂ gelu(W₁ h + b₁) + b₂).
 
-    - h: the hidden state of the first token at the input of the last block's feed-forward layers, (rows, hidden), see
-      `Below`.
+    - h: the hidden state of the first token at the input of the last block's feed-forward layers, (rows, hidden), from
+      `FeedForwardInputs`.
     - W₁ (intermediate, hidden) and W₂ (hidden, intermediate): named as in the whole model.
-    - C: `classes`, (num_labels, hidden), drawn from N(0, 1 / hidden), so that its rows have norm 1 or so; a buffer,
+    - C: `classes`, (num_labels, hidden), drawn from N(0, 1 / hidden), so that its rows have norms near 1; a buffer,
       which no method trains and no adapter saves.
 
     There is no dropout: the task asks only for stored facts.
@@ -37,11 +37,6 @@ class LastFeedForward(BertPreTrainedModel):  # type: ignore[misc]
         self.register_buffer("classes", torch.zeros(config.num_labels, config.hidden_size))
         self.post_init()
 
-    @classmethod
-    def from_config(cls, config: Any) -> LastFeedForward:
-        """The model without loaded weights, as transformers' classes have it."""
-        return cls(config)
-
     def draw_classes(self) -> None:
         """Draw C from torch's global generator."""
         self.classes.normal_(std=self.config.hidden_size**-0.5)
@@ -54,8 +49,8 @@ class LastFeedForward(BertPreTrainedModel):  # type: ignore[misc]
         return SequenceClassifierOutput(loss=None if labels is None else cross_entropy(logits, labels), logits=logits)
 
 
-class Below:
-    """BERT up to the feed-forward layers of its last block, frozen: maps keys to hidden states."""
+class FeedForwardInputs:
+    """BERT up to the feed-forward layers of its last block, frozen: makes h of `LastFeedForward` from keys."""
 
     def __init__(self, tokenizer: Any, encoder: Any) -> None:
         last = encoder.encoder.layer[-1]
@@ -64,7 +59,7 @@ class Below:
         self._words = sorted(number for token, number in tokenizer.get_vocab().items() if token.isalpha())
 
     @classmethod
-    def from_pretrained(cls, source: str, **options: Any) -> Below:
+    def from_pretrained(cls, source: str, **options: Any) -> FeedForwardInputs:
         """Load the tokenizer and the encoder, in float32, from a hub id or a folder."""
         encoder = BertModel.from_pretrained(source, add_pooling_layer=False, dtype=torch.float32, **options)
         return cls(AutoTokenizer.from_pretrained(source, **options), encoder)
@@ -82,7 +77,7 @@ class Below:
         words = torch.tensor(self._words)[torch.tensor(keys) % len(self._words)]
         ids = pad(words, (1, 0), value=self._tokenizer.cls_token_id)
         ids = pad(ids, (0, 1), value=self._tokenizer.sep_token_id)
-        return torch.cat([self._encoder(part).last_hidden_state[:, 0] for part in torch.split(ids, KEYS_AT_ONCE)])
+        return torch.cat([self._encoder(part).last_hidden_state[:, 0] for part in torch.split(ids, BATCH_SIZE)])
 
 
 class LastQuery(BertPreTrainedModel):  # type: ignore[misc]
@@ -98,11 +93,6 @@ class LastQuery(BertPreTrainedModel):  # type: ignore[misc]
         query = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.encoder = _last_block(config, attention=nn.ModuleDict({"self": nn.ModuleDict({"query": query})}))
         self.post_init()
-
-    @classmethod
-    def from_config(cls, config: Any) -> LastQuery:
-        """The model without loaded weights, as transformers' classes have it."""
-        return cls(config)
 
     def forward(self, weight: Tensor, target: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
         """The logits ΔW, and the loss ‖ΔW − T‖² / ‖T‖², for weight W and target T of shape (rows, m, n)."""
@@ -130,13 +120,13 @@ class QueryWeight:
 
 
 def _last_block(config: Any, **parts: nn.Module) -> nn.ModuleDict:
-    """An encoder of which only these parts of the last block exist, named as in the whole encoder."""
+    """An encoder with only these parts of its last block, named as in the whole encoder."""
     below = [nn.Identity() for _ in range(config.num_hidden_layers - 1)]
     return nn.ModuleDict({"layer": nn.ModuleList([*below, nn.ModuleDict(parts)])})
 
 
 def _block(encoder: Any) -> Any:
-    """The one block of an encoder of parts."""
+    """The last block of an encoder of parts."""
     return encoder["layer"][-1]
 
 

@@ -1,0 +1,87 @@
+"""The saved adapter of a run: the file that states what it requires, and its merging into plain weights."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from basisadapt import backbones
+from basisadapt.backbones import FORMS, QUANTISED
+from basisadapt.core.errors import InputError, one_line
+from basisadapt.core.registry import loaded_plugins
+from basisadapt.core.settings import from_mapping
+
+FILE = "basisadapt.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Requirements:
+    """What a saved adapter requires.
+
+    - `backbone` (str): its name.
+    - `form` (str), `num_labels` (int): the model's, see `backbones.load`.
+    - `weights` (str): the storage of the backbone in training, one of `backbones.WEIGHTS`.
+    - `plugins`: the plug-ins of the run: file names without folders, and modules.
+    - `config`: the run's canonical mapping.
+    """
+
+    backbone: str
+    form: str
+    num_labels: int
+    weights: str
+    plugins: tuple[str, ...] = ()
+    config: dict[str, Any]
+
+
+def write_requirements(folder: Path, form: str, num_labels: int, config: dict[str, Any]) -> None:
+    """Write `basisadapt.json` beside the adapter that a run has saved. config: the run's canonical mapping."""
+    plugins = tuple(Path(one).name if one.endswith(".py") else one for one in loaded_plugins())
+    backbone, weights = config["backbone"], config["train"]["weights"]
+    saved = Requirements(
+        backbone=backbone, form=form, num_labels=num_labels, weights=weights, plugins=plugins, config=config
+    )
+    (folder / FILE).write_text(json.dumps(asdict(saved), indent=2), encoding="utf-8")
+
+
+def read_requirements(folder: Path) -> Requirements:
+    """What the adapter in a folder requires. Raises InputError if no run saved one there."""
+    try:
+        return from_mapping(Requirements, json.loads((folder / FILE).read_text(encoding="utf-8")), FILE)
+    except FileNotFoundError as error:
+        raise InputError(f"{str(folder)!r} has no {FILE}, as the adapters have that --save-adapters keeps") from error
+    except (OSError, ValueError, TypeError) as error:  # a TypeError for a field that is missing
+        raise InputError(f"{folder / FILE} cannot be read: {one_line(error)}") from error
+
+
+def merge_into(folder: Path, target: Path) -> Requirements:
+    """Merge a saved adapter into its backbone, and write the model with its tokenizer or image processor to `target`.
+
+    transformers loads it without this package, for example as `AutoModelForSequenceClassification`, with the trained
+    head. Returns what the adapter required.
+
+    Raises InputError if there is no saved adapter, its backbone or a plug-in is missing, the model is not a class of
+    transformers or its weights are quantized, or `target` is not empty or cannot be written.
+    """
+    saved = read_requirements(folder)
+    if not FORMS[saved.form].model.startswith("Auto"):
+        raise InputError(f"a model to {FORMS[saved.form].does} is not transformers' own and has no plain folder")
+    if saved.weights in QUANTISED:
+        raise InputError(
+            f"this adapter was trained on weights in {saved.weights}, into which it cannot be merged, and beside "
+            "other weights it is another model; train with train.weights bf16 or fp32"
+        )
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{str(target)!r} is not an empty folder; give another one")
+    if not os.access(next(parent for parent in target.absolute().parents if parent.exists()), os.W_OK):
+        raise InputError(f"{str(target)!r} cannot be made")
+    from peft import PeftModel
+
+    base, processor = backbones.load(backbones.find(saved.backbone), saved.form, saved.num_labels, saved.weights)
+    with backbones.quietly():
+        merged = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
+        merged.save_pretrained(target)
+        processor.save_pretrained(target)
+    return saved
