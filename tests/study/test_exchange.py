@@ -388,7 +388,7 @@ def test_bad_input_of_the_program_is_one_line(home, fake, study, monkeypatch, ca
 
 def test_a_result_that_does_not_fit_on_the_disk_leaves_the_file_as_it_was(home, fake, study, monkeypatch, capsys):
     from basisadapt.training.__main__ import main
-    from basisadapt.training.execution import lines
+    from basisadapt.training.execution import json_lines
 
     def full(number):
         if len(fake.ran) == 2:
@@ -398,7 +398,7 @@ def test_a_result_that_does_not_fit_on_the_disk_leaves_the_file_as_it_was(home, 
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["training", "cells.jsonl"])
     with monkeypatch.context() as disk:
-        disk.setattr(lines.os, "fsync", full)
+        disk.setattr(json_lines.os, "fsync", full)
         assert main() == 1
     err = capsys.readouterr().err
     assert err.splitlines()[1:] == [
