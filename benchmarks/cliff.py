@@ -3,12 +3,12 @@
     OMP_NUM_THREADS=1 python benchmarks/cliff.py [--functions 50 512] [--gains 1 30 300] [--omega nyquist]
 
 A layer 384 × 384, r = 4, 512 tokens, in float32 on the CPU; max |BA| = 0.1, B and α drawn, ω spread by a percent, as
-training leaves it. A step is a forward and a backward pass, after everything that trains has moved, and its time the
-processor's, which others on the machine do not lengthen. φ looks at
-everything anew once in VERIFY_EVERY steps: its time is the mean over so many, of the one that looks and the median of
-others. LoRA's steps (peft) are timed in between; ratios are medians over rounds. In brackets is the evaluator: S and
-the terms of a series, T and the cells of a table, D for the direct sum. y, and the gradients to x, A, B, α and ω, are
-held against the direct sum first: the largest error, over the largest entry of each, stands behind.
+training leaves it. A step is a forward and a backward pass after all trained parameters have moved; its time is CPU
+time, which other processes do not lengthen. φ chooses its evaluator anew once in VERIFY_EVERY steps: its time is the
+mean over so many, of the one that chooses and the median of others. LoRA's steps (peft) are timed in between; ratios
+are medians over rounds. In brackets are the evaluator, S with the terms of a series, T with the cells of a table, D for
+the direct sum, and the largest error of y and of the gradients to x, A, B, α and ω against the direct sum, over the
+largest entry of each.
 """
 
 from __future__ import annotations
@@ -19,16 +19,15 @@ import time
 
 import peft
 import torch
+from cliff_gpu import BASES, LARGEST, SPREAD, TOKENS, name_of
 from torch import nn
 
 from basisadapt.adapter import PhiConfig
 from basisadapt.core.environment import environment
 from basisadapt.phi.choice import VERIFY_EVERY
-from basisadapt.phi.evaluators import Direct, Series
 
-SIDE, RANK, TOKENS, LARGEST, SPREAD = 384, 4, 512, 0.1, 0.01
-BASES = ("sinc", "gaussian_rbf", "bspline", "fourier")
-PATIENCE = 0.5  # seconds that steps which do not look may take in a round
+SIDE, RANK, ROUNDS = 384, 4, 3
+PATIENCE = 0.5  # seconds that steps which do not choose may take in a round
 
 
 class Layer:
@@ -77,19 +76,17 @@ def error(layer: Layer, direct: Layer) -> float:
 
 
 def chosen(layer: Layer) -> str:
-    """The evaluator that the layer's last step had, in short."""
-    (evaluator,) = layer.model.base_model.model[0].phi_source["default"].refresh().evaluators.values()
-    if isinstance(evaluator, Series):
-        return f"S{evaluator.width}"
-    return "D" if isinstance(evaluator, Direct) else f"T{evaluator.cells}"
+    """The evaluator of the layer, in short."""
+    adapted = layer.model.base_model.model[0]
+    return name_of(adapted.phi_source["default"].fresh(adapted.name))
 
 
 def mean_step(layer: Layer) -> float:
     """The time of a step of a new layer, by its first VERIFY_EVERY."""
-    looking, others = layer.seconds(), [layer.seconds()]
+    choosing, others = layer.seconds(), [layer.seconds()]
     while sum(others) < PATIENCE and len(others) < VERIFY_EVERY - 1:
         others.append(layer.seconds())
-    return (looking + (VERIFY_EVERY - 1) * statistics.median(others)) / VERIFY_EVERY
+    return (choosing + (VERIFY_EVERY - 1) * statistics.median(others)) / VERIFY_EVERY
 
 
 def main() -> None:
@@ -98,9 +95,6 @@ def main() -> None:
     parser.add_argument("--functions", nargs="+", type=int, default=[50, 512])
     parser.add_argument("--omega", nargs="+", default=["1.0", "nyquist"])
     parser.add_argument("--gains", nargs="+", type=float, default=[1.0, 30.0, 300.0])
-    parser.add_argument("--bases", nargs="+", default=BASES)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--unchecked", action="store_true", help="times alone: the direct sum is slow")
     arguments = parser.parse_args()
     for name, value in environment().items():
         print(f"{name}: {value}")
@@ -111,18 +105,16 @@ def main() -> None:
     for num in arguments.functions:
         for omega in arguments.omega:
             start = omega if omega == "nyquist" else float(omega)
-            for basis in arguments.bases:
+            for basis in BASES:
                 cells = []
                 for gain in arguments.gains:
                     settings = {"basis": basis, "num_basis": num, "omega_init": start, "gain": gain}
                     ratios = []
-                    for _ in range(arguments.rounds):
+                    for _ in range(ROUNDS):
                         rival = statistics.median(lora.seconds() for _ in range(7))
                         ratios.append(mean_step(layer := drawn(**settings)) / rival)
-                    wrong = (
-                        "" if arguments.unchecked else f", {error(drawn(**settings), drawn('direct', **settings)):.0e}"
-                    )
-                    cells.append(f"{statistics.median(ratios):.1f} ({chosen(layer)}{wrong})")
+                    wrong = error(drawn(**settings), drawn("direct", **settings))
+                    cells.append(f"{statistics.median(ratios):.1f} ({chosen(layer)}, {wrong:.0e})")
                 print(f"| {num}, {omega} | {basis} | " + " | ".join(cells) + " |", flush=True)
 
 
