@@ -47,12 +47,12 @@ def score(line: dict[str, Any]) -> float:
 
 
 def compare(folder: Path, results: Path) -> None:
-    """Print the table."""
+    """Print the table, and how far scores and evaluation losses are apart."""
     known = recorded(folder)
     then = {line["key"]: line for line in known}
     print("| study | row | seed | score | again | losses differ by | the row's seeds scatter by | device | again |")
     print("|---|---|---:|---:|---:|---:|---:|---|---|")
-    same = 0
+    same, changes, losses = 0, [], []
     lines = [json.loads(text) for text in read(results)]
     for line in lines:
         old = then[line["key"]]
@@ -62,11 +62,16 @@ def compare(folder: Path, results: Path) -> None:
         apart = max(abs(metrics[1][name] / metrics[0][name] - 1) for name in LOSSES if name in metrics[0])
         devices = " | ".join(each["result"]["environment"]["device"].removeprefix("NVIDIA ") for each in (old, line))
         same += f"{score(old):.4f}" == f"{score(line):.4f}"
+        changes.append(score(line) - score(old))
+        losses.append(abs(metrics[1]["eval_loss"] - metrics[0]["eval_loss"]))
         print(
             f"| {line['study']} | {line['row']} | {line['config']['seed']} | {score(old):.4f} | {score(line):.4f} "
             f"| {apart:.0e} | {scatter} | {devices} |"
         )
     commits = {line["result"]["environment"]["git_commit"][:7] for line in lines}
+    if len(changes) > 1:
+        mean, deviation = statistics.mean(changes), statistics.stdev(changes)
+        print(f"\nscores: {mean:+.4f} ± {deviation:.4f} (mean, deviation); evaluation losses: {max(losses):.4f}")
     print(f"\n{same} of {len(lines)} scores are the same to four digits; run again at {', '.join(sorted(commits))}.")
 
 
