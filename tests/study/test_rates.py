@@ -259,7 +259,9 @@ def test_the_curves_have_a_panel_for_each_group(write):
         assert [line.get_xdata()[0] for line in dashed] == [1e-3]
         rings = [line.get_xdata()[0] for line in axes.lines if line.get_fillstyle() == "none"]
         assert rings == [4e-3, 4e-3]
+        low, high = axes.collections[0].get_datalim(axes.transData).intervaly
         assert len(axes.collections) == 2, "a band each"
+        assert (low, high) == pytest.approx((46.1, 50.3)), "one standard deviation"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["LoRA", "wide"]
     tasks = write(sweep={"task": ["glue/cola", "glue/rte"], "variant": ["LoRA", "wide"], "r": [4]}, reference=None)
     figure = figures.curves_figure(report_of(tasks, score).table)

@@ -70,8 +70,9 @@ def _compare(axes: Axes, places: Sequence[tuple[int, Line]], scale: float) -> No
 def curves_figure(table: Table) -> Figure:
     """The headline metric over the tuned setting, on a logarithmic axis: a panel per group of compared rows.
 
-    A line is a row's mean over seeds, its band the 95 % confidence interval (t). A ring marks the row's own choice, the
-    dashed line `tune.common`. Values at which no seed has finished are left out.
+    A line is a row's mean over seeds, its band one standard deviation to each side, so that a row with few seeds does
+    not set the scale of all. A ring marks the row's own choice, the dashed line `tune.common`. Values at which no seed
+    has finished are left out.
     """
     from matplotlib.figure import Figure
 
@@ -108,7 +109,7 @@ def curves_figure(table: Table) -> Figure:
     figure.legend(drawn.values(), drawn.keys(), loc="outside right upper", fontsize="small")
     figure.supxlabel(verbatim(table.setting), fontsize="medium")
     figure.supylabel(
-        f"{verbatim(table.headline)}{', %' if table.percent else ''} (mean, 95 % interval)", fontsize="medium"
+        f"{verbatim(table.headline)}{', %' if table.percent else ''} (mean ± std over seeds)", fontsize="medium"
     )
     figure.suptitle(_title(table, by_name(shown)))
     return figure
@@ -121,7 +122,8 @@ def _curve(axes: Axes, table: Table, line: Line, name: str, color: str) -> None:
         values = [score * scale for score in same.values.values()]
         center = statistics.mean(values)
         if center is not None:
-            points.append((value, center, *(statistics.interval(values) or (center, center))))
+            spread = statistics.std(values) or 0.0
+            points.append((value, center, center - spread, center + spread))
     if not points:
         return
     x, y, low, high = zip(*points, strict=True)

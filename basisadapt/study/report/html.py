@@ -129,8 +129,8 @@ MAX_PICTURED, MAX_BYTES = 20, 5_000_000  # rows whose pictures the page shows, a
 
 CAPTIONS = {
     "comparison.png": "Seeds as dots, mean ± standard deviation, the reference's mean as a line; a panel a task",
-    "curves.png": "The headline metric over the tuned setting: means over seeds, bands of their 95 % intervals (t), a "
-    "ring at a row's own choice; dashed, the value that all rows have in common",
+    "curves.png": "The headline metric over the tuned setting: mean ± standard deviation over seeds, a ring at "
+    "a row's own choice; dashed, the value that all rows have in common",
     "against.png": "Every row against what it costs, on a logarithmic scale",
     "search.png": "Every trial's value in order with the best so far, and the importance of each setting",
     "phi.png": "What φ has learned to add to an entry of BA, a line per layer",
