@@ -23,6 +23,7 @@ class Requirements:
 
     - `backbone` (str): its name.
     - `form` (str), `num_labels` (int): the model's, see `backbones.load`.
+    - `classes`: the names of the classes by index; empty if they have none, or there are none.
     - `weights` (str): the storage of the backbone in training, one of `backbones.WEIGHTS`.
     - `plugins`: the plug-ins of the run: file names without folders, and modules.
     - `config`: the run's canonical mapping.
@@ -31,17 +32,26 @@ class Requirements:
     backbone: str
     form: str
     num_labels: int
+    classes: tuple[str, ...] = ()
     weights: str
     plugins: tuple[str, ...] = ()
     config: dict[str, Any]
 
 
-def write_requirements(folder: Path, form: str, num_labels: int, config: dict[str, Any]) -> None:
+def write_requirements(
+    folder: Path, form: str, num_labels: int, config: dict[str, Any], classes: tuple[str, ...] = ()
+) -> None:
     """Write `basisadapt.json` beside the adapter that a run has saved. config: the run's canonical mapping."""
     plugins = tuple(Path(one).name if one.endswith(".py") else one for one in loaded_plugins())
     backbone, weights = config["backbone"], config["train"]["weights"]
     saved = Requirements(
-        backbone=backbone, form=form, num_labels=num_labels, weights=weights, plugins=plugins, config=config
+        backbone=backbone,
+        form=form,
+        num_labels=num_labels,
+        classes=classes,
+        weights=weights,
+        plugins=plugins,
+        config=config,
     )
     (folder / FILE).write_text(json.dumps(asdict(saved), indent=2), encoding="utf-8")
 
@@ -60,7 +70,8 @@ def merge_into(folder: Path, target: Path) -> Requirements:
     """Merge a saved adapter into its backbone, and write the model with its tokenizer or image processor to `target`.
 
     transformers loads it without this package, for example as `AutoModelForSequenceClassification`, with the trained
-    head. Returns what the adapter required.
+    head. Its configuration has the names of the classes, or says that the labels are numbers, so that a pipeline answers
+    with them. Returns what the adapter required.
 
     Raises InputError if there is no saved adapter, its backbone or a plug-in is missing, the model is not a class of
     transformers or its weights are quantized, or `target` is not empty or cannot be written.
@@ -82,6 +93,16 @@ def merge_into(folder: Path, target: Path) -> Requirements:
     base, processor = backbones.load(backbones.find(saved.backbone), saved.form, saved.num_labels, saved.weights)
     with backbones.quietly():
         merged = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
+        _name_outputs(merged.config, saved)
         merged.save_pretrained(target)
         processor.save_pretrained(target)
     return saved
+
+
+def _name_outputs(config: Any, saved: Requirements) -> None:
+    """State in a merged model's configuration what its outputs are called, as transformers expects it there."""
+    if saved.form == "text" and saved.num_labels == 1:
+        config.problem_type = "regression"  # without it a pipeline would take the number for the logit of a class
+    elif len(saved.classes) == saved.num_labels:
+        config.id2label = dict(enumerate(saved.classes))
+        config.label2id = {name: index for index, name in config.id2label.items()}

@@ -30,4 +30,5 @@ class Digits(ImageTask, name="vision/digits"):
         images, labels = np.round(digits.images * 255 / 16).astype(np.uint8), digits.target
         train, held_out = Rows(list(images), labels.tolist()).mixed().split(HELD_OUT)
         mark = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
-        return TaskData(train, held_out, mark=mark, prompts=self.prompts([str(name) for name in digits.target_names]))
+        names = tuple(str(name) for name in digits.target_names)
+        return TaskData(train, held_out, mark=mark, prompts=self.prompts(names), classes=names)

@@ -43,7 +43,8 @@ class Docstrings(TextTask, name="docstrings"):
         sizes = Counter(texts.values())
         packages = sorted(sorted(sizes, key=lambda package: (-sizes[package], package))[: self.num_labels])
         chosen = [text for text in texts if texts[text] in packages]
-        return TaskData(*split(Rows(chosen, [packages.index(texts[text]) for text in chosen])))
+        rows = Rows(chosen, [packages.index(texts[text]) for text in chosen])
+        return TaskData(*split(rows), classes=tuple(packages))
 
     def metrics(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """The accuracy of `scores` (rows, 10) against class indices `labels` (rows,)."""

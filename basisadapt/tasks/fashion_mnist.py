@@ -34,7 +34,7 @@ class FashionMNIST(ImageTask, name="vision/fashion_mnist"):
     def load(self, data_dir: Path | None) -> TaskData:
         """Training and test rows, shuffled by a fixed seed. Raises InputError naming a damaged file."""
         (train, seen), (held_out, unseen) = (self._read(*files) for files in self._files(data_dir))
-        return TaskData(train, held_out, mark=seen + unseen, prompts=self.prompts(NAMES))
+        return TaskData(train, held_out, mark=seen + unseen, prompts=self.prompts(NAMES), classes=NAMES)
 
     def _files(self, data_dir: Path | None) -> list[tuple[Path, Path]]:
         """The files of images and labels, of the training and of the test rows. Raises InputError if one is missing."""

@@ -31,6 +31,7 @@ class Glue(TextTask):
     - `label` (str, default "label"): the column of the label.
     - `header` (default None): the names of all columns, if the files do not begin with them.
     - `classes`: the labels as written in the files; empty for a regression.
+    - `names` (default empty): the names of the classes, where the files have numbers.
     - `hub_text`: the columns of the texts on the hub.
     - `splits_dev` (bool, default False): accept a folder without train.tsv; four in five rows of dev.tsv are then
       trained on, and the others evaluated on, chosen by a hash of their first text.
@@ -41,6 +42,7 @@ class Glue(TextTask):
     label: ClassVar[str] = "label"
     header: ClassVar[tuple[str, ...] | None] = None
     classes: ClassVar[tuple[str, ...]]
+    names: ClassVar[tuple[str, ...]] = ()
     hub_text: ClassVar[tuple[str, ...]]
     splits_dev: ClassVar[bool] = False
 
@@ -64,8 +66,12 @@ class Glue(TextTask):
         self.check(data_dir)
         parts = [self._read(path) for path in self._files(data_dir)]
         if len(parts) == 1:
-            return TaskData(*split(parts[0]), about={"split": "dev only, 4 of 5 rows train"})
-        return TaskData(parts[0].mixed(), parts[1])
+            return TaskData(*split(parts[0]), about={"split": "dev only, 4 of 5 rows train"}, classes=self._names)
+        return TaskData(parts[0].mixed(), parts[1], classes=self._names)
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return self.names or self.classes
 
     def _files(self, data_dir: Path) -> list[Path]:
         train, dev = (data_dir / "glue" / self.folder / f"{part}.tsv" for part in ("train", "dev"))
@@ -100,7 +106,7 @@ class Glue(TextTask):
         def rows(part: Any) -> Rows:
             return Rows(_texts([list(part[name]) for name in self.hub_text]), list(part["label"]))
 
-        return TaskData(rows(parts["train"]).mixed(), rows(parts["validation"]))
+        return TaskData(rows(parts["train"]).mixed(), rows(parts["validation"]), classes=self._names)
 
     def metrics(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """Accuracy, F1 and Matthews correlation of classes; Pearson and Spearman correlation of a regression.
@@ -123,7 +129,7 @@ class CoLA(Glue, name="glue/cola"):
     """Is the sentence grammatical? Matthews correlation."""
 
     folder, header, text = "CoLA", ("source", "label", "mark", "sentence"), ("sentence",)
-    classes, hub_text = ("0", "1"), ("sentence",)
+    classes, names, hub_text = ("0", "1"), ("unacceptable", "acceptable"), ("sentence",)
     headline, num_labels = "matthews", 2
 
 
@@ -131,6 +137,7 @@ class SST2(Glue, name="glue/sst2"):
     """Is the sentence positive? Accuracy."""
 
     folder, text, classes, hub_text = "SST-2", ("sentence",), ("0", "1"), ("sentence",)
+    names = ("negative", "positive")
     headline, num_labels = "accuracy", 2
 
 
@@ -138,7 +145,7 @@ class MRPC(Glue, name="glue/mrpc"):
     """Do the sentences mean the same? Accuracy; F1, which GLUE reports too, is recorded."""
 
     folder, text, label, classes = "MRPC", ("#1 String", "#2 String"), "Quality", ("0", "1")
-    hub_text = ("sentence1", "sentence2")
+    names, hub_text = ("not_equivalent", "equivalent"), ("sentence1", "sentence2")
     headline, num_labels = "accuracy", 2
 
 

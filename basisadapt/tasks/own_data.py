@@ -6,7 +6,6 @@ import functools
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,6 @@ from basisadapt.tasks.text import TextTask
 
 MISSING = ("NaN", "nan", "None", "<NA>")
 MAX_NUMBERS = 20  # integers with at most this many distinct values are classes
-
-
-@dataclass(frozen=True)
-class Content:
-    """The rows, and the names of the classes by index; empty if the labels are numbers."""
-
-    data: TaskData
-    classes: tuple[str, ...]
 
 
 class OwnData(TextTask):
@@ -70,7 +61,7 @@ class OwnData(TextTask):
 
     def load(self, data_dir: Path | None) -> TaskData:
         """Training and held-out rows, in an order that depends only on their texts. Raises InputError."""
-        return self._content.data
+        return self._content
 
     def metrics(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """Accuracy, macro F1 and Matthews correlation of classes; Pearson and Spearman correlation of numbers.
@@ -80,7 +71,7 @@ class OwnData(TextTask):
         return metrics.of_classes(scores, labels) if self._content.classes else metrics.of_numbers(scores, labels)
 
     @functools.cached_property
-    def _content(self) -> Content:
+    def _content(self) -> TaskData:
         try:
             train, test = self.tables()
         except UnknownColumn as error:
@@ -95,9 +86,9 @@ class OwnData(TextTask):
             others = ordered(_encoded(test, self._written(test), classes))
             split = f"evaluated on {test.source}"
         if classes:
-            return Content(TaskData(rows, others, about={"split": split, "classes": list(classes)}), classes)
+            return TaskData(rows, others, about={"split": split, "classes": list(classes)}, classes=classes)
         rows, others, scale = _standardized(rows, others, train.source)
-        return Content(TaskData(rows, others, about={"split": split, **scale}), ())
+        return TaskData(rows, others, about={"split": split, **scale})
 
     def _written(self, table: DataColumns) -> Rows:
         """The rows, with their labels as texts. Raises InputError naming the row."""

@@ -77,6 +77,7 @@ class TaskData:
     - `about` (default empty): facts to record, in plain JSON types; "split" describes a split that is not the published
       one.
     - `prompts` (default empty): sentences about each class, for models that represent classes by them.
+    - `classes` (default empty): the names of the classes, in the order of their indices, where they have names.
     """
 
     train: Rows
@@ -84,6 +85,7 @@ class TaskData:
     mark: str | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
     prompts: tuple[tuple[str, ...], ...] = ()
+    classes: tuple[str, ...] = ()
 
     def __hash__(self) -> int:
         """A hash of the numbers of rows; caches use it, so it must not read the rows."""

@@ -79,7 +79,7 @@ class Photographs(ImageTask):
         classes = _subfolders(folder / PARTS[0])
         names = _names(folder, classes)
         (train, seen), (held_out, unseen) = (_read(folder / part, classes) for part in PARTS)
-        return TaskData(train, held_out, mark=f"{seen} {unseen} {names}", prompts=self.prompts(names))
+        return TaskData(train, held_out, mark=f"{seen} {unseen} {names}", prompts=self.prompts(names), classes=tuple(names))
 
     def _from_hub(self) -> TaskData:
         try:
@@ -91,9 +91,10 @@ class Photographs(ImageTask):
                 raise InputError(f"hub data set {self.hub!r}: {unknown('split', split, parts)}")
         train, held_out = parts["train"], parts[self.held_out]
         check_columns(f"hub data set {self.hub!r}", train.column_names, [self.image, self.label])
-        names = getattr(train.features[self.label], "names", ())
+        names = tuple(getattr(train.features[self.label], "names", ()))
         mark = f"{train._fingerprint} {held_out._fingerprint}"
-        return TaskData(self._hub_rows(train), self._hub_rows(held_out), mark=mark, prompts=self.prompts(names))
+        rows = self._hub_rows(train), self._hub_rows(held_out)
+        return TaskData(*rows, mark=mark, prompts=self.prompts(names), classes=names)
 
     def _hub_rows(self, part: Any) -> Rows:
         import datasets

@@ -238,7 +238,7 @@ def _save(job: _Job, save_to: Path | None, checkpoints: Path) -> float:
     folder = save_to or checkpoints
     job.model.save_pretrained(folder)
     if save_to is not None and is_adapter:
-        write_requirements(save_to, job.task.form, job.task.num_labels, job.config.to_mapping())
+        write_requirements(save_to, job.task.form, job.task.num_labels, job.config.to_mapping(), job.data.classes)
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 

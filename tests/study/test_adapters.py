@@ -11,9 +11,10 @@ import mlflow
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
-from basisadapt import InputError, backbones
+from basisadapt import InputError, PhiConfig, backbones
 from basisadapt import study as studies
 from basisadapt.methods.saved_adapter import FILE, merge_into, read_requirements, write_requirements
 from basisadapt.phi.basis import BASES
@@ -36,7 +37,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1]).eval()
 assert AutoTokenizer.from_pretrained(sys.argv[1])("good")["input_ids"]
 with torch.no_grad():
-    print(json.dumps(model(torch.arange(2, 14).view(2, 6)).logits.tolist()))
+    print(json.dumps([model.config.id2label[0], model(torch.arange(2, 14).view(2, 6)).logits.tolist()]))
 assert not any(name.startswith("basisadapt") for name in sys.modules)
 """
 
@@ -83,7 +84,31 @@ def test_an_adapter_is_kept_and_merged_into_what_transformers_loads_alone(
         with model.disable_adapter():
             assert not torch.allclose(expected, model(torch.arange(2, 14).view(2, 6)).logits, atol=1e-3)
     alone = subprocess.run([sys.executable, "-c", ELSEWHERE, "plain"], capture_output=True, text=True, check=True)
-    assert torch.allclose(torch.tensor(json.loads(alone.stdout)), expected, atol=1e-5)
+    name, logits = json.loads(alone.stdout)
+    assert name == "no"
+    assert torch.allclose(torch.tensor(logits), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("classes", "label"), [(("bad", "good"), "good"), ((), "LABEL_0")], ids=["classes", "numbers"])
+def test_a_pipeline_answers_with_the_names_of_the_classes_and_with_plain_numbers(
+    classes, label, language_model, tmp_path
+):
+    outputs = len(classes) or 1
+    base, tokenizer = backbones.load(backbones.find(str(language_model)), "text", outputs)
+    model = peft.get_peft_model(base, PhiConfig(r=2, task_type="SEQ_CLS")).eval()
+    tokens = tokenizer("a text", return_tensors="pt")
+    with torch.no_grad():
+        head = model.base_model.model.score.modules_to_save["default"].weight
+        head[-1] = 3 * model.base_model.model.model(**tokens).last_hidden_state[0, -1]
+        logits = model(**tokens).logits[0]
+    model.save_pretrained(tmp_path / "adapter")
+    config = {"backbone": str(language_model), "method": "phi", "train": {"weights": "fp32"}}
+    write_requirements(tmp_path / "adapter", "text", outputs, config, classes)
+    merge_into(tmp_path / "adapter", tmp_path / "plain")
+    (answer,) = transformers.pipeline("text-classification", model=str(tmp_path / "plain"))("a text")
+    expected = logits.softmax(0).max() if classes else logits
+    assert answer == {"label": label, "score": pytest.approx(expected.item(), rel=1e-4)}
+    assert abs(answer["score"]) > 0.5, "a number outside [0, 1], or a class that is sure"
 
 
 def test_from_python(home, fake, monkeypatch):

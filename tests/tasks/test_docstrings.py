@@ -30,6 +30,8 @@ def test_the_largest_packages_are_the_classes(library):
     data = load()
     assert len(data.train) + len(data.eval) == sum(range(3, 13))
     assert not any("(10, " in text for text in (*data.train.inputs, *data.eval.inputs)), "the smallest is left out"
+    for text, label in zip(data.train.inputs, data.train.labels, strict=True):
+        assert f"({data.classes[label].removeprefix('package')}, " in text
 
 
 def test_docstrings_are_parsed_once(library, monkeypatch):

@@ -64,6 +64,8 @@ def test_wrong_rows_are_named(tmp_path, name, content, message):
     write(tmp_path, name, dev=b"\xef\xbb\xbf" + good.encode() if name == "RTE" else good)
     data = task.load(tmp_path)
     assert (len(data.train), len(data.eval)) == (3, 3)
+    named = {"CoLA": ("unacceptable", "acceptable"), "RTE": ("entailment", "not_entailment"), "STS-B": ()}
+    assert data.classes == named[name]
     if name == "RTE":
         assert data.eval.inputs[0] == ('One "text.', "Another.")
 

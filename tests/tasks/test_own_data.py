@@ -128,7 +128,7 @@ def labelled(labels, **settings):
 )
 def test_classes_are_sorted_and_recorded(labels, classes):
     task, data = labelled(labels)
-    assert data.about["classes"] == classes
+    assert (data.about["classes"], data.classes) == (classes, tuple(classes))
     assert (task.num_labels, task.headline) == (len(classes), "accuracy")
 
 

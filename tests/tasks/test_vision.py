@@ -58,6 +58,7 @@ def test_a_folder_is_read_in_a_mixed_fixed_order_with_its_names(shapes):
         names = [Path(path).parent.name for path in rows.inputs]
         assert [["circle", "ring_road", "square"].index(name) for name in names] == list(rows.labels)
     assert data.prompts == (("a photo of a circle.",), ("a photo of a ring road.",), ("a photo of a square.",))
+    assert data.classes == ("circle", "ring_road", "square")
 
 
 def test_the_fingerprint_follows_names_and_sizes_and_not_the_place(shapes, tmp_path_factory):
@@ -163,6 +164,7 @@ def test_a_hub_set_is_decoded_when_it_is_asked_for(hub, monkeypatch):
     assert len(decoded) == 5
     assert data.train.labels != sorted(data.train.labels)
     assert data.prompts[1][0] == "a photo of a class 1."
+    assert data.classes[1] == "class_1"
 
 
 def test_a_hub_set_that_is_not_as_written(hub, monkeypatch):
@@ -247,6 +249,7 @@ def test_idx_files_are_read(fashion):
     assert data.train.labels != sorted(data.train.labels)
     assert data.fingerprint() == FashionMNIST().load(root(fashion)).fingerprint()
     assert data.prompts[9] == ("a photo of a ankle boot.",)
+    assert data.classes[9] == "ankle boot"
 
 
 @pytest.mark.parametrize(
@@ -298,6 +301,7 @@ def test_digits():
     assert (len(data.train), len(data.eval)) == (1438, 359)
     assert set(data.train.labels) == set(data.eval.labels) == set(range(10))
     shades = {int(shade) for image in data.train.inputs for shade in np.unique(image)}
+    assert data.classes == tuple("0123456789")
     assert len(shades) == 17
     assert (min(shades), max(shades)) == (0, 255)
 
