@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,8 @@ from safetensors import SafetensorError, safe_open
 
 from basisadapt.core.errors import InputError, nearest, one_line, shown, unknown
 from basisadapt.core.settings import checked
+from basisadapt.core.synonyms import meant
 
-# Names in other packages' configurations, and in the paper, that are not alike to ours.
-OF_OTHERS = {"rank": "r", "dim": "r", "alpha": "lora_alpha", **dict.fromkeys(("n", "n_basis", "nbasis"), "num_basis")}
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 Shape = tuple[int | None, ...]  # None where the model decides
@@ -48,11 +47,10 @@ class CheckedConfig(PeftConfig, ABC):  # type: ignore[misc]
         known = {field.name for field in dataclasses.fields(cls) if field.init}
         for name in settings:
             if name not in known:
-                ours = OF_OTHERS.get(name)
-                near = ours if ours in known else nearest(name, sorted(known), alike=0.75)
-                hint = f"did you mean {near!r}?" if near else f"help({cls.__name__}) has its settings"
                 # The words "got an unexpected keyword argument" tell peft that a saved file may be of a later version.
-                raise TypeError(f"{cls.__name__} got an unexpected keyword argument {name!r}; {hint}")
+                raise TypeError(
+                    f"{cls.__name__} got an unexpected keyword argument {name!r}; {_hint(cls, name, known)}"
+                )
         return super().__new__(cls)
 
     @abstractmethod
@@ -93,6 +91,16 @@ class CheckedConfig(PeftConfig, ABC):  # type: ignore[misc]
         if "peft_type" in kwargs and kwargs["peft_type"] not in known:
             raise unknown("peft_type", kwargs["peft_type"], known)
         return super().from_peft_type(**kwargs)
+
+
+def _hint(cls: type, name: str, known: Set[str]) -> str:
+    """What to do instead of giving a setting of that name."""
+    key = meant(name) or ""
+    ours = key.rpartition(".")[2]
+    if key.startswith("train.") and ours not in known:
+        return "it belongs where the model is loaded or trained; basisadapt.param_groups takes rates and decay"
+    near = ours if ours in known else nearest(name, sorted(known), alike=0.75)
+    return f"did you mean {near!r}?" if near else f"help({cls.__name__}) has its settings"
 
 
 def _plugins_of(folder: Path) -> str:

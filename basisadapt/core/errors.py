@@ -22,14 +22,15 @@ class RecordError(Exception):
     """A result cannot be recorded. Existing records are unchanged. The message is one line."""
 
 
-def unknown(kind: str, name: object, known: Iterable[str], alike: float = 0.5) -> InputError:
+def unknown(kind: str, name: object, known: Iterable[str], alike: float = 0.5, meant: str | None = None) -> InputError:
     """The error for a `name` that is not among the `known` names of a `kind`, such as "basis", with the nearest one.
 
-    The known names are listed if there is no nearest one (see `nearest`) or there are at most 12.
+    The nearest one is what is `meant` if that is known, else `nearest`. The known names are listed if there is none or
+    there are at most 12.
     """
     names = sorted(known)
     name = str(name) if isinstance(name, str | int | float) else shown(name)
-    near = nearest(name, names, alike)
+    near = meant if meant in names else nearest(name, names, alike)
     hint = f"; did you mean {near!r}?" if near else ""
     few = [known if len(known) <= LONGEST else shown(known) for known in names[:MAX_NAMES]]
     more = f" and {len(names) - MAX_NAMES:,} more" if len(names) > MAX_NAMES else ""
@@ -38,10 +39,16 @@ def unknown(kind: str, name: object, known: Iterable[str], alike: float = 0.5) -
 
 
 def nearest(name: str, known: Sequence[str], alike: float) -> str | None:
-    """The known name that ends `name`, as dropout ends lora_dropout, or is `alike`, a similarity from 0 to 1."""
+    """The known name that ends `name`, as dropout ends lora_dropout, or is `alike`, a similarity from 0 to 1.
+
+    Of a name with dots, what follows the last one may be meant: train.epochs by epoch.
+    """
     compared = [one for one in known[:MAX_COMPARED] if len(one) <= LONGEST]
     ends = [one for one in compared if name.endswith(f"_{one.rpartition('.')[2]}")]
-    return next(iter(ends or difflib.get_close_matches(name[:LONGEST], compared, n=1, cutoff=alike)), None)
+    if ends:
+        return ends[0]
+    short = {one.rpartition(".")[2]: one for one in reversed(compared)} | {one: one for one in compared}
+    return next((short[one] for one in difflib.get_close_matches(name[:LONGEST], short, n=1, cutoff=alike)), None)
 
 
 def refused(name: str, value: object, expected: str) -> InputError:

@@ -7,13 +7,15 @@ import functools
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from basisadapt.core.errors import InputError, shown, unknown
+from basisadapt.core.synonyms import meant
 
 S = TypeVar("S")
 
+ALIKE = 0.6  # of a key that is misspelled, see `errors.nearest`
 LARGEST = int(sys.float_info.max)
 WHOLE = 2**63  # whole numbers lie below, as the files and databases that keep them require
 
@@ -31,8 +33,13 @@ def from_mapping(cls: type[S], values: Mapping[str, Any], where: str = "") -> S:
     prefix = f"{where}." if where else ""
     for key in values:
         if key not in names:
-            raise unknown("key", f"{prefix}{key}", [prefix + name for name in names])
+            raise unknown_key(f"{prefix}{key}", [prefix + name for name in names])
     return cls(**checked(cls, values, where))
+
+
+def unknown_key(key: str, known: Iterable[str]) -> InputError:
+    """The error for a setting's key that is not among the `known` ones, with what others call so, or the nearest."""
+    return unknown("key", key, known, alike=ALIKE, meant=meant(key))
 
 
 def late(default: Any) -> Any:

@@ -70,8 +70,8 @@ def merge_into(folder: Path, target: Path) -> Requirements:
     """Merge a saved adapter into its backbone, and write the model with its tokenizer or image processor to `target`.
 
     transformers loads it without this package, for example as `AutoModelForSequenceClassification`, with the trained
-    head. Its configuration has the names of the classes, or says that the labels are numbers, so that a pipeline answers
-    with them. Returns what the adapter required.
+    head. Its configuration has the names of the classes, or says that the labels are numbers: a pipeline answers with
+    them. Returns what the adapter required.
 
     Raises InputError if there is no saved adapter, its backbone or a plug-in is missing, the model is not a class of
     transformers or its weights are quantized, or `target` is not empty or cannot be written.

@@ -79,7 +79,9 @@ class Photographs(ImageTask):
         classes = _subfolders(folder / PARTS[0])
         names = _names(folder, classes)
         (train, seen), (held_out, unseen) = (_read(folder / part, classes) for part in PARTS)
-        return TaskData(train, held_out, mark=f"{seen} {unseen} {names}", prompts=self.prompts(names), classes=tuple(names))
+        return TaskData(
+            train, held_out, mark=f"{seen} {unseen} {names}", prompts=self.prompts(names), classes=tuple(names)
+        )
 
     def _from_hub(self) -> TaskData:
         try:

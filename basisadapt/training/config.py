@@ -11,7 +11,7 @@ from typing import Any
 from basisadapt import backbones, tasks
 from basisadapt.backbones import QUANTISED, WEIGHTS
 from basisadapt.core.errors import InputError, unknown
-from basisadapt.core.settings import from_mapping, late, without_late
+from basisadapt.core.settings import from_mapping, late, unknown_key, without_late
 from basisadapt.methods import METHODS
 from basisadapt.phi.settings import LowRankSettings, field_names, require
 from basisadapt.tasks import DataSettings
@@ -197,7 +197,7 @@ def _check_foreign(values: Mapping[str, Any]) -> None:
     known = adapter_keys()
     for key in values:
         if key not in known:
-            raise unknown("key", f"adapter.{key}", [f"adapter.{name}" for name in known])
+            raise unknown_key(f"adapter.{key}", [f"adapter.{name}" for name in known])
     for settings in dict.fromkeys(METHODS[name].settings for name in METHODS):
         theirs = {key: value for key, value in values.items() if key in field_names(settings)}
         from_mapping(settings, theirs, "adapter")

@@ -145,7 +145,13 @@ def test_settings_of_other_tuners_are_refused_by_name(setting):
         ("vera_dropout", "dropout"),
         ("lora_r", "r"),
         ("rank", "r"),
-        ("network_dim", None),
+        ("network_dim", "r"),
+        ("num_basis_functions", "num_basis"),
+        ("n_functions", "num_basis"),
+        ("omega_0", "omega_init"),
+        ("activation", "basis"),
+        ("lr_phi", "transfer_lr"),
+        ("optimizer", None),
         ("dim", "r"),
         ("alpha", "lora_alpha"),
         ("target_module", "target_modules"),
@@ -161,6 +167,15 @@ def test_a_setting_by_another_name_is_told_ours(setting, ours):
     with pytest.raises(TypeError) as refused:
         config(**{setting: 1})
     assert str(refused.value) == f"PhiConfig got an unexpected keyword argument '{setting}'; {told}"
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["lr", "learning_rate", "weight_decay", "batch", "num_epochs", "per_device_train_batch_size", "load_in_4bit"],
+)
+def test_what_training_takes_is_no_setting_of_an_adapter(setting):
+    with pytest.raises(TypeError, match=rf"'{setting}'; it belongs where the model is loaded or trained; basisadapt\."):
+        config(**{setting: 1})
 
 
 def test_a_method_is_told_of_no_setting_that_it_lacks():

@@ -9,8 +9,10 @@ import pytest
 
 from basisadapt import study as studies
 from basisadapt.core.errors import InputError
+from basisadapt.core.synonyms import SYNONYMS
 from basisadapt.study.drive.callback import CALLBACKS
 from basisadapt.study.plan.cells import resolve
+from basisadapt.study.plan.keys import full_key, known_keys
 from basisadapt.study.plan.spec import read_spec
 from basisadapt.study.plan.tuning import resolve_tuning
 
@@ -69,6 +71,13 @@ def test_a_rule_without_a_file_holds_back_a_fifth_and_draws_where_rows_are_drawn
         (["adapter.grid=uniform,learned"], "--set sweep.grid=uniform,learned"),
         (["lora_dropout=0.1"], "unknown key 'lora_dropout'; did you mean 'adapter.dropout'?"),
         (["adapter.lora_dropout=0.1"], "unknown key 'adapter.lora_dropout'; did you mean 'adapter.dropout'?"),
+        (["center=true"], "unknown key 'center'; did you mean 'adapter.centre'?"),
+        (["epoch=1"], "unknown key 'epoch'; did you mean 'train.epochs'?"),
+        (["train.learning_rate=1"], "unknown key 'train.learning_rate'; did you mean 'train.lr'?"),
+        (["sweep.lora_rank=1,2"], "unknown key 'lora_rank'; did you mean 'adapter.r'?"),
+        (["seed=1"], "unknown key 'seed'; it is the option --seeds"),
+        (["sweep.seed=1,2"], "unknown key 'seed'; it is the option --seeds"),
+        (["num_workers=2"], "unknown key 'num_workers'; it is the option --workers"),
         (["backbone=models/of/mine"], "backbone 'models/of/mine' is a folder's path, and there is no such folder"),
         (["backbone=minilmm"], "unknown backbone 'minilmm'; did you mean 'minilm'"),
     ],
@@ -77,6 +86,15 @@ def test_hints(changes, message):
     with pytest.raises(InputError) as error:
         resolve(read_spec("ablate_basis"), changes=changes)
     assert message in str(error.value)
+
+
+def test_what_others_call_a_setting_is_told_ours():
+    assert set(SYNONYMS) <= set(known_keys())
+    for key, names in SYNONYMS.items():
+        for name in names:
+            with pytest.raises(InputError) as error:
+                full_key(name)
+            assert str(error.value) == f"unknown key {name!r}; did you mean {key!r}?"
 
 
 def test_a_list_is_hinted_at_only_where_it_is_what_was_refused():

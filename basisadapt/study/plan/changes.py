@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import NoneType
@@ -11,6 +11,14 @@ from typing import Any
 from basisadapt.core.errors import InputError, shown
 from basisadapt.study.plan.keys import axis_key, full_key, types_of
 from basisadapt.study.plan.spec import RULE, SWEEP, TUNE, parse_yaml
+
+OPTIONS = {  # what could be a setting, and is an option of the command line
+    **dict.fromkeys(("seed", "seeds", "random_seed"), "--seeds"),
+    **dict.fromkeys(("workers", "num_workers", "n_jobs"), "--workers"),
+    **dict.fromkeys(("output", "output_dir"), "--output"),
+    "data_dir": "--data-dir",
+    "trials": "--trials",
+}
 
 
 @dataclass(frozen=True)
@@ -45,12 +53,24 @@ def split_changes(changes: Sequence[str]) -> Changes:
             if not parts:
                 raise InputError(f"--set {key} needs at least one value")
             axes = split.sweep if kind == SWEEP else split.tune
-            axes[name] = [_parse(key, axis_key(name), part.strip()) for part in parts]
+            axis = _known(axis_key, name)
+            axes[name] = [_parse(key, axis, part.strip()) for part in parts]
         else:
-            split.overrides[full_key(key)] = _parse(key, full_key(key), text)
+            setting = _known(full_key, key)
+            split.overrides[setting] = _parse(key, setting, text)
             if "," in text and not text.startswith(("[", "{")):
-                split.lists[full_key(key)] = text
+                split.lists[setting] = text
     return split
+
+
+def _known(find: Callable[[str], str], name: str) -> str:
+    """The key that `find` finds for the name. Raises its InputError, or one that tells of the option of that name."""
+    try:
+        return find(name)
+    except InputError as error:
+        if name in OPTIONS:
+            raise InputError(f"unknown key {name!r}; it is the option {OPTIONS[name]}") from error
+        raise
 
 
 def _parse(option: str, key: str, text: str) -> Any:

@@ -8,7 +8,7 @@ from functools import lru_cache
 from types import UnionType
 from typing import Any, get_args, get_type_hints
 
-from basisadapt.core.errors import unknown
+from basisadapt.core.settings import unknown_key
 from basisadapt.study.plan.spec import VARIANT
 
 
@@ -36,7 +36,7 @@ def full_key(name: str) -> str:
     if f"adapter.{name}" in known:
         return f"adapter.{name}"
     if name not in known:
-        raise unknown("key", name, known)
+        raise unknown_key(name, known)
     return name
 
 
