@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from basisadapt.core.errors import nearest
 from basisadapt.core.peft_hook import register_with_peft
 
 if TYPE_CHECKING:
@@ -69,7 +70,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
-        raise AttributeError(f"module 'basisadapt' has no attribute {name!r}")
+        near = nearest(name, __all__, alike=0.6)
+        hint = f"; did you mean {near!r}?" if near else ""
+        raise AttributeError(f"module 'basisadapt' has no attribute {name!r}{hint}")
     try:
         module = importlib.import_module(_PUBLIC[name])
     except ModuleNotFoundError as error:
@@ -78,6 +81,10 @@ def __getattr__(name: str) -> Any:
             name=error.name,
         ) from error
     return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 register_with_peft()

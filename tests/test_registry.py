@@ -51,9 +51,14 @@ def test_a_plugin_file_registers_once(tmp_path):
         ("import nothing_of_the_kind", "nothing_of_the_kind"),
         ("def broken(:", "SyntaxError"),
         ("1 / 0", "ZeroDivisionError"),
+        ("import sys; sys.exit(3)", "SystemExit: 3"),
+        ("import basisadapt\nclass A(basisadapt.TransferBasis, name='a'): pass", "basis 'a' lacks forward$"),
     ],
 )
-def test_a_broken_plugin_is_one_line(text, message, tmp_path):
+def test_a_broken_plugin_is_one_line(text, message, tmp_path, monkeypatch):
+    from basisadapt.phi.basis import BASES
+
+    monkeypatch.setattr(BASES, "_classes", {**BASES._classes})
     path = tmp_path / "broken.py"
     path.write_text(text)
     with pytest.raises(InputError, match=message) as caught:
@@ -105,9 +110,20 @@ def test_settings_from_a_mapping():
         ({"flag": "yes"}, "flag must be true or false"),
         ({"names": [1]}, "names must be a list of text or null"),
         ({"cuont": 1}, "unknown key 'here.cuont'; did you mean 'here.count'"),
+        ([1], r"here must be keys and values, got \[1\]"),
     ]:
         with pytest.raises(InputError, match=message):
             from_mapping(_Settings, values, "here")
+
+
+def test_a_public_name_that_is_misspelt():
+    import basisadapt
+
+    with pytest.raises(AttributeError, match=r"no attribute 'param_group'; did you mean 'param_groups'\?$"):
+        _ = basisadapt.param_group
+    with pytest.raises(AttributeError, match=r"no attribute 'anything'$"):
+        _ = basisadapt.anything
+    assert set(basisadapt.__all__) <= set(dir(basisadapt)), "for completion"
 
 
 def test_of_two_plugins_with_one_name_both_travel(tmp_path):

@@ -12,6 +12,7 @@ from torch import nn
 from basisadapt.adapter.layer import PhiLinear
 from basisadapt.core.errors import InputError, unknown
 from basisadapt.diagnostics.linear import LINEAR, linear_fit
+from basisadapt.phi.settings import require
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -78,6 +79,7 @@ def _curve(layer: PhiLinear, adapter: str) -> dict[str, list[float]]:
 
 def _adapted(model: nn.Module, adapter: str | None) -> list[tuple[PhiLinear, str]]:
     """The modules with φ of one adapter, and its name. Raises InputError."""
+    require(isinstance(model, nn.Module), "model", model, "what get_peft_model or PeftModel.from_pretrained returned")
     layers = [module for module in model.modules() if isinstance(module, PhiLinear)]
     known = list(dict.fromkeys(name for layer in layers for name in layer.phi_source))
     if not known:

@@ -6,7 +6,9 @@ The same functions serve this package's training, a loop of your own, and transf
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from numbers import Real
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from basisadapt.adapter.layer import PhiLinear
 from basisadapt.adapter.model import PhiModel
 from basisadapt.core.errors import InputError
 from basisadapt.phi.bank import TransferBank
-from basisadapt.phi.settings import PhiSettings
+from basisadapt.phi.settings import PhiSettings, require
 
 
 def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
@@ -31,10 +33,12 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
     - `lr` (float ≥ 0): the base learning rate.
     - `weight_decay` (float ≥ 0, default 0): as the optimizer defines it.
 
-    Raises InputError for the model inside a peft model, which lacks φ's tables.
+    Raises InputError for the model inside a peft model, which lacks φ's tables, and for a value out of range.
 
     Example: torch.optim.AdamW(basisadapt.param_groups(model, lr=1e-4, weight_decay=0.01)).
     """
+    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+        require(isinstance(value, Real) and 0 <= value < math.inf, name, value, "a number of at least 0")
     banks = _banks(model)
     tables = {id(table) for bank, _ in banks for table in bank.parameters()}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in tables]
@@ -64,8 +68,10 @@ def before_step(model: nn.Module, step: int, total: int) -> None:
     - `step` (int ≥ 1): the number of the coming step.
     - `total` (int): of all steps.
 
-    Raises InputError for the model inside a peft model.
+    Raises InputError for the model inside a peft model, and for a value out of range.
     """
+    for name, value in (("step", step), ("total", total)):
+        require(isinstance(value, Real) and value >= 1, name, value, "a number of at least 1")
     for bank, settings in _banks(model):
         regulate(bank, settings, step, total)
 
@@ -97,6 +103,7 @@ class PhiCallback(TrainerCallback):  # type: ignore[misc]
 
 def _banks(model: nn.Module) -> list[tuple[TransferBank, PhiSettings]]:
     """The tables of every φ(BA) adapter in the model, and its settings. Raises InputError as `param_groups`."""
+    require(isinstance(model, nn.Module), "model", model, "what get_peft_model or PeftModel.from_pretrained returned")
     models = [module for module in model.modules() if isinstance(module, PhiModel)]
     if not models and any(isinstance(module, PhiLinear) for module in model.modules()):
         raise InputError("φ's tables are in the peft model, not in the model inside of it: give the peft model itself")

@@ -42,8 +42,12 @@ class CheckedConfig(PeftConfig, ABC):  # type: ignore[misc]
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
 
-    def __new__(cls, *_: Any, **settings: Any) -> Any:
-        """Raises TypeError for a setting that there is not, with the nearest one."""
+    def __new__(cls, *values: Any, **settings: Any) -> Any:
+        """Raises TypeError for a setting that there is not, with the nearest one, and for one without its name."""
+        if values:
+            raise TypeError(
+                f"{cls.__name__} takes settings by name, such as r=8, and got {shown(values[0])} without one"
+            )
         known = {field.name for field in dataclasses.fields(cls) if field.init}
         for name in settings:
             if name not in known:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from typing import Any, NoReturn, TextIO, cast
 
-from basisadapt.core.errors import InputError
+from basisadapt.core.errors import InputError, nearest
 from basisadapt.core.redaction import hide_in, redacted
 
 # Characters that control a terminal, and marks that change the direction of writing.
@@ -24,11 +24,33 @@ DONE, HAS_FAILURES, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises InputError for bad arguments, as all other bad input does."""
+    """An argument parser that raises InputError for bad arguments, as all other bad input does.
+
+    setting: finds the key of the setting of a name, or None, where settings are given with --set. Default: finds none.
+    """
+
+    def __init__(self, *args: Any, setting: Callable[[str], str | None] = lambda name: None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._setting = setting
 
     def error(self, message: str) -> NoReturn:
         """Raise InputError with argparse's message, instead of printing it and exiting."""
         raise InputError(f"{message} (--help lists the options)")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """The parsed arguments. Raises InputError for any that is left over, with the nearest setting or option."""
+        found, rest = self.parse_known_args(args, namespace)
+        if rest:
+            raise InputError(f"unrecognized arguments: {' '.join(rest)}; {self._hint(rest[0].partition('=')[0])}")
+        return found
+
+    def _hint(self, option: str) -> str:
+        if not option.startswith("-"):
+            return "--help says what is expected"
+        if key := self._setting(option.lstrip("-").replace("-", "_")):
+            return f"settings are given as --set {key}=VALUE"
+        near = nearest(option, [name for name in self._option_string_actions if name.startswith("--")], alike=0.7)
+        return f"did you mean {near!r}?" if near else "--help lists the options"
 
 
 def complete(parser: argparse.ArgumentParser) -> None:

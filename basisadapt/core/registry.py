@@ -7,14 +7,16 @@ import importlib.util
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from basisadapt.core.errors import InputError, one_line, unknown
 
 T = TypeVar("T")
+_registries: list[Registry[Any]] = []
 
 ENTRY_POINT_GROUP = "basisadapt.plugins"
 
@@ -29,6 +31,7 @@ class Registry(Generic[T]):
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self._classes: dict[str, type[T]] = {}
+        _registries.append(self)
 
     def add(self, name: str, cls: type[T]) -> None:
         """Register `cls` under `name`. Raises InputError if the name is taken or malformed.
@@ -87,7 +90,8 @@ def loaded_plugins() -> list[str]:
 def load_plugin(source: str) -> ModuleType:
     """Import a plug-in, which registers its classes: a path that ends in ".py", or the dotted name of a module.
 
-    A file is imported once per process. Raises InputError if it does not exist or fails to import.
+    A file is imported once per process. Raises InputError if it does not exist, fails to import, or registers a class
+    that lacks a method.
     """
     is_file = source.endswith(".py")
     module = _load_file(source) if is_file else _load_module(source)
@@ -107,8 +111,9 @@ def plugin_of(cls: type) -> str | None:
 
 def _load_module(source: str) -> ModuleType:
     try:
-        return importlib.import_module(source)
-    except Exception as error:
+        with _complete():
+            return importlib.import_module(source)
+    except (Exception, SystemExit) as error:
         raise InputError(f"plug-in module {source!r} does not import: {one_line(error)}") from error
 
 
@@ -125,8 +130,21 @@ def _load_file(source: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
+        with _complete():
+            spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # a program that is not meant to be imported ends itself
         del sys.modules[name]
         raise InputError(f"plug-in file {source!r} does not import: {one_line(error)}") from error
     return module
+
+
+@contextmanager
+def _complete() -> Iterator[None]:
+    """Raise InputError if an import registers a class that lacks a method."""
+    before = {(registry.kind, name) for registry in _registries for name in registry._classes}
+    yield
+    for registry in _registries:
+        for name, cls in registry._classes.items():
+            lacking = sorted(getattr(cls, "__abstractmethods__", ()))
+            if lacking and (registry.kind, name) not in before:
+                raise InputError(f"{registry.kind} {name!r} lacks {', '.join(lacking)}")

@@ -10,7 +10,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-from basisadapt.core.errors import InputError, shown, unknown
+from basisadapt.core.errors import InputError, refused, shown, unknown
 from basisadapt.core.synonyms import meant
 
 S = TypeVar("S")
@@ -29,6 +29,8 @@ def from_mapping(cls: type[S], values: Mapping[str, Any], where: str = "") -> S:
     Raises InputError for an unknown key, a value of the wrong type, or what the dataclass refuses.
     """
     assert dataclasses.is_dataclass(cls)
+    if not isinstance(values, Mapping):
+        raise refused(where or cls.__name__.strip("_"), values, "keys and values")
     names = _names(cls)
     prefix = f"{where}." if where else ""
     for key in values:

@@ -31,6 +31,7 @@ from basisadapt.core.command import (
 from basisadapt.core.errors import InputError, RecordError, shown
 from basisadapt.core.registry import load_plugin
 from basisadapt.study.plan import spec as specs
+from basisadapt.study.plan.keys import setting_meant
 from basisadapt.training.execution.options import add_job_options, job_settings
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         "and a verdict on each of the paper's claims.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        setting=setting_meant,
     )
     _add_actions(parser)
     _add_settings(parser)

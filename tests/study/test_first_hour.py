@@ -88,6 +88,21 @@ def test_hints(changes, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("option", "hint"),
+    [
+        ("--lr=1e-3", "settings are given as --set train.lr=VALUE"),
+        ("--learning-rate=1e-3", "settings are given as --set train.lr=VALUE"),
+        ("--num_basis=9", "settings are given as --set adapter.num_basis=VALUE"),
+        ("--dryrun", "did you mean '--dry-run'?"),
+        ("--nothing", "--help lists the options"),
+        ("more", "--help says what is expected"),
+    ],
+)
+def test_an_option_that_there_is_not(option, hint, study, folder):
+    assert study("tiny.yaml", option) == (2, "", f"basisadapt: error: unrecognized arguments: {option}; {hint}\n")
+
+
 def test_what_others_call_a_setting_is_told_ours():
     assert set(SYNONYMS) <= set(known_keys())
     for key, names in SYNONYMS.items():

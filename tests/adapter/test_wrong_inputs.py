@@ -1,0 +1,49 @@
+"""What somebody may give to the public functions by mistake is refused in one line."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+import basisadapt
+from basisadapt import InputError
+from tests.adapter.toys import adapted, config
+
+MODEL = r"^model must be what get_peft_model or PeftModel.from_pretrained returned, got "
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: basisadapt.param_groups(model, lr=1e-3),
+        lambda model: basisadapt.before_step(model, 1, 10),
+        basisadapt.describe,
+        basisadapt.plot,
+    ],
+    ids=["param_groups", "before_step", "describe", "plot"],
+)
+@pytest.mark.parametrize("model", [None, "adapter", 1e-3, config(), iter([])], ids=lambda model: type(model).__name__)
+def test_something_else_than_a_model(call, model):
+    with pytest.raises(InputError, match=MODEL) as error:
+        call(model)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+@pytest.mark.parametrize("value", ["1e-3", -1e-3, math.nan, math.inf, None])
+def test_a_rate_that_is_none(name, value):
+    with pytest.raises(InputError, match=rf"^{name} must be a number of at least 0, got {value!r}$"):
+        basisadapt.param_groups(adapted(), **{"lr": 1e-3, name: value})
+
+
+@pytest.mark.parametrize("name", ["step", "total"])
+@pytest.mark.parametrize("value", ["1", 0, -1, None])
+def test_a_step_that_is_none(name, value):
+    with pytest.raises(InputError, match=rf"^{name} must be a number of at least 1, got {value!r}$"):
+        basisadapt.before_step(adapted(), **{"step": 1, "total": 10, name: value})
+
+
+def test_a_setting_without_its_name():
+    with pytest.raises(TypeError, match=r"^PhiConfig takes settings by name, such as r=8, and got 4 without one$"):
+        basisadapt.PhiConfig(4)
