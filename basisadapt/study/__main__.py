@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from basisadapt.study.drive.search import Search
     from basisadapt.study.plan.tuning import Tuning
     from basisadapt.study.report.report import Report
+    from basisadapt.study.report.table import Table
     from basisadapt.training.execution.executor import Executor
 
 SAMPLERS = ("tpe", "random")
@@ -475,10 +476,26 @@ def _report(report: Report, place: StudyPaths) -> Answer:
     lines.append(f"  {server}/#/experiments/{record.experiment_id}/runs  all runs, by invocation")
     if compared := record.compare_path(table.run_ids):
         lines.append(f"  {server}{compared}  the cells above, compared")
+    if place.save_adapters:
+        lines += _adapters(table, place.tracking_uri)
     if place.output is not None:
         lines.append(f"Written to {place.output}")
     document = partial(report_document, report, place.tracking_uri)
     return Answer("\n".join(lines), document, HAS_FAILURES if report.has_failures else DONE)
+
+
+def _adapters(table: Table, tracking_uri: str) -> list[str]:
+    """The runs of the table whose adapters are kept, and how one is merged."""
+    from basisadapt.study.record.adapters import with_adapters
+
+    kept = with_adapters(tracking_uri, table.run_ids)
+    if not kept:
+        return ["No adapter is kept with these runs: a cell that is on record is not run again for it"]
+    cells = {outcome.run_id: (line, seed) for line in table.lines for seed, outcome in line.outcomes.items()}
+    return [
+        "Adapters are kept with these runs; to merge one: python -m basisadapt.study --merge RUN --output DIR",
+        *(f"  {run_id}  {line.label}, seed {seed}" for run_id in kept for line, seed in [cells[run_id]]),
+    ]
 
 
 if __name__ == "__main__":

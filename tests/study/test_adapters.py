@@ -61,10 +61,11 @@ def test_an_adapter_is_kept_and_merged_into_what_transformers_loads_alone(
     changes = {"task": "reviews.csv", "backbone": language_model, "sweep.basis": "bump_of_a_test", "train.lr": 0.1}
     sets = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
     command = ("tiny.yaml", "--preset", "smoke", "--plugin", "my_basis.py", *sets)
-    code, _, error = study(*command, "--save-adapters", *workers)
+    code, printed, error = study(*command, "--save-adapters", *workers)
     assert code == 0, error
     kept = adapters(home)
     run_id, files = kept["bump_of_a_test"]
+    assert f"\n  {run_id}  bump_of_a_test, seed 1\n" in printed
     assert {Path(file).name for file in files} >= {"adapter_config.json", "adapter_model.safetensors", FILE}
     code, said, error = study("--merge", run_id, "--output", "plain")
     assert (code, error) == (0, "")
@@ -131,7 +132,8 @@ def test_a_method_without_an_adapter_keeps_none(home, fake, study, monkeypatch):
         return fake.run(config, **options)
 
     monkeypatch.setattr("basisadapt.training.running.run", run)
-    study("tiny.yaml", "--preset", "smoke", "--set", "sweep.method=full,head,frozen", "--save-adapters")
+    methods = "tiny.yaml", "--preset", "smoke", "--set", "sweep.method=full,head,frozen", "--save-adapters"
+    assert "No adapter is kept with these runs: " in study(*methods)[1]
     assert {method for method, place in seen.items() if place is None} == {"full", "head", "frozen"}
     assert seen["lora"] is not None
     assert not seen["lora"].parent.exists(), "nothing is left behind"

@@ -37,7 +37,7 @@ def test_the_list(document):
     assert found[0]["title"] == read_spec(found[0]["study"]).title
 
 
-def test_a_run_and_its_report(home, fake, document):
+def test_a_run_and_its_report(home, fake, document, runs):
     (home / "tiny.yaml").write_text((home / "tiny.yaml").read_text() + CLAIM)
     (home / "loud.py").write_text("print('hello from a plug-in')\n")
     fake.score = by_seed
@@ -67,6 +67,9 @@ def test_a_run_and_its_report(home, fake, document):
     metrics = {"stable_rank.mean": 1.2, "dc_share.mean": 0.1, "parameters.trainable": 1234.0}
     assert sinc["metrics"] == pytest.approx(metrics)
     assert sinc["states"] == {"finished": [1, 2, 3]}
+    assert set(sinc["runs"]) == {"1", "2", "3"}
+    found_runs = {run.info.run_id: run.data.params["row"] for run in runs()}
+    assert {found_runs[run_id] for run_id in sinc["runs"].values()} == {"sinc"}
     assert found["over_tasks"] == []
     (claim,) = found["claims"]
     assert (claim["text"], claim["verdict"]) == ("Sinc is better", "not testable here")

@@ -48,10 +48,11 @@ def test_the_table_as_a_dataframe(result):
     assert frame["difference"][0] == pytest.approx(frame["mean"][0] - frame["mean"][2])
 
 
-def test_the_cells_as_a_dataframe(result):
+def test_the_cells_as_a_dataframe(result, runs):
     cells = result.cells()
     assert len(cells) == 6
     assert set(cells["state"]) == {"finished"}
+    assert set(cells["run_id"]) == {run.info.run_id for run in runs()}
     means = cells.groupby("row")["accuracy"].mean()
     assert means["sinc"] == pytest.approx(result.to_dataframe()["mean"][0])
 

@@ -1,13 +1,20 @@
-"""The adapter that MLflow keeps with a run."""
+"""The adapters that MLflow keeps with runs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from basisadapt.core.errors import InputError, one_line
 from basisadapt.study.record.client import open_client
 from basisadapt.study.record.record import ADAPTER
 from basisadapt.study.record.stores import check_sound, sqlite_file
+
+
+def with_adapters(tracking_uri: str, run_ids: Sequence[str]) -> list[str]:
+    """Those of the runs with which an adapter is kept, in their order."""
+    client, _ = open_client(tracking_uri, "")
+    return [run_id for run_id in run_ids if client.list_artifacts(run_id, ADAPTER)]
 
 
 def fetch_adapter(tracking_uri: str, run_id: str, folder: Path) -> Path:

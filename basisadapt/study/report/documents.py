@@ -109,6 +109,7 @@ def _row(line: Line, table: Table) -> Document:
         **_numbers(line),
         "metrics": {name: line.mean_of(name) for name in table.columns},
         "states": line.seeds_by_state(),
+        "runs": {str(seed): outcome.run_id for seed, outcome in line.outcomes.items()},
     }
 
 

@@ -50,7 +50,7 @@ def row_records(table: Table) -> list[Record]:
 
 
 def cell_records(table: Table) -> list[Record]:
-    """One record per cell: its values on the axes, its state and every recorded metric."""
+    """One record per cell: its values on the axes, its state, its run in MLflow or None, and every recorded metric."""
     return [
         {
             **dict(line.row.point),
@@ -58,6 +58,7 @@ def cell_records(table: Table) -> list[Record]:
             "task": line.task,
             "seed": seed,
             "state": line.outcomes[seed].status if seed in line.outcomes else NOT_RUN,
+            "run_id": line.outcomes[seed].run_id if seed in line.outcomes else None,
             **(line.outcomes[seed].metrics if seed in line.outcomes else {}),
         }
         for line in table.lines
