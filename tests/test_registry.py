@@ -116,6 +116,22 @@ def test_settings_from_a_mapping():
             from_mapping(_Settings, values, "here")
 
 
+def test_a_plugin_that_raises_is_told_by_the_plan(tmp_path, monkeypatch):
+    from basisadapt.adapter.placement import PLACEMENTS
+    from basisadapt.training import RunConfig, plan
+
+    monkeypatch.setattr(PLACEMENTS, "_classes", {**PLACEMENTS._classes})
+    (tmp_path / "mine.py").write_text(
+        "from basisadapt import Placement\n\n\nclass Wrong(Placement, name='wrong-of-a-test'):\n"
+        "    def covers(self, projection):\n        return projection.depth > 1\n"
+    )
+    load_plugin(str(tmp_path / "mine.py"))
+    config = RunConfig.from_mapping({"adapter": {"placement": "wrong-of-a-test"}})
+    message = r"^a plug-in of method 'phi' does not work: AttributeError: 'Projection' object has no attribute 'depth'$"
+    with pytest.raises(InputError, match=message):
+        plan(config, dry=True)
+
+
 def test_a_public_name_that_is_misspelt():
     import basisadapt
 

@@ -12,7 +12,8 @@ import torch
 
 from basisadapt import backbones, tasks
 from basisadapt.backbones import FORMS, is_head
-from basisadapt.core.errors import InputError
+from basisadapt.core.errors import InputError, one_line
+from basisadapt.core.registry import loaded_plugins
 from basisadapt.core.settings import with_seed
 from basisadapt.methods import METHODS, Method, ParameterGroup
 from basisadapt.phi.settings import LowRankSettings
@@ -78,7 +79,12 @@ def plan(config: RunConfig, data_dir: Path | None = None, dry: bool = False) -> 
     if not dry:
         backbones.check_inputs(backbone, task.form, model, config.train.max_length)
     method = METHODS[config.method]()
-    adapted = attach(model, method, config, task.form)
+    try:
+        adapted = attach(model, method, config, task.form)
+    except Exception as error:
+        if isinstance(error, InputError) or not loaded_plugins():
+            raise
+        raise InputError(f"a plug-in of method {config.method!r} does not work: {one_line(error)}") from error
     return count_parameters(adapted, method.parameter_groups(adapted, adapter_settings(config), config.train.lr))
 
 
