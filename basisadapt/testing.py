@@ -81,6 +81,8 @@ def _check_dtypes(basis: TransferBasis) -> None:
     name = type(basis).__name__
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     reference = basis.forward(torch.linspace(-3, 3, 25, dtype=torch.float64))
+    assert isinstance(reference, Tensor), f"{name}.forward gives a {type(reference).__name__}, expected a tensor"
+    assert reference.shape == (25,), f"{name}.forward: shape {tuple(reference.shape)} for input (25,)"
     for device, dtype in itertools.product(devices, (torch.float64, torch.float32, torch.bfloat16, torch.float16)):
         u = torch.linspace(-3, 3, 25, dtype=torch.float64, device=device).to(dtype)
         value = basis.forward(u)
@@ -157,6 +159,7 @@ def check_grid(grid: str | type[GridStrategy]) -> None:
     for count, interval in itertools.product((1, 2, 8, 50, 512), (0.5, 3.0)):
         points = strategy.points(count, interval, torch.Generator().manual_seed(1))
         again = strategy.points(count, interval, torch.Generator().manual_seed(1))
+        assert isinstance(points, Tensor), f"{name}.points gives a {type(points).__name__}, expected a tensor"
         assert points.shape == (count,), f"{name}.points: shape {tuple(points.shape)}, expected ({count},)"
         assert points.dtype == torch.float64, f"{name}.points: {points.dtype}, expected float64"
         assert points.isfinite().all(), f"{name}.points: not finite"

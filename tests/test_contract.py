@@ -76,6 +76,16 @@ class _Shape(TransferBasis):
         return u.flatten()
 
 
+class _Sum(TransferBasis):
+    def forward(self, u):
+        return u.sum()
+
+
+class _Number(TransferBasis):
+    def forward(self, u):
+        return 3
+
+
 class _Detached(TransferBasis):
     def forward(self, u):
         return u * torch.exp(-u.detach().square())
@@ -105,6 +115,8 @@ class _Kink(TransferBasis):
     ("basis", "part"),
     [
         (_Shape, "shape"),
+        (_Sum, r"^_Sum.forward: shape \(\) for input \(25,\)$"),
+        (_Number, r"^_Number.forward gives a int, expected a tensor$"),
         (_Detached, "gradients"),
         (_Batch, "input|elementwise"),
         (_Infinite, "finite"),
@@ -126,7 +138,11 @@ def test_broken_grids_are_caught():
         def points(self, num, interval, generator):
             return interval * torch.rand(num, dtype=torch.float64)
 
-    for grid in (Outside, Unseeded):
+    class Listed(GridStrategy):
+        def points(self, num, interval, generator):
+            return [interval * i / num for i in range(num)]
+
+    for grid in (Outside, Unseeded, Listed):
         with pytest.raises(AssertionError):
             check_grid(grid)
 

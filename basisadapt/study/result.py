@@ -62,7 +62,7 @@ class Result:
         return pd.DataFrame([{**dict(line.row.point), **record} for line, record in records])
 
     def cells(self) -> pd.DataFrame:
-        """The cells of the table: for each cell, its values on the axes, its state, run_id and every recorded metric."""
+        """The cells of the table: of each, its values on the axes, its state, its run_id and every recorded metric."""
         import pandas as pd
 
         return pd.DataFrame(cell_records(self.report.table))
