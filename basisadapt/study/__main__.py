@@ -31,7 +31,7 @@ from basisadapt.core.command import (
 from basisadapt.core.errors import InputError, RecordError, shown
 from basisadapt.core.registry import load_plugin
 from basisadapt.study.plan import spec as specs
-from basisadapt.study.plan.keys import setting_meant
+from basisadapt.study.plan.changes import setting_meant
 from basisadapt.training.execution.options import add_job_options, job_settings
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from types import NoneType
 from typing import Any
 
 from basisadapt.core.errors import InputError, shown
+from basisadapt.core.synonyms import meant
 from basisadapt.study.plan.keys import axis_key, full_key, types_of
 from basisadapt.study.plan.spec import RULE, SWEEP, TUNE, parse_yaml
 
@@ -35,6 +36,14 @@ class Changes:
     sweep: dict[str, list[Any]] = field(default_factory=dict)
     tune: dict[str, Any] = field(default_factory=dict)
     lists: dict[str, str] = field(default_factory=dict)
+
+
+def setting_meant(name: str) -> str | None:
+    """The full key of the setting of that name, here or elsewhere (`core.synonyms`); None if there is none."""
+    try:
+        return full_key(name)
+    except InputError:
+        return meant(name)
 
 
 def split_changes(changes: Sequence[str]) -> Changes:

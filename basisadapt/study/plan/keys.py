@@ -8,9 +8,7 @@ from functools import lru_cache
 from types import UnionType
 from typing import Any, get_args, get_type_hints
 
-from basisadapt.core.errors import InputError
 from basisadapt.core.settings import unknown_key
-from basisadapt.core.synonyms import meant
 from basisadapt.study.plan.spec import VARIANT
 
 
@@ -40,14 +38,6 @@ def full_key(name: str) -> str:
     if name not in known:
         raise unknown_key(name, known)
     return name
-
-
-def setting_meant(name: str) -> str | None:
-    """The full key of the setting of that name, here or elsewhere (`core.synonyms`); None if there is none."""
-    try:
-        return full_key(name)
-    except InputError:
-        return meant(name)
 
 
 def axis_key(name: str) -> str:
