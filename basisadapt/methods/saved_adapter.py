@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from basisadapt import backbones
-from basisadapt.backbones import FORMS, QUANTISED
-from basisadapt.core.errors import InputError, one_line
+from basisadapt.backbones import FORMS, QUANTISED, WEIGHTS
+from basisadapt.core.errors import InputError, one_line, shown, unknown
 from basisadapt.core.registry import loaded_plugins
 from basisadapt.core.settings import from_mapping
 
@@ -73,10 +72,20 @@ def merge_into(folder: Path, target: Path) -> Requirements:
     head. Its configuration has the names of the classes, or says that the labels are numbers: a pipeline answers with
     them. Returns what the adapter required.
 
-    Raises InputError if there is no saved adapter, its backbone or a plug-in is missing, the model is not a class of
-    transformers or its weights are quantized, or `target` is not empty or cannot be written.
+    Raises InputError if there is no whole saved adapter, its backbone or a plug-in is missing, they do not fit, the
+    model is not a class of transformers or its weights are quantized, or `target` is not empty or cannot be made.
     """
+    from peft import PeftModel
+    from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
     saved = read_requirements(folder)
+    if saved.form not in FORMS:
+        raise InputError(f"{folder / FILE}: {unknown('form', saved.form, FORMS)}")
+    if saved.weights not in WEIGHTS:
+        raise InputError(f"{folder / FILE}: {unknown('weights', saved.weights, WEIGHTS)}")
+    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+        if not (folder / name).is_file():
+            raise InputError(f"{str(folder)!r} has no {name}: it is not all of an adapter")
     if not FORMS[saved.form].model.startswith("Auto"):
         raise InputError(f"a model to {FORMS[saved.form].does} is not transformers' own and has no plain folder")
     if saved.weights in QUANTISED:
@@ -86,13 +95,20 @@ def merge_into(folder: Path, target: Path) -> Requirements:
         )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{str(target)!r} is not an empty folder; give another one")
-    if not os.access(next(parent for parent in target.absolute().parents if parent.exists()), os.W_OK):
-        raise InputError(f"{str(target)!r} cannot be made")
-    from peft import PeftModel
-
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{str(target)!r} cannot be made: {error.strerror}") from error
     base, processor = backbones.load(backbones.find(saved.backbone), saved.form, saved.num_labels, saved.weights)
     with backbones.quietly():
-        merged = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
+        try:
+            merged = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
+        except InputError:
+            raise
+        except (RuntimeError, ValueError, KeyError) as error:  # what torch and peft raise for tensors that do not fit
+            raise InputError(
+                f"{str(folder)!r} does not fit backbone {saved.backbone!r}: {shown(one_line(error))}"
+            ) from error
         _name_outputs(merged.config, saved)
         merged.save_pretrained(target)
         processor.save_pretrained(target)

@@ -110,6 +110,10 @@ def test_a_pipeline_answers_with_the_names_of_the_classes_and_with_plain_numbers
     expected = logits.softmax(0).max() if classes else logits
     assert answer == {"label": label, "score": pytest.approx(expected.item(), rel=1e-4)}
     assert abs(answer["score"]) > 0.5, "a number outside [0, 1], or a class that is sure"
+    write_requirements(tmp_path / "adapter", "text", 3, config)
+    with pytest.raises(InputError, match=r"adapter' does not fit backbone '.*': .*[Ss]ize") as error:
+        merge_into(tmp_path / "adapter", tmp_path / "another")
+    assert "\n" not in str(error.value)
 
 
 def test_from_python(home, fake, monkeypatch):
@@ -144,7 +148,10 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_loaded(home, study,
     folder = tmp_path / "kept"
     folder.mkdir()
 
-    def refuse(message, form="text", weights="fp32"):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).touch()
+
+    def refuse(message, form="text", weights="fp32", plain=plain):
         write_requirements(folder, form, 2, {"backbone": "minilm", "method": "phi", "train": {"weights": weights}})
         with pytest.raises(InputError, match=message):
             merge_into(folder, plain)
@@ -152,10 +159,15 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_loaded(home, study,
     with pytest.raises(InputError, match=r"has no basisadapt.json, as the adapters have that --save-adapters keeps"):
         merge_into(folder, plain)
     refuse("has no plain folder", form="zero_shot")
+    refuse("basisadapt.json: unknown form 'txt'; did you mean 'text'", form="txt")
+    refuse("basisadapt.json: unknown weights 'fp23'; did you mean 'fp32'", weights="fp23")
+    refuse(r"notes/x' cannot be made: Not a directory", plain=folder / "adapter_config.json" / "notes" / "x")
     refuse("trained on weights in nf4, into which it cannot be merged", weights="nf4")
     plain.mkdir()
     (plain / "notes.txt").touch()
     refuse("is not an empty folder")
+    (folder / "adapter_model.safetensors").unlink()
+    refuse(r"kept' has no adapter_model.safetensors: it is not all of an adapter")
     (folder / FILE).write_text("{")
     with pytest.raises(InputError, match="cannot be read"):
         merge_into(folder, plain)
