@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,9 @@ def merge_into(folder: Path, target: Path) -> Requirements:
     except OSError as error:
         raise InputError(f"{str(target)!r} cannot be made: {error.strerror}") from error
     base, processor = backbones.load(backbones.find(saved.backbone), saved.form, saved.num_labels, saved.weights)
-    with backbones.quietly():
+    with backbones.quietly(), warnings.catch_warnings():
+        # peft uses a name that transformers is about to drop.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         try:
             merged = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
         except InputError:

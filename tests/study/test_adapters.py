@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import mlflow
@@ -105,7 +106,9 @@ def test_a_pipeline_answers_with_the_names_of_the_classes_and_with_plain_numbers
     model.save_pretrained(tmp_path / "adapter")
     config = {"backbone": str(language_model), "method": "phi", "train": {"weights": "fp32"}}
     write_requirements(tmp_path / "adapter", "text", outputs, config, classes)
-    merge_into(tmp_path / "adapter", tmp_path / "plain")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)  # which a user could do nothing about
+        merge_into(tmp_path / "adapter", tmp_path / "plain")
     (answer,) = transformers.pipeline("text-classification", model=str(tmp_path / "plain"))("a text")
     expected = logits.softmax(0).max() if classes else logits
     assert answer == {"label": label, "score": pytest.approx(expected.item(), rel=1e-4)}
