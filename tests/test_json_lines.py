@@ -85,3 +85,10 @@ def test_cells_take_the_place_of_cells_alone(tmp_path):
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="would overwrite"):
         check_replaceable(path, "--export")
+
+
+def test_a_cell_without_its_key_is_refused(tmp_path):
+    path = tmp_path / "cells.jsonl"
+    path.write_text('{"study": "a", "row": "b", "config": {}}\n')
+    with pytest.raises(InputError, match=r"line 1: key 'key' is missing$"):
+        read_lines(path, CellLine, "CELLS")

@@ -26,7 +26,7 @@ def from_mapping(cls: type[S], values: Mapping[str, Any], where: str = "") -> S:
     `where` is the dotted prefix of the keys in messages, such as "train". Integers may be given as whole floats,
     booleans as 0 or 1, and floats as integers; nothing else is converted. The dataclass itself checks ranges.
 
-    Raises InputError for an unknown key, a value of the wrong type, or what the dataclass refuses.
+    Raises InputError for an unknown or missing key, a value of the wrong type, or what the dataclass refuses.
     """
     assert dataclasses.is_dataclass(cls)
     if not isinstance(values, Mapping):
@@ -36,6 +36,9 @@ def from_mapping(cls: type[S], values: Mapping[str, Any], where: str = "") -> S:
     for key in values:
         if key not in names:
             raise unknown_key(f"{prefix}{key}", [prefix + name for name in names])
+    for field in dataclasses.fields(cls):
+        if field.name not in values and field.default is field.default_factory is dataclasses.MISSING:
+            raise InputError(f"key {prefix + field.name!r} is missing")
     return cls(**checked(cls, values, where))
 
 

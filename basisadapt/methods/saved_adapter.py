@@ -62,7 +62,7 @@ def read_requirements(folder: Path) -> Requirements:
         return from_mapping(Requirements, json.loads((folder / FILE).read_text(encoding="utf-8")), FILE)
     except FileNotFoundError as error:
         raise InputError(f"{str(folder)!r} has no {FILE}, as the adapters have that --save-adapters keeps") from error
-    except (OSError, ValueError, TypeError) as error:  # a TypeError for a field that is missing
+    except (OSError, ValueError) as error:
         raise InputError(f"{folder / FILE} cannot be read: {one_line(error)}") from error
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from basisadapt import backbones, tasks
 from basisadapt.backbones import Backbone
 from basisadapt.core.environment import environment
-from basisadapt.core.errors import InputError
+from basisadapt.core.errors import InputError, refused
 from basisadapt.diagnostics.convergence import fit_power_law
 from basisadapt.methods import METHODS, Method, ParameterGroup
 from basisadapt.methods.saved_adapter import write_requirements
@@ -79,6 +79,8 @@ def run(
     With several train.processes it starts them, see `distributed/group.py`, and returns the result of process 0. Raises
     InputError as `plan`. A loss that is not finite gives a result with status "diverged".
     """
+    if not isinstance(config, RunConfig):
+        raise refused("config", config, "a RunConfig, such as RunConfig.from_mapping makes of keys and values")
     if config.train.processes > 1 and not in_group():
         arguments = (config.to_mapping(), data_dir, save_to, accumulate, compiled)
         return _run_in_group(arguments, config.train.processes, on_step)

@@ -47,3 +47,8 @@ def test_a_step_that_is_none(name, value):
 def test_a_setting_without_its_name():
     with pytest.raises(TypeError, match=r"^PhiConfig takes settings by name, such as r=8, and got 4 without one$"):
         basisadapt.PhiConfig(4)
+
+
+def test_a_run_of_plain_values():
+    with pytest.raises(InputError, match=r"^config must be a RunConfig, such as RunConfig.from_mapping makes of"):
+        basisadapt.run({"method": "lora"})

@@ -227,7 +227,7 @@ def test_bad_changes(spec, changes, message):
         ("title: Two bases", "", "title is missing"),
         ("title:", "tittle: x\ntitle:", "unknown key 'tittle'"),
         ("[sinc, fourier]", "sinc", "sweep.basis must be a list"),
-        ("label: LoRA, ", "", "label"),
+        ("label: LoRA, ", "", r"key 'beside\[0\].label' is missing"),
         ("set: {method: lora}", "sett: {}", "did you mean 'beside\\[0\\].set'"),
         ("smoke:", "smook:", "did you mean 'smoke'"),
         ("seeds: [1]}", "sweep.basis: sinc}", "sweep.basis must be a list"),

@@ -440,10 +440,7 @@ def axes_in(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
 def _part(cls: type[Any], values: Any, where: str) -> Any:
     if not isinstance(values, dict):
         raise InputError(f"{where} must hold keys and values, got {shown(values)}")
-    try:
-        return from_mapping(cls, values, where)
-    except TypeError as error:  # a field without default is missing
-        raise InputError(f"{where}: {error}") from error
+    return from_mapping(cls, values, where)
 
 
 def _parts(cls: type[Any], values: Any, where: str) -> list[Any]:

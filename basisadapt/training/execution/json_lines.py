@@ -111,7 +111,7 @@ def parse_result(values: dict[str, Any]) -> RunResult:
 
     try:
         result = from_mapping(RunResult, redacted(values), "result")
-    except (TypeError, InputError) as error:  # a TypeError for a field that is missing
+    except InputError as error:
         raise InputError(f"not a result: {error}") from error
     if result.status not in DONE:
         raise unknown("status of a result", result.status, DONE)
@@ -152,7 +152,7 @@ def _parse(text: str, kind: type[L], where: str) -> L:
         if kind is CellLine:
             values = {key: value for key, value in values.items() if key not in RESULT_FIELDS}
         return from_mapping(kind, values)
-    except (InputError, TypeError) as error:  # a TypeError for a field that is missing
+    except InputError as error:
         raise InputError(f"{where}: {error}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is not valid JSON: {error}") from error
