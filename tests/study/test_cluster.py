@@ -23,7 +23,8 @@ import pytest
 
 from basisadapt.study.plan.spec import read_spec
 from basisadapt.study.record.owner import Owner
-from basisadapt.study.record.record import SILENCE, Record
+from basisadapt.study.record.record import Record
+from basisadapt.study.record.runs import SILENCE
 
 SEEDS = ("--seeds", "1,2,3,4,5,6,7,8")  # with three rows, 24 cells
 STUDY = [sys.executable, "-m", "basisadapt.study", "tiny.yaml", *SEEDS]
@@ -209,9 +210,9 @@ if host := os.environ.get("TEST_HOST"):
 """
 SILENT = 45.0  # seconds, instead of the SILENCE of minutes
 IMPATIENT = f"""
-from basisadapt.study.record import heartbeat, record
+from basisadapt.study.record import heartbeat, runs
 
-heartbeat.BEAT, record.SILENCE = 3.0, {SILENT}
+heartbeat.BEAT, runs.SILENCE = 3.0, {SILENT}
 """
 
 
@@ -325,7 +326,7 @@ def test_of_claims_made_at_once_one_stays(home, monkeypatch):
         with monkeypatch.context() as at_once:
             at_once.setattr(module.time, "sleep", then_it_claims)
             at_once.setattr(record._client, "create_run", create_both)
-            at_once.setattr(record, "_runs_of", lambda cell, look=record._runs_of: [] if not created else look(cell))
+            at_once.setattr(record.runs, "of", lambda cell, look=record.runs.of: [] if not created else look(cell))
             rival = run_of_the_other(start_time=future)
             assert record.start(parent, cell) is None
         assert len(waits) == 1
@@ -386,7 +387,7 @@ def test_the_clock_of_another_host_may_be_wrong(home, fake, monkeypatch, skew):
 
 def test_both_stores_take_a_driver_elsewhere_for_dead_at_once(home, fake, study, runs, trials, monkeypatch):
     from basisadapt.study.plan.cells import resolve
-    from basisadapt.study.record import record as module
+    from basisadapt.study.record import runs as module
     from basisadapt.study.record.trials import Trials
 
     spec = read_spec("tiny.yaml")

@@ -225,7 +225,7 @@ def test_a_result_that_cannot_be_drawn_leaves_no_record(home, fake, study, resul
 
 
 def test_an_import_reports_before_it_draws_what_its_page_does_not_show(home, fake, study, results, runs, monkeypatch):
-    from basisadapt.study.record import record
+    from basisadapt.study.record import pictures
     from basisadapt.study.report import html
 
     asked = []
@@ -239,7 +239,7 @@ def test_an_import_reports_before_it_draws_what_its_page_does_not_show(home, fak
     def pictured():
         return sorted(run.data.tags["basisadapt.row"] for run in runs() if "basisadapt.undrawn" not in run.data.tags)
 
-    monkeypatch.setattr(record, "pictures", drawn)
+    monkeypatch.setattr(pictures, "pictures", drawn)
     monkeypatch.setattr(html, "MAX_PICTURED", 1)
     code, out, err = study(*SEED, "--import", "results.jsonl")
     assert code == 130
@@ -255,9 +255,9 @@ def test_an_import_reports_before_it_draws_what_its_page_does_not_show(home, fak
 
 
 def test_an_imported_result_whose_drawing_fails_has_no_pictures(home, fake, study, results, runs, monkeypatch):
-    from basisadapt.study.record import record
+    from basisadapt.study.record import pictures
 
-    monkeypatch.setattr(record, "pictures", lambda title, result: {}[title])
+    monkeypatch.setattr(pictures, "pictures", lambda title, result: {}[title])
     code, _, err = study(*SEED, "--import", "results.jsonl", "--output", "report")
     assert code == 0
     assert err.count("cannot be drawn: KeyError") == 3

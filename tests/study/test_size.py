@@ -15,7 +15,8 @@ from basisadapt.study.outcome import Outcome
 from basisadapt.study.plan.cells import resolve
 from basisadapt.study.plan.spec import read_spec
 from basisadapt.study.plan.tuning import resolve_tuning
-from basisadapt.study.record import record as module
+from basisadapt.study.record import record as writing
+from basisadapt.study.record import runs as reading
 from basisadapt.study.record.record import Record
 from basisadapt.study.report import figures, text, text_tables
 from basisadapt.study.report.documents import report_document
@@ -170,7 +171,7 @@ def test_numbers_are_written_at_once_as_mlflow_writes_them(home, fake, monkeypat
     result = dataclasses.replace(result, curves=curves)
     run_ids = [record.start(parent, cell) for cell in (first, second)]
     record.finish(run_ids[0], first, result, {})
-    monkeypatch.setattr(module, "has_tables", lambda _: False)
+    monkeypatch.setattr(writing, "has_tables", lambda _: False)
     record.finish(run_ids[1], second, result, {})
     at_once, by_mlflow = (record._client.get_run(run_id).data.metrics for run_id in run_ids)
     assert at_once == by_mlflow
@@ -186,12 +187,12 @@ def test_the_record_is_read_at_once_as_mlflow_reads_it(home, fake, study, monkey
     assert study("tiny.yaml", "--seeds", "1,2")[0] == 1
     record = Record("sqlite:///mlflow.db", "tiny")
     with monkeypatch.context() as from_here:
-        from_here.setattr(module.Owner, "me", lambda: module.Owner.of(1))
+        from_here.setattr(reading.Owner, "me", lambda: reading.Owner.of(1))
         cell = resolve(read_spec("tiny.yaml"), seeds=[9]).cells[0]
         record.start(record.begin(read_spec("tiny.yaml"), {}), cell)
     named = "stable_rank/encoder.layer.0.output.dense"
     at_once = Record("sqlite:///mlflow.db", "tiny", ["curve/accuracy", named]).outcomes()
-    monkeypatch.setattr(module, "has_tables", lambda _: False)
+    monkeypatch.setattr(reading, "has_tables", lambda _: False)
     by_mlflow = record.outcomes()
     assert len(at_once) == 7
     for key, outcome in by_mlflow.items():

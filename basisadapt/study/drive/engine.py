@@ -146,7 +146,7 @@ def write_report(report: Report, place: StudyPaths) -> None:
     if place.output is not None:
         make_folder(place.output)
         record = Record(place.tracking_uri, report.table.study.spec.name)
-        write_files(report_files(report, record.pictures), place.output)
+        write_files(report_files(report, record.pictures.of), place.output)
 
 
 def _check_own_files(cells: Iterable[Cell], outcomes: Mapping[str, Outcome], data_dir: Path | None) -> None:

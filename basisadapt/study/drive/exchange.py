@@ -112,12 +112,12 @@ def import_results(
 
 def draw_pictures(place: StudyPaths, study: str, run_ids: Sequence[str]) -> None:
     """Draw the pictures of those runs that have none. An interrupted call is resumed by the next."""
-    record = Record(place.tracking_uri, study)
-    undrawn = record.undrawn(run_ids)
+    pictures = Record(place.tracking_uri, study).pictures
+    undrawn = pictures.undrawn(run_ids)
     if undrawn:
         tell(f"drawing the pictures of {len(undrawn)} cells; Ctrl-C leaves them to the next --import")
     for run_id in undrawn:
-        record.pictures(run_id)
+        pictures.of(run_id)
 
 
 def _numbered(paths: Sequence[Path]) -> Iterator[tuple[Path, int, ResultLine]]:

@@ -134,7 +134,7 @@ class Invocation:
 
     def end(self, report: Report) -> None:
         """Write the report to the parent run and to the output folder."""
-        files = report_files(report, self._record.pictures)
+        files = report_files(report, self._record.pictures.of)
         # MLflow truncates a long note, so the link comes first.
         compared = self._record.compare_path(report.table.run_ids)
         link = f"Compare its runs: `{compared}`\n\n" if compared else ""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from basisadapt.core.errors import InputError
 from basisadapt.core.redaction import redacted
 from basisadapt.study.record.stores import absolute, make_database, store_reason, with_retries
+from basisadapt.study.record.texts import write_into
 
 
 class RedactingClient:
@@ -26,6 +29,12 @@ class RedactingClient:
             return method(*map(_redact, values), **{key: _redact(value) for key, value in named.items()})
 
         return call
+
+    def log_files(self, run_id: str, files: Mapping[str, str | bytes]) -> None:
+        """Keep files, name to content, with a run; redacts secrets in texts."""
+        with tempfile.TemporaryDirectory() as folder:
+            write_into(Path(folder), files)
+            self.log_artifacts(run_id, folder)
 
 
 def _redact(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The metrics and parameters of a cell in MLflow."""
+"""The metrics, tags and parameters of a cell in MLflow."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from basisadapt.phi.settings import LowRankSettings, field_names
-from basisadapt.study.record.texts import clean
+from basisadapt.study.record.runs import ACCUMULATE, DATA, ENVIRONMENT, HEADLINE, WARNINGS
+from basisadapt.study.record.texts import clean, limited, warnings_text
 
 if TYPE_CHECKING:
     from basisadapt.study.plan.cells import Cell
@@ -27,6 +28,19 @@ def points_of(result: RunResult) -> Iterable[tuple[str, float, int]]:
         for name, value in numbers.items():
             if isinstance(value, float):
                 yield clean(f"{name}/{module}"), value, 0
+
+
+def tags_of(result: RunResult) -> dict[str, str]:
+    """What the tags of a run say of its result."""
+    tags = {
+        HEADLINE: clean(result.headline),
+        WARNINGS: warnings_text(result.warnings),
+        "mlflow.source.git.commit": result.environment.get("git_commit", "unknown"),
+        **{f"{ENVIRONMENT}{name}": value for name, value in result.environment.items()},
+        **{f"{DATA}{name}": str(value) for name, value in result.data.items()},
+        **({ACCUMULATE: str(result.accumulate)} if result.accumulate > 1 else {}),
+    }
+    return {clean(name): limited(value) for name, value in tags.items()}
 
 
 def parameters_of(cell: Cell) -> dict[str, str]:

@@ -6,9 +6,10 @@ import threading
 from collections.abc import Callable, Collection
 from contextlib import suppress
 
-from basisadapt.study.record.record import BEAT, Record
+from basisadapt.study.record.record import Record
 from basisadapt.study.record.stores import store_errors
 
+BEAT = 20.0  # seconds between heartbeats
 STOP_SECONDS = 10.0  # that the end of a thread is waited for, whose last heartbeat a lost server may hold up
 
 

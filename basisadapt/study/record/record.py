@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sqlite3
-import tempfile
 import time
 import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -14,47 +12,37 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from basisadapt.core.command import tell
-from basisadapt.core.errors import one_line
 from basisadapt.core.markup import in_markdown
-from basisadapt.diagnostics.figures import pictures
 from basisadapt.study.outcome import Outcome
-from basisadapt.study.record.bulk import has_tables, read_runs, write_points
+from basisadapt.study.record.bulk import has_tables, write_points
 from basisadapt.study.record.client import open_client
-from basisadapt.study.record.content import parameters_of, points_of
+from basisadapt.study.record.content import parameters_of, points_of, tags_of
 from basisadapt.study.record.notes import cell_note, guide
-from basisadapt.study.record.owner import Owner
+from basisadapt.study.record.pictures import Pictures
 from basisadapt.study.record.runs import (
-    ACCUMULATE,
     ALIVE,
     CELL,
     CLAIMED,
-    DATA,
-    ENVIRONMENT,
     ERROR,
-    HEADLINE,
     HOST,
     ROW,
     STATUS,
     TERMINAL,
     UNDRAWN,
-    WARNINGS,
+    Runs,
     precedence,
-    read_run,
     sign,
     signature,
 )
 from basisadapt.study.record.stores import (
-    FILES,
     artifact_folder,
     check_sound,
-    file_of,
-    move_files,
+    follow_files,
     sqlite_file,
     storable,
     store_errors,
 )
-from basisadapt.study.record.texts import METRICS, PARAMETERS, batches, clean, limited, warnings_text, write_into
+from basisadapt.study.record.texts import METRICS, PARAMETERS, batches, clean, limited
 from basisadapt.training.execution.json_lines import check_score, is_number
 
 if TYPE_CHECKING:
@@ -62,7 +50,6 @@ if TYPE_CHECKING:
     from basisadapt.study.plan.spec import StudySpec
     from basisadapt.training import RunResult
 
-BEAT, SILENCE = 20.0, 180.0  # seconds between heartbeats, and without one until a driver elsewhere counts as dead
 UNDECIDED, NOTICED = 10.0, 1.0  # seconds that a claim waits for a rival, and until the wait is reported
 ADAPTER = "adapter"  # the folder with the adapter, among the files of a run
 MAX_SINGLE_READS = 20  # cells whose runs are read one by one, which is faster than the whole record
@@ -97,35 +84,23 @@ class Record:
     study: the name of the study, and of its experiment.
     metrics: names with a slash that outcomes() includes; it includes all without. Default none.
 
-    Opening it creates a missing sqlite file, and updates the paths of files in a folder that was moved. Raises
-    InputError if the store cannot be opened.
+    runs: the runs of the study; pictures: their pictures. Opening it creates a missing sqlite file, and updates the
+    paths of files in a folder that was moved. Raises InputError if the store cannot be opened.
     """
 
     def __init__(self, tracking_uri: str, study: str, metrics: Collection[str] = ()) -> None:
         self.tracking_uri = tracking_uri
-        self.study = study
-        self._metrics = metrics
         self._client, found = open_client(tracking_uri, study)
-        self.experiment_id: str | None = found.experiment_id if found else None
         if found is not None:
-            self._find_files(found.artifact_location)
-        self._seen: dict[str, tuple[str, float]] = {}  # run id to its last heartbeat, and when that was first seen
-        self._texts: dict[tuple[tuple[str, str], ...], dict[str, str]] = {}
+            follow_files(tracking_uri, study, found.artifact_location)
+        self.runs = Runs(self._client, tracking_uri, found.experiment_id if found else None, metrics)
+        self.pictures = Pictures(self._client, self.runs)
         self._primary = ""  # the primary metric of the experiment, if it was set here
 
-    def _find_files(self, location: str) -> None:
-        """Update MLflow's file URIs if the database and the files next to it were moved from `location`.
-
-        Files in a folder of the user's choice, and files that were not moved, keep their URIs.
-        """
-        path, folder = sqlite_file(self.tracking_uri), artifact_folder(self.tracking_uri)
-        mine = f"/{FILES}/{urllib.parse.quote(self.study)}"
-        if path is None or folder is None or not location.startswith("file:") or not location.endswith(mine):
-            return
-        old = location.removesuffix(mine) + f"/{FILES}/"
-        if old != (new := f"{folder.as_uri()}/") and (folder.exists() or not file_of(old).exists()):
-            with suppress(sqlite3.Error):  # read-only: pictures are not found
-                move_files(path, old, new)
+    @property
+    def experiment_id(self) -> str | None:
+        """The id of the study's experiment; None before the first begin()."""
+        return self.runs.experiment_id
 
     @staticmethod
     def read(tracking_uri: str, study: str, metrics: Collection[str] = ()) -> dict[str, Outcome]:
@@ -142,15 +117,15 @@ class Record:
         cells: the cells to include, at least. Default None, all; a long study takes seconds to read.
         """
         few = cells is not None and len(cells) <= MAX_SINGLE_READS
-        runs = chain.from_iterable(map(self._runs_of, cells)) if cells is not None and few else self._every_run()
-        found = sorted((self._outcome(run) for run in runs if CELL in run.data.tags), key=precedence)
+        runs = chain.from_iterable(map(self.runs.of, cells)) if cells is not None and few else self.runs.every()
+        found = sorted((self.runs.outcome(run) for run in runs if CELL in run.data.tags), key=precedence)
         return {outcome.key: outcome for outcome in reversed(found)}
 
     def close_orphans(self) -> set[str]:
         """Close the open runs of dead processes as killed. Returns the ids of the runs that stay open."""
         running = set()
-        for run in self._runs("attributes.status = 'RUNNING'"):
-            if self._outcome(run).orphan:
+        for run in self.runs.where("attributes.status = 'RUNNING'"):
+            if self.runs.outcome(run).orphan:
                 self.close(run.info.run_id, "killed")
             else:
                 running.add(run.info.run_id)
@@ -167,12 +142,9 @@ class Record:
             folder = artifact_folder(self.tracking_uri)
             # Absolute, so that the next command finds the artifacts from any folder.
             place = (folder / spec.name).as_uri() if folder else None
-            self.experiment_id = self._make_experiment(spec.name, place)
-        for key, value in {
-            "mlflow.experimentKind": "custom_model_development",
-            "mlflow.note.content": guide(spec),
-        }.items():
-            self._client.set_experiment_tag(self.experiment_id, key, value)
+            self.runs.experiment_id = self._make_experiment(spec.name, place)
+        self._client.set_experiment_tag(self.experiment_id, "mlflow.experimentKind", "custom_model_development")
+        self._client.set_experiment_tag(self.experiment_id, "mlflow.note.content", guide(spec))
         self.close_orphans()
         name = f"{clean(spec.name)} {time.strftime('%Y-%m-%d %H:%M:%S')}"
         texts = {name: limited(value) for name, value in tags.items()}
@@ -239,8 +211,8 @@ class Record:
         me = (run.info.start_time, run.info.run_id)
         began, said = time.monotonic(), False
         while True:
-            others = [(other, self._outcome(other)) for other in self._runs_of(cell) if other.info.run_id != me[1]]
-            rivals = [(other, outcome) for other, outcome in others if outcome.done or outcome.busy]
+            others = [other for other in self.runs.of(cell) if other.info.run_id != me[1]]
+            rivals = [(other, seen) for other in others if (seen := self.runs.outcome(other)).done or seen.busy]
             for other, outcome in rivals:
                 if outcome.done or outcome.claimed or (other.info.start_time, other.info.run_id) < me:
                     return False
@@ -278,21 +250,10 @@ class Record:
         if self._client.get_run(run_id).info.status != "RUNNING":
             raise LostRunError(run_id)
         self._write_points(run_id, [point for point in points_of(result) if is_number(point[1])])
-        tags = {
-            HEADLINE: clean(result.headline),
-            WARNINGS: warnings_text(result.warnings),
-            "mlflow.note.content": cell_note(cell, result),
-            "mlflow.source.git.commit": result.environment.get("git_commit", "unknown"),
-            **{f"{ENVIRONMENT}{name}": value for name, value in result.environment.items()},
-            **{f"{DATA}{name}": str(value) for name, value in result.data.items()},
-            **({ACCUMULATE: str(result.accumulate)} if result.accumulate > 1 else {}),
-        }
-        self._client.log_batch(run_id, tags=[RunTag(clean(name), limited(value)) for name, value in tags.items()])
-        with tempfile.TemporaryDirectory() as folder:
-            whole = json.dumps({"config": cell.config.to_mapping(), **vars(result)})
-            for name, content in {"result.json": whole.encode(), **drawn}.items():
-                (Path(folder) / name).write_bytes(content)
-            self._client.log_artifacts(run_id, folder)
+        tags = {**tags_of(result), "mlflow.note.content": limited(cell_note(cell, result))}
+        self._client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+        whole = json.dumps({"config": cell.config.to_mapping(), **vars(result)})
+        self._client.log_files(run_id, {"result.json": whole.encode(), **drawn})
         if adapter is not None:
             self._client.log_artifacts(run_id, str(adapter), ADAPTER)
         if result.headline != self._primary:  # the default of the experiment's charts
@@ -321,9 +282,7 @@ class Record:
 
     def end(self, parent: str, note: str, files: Mapping[str, str | bytes]) -> None:
         """Write the files of an invocation's report, and close its parent run as finished."""
-        with tempfile.TemporaryDirectory() as folder:
-            write_into(Path(folder), files)
-            self._client.log_artifacts(parent, folder)
+        self._client.log_files(parent, files)
         self._client.set_tag(parent, "mlflow.note.content", limited(note))
         self.close(parent, "finished")
 
@@ -339,44 +298,6 @@ class Record:
         if self._client.get_run(run_id).info.status == "RUNNING":
             self.close(run_id, "killed", reason)
 
-    def pictures(self, run_id: str) -> dict[str, bytes]:
-        """The PNG files of a run, name to content; empty if they cannot be read.
-
-
-        Those of a run that was imported are drawn when they are asked for, from its result, and kept with it.
-        """
-        try:
-            tags = self._client.get_run(run_id).data.tags
-            if UNDRAWN in tags:
-                return self._draw(run_id, tags.get(ROW, ""))
-            names = sorted(file.path for file in self._client.list_artifacts(run_id))
-            return {name: self._file(run_id, name) for name in names if name.endswith(".png")}
-        except store_errors():
-            return {}
-
-    def undrawn(self, run_ids: Collection[str]) -> list[str]:
-        """Those of the runs whose pictures are still to be drawn."""
-        return [run.info.run_id for run in self._runs(f"tags.`{UNDRAWN}` = 'true'") if run.info.run_id in run_ids]
-
-    def _draw(self, run_id: str, row: str) -> dict[str, bytes]:
-        """Draw a run's pictures, and keep them with it where that can be done; what cannot be drawn has none."""
-        result = json.loads(self._file(run_id, "result.json"))
-        title = f"{row}, seed {result['config']['seed']}"
-        try:
-            drawn = pictures(title, result)
-        except Exception as error:  # whatever stands in the place of curves and spectra
-            tell(f"{title} (run {run_id}) cannot be drawn: {one_line(error)}")
-            drawn = {}
-        with suppress(*store_errors()), tempfile.TemporaryDirectory() as folder:
-            write_into(Path(folder), drawn)
-            self._client.log_artifacts(run_id, folder)
-            self._client.delete_tag(run_id, UNDRAWN)  # last: after a kill they are drawn again
-        return drawn
-
-    def _file(self, run_id: str, name: str) -> bytes:
-        with tempfile.TemporaryDirectory() as folder:
-            return Path(self._client.download_artifacts(run_id, name, folder)).read_bytes()
-
     def compare_path(self, run_ids: Sequence[str]) -> str | None:
         """The path of the page in MLflow's UI that compares these runs; None for more than MAX_COMPARED."""
         if len(run_ids) > MAX_COMPARED:
@@ -384,41 +305,3 @@ class Record:
         lists = {"runs": list(run_ids), "experiments": [self.experiment_id]}
         query = {name: json.dumps(ids, separators=(",", ":")) for name, ids in lists.items()}
         return f"/#/compare-runs?{urllib.parse.urlencode(query, safe='[],')}"
-
-    def _every_run(self) -> Iterable[Any]:
-        if self.experiment_id is None or not has_tables(self.tracking_uri):
-            return self._runs()
-        return read_runs(self.tracking_uri, self.experiment_id, self._metrics, HEADLINE)
-
-    def _runs_of(self, cell: Cell) -> Iterable[Any]:
-        return self._runs(f"tags.`{CELL}` = '{cell.key}'")
-
-    def _runs(self, where: str = "") -> Iterable[Any]:
-        token: str | None = None
-        while self.experiment_id is not None:
-            page = self._client.search_runs([self.experiment_id], where, max_results=1000, page_token=token)
-            yield from page
-            token = page.token
-            if not token:
-                return
-
-    def _outcome(self, run: Any) -> Outcome:
-        return read_run(run, self._is_gone, self._shared)
-
-    def _shared(self, texts: dict[str, str]) -> Mapping[str, str]:
-        """The same object for equal mappings: most cells of a study have the same versions and data."""
-        return self._texts.setdefault(tuple(texts.items()), texts)
-
-    def _is_gone(self, run: Any, owner: Owner) -> bool:
-        """Whether the driver of a run is dead: it has ended here, or elsewhere sent no heartbeat for SILENCE seconds.
-
-        A heartbeat counts when it differs from the last one, so the clocks of two hosts are never compared.
-        """
-        if owner.is_here or owner.is_dead:
-            return owner.is_dead
-        sign, now = run.data.tags.get(ALIVE, ""), time.monotonic()
-        seen, since = self._seen.setdefault(run.info.run_id, (sign, now))
-        if sign != seen:
-            self._seen[run.info.run_id] = sign, now
-            return False
-        return now - since > SILENCE

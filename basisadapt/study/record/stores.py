@@ -206,21 +206,27 @@ def absolute(url: str) -> str:
     raise InputError(f"{url!r} has a folder with one of ? # % : in its name; run from within the folder")
 
 
-def move_files(path: Path, old: str, new: str) -> None:
-    """Replace the prefix `old` of file URIs in MLflow's database by `new`."""
-    with _connection(path) as connection, connection:
-        for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
-            connection.execute(
-                f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
-                (new, len(old) + 1, len(old), old),
-            )
+def follow_files(tracking_uri: str, study: str, location: str) -> None:
+    """Update MLflow's file URIs if the database and the files next to it were moved from `location`, a study's folder.
+
+    Files in a folder of the user's choice, and files that were not moved, keep their URIs.
+    """
+    path, folder = sqlite_file(tracking_uri), artifact_folder(tracking_uri)
+    mine = f"/{FILES}/{urllib.parse.quote(study)}"
+    if path is None or folder is None or not location.startswith("file:") or not location.endswith(mine):
+        return
+    old, new = location.removesuffix(mine) + f"/{FILES}/", f"{folder.as_uri()}/"
+    left = Path(urllib.request.url2pathname(urllib.parse.urlsplit(old).path))
+    if old != new and (folder.exists() or not left.exists()):
+        # Where the database is read-only, pictures are not found.
+        with suppress(sqlite3.Error), _connection(path) as connection, connection:
+            for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
+                connection.execute(
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
+                    (new, len(old) + 1, len(old), old),
+                )
 
 
 def storable(text: str) -> str:
     """The text without lone surrogates and NUL characters, which some stores refuse."""
     return text.encode("utf-8", "replace").decode().replace("\0", "?")
-
-
-def file_of(uri: str) -> Path:
-    """The path of a file URI."""
-    return Path(urllib.request.url2pathname(urllib.parse.urlsplit(uri).path))

@@ -109,7 +109,13 @@ class Trials:
             value=value,
             params=params,
             distributions={key: self._space[key] for key in params},
-            user_attrs={**_attributes(cell), **attributes},
+            user_attrs={
+                "cell": cell.key,
+                "row": cell.row,
+                "seed": cell.seed,
+                "config": json.dumps(cell.config.to_mapping(), sort_keys=True),
+                **attributes,
+            },
         )
 
 
@@ -165,11 +171,6 @@ def is_orphan(trial: FrozenTrial, running: Collection[str]) -> bool:
         return Owner.parse(trial.user_attrs["owner"]).is_dead
     # Killed while asking; a trial that is just being asked for is younger.
     return trial.datetime_start is None or datetime.now() - trial.datetime_start > timedelta(minutes=1)
-
-
-def _attributes(cell: Cell) -> dict[str, Any]:
-    config = json.dumps(cell.config.to_mapping(), sort_keys=True)
-    return {"cell": cell.key, "row": cell.row, "seed": cell.seed, "config": config}
 
 
 def _state(value: float | None) -> TrialState:
