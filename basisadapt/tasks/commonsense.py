@@ -24,7 +24,7 @@ from basisadapt.tasks import commonsense_prompts as prompts
 from basisadapt.tasks.choice import ChoiceQuestion, ChoiceTask
 from basisadapt.tasks.commonsense_prompts import Asked, Layout
 from basisadapt.tasks.completion import Instruction, read_instructions, read_json
-from basisadapt.tasks.hub import ask_hub
+from basisadapt.tasks.hub import rows_from_hub
 from basisadapt.tasks.settings import DataSettings
 from basisadapt.tasks.task import TASKS, Rows, TaskData, readable_folder
 
@@ -82,6 +82,7 @@ SOURCES = {
         "openbookqa", 4_957, prompts.ANSWERS, "allenai/openbookqa", prompts.from_openbookqa, "main", test="test"
     ),
 }
+ALL_ON_HUB = tuple(dict.fromkeys(source.hub for source in SOURCES.values()))
 
 
 class CommonsenseTask(ChoiceTask):
@@ -101,9 +102,10 @@ class CommonsenseTask(ChoiceTask):
                 f"what the folder has for other tasks and is evaluated on {self.source} as well"
             )
 
-    def sources(self, data_dir: Path | None) -> Sequence[str]:
-        """The task's data set on the hub if data_dir is None, else empty."""
-        return _sources([self.source], data_dir)
+    @property
+    def on_hub(self) -> Sequence[str]:
+        """The task's data set."""
+        return (SOURCES[self.source].hub,)
 
     def load(self, data_dir: Path | None) -> TaskData:
         """Training and test rows, both shuffled by a fixed seed. Raises InputError naming file and row."""
@@ -167,15 +169,13 @@ class CommonsenseSuite(ChoiceTask, name="commonsense/all"):
     the first ones have equal shares.
     """
 
+    on_hub = ALL_ON_HUB
+
     def check(self, data_dir: Path | None) -> None:
         """Raise InputError unless there are a training file and a test file, or the hub is used (data_dir is None)."""
         _tested(data_dir)
         if not _trained(data_dir):
             raise InputError(f"data folder {str(data_dir)!r} has no {_file('boolq', 'train.json')} or another task's")
-
-    def sources(self, data_dir: Path | None) -> Sequence[str]:
-        """The data sets of all tasks on the hub if data_dir is None, else empty."""
-        return _sources(SOURCES, data_dir)
 
     def load(self, data_dir: Path | None) -> TaskData:
         """The training rows of all tasks, shuffled by a fixed seed, and the test rows, alternating between tasks."""
@@ -236,6 +236,7 @@ class PublishedMixture(CommonsenseMixture):
     """
 
     rows: ClassVar[int | None]
+    on_hub = ALL_ON_HUB
 
     def check(self, data_dir: Path | None) -> None:
         """Raise InputError unless the mixture or all training files exist, and a test file; the hub has all tasks."""
@@ -249,10 +250,6 @@ class PublishedMixture(CommonsenseMixture):
                 f"data folder {str(data_dir)!r} has no commonsense/{self.file}, nor {', '.join(missing)} to rebuild it"
             )
         _tested(data_dir)
-
-    def sources(self, data_dir: Path | None) -> Sequence[str]:
-        """The data sets of all tasks on the hub if data_dir is None, else empty."""
-        return _sources(SOURCES, data_dir)
 
     def load(self, data_dir: Path | None) -> TaskData:
         """The published mixture, or the rebuilt one; the recorded `split` then says so. Raises InputError."""
@@ -303,10 +300,6 @@ def _drawn(trained: Mapping[str, Rows], count: int) -> dict[str, Rows]:
 
 
 # --- files ---
-
-
-def _sources(tasks: Iterable[str], data_dir: Path | None) -> Sequence[str]:
-    return tuple(dict.fromkeys(SOURCES[task].hub for task in tasks)) if data_dir is None else ()
 
 
 def _file(source: str, name: str) -> Path:
@@ -403,10 +396,7 @@ def _converted(
 
 def _from_hub(source: str, split: str) -> Rows:
     place = SOURCES[source]
-    try:
-        rows = ask_hub(place.hub, place.subset, place.revision)[split]
-    except InputError as error:
-        raise InputError(f"{source} needs --data-dir or the hub: {error}") from error
+    rows = rows_from_hub(source, place.hub, place.subset, place.revision)[split]
     return _converted(rows, place.convert, source, f"{place.hub}, {split}")
 
 

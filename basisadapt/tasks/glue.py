@@ -6,7 +6,6 @@ Evaluation uses the development sets, as usual, since the test labels are withhe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +13,7 @@ import numpy as np
 
 from basisadapt.core.errors import InputError, unknown
 from basisadapt.tasks import metrics
-from basisadapt.tasks.hub import ask_hub
+from basisadapt.tasks.hub import rows_from_hub
 from basisadapt.tasks.split import split
 from basisadapt.tasks.tables import DataColumns, read_table
 from basisadapt.tasks.task import Rows, TaskData, readable_folder
@@ -45,6 +44,7 @@ class Glue(TextTask):
     names: ClassVar[tuple[str, ...]] = ()
     hub_text: ClassVar[tuple[str, ...]]
     splits_dev: ClassVar[bool] = False
+    on_hub = (HUB,)
 
     def check(self, data_dir: Path | None) -> None:
         """Raise InputError unless the files exist, or the hub is used (data_dir is None)."""
@@ -54,10 +54,6 @@ class Glue(TextTask):
         for path in self._files(data_dir):
             if not path.is_file():
                 raise InputError(f"data folder {str(data_dir)!r} has no {path.relative_to(data_dir)}")
-
-    def sources(self, data_dir: Path | None) -> Sequence[str]:
-        """GLUE on the hub if data_dir is None, else empty."""
-        return (HUB,) if data_dir is None else ()
 
     def load(self, data_dir: Path | None) -> TaskData:
         """Training rows, shuffled by a fixed seed, and development rows. Raises InputError naming file and row."""
@@ -98,10 +94,7 @@ class Glue(TextTask):
 
     def _from_hub(self) -> TaskData:
         subset = type(self).__name__.lower()
-        try:
-            parts = ask_hub(HUB, subset)
-        except InputError as error:
-            raise InputError(f"task glue/{subset} needs --data-dir or the hub: {error}") from error
+        parts = rows_from_hub(f"task glue/{subset}", HUB, subset)
 
         def rows(part: Any) -> Rows:
             return Rows(_texts([list(part[name]) for name in self.hub_text]), list(part["label"]))

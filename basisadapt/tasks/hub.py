@@ -79,6 +79,14 @@ def is_cached(source: str) -> bool:
     return Path(config.HF_DATASETS_CACHE, source.replace("/", "___")).is_dir()
 
 
+def rows_from_hub(what: str, source: str, config: str | None = None, revision: str | None = None) -> Any:
+    """`ask_hub` for `what`, which can be read from a folder too. Raises InputError, which names both ways."""
+    try:
+        return ask_hub(source, config, revision)
+    except InputError as error:
+        raise InputError(f"{what} needs --data-dir or the hub: {error}") from error
+
+
 @functools.lru_cache(maxsize=2)
 def ask_hub(source: str, config: str | None, revision: str | None = None) -> Any:
     """The splits of a data set, name to rows; the last two are cached. Raises InputError if it cannot be loaded."""

@@ -29,7 +29,7 @@ from basisadapt.tasks.completion import (
     teacher_forced,
     token_ids,
 )
-from basisadapt.tasks.hub import ask_hub
+from basisadapt.tasks.hub import rows_from_hub
 from basisadapt.tasks.settings import DataSettings
 from basisadapt.tasks.task import Example, Rows, Task, TaskData, readable_folder
 
@@ -46,15 +46,12 @@ class Alpaca(CompletionTask, name="instruct/alpaca"):
     """
 
     headline = "token_accuracy"
+    on_hub = (HUB,)
 
     def check(self, data_dir: Path | None) -> None:
         """Raise InputError unless there is a file, or the hub is used (data_dir is None)."""
         if data_dir is not None:
             _files(data_dir)
-
-    def sources(self, data_dir: Path | None) -> Sequence[str]:
-        """Alpaca on the hub if data_dir is None, else empty."""
-        return (HUB,) if data_dir is None else ()
 
     def load(self, data_dir: Path | None) -> TaskData:
         """The rows, sorted by their hashes. Raises InputError naming file and row, or for too few rows."""
@@ -93,10 +90,7 @@ def _files(data_dir: Path) -> list[Path]:
 
 
 def _from_hub() -> list[Instruction]:
-    try:
-        part = ask_hub(HUB, None)["train"]
-    except InputError as error:
-        raise InputError(f"task instruct/alpaca needs --data-dir or the hub: {error}") from error
+    part = rows_from_hub("task instruct/alpaca", HUB)["train"]
     return [Instruction(*row) for row in zip(part["instruction"], part["input"], part["output"], strict=True)]
 
 

@@ -137,9 +137,14 @@ class Task(ABC):
     def check(self, data_dir: Path | None) -> None:
         """Raise InputError if the data is not available. Except for the user's own data, no rows are read."""
 
-    def sources(self, data_dir: Path | None) -> Sequence[str]:
-        """The ids of the data sets that `load` reads from the hub; empty if it reads only local files."""
+    @property
+    def on_hub(self) -> Sequence[str]:
+        """The ids of the data sets on the hub that `load` reads without a data folder; none by default."""
         return ()
+
+    def sources(self, data_dir: Path | None) -> Sequence[str]:
+        """The ids of the data sets that `load` reads from the hub: `on_hub`, or none with a data folder."""
+        return self.on_hub if data_dir is None else ()
 
     @abstractmethod
     def load(self, data_dir: Path | None) -> TaskData:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from basisadapt.core.errors import InputError, unknown
-from basisadapt.tasks.hub import ask_hub
+from basisadapt.tasks.hub import rows_from_hub
 from basisadapt.tasks.image import ImageTask, decode
 from basisadapt.tasks.tables import check_columns
 from basisadapt.tasks.task import Rows, TaskData, readable_folder
@@ -63,9 +63,10 @@ class Photographs(ImageTask):
         if self.form == "zero_shot" and nameless:
             raise InputError(f"data.head zero_shot needs names of classes: {str(folder / 'classes.txt')!r} is missing")
 
-    def sources(self, data_dir: Path | None) -> Sequence[str]:
-        """The data set on the hub if data_dir is None, else empty."""
-        return (self.hub,) if data_dir is None else ()
+    @property
+    def on_hub(self) -> Sequence[str]:
+        """`hub`."""
+        return (self.hub,)
 
     def load(self, data_dir: Path | None) -> TaskData:
         """Training and test rows, shuffled by a fixed seed. No image is opened; files of other suffixes are skipped.
@@ -84,10 +85,7 @@ class Photographs(ImageTask):
         )
 
     def _from_hub(self) -> TaskData:
-        try:
-            parts = ask_hub(self.hub, None)
-        except InputError as error:
-            raise InputError(f"task vision/{self.folder} needs --data-dir or the hub: {error}") from error
+        parts = rows_from_hub(f"task vision/{self.folder}", self.hub)
         for split in ("train", self.held_out):
             if split not in parts:
                 raise InputError(f"hub data set {self.hub!r}: {unknown('split', split, parts)}")

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from basisadapt import InputError
-from basisadapt.tasks import DataSettings, commonsense, find
+from basisadapt.tasks import DataSettings, commonsense, find, hub
 from basisadapt.tasks import commonsense_prompts as prompts
 from basisadapt.tasks.choice import extract
 from basisadapt.tasks.commonsense import SOURCES
@@ -119,6 +119,12 @@ def test_other_instructions_are_refused(layout, spoil):
         layout.parse(spoil(WRITTEN[layout][0]))
 
 
+def cold(asked, labels, answer):
+    """A row of ARC or OpenBookQA. asked: the column of the question."""
+    choices = {"text": ["ice", "fire", "Answer2: "], "label": list(labels)}
+    return {asked: "What is cold?", "choices": choices, "answerKey": answer}
+
+
 @pytest.mark.parametrize(
     ("source", "row", "instruction", "right"),
     [
@@ -161,36 +167,9 @@ def test_other_instructions_are_refused(layout, spoil):
             WRITTEN[FILLINGS][0],
             0,
         ),
-        (
-            "arc_easy",
-            {
-                "question": "What is cold?",
-                "choices": {"text": ["ice", "fire", "Answer2: "], "label": ["A", "B", "C"]},
-                "answerKey": "B",
-            },
-            WRITTEN[ANSWERS][0],
-            1,
-        ),
-        (
-            "arc_challenge",
-            {
-                "question": "What is cold?",
-                "choices": {"text": ["ice", "fire", "Answer2: "], "label": ["1", "2", "3"]},
-                "answerKey": "1",
-            },
-            WRITTEN[ANSWERS][0],
-            0,
-        ),
-        (
-            "openbookqa",
-            {
-                "question_stem": "What is cold?",
-                "choices": {"text": ["ice", "fire", "Answer2: "], "label": ["A", "B", "C"]},
-                "answerKey": "C",
-            },
-            WRITTEN[ANSWERS][0],
-            2,
-        ),
+        ("arc_easy", cold("question", "ABC", "B"), WRITTEN[ANSWERS][0], 1),
+        ("arc_challenge", cold("question", "123", "1"), WRITTEN[ANSWERS][0], 0),
+        ("openbookqa", cold("question_stem", "ABC", "C"), WRITTEN[ANSWERS][0], 2),
     ],
 )
 def test_rows_of_the_hub_become_published_prompts(monkeypatch, source, row, instruction, right):
@@ -220,9 +199,8 @@ def test_a_regime_is_rebuilt_from_the_hub_without_a_folder(monkeypatch):
     }
     few = {name: place for name, place in SOURCES.items() if place.hub in rows}
     monkeypatch.setattr(commonsense, "SOURCES", few)
-    monkeypatch.setattr(
-        commonsense, "ask_hub", lambda hub, *_: dict.fromkeys(("train", "validation", "test"), [rows[hub]] * 9)
-    )
+    splits = ("train", "validation", "test")
+    monkeypatch.setattr(hub, "ask_hub", lambda source, *_: dict.fromkeys(splits, [rows[source]] * 9))
     data = find("commonsense/170k", DataSettings()).load(None)
     assert len(data.train) == 18
     assert data.about["split"].startswith("rebuilt without commonsense_170k.json, from all rows of the training files")

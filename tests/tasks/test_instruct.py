@@ -12,7 +12,7 @@ import torch
 from basisadapt import InputError, backbones
 from basisadapt.mt_bench import main
 from basisadapt.study.__main__ import main as study
-from basisadapt.tasks import find, instruct
+from basisadapt.tasks import find, hub
 from basisadapt.tasks.completion import generate, pad_left
 from basisadapt.tasks.instruct import converse
 from basisadapt.tasks.mt_bench import read_answers, read_bench
@@ -86,13 +86,13 @@ def test_without_a_folder_the_hub_is_asked(monkeypatch, tmp_path):
     here = task.load(write_alpaca(tmp_path))
     rows = json.loads((tmp_path / "instruct" / "alpaca_data.json").read_text())
     columns = {name: [row[name] for row in rows] for name in ("instruction", "input", "output")}
-    monkeypatch.setattr(instruct, "ask_hub", lambda source, _: {"tatsu-lab/alpaca": {"train": columns}}[source])
+    monkeypatch.setattr(hub, "ask_hub", lambda source, *_: {"tatsu-lab/alpaca": {"train": columns}}[source])
     assert task.load(None) == here
 
-    def fail(source, _):
+    def fail(source, *_):
         raise InputError(f"hub data set {source!r} could not be loaded: no network")
 
-    monkeypatch.setattr(instruct, "ask_hub", fail)
+    monkeypatch.setattr(hub, "ask_hub", fail)
     with pytest.raises(InputError, match=r"task instruct/alpaca needs --data-dir or the hub: .* no network"):
         task.load(None)
 
