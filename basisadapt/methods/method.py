@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,15 @@ class RandomBasisSettings(LowRankSettings):
     """
 
     basis_seed: int | None = seed()
+
+
+def random_basis_config(cls: Any, settings: RandomBasisSettings, **own: Any) -> PeftConfig:
+    """The configuration `cls` of peft for frozen matrices that follow from basis_seed and are not saved."""
+    key = settings.basis_seed or 0
+    with warnings.catch_warnings():  # peft warns that other machines may draw other numbers from the seed
+        warnings.simplefilter("ignore", UserWarning)
+        config: PeftConfig = cls(r=settings.r, projection_prng_key=key, save_projection=False, **own)
+    return config
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from basisadapt.methods.method import PeftMethod, RandomBasisSettings
+from basisadapt.methods.method import PeftMethod, RandomBasisSettings, random_basis_config
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -24,13 +23,5 @@ class RandLoRA(PeftMethod, name="randlora", settings=RandomBasisSettings, quanti
         """Peft's RandLoraConfig, whose bases follow from basis_seed."""
         from peft import RandLoraConfig
 
-        with warnings.catch_warnings():  # peft warns that other machines may draw other numbers from the seed
-            warnings.simplefilter("ignore", UserWarning)
-            return RandLoraConfig(
-                r=settings.r,
-                randlora_alpha=settings.lora_alpha,
-                randlora_dropout=settings.dropout,
-                projection_prng_key=settings.basis_seed or 0,
-                save_projection=False,
-                **common,
-            )
+        own = {"randlora_alpha": settings.lora_alpha, "randlora_dropout": settings.dropout}
+        return random_basis_config(RandLoraConfig, settings, **own, **common)

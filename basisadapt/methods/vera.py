@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from basisadapt.methods.method import PeftMethod, RandomBasisSettings
+from basisadapt.methods.method import PeftMethod, RandomBasisSettings, random_basis_config
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -23,12 +22,4 @@ class VeRA(PeftMethod, name="vera", settings=RandomBasisSettings, bounded=False)
         """Peft's VeraConfig, whose matrices follow from basis_seed."""
         from peft import VeraConfig
 
-        with warnings.catch_warnings():  # peft warns that other machines may draw other numbers from the seed
-            warnings.simplefilter("ignore", UserWarning)
-            return VeraConfig(
-                r=settings.r,
-                vera_dropout=settings.dropout,
-                projection_prng_key=settings.basis_seed or 0,
-                save_projection=False,
-                **common,
-            )
+        return random_basis_config(VeraConfig, settings, vera_dropout=settings.dropout, **common)
