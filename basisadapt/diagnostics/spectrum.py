@@ -16,12 +16,7 @@ def singular_values(matrix: Tensor) -> Tensor:
     They are the square roots of the eigenvalues of the Gram matrix, which is faster than an SVD. Values below 1e-8 σ₁
     are rounding.
     """
-    matrix = matrix.double()
-    largest = matrix.abs().max()
-    if largest == 0:
-        return matrix.new_zeros(min(matrix.shape))
-    matrix = matrix / largest  # squares neither overflow nor vanish
-    gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+    gram, largest = _gram(matrix)
     sigma: Tensor = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().flip(0)
     return largest * sigma
 
@@ -48,10 +43,7 @@ def largest_singular_value(matrix: Tensor) -> Tensor:
 
     σ₁² is the Rayleigh quotient of the longest column of G^(2^SQUARINGS), where G is the Gram matrix.
     """
-    matrix = matrix.double()
-    largest = matrix.abs().max()
-    matrix = matrix / largest.where(largest > 0, 1.0)
-    gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+    gram, largest = _gram(matrix)
     power = gram
     for _ in range(SQUARINGS):
         power = power / power.diagonal().max().clamp_min(torch.finfo(power.dtype).tiny)
@@ -59,6 +51,14 @@ def largest_singular_value(matrix: Tensor) -> Tensor:
     column = power[:, power.diagonal().argmax()]
     length = column.square().sum()
     return largest * ((column @ gram @ column) / length.where(length > 0, 1.0)).clamp_min(0).sqrt()
+
+
+def _gram(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The smaller Gram matrix of M / max |M|, whose squares neither overflow nor vanish, and max |M|; in float64."""
+    matrix = matrix.double()
+    largest = matrix.abs().max()
+    matrix = matrix / largest.where(largest > 0, 1.0)
+    return matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix, largest
 
 
 def captured(sigma: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from basisadapt.backbones import is_head
 from basisadapt.core.errors import InputError
 from basisadapt.diagnostics.diagnostic import DIAGNOSTICS, means
+from basisadapt.diagnostics.linear import NEGLIGIBLE
 from basisadapt.diagnostics.path import UpdatePath
 from basisadapt.diagnostics.spectrum import dc_share, normalised, singular_values, stable_rank, stable_rank_of
 from basisadapt.methods import Description, Method, ParameterGroup
@@ -26,7 +27,6 @@ from basisadapt.training.distributed.shard import gathered
 
 EARLY, MIDDLE = 0.1, 0.5  # of the steps; the paper uses 5 %, 50 % and the end (appendix I.1)
 SPECTRUM = 128  # singular values kept of each update
-NEGLIGIBLE = 1e-12  # an update too small to change a weight in any precision, such as rounding of a series at BA = 0
 CURVE_POINTS = 100
 STANDARD_NUMBERS = ("kind", "stable_rank", "dc_share", "spectrum")
 
