@@ -273,6 +273,7 @@ def test_optunas_distributions():
     assert distribution("adapter.omega_init", Range(1, 8)) == FloatDistribution(1, 8)
     assert distribution("train.lr", Range(1e-4, 1e-2, log=True)) == FloatDistribution(1e-4, 1e-2, log=True)
     assert distribution("train.max_steps", Range(10, 20)) == IntDistribution(10, 20)
+    assert distribution("data.facts", Range(64, 512)) == IntDistribution(64, 512)
     assert distribution("adapter.centre", (True, False)) == CategoricalDistribution((True, False))
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import operator
-import typing
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from basisadapt.core.errors import InputError
 from basisadapt.core.ranges import Choices, Range, parse_range
-from basisadapt.study.plan.keys import full_key
+from basisadapt.study.plan.keys import full_key, types_of
 from basisadapt.study.plan.spec import StudySpec
 
 if TYPE_CHECKING:
@@ -108,11 +107,5 @@ def _declared(key: str, plugins: Iterable[Iterable[Any]]) -> Range:
 
 def _is_whole(key: str) -> bool:
     """Whether a setting takes only integers."""
-    from basisadapt.methods import METHODS
-    from basisadapt.training.config import TrainSettings
-
-    group, _, name = key.partition(".")
-    owners = [TrainSettings] if group == "train" else [METHODS[method].settings for method in METHODS]
-    hints = {key: hint for owner in owners for key, hint in typing.get_type_hints(owner).items()}
-    options = typing.get_args(hints.get(name)) or (hints.get(name),)
-    return int in options and float not in options
+    types = types_of(key)
+    return int in types and float not in types

@@ -9,7 +9,7 @@ import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -233,20 +233,10 @@ def _whole(loader: Any, node: Any) -> int:
     return value
 
 
-def _text(loader: Any, node: Any) -> str:
-    text: str = loader.construct_yaml_str(node)
-    return text
-
-
-def _unknown(loader: Any, node: Any) -> None:
-    loader.construct_undefined(node)
-
-
 _Loader.add_constructor("tag:yaml.org,2002:int", _whole)
-_Loader.add_constructor("tag:yaml.org,2002:timestamp", _text)  # a date stays text
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", cast(Any, _Loader.construct_yaml_str))  # a date stays text
 for _tag in ("binary", "omap", "pairs", "set"):  # types that JSON lacks
-    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _unknown)
-
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", cast(Any, _Loader.construct_undefined))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )

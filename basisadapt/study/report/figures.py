@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from basisadapt.diagnostics.figures import verbatim
 from basisadapt.study import statistics
 from basisadapt.study.plan.keys import plain
+from basisadapt.study.report.formats import headline_text
 from basisadapt.study.report.table import by_name
 
 if TYPE_CHECKING:
@@ -39,9 +40,7 @@ def comparison_figure(table: Table) -> Figure:
             axes.set_title(verbatim(task), fontsize="medium")
     panels[0].set_yticks(range(len(names)), [verbatim(name) for name in names])
     panels[0].set_ylim(len(names) - 0.5, -0.5)
-    figure.supxlabel(
-        f"{verbatim(table.headline)}{', %' if table.percent else ''} (mean ± std over seeds)", fontsize="medium"
-    )
+    figure.supxlabel(f"{verbatim(headline_text(table))} (mean ± std over seeds)", fontsize="medium")
     figure.suptitle(_title(table, names))
     return figure
 
@@ -108,9 +107,7 @@ def curves_figure(table: Table) -> Figure:
     }
     figure.legend(drawn.values(), drawn.keys(), loc="outside right upper", fontsize="small")
     figure.supxlabel(verbatim(table.setting), fontsize="medium")
-    figure.supylabel(
-        f"{verbatim(table.headline)}{', %' if table.percent else ''} (mean ± std over seeds)", fontsize="medium"
-    )
+    figure.supylabel(f"{verbatim(headline_text(table))} (mean ± std over seeds)", fontsize="medium")
     figure.suptitle(_title(table, by_name(shown)))
     return figure
 
@@ -180,7 +177,7 @@ def against_figure(table: Table) -> Figure:
         axes.set_xlabel(verbatim(metric))
         axes.grid(alpha=0.3)
     over = "mean ± std over seeds" if tasks == 1 else f"mean over {tasks} tasks"
-    figure.axes[0].set_ylabel(f"{verbatim(table.headline)}{', %' if table.percent else ''} ({over})")
+    figure.axes[0].set_ylabel(f"{verbatim(headline_text(table))} ({over})")
     figure.suptitle(_title(table, shown))
     return figure
 

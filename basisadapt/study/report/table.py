@@ -164,11 +164,6 @@ class Table:
         return any(word in self.headline for word in PERCENT) and all(abs(value) <= 1 for value in values)
 
     @property
-    def point(self) -> float:
-        """One point of the headline metric: 0.01 if it is shown as a percentage, else 1."""
-        return 0.01 if self.percent else 1.0
-
-    @property
     def beside(self) -> dict[float, Table]:
         """The tables whose columns this one also shows.
 
@@ -212,14 +207,15 @@ class Table:
     def plateau(self, line: Line) -> RowPlateau | None:
         """The octaves of the tuned setting within one point of the best of a row's curve, see `statistics.plateau`.
 
-        A value at which a run diverged counts as worst. Only seeds whose cells have all ended count; None for no seed.
+        A point is 0.01 of a metric shown as a percentage, else 1. A value at which a run diverged counts as worst. Only
+        seeds whose cells have all ended count; None for no seed.
         """
-        curve = self.curve(line)
+        curve, point = self.curve(line), 0.01 if self.percent else 1.0
         by_seed = {seed: _scores(curve, seed) for seed in line.seeds}
         ended = {seed: scores for seed, scores in by_seed.items() if scores is not None}
         means = {x: math.fsum(scores[x] for scores in ended.values()) / len(ended) for x in curve} if ended else {}
-        whole = statistics.plateau(means, self.point)
-        found = {seed: statistics.plateau(scores, self.point) for seed, scores in ended.items()}
+        whole = statistics.plateau(means, point)
+        found = {seed: statistics.plateau(scores, point) for seed, scores in ended.items()}
         known = {seed: one for seed, one in found.items() if one is not None}
         if whole is None:
             return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -80,19 +79,18 @@ def _main(table: Table) -> TextTable:
         cells += [*others, *(cell for same in table.beside.values() for cell in compared(same.lines[index]))]
         rows.append([*cells, *(metric_text(name, line.mean_of(name)) for name in table.columns)])
 
-    score, *heads = [headline_text(table), "seeds", *_compared_heads(reference)]
-    header = ["row", score, *(["published"] if shows_published else []), *heads]
-    header += _heads_beside(table, score, heads)
+    header = _heads(table, shows_published, "seeds", *_compared_heads(reference))
     header += [metric_head(name) for name in table.columns]
     return TextTable(table.study.spec.title, header, rows, footnotes(table))
 
 
-def _heads_beside(table: Table, score: str, heads: Sequence[str]) -> list[str]:
-    """The column heads of `Table.beside`: the same ones for each of its tables."""
-    found = []
+def _heads(table: Table, shows_published: bool, *others: str) -> list[str]:
+    """The column heads of a row, its score and `others`, and these again for each table of `Table.beside`."""
+    score = headline_text(table)
+    heads = ["row", score, *(["published"] if shows_published else []), *others]
     for value in table.beside:
-        found += [f"{score} at {table.place(value)}", *(f"{head} at {plain(value)}" for head in heads)]
-    return found
+        heads += [f"{score} at {table.place(value)}", *(f"{head} at {plain(value)}" for head in others)]
+    return heads
 
 
 def _compared_heads(reference: Reference | None) -> list[str]:
@@ -125,9 +123,7 @@ def _across(table: Table) -> TextTable:
         rows.append([*cells, *others, *(c for same in table.beside.values() for c in compared(same.across[index]))])
 
     pairs = ["by task and seed (95 % CI)"] if reference is not None else []
-    score, *heads = [headline_text(table), "tasks", *_compared_heads(reference), *pairs]
-    header = ["row", score, *(["published"] if shows_published else []), *heads]
-    header += _heads_beside(table, score, heads)
+    header = _heads(table, shows_published, "tasks", *_compared_heads(reference), *pairs)
     notes = ["Means over tasks."]
     if reference is not None:
         notes[0] += (

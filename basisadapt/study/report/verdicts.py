@@ -68,7 +68,7 @@ def judge(table: Table) -> tuple[Verdict, ...]:
 
 def _test(table: Table, claim: Claim, pair: tuple[str, str]) -> _Test:
     one, other = (_values(table, claim, label) for label in pair)
-    difference, scale = statistics.difference(one, other), _scale(table, claim)
+    difference, scale = statistics.difference(one, other), 100 if table.percent and claim.metric is None else 1
     published = _published_difference(table, pair) if scale == 100 and claim.margin is None else None
     if claim.margin is None or difference is None:
         return _Test(claim, pair, difference, None, difference.p if difference else None, published, scale)
@@ -163,10 +163,6 @@ def _shown(table: Table, test: _Test) -> str:
         least = test.number(abs(difference.mean) + half, "")
         text += f", 90 % interval ± {test.number(half, '')}, within any margin above {least}"
     return text if test.published is None else f"{text}, published {test.published:+.2f}"
-
-
-def _scale(table: Table, claim: Claim) -> float:
-    return 100 if table.percent and claim.metric is None else 1
 
 
 def _published_difference(table: Table, pair: tuple[str, str]) -> float | None:
