@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import os
 import signal
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of torch: a process per core is enough
@@ -17,6 +19,9 @@ import hypothesis
 import pytest
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from basisadapt.training.config import RunConfig
 
 # The same examples every time, so that a change alone decides; --hypothesis-profile=default draws others.
 hypothesis.settings.register_profile("same", derandomize=True)
@@ -123,6 +128,14 @@ def save_encoder(folder: Path, **settings: float) -> str:
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The folder of a tiny encoder: for runs that are to be quick, and need not learn."""
     return save_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture
+def small(encoder: str) -> Callable[..., RunConfig]:
+    """`short_runs.config`, of a tiny encoder: for what does not depend on a real one."""
+    from tests.short_runs import config
+
+    return functools.partial(config, backbone=encoder)
 
 
 @pytest.fixture

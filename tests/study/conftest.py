@@ -9,10 +9,13 @@ from types import SimpleNamespace
 
 import fakes
 import pytest
+from common import SEEDS, table_of
 from forked import Forked
 
 from basisadapt.diagnostics import figures
 from basisadapt.study.__main__ import main
+from basisadapt.study.plan.cells import resolve
+from basisadapt.study.plan.spec import read_spec
 from basisadapt.study.report import files
 from basisadapt.tasks import hub
 from basisadapt.training import planning, running
@@ -154,3 +157,20 @@ def trials():
     import optuna
 
     return lambda: optuna.load_study(study_name="tiny", storage="sqlite:///optuna.db").get_trials()
+
+
+@pytest.fixture
+def undisturbed(home, fake, study, empty_databases, tmp_path_factory):
+    """The table of the 24 cells as one driver makes it that nothing happens to, and the cells' keys."""
+    from basisadapt.study.record.record import Record
+
+    folder = tmp_path_factory.mktemp("undisturbed")
+    shutil.copy(empty_databases / "mlflow.db", folder)
+    uri = f"sqlite:///{folder}/mlflow.db"
+    _, out, _ = study("tiny.yaml", *SEEDS, "--tracking-uri", uri)
+    return table_of(out), list(Record(uri, "tiny").outcomes())
+
+
+@pytest.fixture
+def two_bases(folder):
+    return resolve(read_spec("tiny.yaml"))

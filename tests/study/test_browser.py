@@ -10,8 +10,8 @@ import subprocess
 from html import escape, unescape
 
 import pytest
+from common import SOUND, outcome, outcomes
 from matplotlib.figure import Figure
-from test_report import SOUND, outcome, outcomes
 
 from basisadapt.study.plan.cells import resolve
 from basisadapt.study.plan.spec import read_spec

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from test_report import SOUND, outcomes
+from common import SOUND, outcomes
 
 from basisadapt.core.errors import InputError
 from basisadapt.study.plan.cells import resolve

@@ -13,15 +13,12 @@ import time
 from pathlib import Path
 
 import pytest
+from common import statuses, table_of
 from forked import Forked
 
 SEED = ("tiny.yaml", "--seeds", "1")
 # A machine without what only studies need. Of what is None in there, Python says that it is not found.
 ALONE = "import sys\n\nfor name in ('optuna', 'mlflow', 'datasets'):\n    sys.modules[name] = None\n"
-
-
-def table_of(out):
-    return out.split("\nRecorded in")[0]
 
 
 def train(*arguments, start=Forked):
@@ -114,15 +111,11 @@ def test_cells_run_elsewhere_are_as_if_run_here(home, fake, alone, study, runs, 
     code, out, _ = study("tiny.yaml", "--import", "results.jsonl")
     assert code == 0
     assert fake.ran == []
-    assert states(runs()) == ["finished"] * 9
+    assert statuses(runs()) == ["finished"] * 9
     assert [trial.state.name for trial in trials()] == ["COMPLETE"] * 9
     elsewhere = tmp_path_factory.mktemp("here")
     _, expected, _ = study("tiny.yaml", "--tracking-uri", f"sqlite:///{elsewhere}/mlflow.db")
     assert table_of(out) == table_of(expected)
-
-
-def states(found):
-    return [run.data.tags["status"] for run in found]
 
 
 def test_what_an_imported_cell_leaves(home, fake, study, results, runs):

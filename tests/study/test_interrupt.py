@@ -8,16 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from common import states
 
 from basisadapt.study.__main__ import main
 from basisadapt.study.record.record import Record
 from basisadapt.study.record.trials import Trials
 
 SEED = ("tiny.yaml", "--seeds", "1")
-
-
-def states(found):
-    return [run.info.status for run in found]
 
 
 def unheard(monkeypatch):

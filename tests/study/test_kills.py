@@ -1,7 +1,7 @@
 """Drivers killed at random moments of everything that they do: nothing is lost, doubled, left open or beyond repair.
 
 BASISADAPT_KILLS says how many, BASISADAPT_FIRST_KILL from which on: ten processes with 10 kills each, the first 0, 10,
-.. 90, make those of one with 100. Workers and servers are killed in `test_cluster.py`.
+.. 90, make those of one with 100. Workers and servers are killed in `test_ray.py` and `test_cluster.py`.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_report import no_pictures, outcome
+from common import no_pictures, outcome
 
 from basisadapt.core.errors import InputError
 from basisadapt.study.plan.cells import Cell, resolve

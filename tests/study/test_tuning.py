@@ -6,7 +6,7 @@ import csv
 import shutil
 
 import pytest
-from test_report import outcome
+from common import outcome, table_of
 
 from basisadapt.study.plan.cells import resolve
 from basisadapt.study.plan.spec import read_spec
@@ -25,10 +25,6 @@ def name_of(config):
 def peaked(config):
     """Best at a rate of each row's own; the seeds differ a little."""
     return 0.5 + 0.2 * (config.train.lr == BEST[name_of(config)]) + config.seed / 1000
-
-
-def table_of(out):
-    return out.split("\nRecorded in")[0]
 
 
 def tuning_of(out):

@@ -6,12 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
+from common import eventually, statuses, table_of
 from forked import Forked
 
 from basisadapt.training.execution import machine, scratch, workers
@@ -20,21 +20,6 @@ from basisadapt.training.execution.executor import JobSettings
 
 SEED = ("tiny.yaml", "--seeds", "1")
 STUDY = [sys.executable, "-m", "basisadapt.study", "tiny.yaml"]
-
-
-def table_of(out):
-    return out.split("\nRecorded in")[0]
-
-
-def states(found):
-    return [run.data.tags["status"] for run in found]
-
-
-def eventually(condition, seconds=300):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def workers_of(driver):
@@ -47,7 +32,7 @@ def test_the_table_of_two_workers_is_that_of_none(home, fake, faking, study, run
     assert code == 0
     assert fake.ran == []
     assert "[9/9] " in err
-    assert states(runs()) == ["finished"] * 9
+    assert statuses(runs()) == ["finished"] * 9
     assert sorted(trial.state.name for trial in trials()) == ["COMPLETE"] * 9
     elsewhere = tmp_path_factory.mktemp("inline")
     _, expected, _ = study("tiny.yaml", "--tracking-uri", f"sqlite:///{elsewhere}/mlflow.db")
@@ -84,7 +69,7 @@ def test_a_cell_that_takes_too_long_fails_and_the_others_go_on(home, faking, stu
     code, out, _ = study(*SEED, "--timeout", "4", *faking({("fourier", 1): "hang"}))
     assert code == 1
     assert "Failed: fourier seed 1 (took longer than the 4 s of --timeout)." in out
-    assert states(runs()) == ["finished", "finished", "failed"]
+    assert statuses(runs()) == ["finished", "finished", "failed"]
 
 
 def test_what_a_process_prints_as_it_starts_is_passed_on(home, faking, study, runs, monkeypatch):
@@ -96,7 +81,7 @@ def test_what_a_process_prints_as_it_starts_is_passed_on(home, faking, study, ru
         patch.setenv("PYTHONPATH", os.pathsep.join([str(home), os.environ.get("PYTHONPATH", "")]))
         code = study(*SEED, "--workers", "1", *options)[0]
     assert code == 0
-    assert states(runs()) == ["finished"] * 3
+    assert statuses(runs()) == ["finished"] * 3
 
 
 def test_a_process_that_hangs_as_it_starts_fails_its_cell(home, faking, study, runs, monkeypatch):
@@ -108,7 +93,7 @@ def test_a_process_that_hangs_as_it_starts_fails_its_cell(home, faking, study, r
     code, out, _ = study(*SEED, "--timeout", "1", *options)
     assert code == 1
     assert "Failed: fourier seed 1 (took longer than 2 s to start)." in out
-    assert states(runs()) == ["failed"] * 3
+    assert statuses(runs()) == ["failed"] * 3
 
 
 def test_of_a_process_that_ends_the_exit_code_is_told(home, faking, study, monkeypatch):
@@ -170,7 +155,7 @@ def test_a_process_that_cannot_be_started_is_not_blamed_on_the_record(home, faki
     assert (code, err.count("\n")) == (2, 1)
     assert "no process can be started for a cell: " in err
     assert "No space left on device: '/full/folder'" in err
-    assert set(states(runs())) == {"killed"}
+    assert set(statuses(runs())) == {"killed"}
 
 
 def test_out_of_memory_fails_the_cell_and_the_others_go_on(home, fake, study, runs):
@@ -178,7 +163,7 @@ def test_out_of_memory_fails_the_cell_and_the_others_go_on(home, fake, study, ru
     code, out, _ = study(*SEED)
     assert code == 1
     assert "Failed: sinc seed 1 (out of memory with a batch of 16 (OutOfMemoryError: CUDA out of memory." in out
-    assert states(runs()) == ["finished", "failed", "finished"]
+    assert statuses(runs()) == ["finished", "failed", "finished"]
 
 
 def test_the_batch_is_halved_where_memory_asks_for_it(home, fake, study, runs):
@@ -209,8 +194,8 @@ def test_ctrl_c_once_finishes_the_cell_that_runs(home, fake, study, runs):
     assert code == 130
     assert "finishing the cells that run; Ctrl-C again stops now" in err
     assert "to resume: python -m basisadapt.study tiny.yaml" in err
-    assert states(runs()) == ["finished", "finished"]
-    assert states(runs(parents=True)) == ["killed"]
+    assert statuses(runs()) == ["finished", "finished"]
+    assert statuses(runs(parents=True)) == ["killed"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -219,7 +204,7 @@ def test_ctrl_c_twice_and_sigterm_stop_at_once(home, fake, study, runs, trials, 
     fake.ways = {("sinc", 1): way}
     code, _, _ = study(*SEED)
     assert code == 130
-    assert states(runs()) == ["finished", "killed"]
+    assert statuses(runs()) == ["finished", "killed"]
     assert [trial.state.name for trial in trials()] == ["COMPLETE", "FAIL"]
     fake.ways = {}
     assert study(*SEED)[0] == 0
@@ -269,7 +254,7 @@ def test_a_driver_with_workers_is_interrupted_twice(driver, home, runs):
     driver.send_signal(signal.SIGINT)
     assert driver.wait(300) == 130
     assert not [worker for worker in left if worker.is_running()]
-    assert sorted(states(runs())) == ["finished"] * 7 + ["killed"] * 2
+    assert sorted(statuses(runs())) == ["finished"] * 7 + ["killed"] * 2
 
 
 def test_cores_and_gpus_are_shared_out(monkeypatch):

@@ -1,0 +1,18 @@
+"""The shipped studies, by what they need."""
+
+from __future__ import annotations
+
+import pytest
+
+from basisadapt.study.plan.spec import list_studies
+
+# Of a language model, on data that do not come with Python.
+LANGUAGE = {
+    "commonsense": "commonsense/all",
+    "commonsense_written": "commonsense/all",
+    "confirm_commonsense": "commonsense/all",
+    "instruct": "instruct/mt_bench",
+}
+VISION = {"vision_clip": "clip-vit-b32", "vision_dinov2": "dinov2-base"}  # and the weights that they download
+DRAWN = {"ablate_nonlinearity", "approximate", "capacity"}  # whose tasks are no data
+every_study = pytest.mark.parametrize("name", list_studies())
