@@ -124,7 +124,7 @@ def test_old_graphs_are_dropped_when_there_are_many(graphs, monkeypatch):
 
 def test_more_graphs_than_there_is_room_for_are_an_error(graphs, monkeypatch):
     monkeypatch.setattr(compiled, "KEPT", 0)
-    monkeypatch.setattr(compiled, "MOST", 1)
+    monkeypatch.setattr(compiled, "MAX_GRAPHS", 1)
     with pytest.raises(InputError, match="ever more graphs"):
         train(1)
 

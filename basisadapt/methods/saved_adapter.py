@@ -99,7 +99,7 @@ def merge_into(folder: Path, target: Path) -> Requirements:
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{str(target)!r} cannot be made: {error.strerror}") from error
+        raise InputError(f"{str(target)!r} cannot be created: {error.strerror}") from error
     base, processor = backbones.load(backbones.find(saved.backbone), saved.form, saved.num_labels, saved.weights)
     with backbones.quietly(), warnings.catch_warnings():
         # peft uses a name that transformers is about to drop.

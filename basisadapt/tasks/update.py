@@ -18,7 +18,7 @@ FILE = "updates.safetensors"  # in the data folder
 
 
 @dataclass(frozen=True)
-class Place:
+class StoredMatrix:
     """A matrix in a file, identified by its sha256."""
 
     file: Path
@@ -39,17 +39,17 @@ class Update(FittedMatrix, name="matrix/update"):
         _file_in(data_dir)
 
     def of_seed(self, seed: int, data_dir: Path | None) -> TaskData:
-        """The place of the matrix. Raises InputError for a file that is damaged or empty."""
+        """The matrix, by file and name. Raises InputError for a file that is damaged or empty."""
         file = _file_in(data_dir)
         matrices = _read(file)
         if not matrices:
             raise InputError(f"{str(file)!r} must hold at least one matrix")
         name = sorted(matrices)[seed % len(matrices)]
         digest = hashlib.sha256(np.ascontiguousarray(matrices[name]).tobytes()).hexdigest()
-        rows = Rows([Place(file, name, digest)], [0])
+        rows = Rows([StoredMatrix(file, name, digest)], [0])
         return TaskData(rows, rows, mark=f"one matrix: {name}, sha256 {digest}", about={"matrix": name})
 
-    def given(self, row: Place, weight: np.ndarray) -> np.ndarray:
+    def given(self, row: StoredMatrix, weight: np.ndarray) -> np.ndarray:
         """The matrix. Raises InputError where the weight has another shape, or the matrix is 0 or not finite."""
         matrix: np.ndarray = _read(row.file)[row.name].astype(np.float64)
         if matrix.shape != weight.shape:

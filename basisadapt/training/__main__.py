@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
         print_error(f"the results cannot be written: {one_line(error)}")
         return HAS_FAILURES
     except KeyboardInterrupt:
-        print("\nInterrupted. What is finished is kept; the same command goes on.", file=sys.stderr)
+        print("\nInterrupted. Finished cells are kept; the same command resumes.", file=sys.stderr)
         return INTERRUPTED
 
 

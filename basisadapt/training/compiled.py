@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from basisadapt.core.errors import InputError
 
 KEPT = 64  # graphs of earlier models, for the next one of the same kind
-MOST = 64  # graphs of one model: first block or later one, training or evaluation, one row or several
+MAX_GRAPHS = 64  # graphs of one model: first block or later one, training or evaluation, one row or several
 
 
 def check_compiler() -> None:
@@ -35,7 +35,7 @@ def compiled_blocks(model: nn.Module, wanted: bool = True) -> Iterator[None]:
 
     A block is what transformers would checkpoint. All of one class are one compilation; so are all shapes of a batch,
     and models of one kind, one after the other. Raises InputError for a model without blocks, and for one that takes
-    more than about MOST graphs.
+    more than about MAX_GRAPHS graphs.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -58,7 +58,7 @@ def compiled_blocks(model: nn.Module, wanted: bool = True) -> Iterator[None]:
 
 @contextmanager
 def _room_for_graphs() -> Iterator[None]:
-    """Let a function have as many graphs as MOST, beside those of earlier models, which are dropped beyond KEPT.
+    """Let a function have as many graphs as MAX_GRAPHS, beside those of earlier models, which are dropped beyond KEPT.
 
     The blocks of all models are one function to torch, which would run it uncompiled from the ninth graph on.
     """
@@ -66,7 +66,7 @@ def _room_for_graphs() -> Iterator[None]:
         torch.compiler.reset()
         counters.clear()
     try:
-        with torch._dynamo.config.patch(recompile_limit=KEPT + MOST, fail_on_recompile_limit_hit=True):
+        with torch._dynamo.config.patch(recompile_limit=KEPT + MAX_GRAPHS, fail_on_recompile_limit_hit=True):
             yield
     except FailOnRecompileLimitHit as error:
         raise InputError("--compile makes ever more graphs of this model: train it without") from error

@@ -88,7 +88,7 @@ def test_a_hub_that_cannot_be_reached_fails_once_and_before_anything_is_recorded
         (["tiny.yaml", "--tracking-uri", "./folder"], "--tracking-uri './folder' cannot be opened"),
         (["tiny.yaml", "--storage", "nosql://x"], "--storage 'nosql://x' cannot be opened"),
         (["tiny.yaml", "--storage", "sqlite:///mlflow.db"], "cannot share one database"),
-        (["tiny.yaml", "--output", "broken.py"], "--output 'broken.py' cannot be made"),
+        (["tiny.yaml", "--output", "broken.py"], "--output 'broken.py' cannot be created"),
         (["--report", "tiny.yaml"], "nothing of study 'tiny' is recorded"),
         ([], "give the NAME of a study"),
         (["tiny.yaml", "--nonsense"], "unrecognized arguments"),

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from common import statuses, table_of
+from common import add, statuses, table_of
 from forked import Forked
 
 SEED = ("tiny.yaml", "--seeds", "1")
@@ -261,7 +261,7 @@ def test_cells_of_other_options_are_refused(home, fake, study, results):
     code, _, err = study("tiny.yaml", "--seeds", "2", "--import", "results.jsonl")
     assert code == 2
     assert "line 1: cell " in err
-    assert "(sinc) is none of this study with these options" in err
+    assert "(sinc) is not a cell of this study with these options" in err
 
 
 def test_cells_of_other_options_are_passed_over_beside_cells_of_these(home, fake, study, results, runs):
@@ -444,8 +444,7 @@ def test_an_export_that_fails_leaves_nothing(home, fake, study, monkeypatch):
 
 
 def test_of_a_row_that_is_tuned_the_trials_travel_first(home, fake, study):
-    path = home / "tiny.yaml"
-    path.write_text(path.read_text() + "tune: {grid: {train.lr: [1e-3, 1e-2]}, seeds: [7], validation: 0.2}\n")
+    add(home, "tune: {grid: {train.lr: [1e-3, 1e-2]}, seeds: [7], validation: 0.2}\n")
     code, out, _ = study(*SEED, "--export", "cells.jsonl")
     assert (code, {line["config"]["seed"] for line in lines_of("cells.jsonl")}) == (0, {7})
     study("tiny.yaml", "--seeds", "1")

@@ -54,17 +54,17 @@ def export_cells(tuning: Tuning, place: StudyPaths, path: Path) -> int:
 def import_results(
     tuning: Tuning, place: StudyPaths, tags: Mapping[str, str], executor: Executor, paths: Sequence[Path]
 ) -> tuple[Report, list[ResultLine], list[str]]:
-    """Enter the results of `python -m basisadapt.training` into the record, and report; runs nothing.
+    """Record the results of `python -m basisadapt.training`, and report; runs nothing.
 
     tags: tags of the invocation's MLflow run.
     paths: files of results; they may hold other studies too.
 
     A cell that is done in the record stays as it is. A result of another study counts for a cell of the same
     configuration, and is skipped otherwise. Results of this study with other options are skipped and counted on stderr.
-    Returns the report; the lines of cells that failed, which are not entered and still to be run; and the runs of the
-    others, whose pictures `draw_pictures` draws.
-    Raises InputError before anything is entered: if the files have lines of this study but of no cell with these
-    options, if the configuration of a line does not match its key, or if a result cannot be plotted.
+    Returns the report; the lines of failed cells, which are not recorded and still to be run; and the runs of the
+    others, whose pictures `draw_pictures` draws. Raises InputError before anything is recorded: if the files have lines
+    of this study but of no cell with these options, if the configuration of a line does not match its key, or if a
+    result cannot be plotted.
     """
     check_paths(place)
     cells = {cell.key: cell for cell in tuning.possible_cells}
@@ -76,7 +76,7 @@ def import_results(
             cell = _cell_of(line, cells, tuning.spec.name)
             if cell is None:
                 if line.study == tuning.spec.name:
-                    problem = f"cell {line.key} ({line.row}) is none of this study with these options"
+                    problem = f"cell {line.key} ({line.row}) is not a cell of this study with these options"
                     elsewhere.append(InputError(f"{path}, line {number}: {problem}"))
                 continue
             if line.result is None:

@@ -61,7 +61,7 @@ def make_folder(output: Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--output {str(output)!r} cannot be made: {error.strerror}") from error
+        raise InputError(f"--output {str(output)!r} cannot be created: {error.strerror}") from error
     if not os.access(output, os.W_OK | os.X_OK):
         raise InputError(f"--output {str(output)!r} cannot be written")
     others = [name for name in KEPT if (output / name).exists()]

@@ -272,9 +272,7 @@ def _rule(spec: StudySpec, preset: str, changes: Sequence[str], seeds: Sequence[
         if not key.startswith(("adapter.", "train.")):
             raise InputError(f"{TUNE}{key}: only settings of the adapter and of training are tuned")
         if key in split.overrides:
-            raise InputError(
-                f"{key} is tuned; --set {TUNE}{key}={plain(split.overrides[key])} leaves it that value alone"
-            )
+            raise InputError(f"{key} is tuned; --set {TUNE}{key}={plain(split.overrides[key])} tries that value only")
     return from_mapping(Tune, {**asdict(rule), **own, "grid": grid}, "tune")
 
 

@@ -1,3 +1,3 @@
-"""The record: the stores, with MLflow's runs and Optuna's trials."""
+"""The record of cells: `record.py` writes one to MLflow, `runs.py` reads it back, `trials.py` mirrors it in Optuna."""
 
 from __future__ import annotations

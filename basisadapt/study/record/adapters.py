@@ -32,4 +32,4 @@ def fetch_adapter(tracking_uri: str, run_id: str, folder: Path) -> Path:
             raise InputError(f"run {run_id} has no adapter: it was run without --save-adapters, or its method has none")
         return Path(client.download_artifacts(run_id, ADAPTER, str(folder)))
     except (MlflowException, OSError) as error:
-        raise InputError(f"no adapter of run {run_id} can be had from {tracking_uri!r}: {one_line(error)}") from error
+        raise InputError(f"no adapter of run {run_id} in {tracking_uri!r}: {one_line(error)}") from error

@@ -34,14 +34,7 @@ from basisadapt.study.record.runs import (
     sign,
     signature,
 )
-from basisadapt.study.record.stores import (
-    artifact_folder,
-    check_sound,
-    follow_files,
-    sqlite_file,
-    storable,
-    store_errors,
-)
+from basisadapt.study.record.stores import artifact_folder, check_sound, follow_files, sqlite_file, store_errors
 from basisadapt.study.record.texts import METRICS, PARAMETERS, batches, clean, limited
 from basisadapt.training.execution.json_lines import check_score, is_number
 
@@ -277,7 +270,7 @@ class Record:
         """Close the run of a failed cell, with the reason."""
         self._client.set_tag(run_id, "mlflow.note.content", limited(f"Failed: {in_markdown(error)}"))
         if traceback:
-            self._client.log_text(run_id, storable(traceback), "traceback.txt")
+            self._client.log_files(run_id, {"traceback.txt": traceback})
         self.close(run_id, "failed", error)
 
     def end(self, parent: str, note: str, files: Mapping[str, str | bytes]) -> None:
