@@ -18,6 +18,12 @@ ALL = [(name, seed) for seed in (1, 2, 3) for name in ("lora", "sinc", "fourier"
 SOUND = [0.80, 0.85, 0.79, 0.70, 0.71, 0.75, 0.75, 0.84, 0.77]  # of the cells of tiny.yaml
 
 
+def add(folder, text):
+    """Append to the file of the study."""
+    path = folder / "tiny.yaml"
+    path.write_text(path.read_text() + text)
+
+
 def table_of(out):
     return out.split("\nRecorded in")[0]
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from common import SOUND, outcomes
+from common import SOUND, add, outcomes
 
 from basisadapt.core.errors import InputError
 from basisadapt.study.plan.cells import resolve
@@ -133,8 +133,7 @@ def test_a_claim_has_exactly_one_form(fields):
 
 
 def test_bad_claims_name_their_file(folder):
-    path = folder / "tiny.yaml"
-    path.write_text(path.read_text() + "claims: [{text: x, bettter: sinc}]\n")
+    add(folder, "claims: [{text: x, bettter: sinc}]\n")
     with pytest.raises(InputError, match=r"tiny.yaml.*did you mean 'claims\[0\].better'"):
         read_spec("tiny.yaml")
 

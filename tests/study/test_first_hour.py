@@ -6,6 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from common import add
 
 from basisadapt import study as studies
 from basisadapt.core.errors import InputError
@@ -37,8 +38,7 @@ def test_on_own_data_a_shipped_study_says_nothing_of_the_paper(home, fake, study
 
 def test_a_study_of_ones_own_keeps_its_claims_on_ones_own_data(folder):
     write_reviews(folder)
-    path = folder / "tiny.yaml"
-    path.write_text(path.read_text() + "claims: [{text: It does, better: sinc, than: LoRA}]\n")
+    add(folder, "claims: [{text: It does, better: sinc, than: LoRA}]\n")
     assert len(resolve(read_spec("tiny.yaml"), changes=["task=reviews.csv"]).spec.claims) == 1
 
 

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,16 +22,44 @@ from basisadapt.study.record.record import Record
 from basisadapt.study.record.runs import SILENCE
 
 
-def test_the_cells_of_a_live_process_are_left_alone_and_awaited(home, fake, study, runs, monkeypatch):
+@pytest.fixture
+def spec(home):
+    return read_spec("tiny.yaml")
+
+
+@pytest.fixture
+def cell(spec):
+    return resolve(spec, seeds=[1]).cells[0]
+
+
+@pytest.fixture
+def record(home):
+    return Record("sqlite:///mlflow.db", "tiny")
+
+
+@pytest.fixture
+def other():
+    """Another process, alive until `communicate`; its `owner`."""
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    process.owner = Owner.of(process.pid)
+    yield process
+    process.communicate()
+
+
+@contextmanager
+def acting_as(owner):
+    """Within, this process is another one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Owner, "me", lambda: owner)
+        yield
+
+
+def test_the_cells_of_a_live_process_are_left_alone_and_awaited(
+    fake, study, runs, monkeypatch, spec, cell, record, other
+):
     from basisadapt.study.drive import loop
 
-    spec = read_spec("tiny.yaml")
-    cell = resolve(spec, seeds=[1]).cells[0]
-    record = Record("sqlite:///mlflow.db", "tiny")
-    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    owner = Owner.of(other.pid)
-    with monkeypatch.context() as as_other:
-        as_other.setattr(Owner, "me", lambda: owner)
+    with acting_as(other.owner):
         run_id = record.start(record.begin(spec, {}), cell)
 
     def other_finishes(_seconds):
@@ -46,15 +75,9 @@ def test_the_cells_of_a_live_process_are_left_alone_and_awaited(home, fake, stud
     assert len(runs()) == 3
 
 
-def test_of_two_processes_that_start_a_cell_the_later_gives_way(home, monkeypatch):
-    spec = read_spec("tiny.yaml")
-    cell = resolve(spec, seeds=[1]).cells[0]
-    record = Record("sqlite:///mlflow.db", "tiny")
+def test_of_two_processes_that_start_a_cell_the_later_gives_way(spec, cell, record, other):
     parent = record.begin(spec, {})
-    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    owner = Owner.of(other.pid)
-    with monkeypatch.context() as as_other:
-        as_other.setattr(Owner, "me", lambda: owner)
+    with acting_as(other.owner):
         first = record.start(parent, cell)
     assert record.start(parent, cell) is None
     assert record.outcomes()[cell.key].run_id == first
@@ -62,15 +85,10 @@ def test_of_two_processes_that_start_a_cell_the_later_gives_way(home, monkeypatc
     assert record.start(parent, cell) is not None
 
 
-def test_a_cell_whose_process_dies_while_it_is_awaited_is_run(home, fake, study, runs, monkeypatch):
+def test_a_cell_whose_process_dies_while_it_is_awaited_is_run(fake, study, runs, monkeypatch, spec, record, other):
     from basisadapt.study.drive import loop
 
-    spec = read_spec("tiny.yaml")
-    record = Record("sqlite:///mlflow.db", "tiny")
-    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    owner = Owner.of(other.pid)
-    with monkeypatch.context() as as_other:
-        as_other.setattr(Owner, "me", lambda: owner)
+    with acting_as(other.owner):
         record.start(record.begin(spec, {}), resolve(spec, seeds=[1]).cells[0])
     monkeypatch.setattr(loop.time, "sleep", lambda _seconds: other.communicate())
     assert study("tiny.yaml", "--seeds", "1")[0] == 0
@@ -155,73 +173,60 @@ def test_a_dead_drivers_trial_gets_no_value_that_another_run_has_found(home, fak
     assert states == {(True, "COMPLETE"): 1, (True, "FAIL"): 1, (False, "COMPLETE"): 2}
 
 
-def test_of_claims_made_at_once_one_stays(home, monkeypatch):
+def test_of_claims_made_at_once_one_stays(monkeypatch, spec, cell, record, other):
     """In every order in which two drivers can write their runs and look at the other's."""
     from basisadapt.study.record import record as module
 
-    spec = read_spec("tiny.yaml")
-    cell = resolve(spec, seeds=[1]).cells[0]
-    record = Record("sqlite:///mlflow.db", "tiny")
     parent = record.begin(spec, {})
-    helper = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    try:
-        other = Owner.of(helper.pid)
-        create = record._client.create_run
+    create = record._client.create_run
 
-        def run_of_the_other(start_time, claimed=False):
-            tags = {"mlflow.parentRunId": parent, "basisadapt.cell": cell.key, "basisadapt.owner": str(other)}
-            tags |= {"basisadapt.claimed": "true"} if claimed else {}
-            return create(record.experiment_id, start_time=start_time, tags=tags).info.run_id
+    def run_of_the_other(start_time, claimed=False):
+        tags = {"mlflow.parentRunId": parent, "basisadapt.cell": cell.key, "basisadapt.owner": str(other.owner)}
+        tags |= {"basisadapt.claimed": "true"} if claimed else {}
+        return create(record.experiment_id, start_time=start_time, tags=tags).info.run_id
 
-        # A run that started earlier by its clock, but was written after this one had looked and claimed the cell.
-        run_id = record.start(parent, cell)
-        assert run_id is not None
-        with monkeypatch.context() as as_other:
-            as_other.setattr(Owner, "me", lambda: other)
-            late = record._client.get_run(run_of_the_other(start_time=1))
-            assert not record._claim(late, cell)
-        record.close(late.info.run_id, "killed")
-        record.close(run_id, "killed")
+    # A run that started earlier by its clock, but was written after this one had looked and claimed the cell.
+    run_id = record.start(parent, cell)
+    assert run_id is not None
+    with acting_as(other.owner):
+        late = record._client.get_run(run_of_the_other(start_time=1))
+        assert not record._claim(late, cell)
+    record.close(late.info.run_id, "killed")
+    record.close(run_id, "killed")
 
-        # A later run that is not claimed yet is waited for: it may have looked before this one was there.
-        future = int(time.time() * 1000) + 60_000
-        waits = []
+    # A later run that is not claimed yet is waited for: it may have looked before this one was there.
+    future = int(time.time() * 1000) + 60_000
+    waits = []
 
-        def then_it_claims(_):
-            waits.append(record._client.set_tag(rival, "basisadapt.claimed", "true"))
+    def then_it_claims(_):
+        waits.append(record._client.set_tag(rival, "basisadapt.claimed", "true"))
 
-        created = []
+    created = []
 
-        def create_both(*arguments, **options):
-            created.append(create(*arguments, **options))
-            return created[-1]
+    def create_both(*arguments, **options):
+        created.append(create(*arguments, **options))
+        return created[-1]
 
-        with monkeypatch.context() as at_once:
-            at_once.setattr(module.time, "sleep", then_it_claims)
-            at_once.setattr(record._client, "create_run", create_both)
-            at_once.setattr(record.runs, "of", lambda cell, look=record.runs.of: [] if not created else look(cell))
-            rival = run_of_the_other(start_time=future)
-            assert record.start(parent, cell) is None
-        assert len(waits) == 1
+    with monkeypatch.context() as at_once:
+        at_once.setattr(module.time, "sleep", then_it_claims)
+        at_once.setattr(record._client, "create_run", create_both)
+        at_once.setattr(record.runs, "of", lambda cell, look=record.runs.of: [] if not created else look(cell))
+        rival = run_of_the_other(start_time=future)
+        assert record.start(parent, cell) is None
+    assert len(waits) == 1
 
-        # One that neither claims it nor ends, as it was suspended: that is said, once, and then it has the cell.
-        record._client.delete_tag(rival, "basisadapt.claimed")
-        said = []
-        with monkeypatch.context() as suspended:
-            suspended.setattr(module, "NOTICED", 0.0)
-            suspended.setattr(module, "UNDECIDED", 0.3)
-            assert record.start(parent, cell, lambda: said.append("waiting")) is None
-        assert said == ["waiting"]
-    finally:
-        helper.communicate()
+    # One that neither claims it nor ends, as it was suspended: that is said, once, and then it has the cell.
+    record._client.delete_tag(rival, "basisadapt.claimed")
+    said = []
+    with monkeypatch.context() as suspended:
+        suspended.setattr(module, "NOTICED", 0.0)
+        suspended.setattr(module, "UNDECIDED", 0.3)
+        assert record.start(parent, cell, lambda: said.append("waiting")) is None
+    assert said == ["waiting"]
 
 
-def test_a_driver_on_another_host_is_dead_when_it_is_silent(home, monkeypatch):
-    spec = read_spec("tiny.yaml")
-    cell = resolve(spec, seeds=[1]).cells[0]
-    record = Record("sqlite:///mlflow.db", "tiny")
-    with monkeypatch.context() as elsewhere:
-        elsewhere.setattr(Owner, "me", lambda: Owner("another-host", 1, "1"))
+def test_a_driver_on_another_host_is_dead_when_it_is_silent(monkeypatch, spec, cell, record):
+    with acting_as(Owner("another-host", 1, "1")):
         run_id = record.start(record.begin(spec, {}), cell)
     assert record.outcomes()[cell.key].busy
     assert record.start(record.begin(spec, {}), cell) is None
@@ -239,10 +244,7 @@ def test_a_driver_on_another_host_is_dead_when_it_is_silent(home, monkeypatch):
 
 
 @pytest.mark.parametrize("skew", [-600, 600])
-def test_the_clock_of_another_host_may_be_wrong(home, fake, monkeypatch, skew):
-    spec = read_spec("tiny.yaml")
-    cell = resolve(spec, seeds=[1]).cells[0]
-    record = Record("sqlite:///mlflow.db", "tiny")
+def test_the_clock_of_another_host_may_be_wrong(fake, monkeypatch, skew, spec, cell, record):
     now = time.time
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(Owner, "me", lambda: Owner("another-host", 1, "1"))
@@ -254,15 +256,12 @@ def test_the_clock_of_another_host_may_be_wrong(home, fake, monkeypatch, skew):
     assert record.start(record.begin(spec, {}), cell) is None
 
 
-def test_both_stores_take_a_driver_elsewhere_for_dead_at_once(home, fake, study, runs, trials, monkeypatch):
+def test_both_stores_take_a_driver_elsewhere_for_dead_at_once(fake, study, runs, trials, monkeypatch, spec, record):
     from basisadapt.study.record import runs as module
     from basisadapt.study.record.trials import Trials
 
-    spec = read_spec("tiny.yaml")
-    record = Record("sqlite:///mlflow.db", "tiny")
     cells = resolve(spec, seeds=[1, 2]).cells
-    with monkeypatch.context() as elsewhere:
-        elsewhere.setattr(Owner, "me", lambda: Owner("another-host", 1, "1"))
+    with acting_as(Owner("another-host", 1, "1")):
         parent = record.begin(spec, {})
         for cell in cells[:2]:
             Trials("sqlite:///optuna.db", "tiny").ask(cell, record.start(parent, cell))
@@ -294,13 +293,10 @@ def test_a_driver_that_was_taken_for_dead_gives_its_cell_up(home, fake, study, r
     assert other.experiment_id is None
 
 
-def test_a_rival_that_was_suspended_before_its_claim_is_not_waited_for(home, monkeypatch):
+def test_a_rival_that_was_suspended_before_its_claim_is_not_waited_for(monkeypatch, spec, cell, record):
     from basisadapt.study.record import record as module
 
     monkeypatch.setattr(module, "UNDECIDED", 0.2)
-    spec = read_spec("tiny.yaml")
-    cell = resolve(spec, seeds=[1]).cells[0]
-    record = Record("sqlite:///mlflow.db", "tiny")
     parent = record.begin(spec, {})
     tags = {"basisadapt.cell": cell.key, "basisadapt.owner": str(Owner("another-host", 1, "1"))}
     rival = record._client.create_run(record.experiment_id, start_time=int(time.time() * 1000) + 60_000, tags=tags)

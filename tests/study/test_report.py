@@ -7,7 +7,7 @@ import dataclasses
 import io
 
 import pytest
-from common import SOUND, no_pictures, outcome, outcomes, reported
+from common import SOUND, add, no_pictures, outcome, outcomes, reported
 
 from basisadapt.diagnostics.diagnostic import DIAGNOSTICS, Diagnostic
 from basisadapt.study.plan.cells import resolve
@@ -73,8 +73,7 @@ def test_a_metric_that_is_no_fraction_is_not_scaled(two_bases):
 
 
 def test_a_study_may_name_further_columns(folder):
-    path = folder / "tiny.yaml"
-    path.write_text(path.read_text() + "columns: [active_n.mean, parameters.transfer, no.such]\n")
+    add(folder, "columns: [active_n.mean, parameters.transfer, no.such]\n")
     study = resolve(read_spec("tiny.yaml"))
     found = reported(study, SOUND, **{"active_n.mean": 24.125, "parameters.transfer": 3600.0})
     line = next(line for line in text.to_text(found).splitlines() if line.startswith("fourier"))
@@ -128,8 +127,7 @@ def test_a_run_says_on_its_page_that_phi_is_lora(two_bases):
 
 
 def test_costs_have_units(folder):
-    path = folder / "tiny.yaml"
-    path.write_text(path.read_text() + "columns: [memory.peak_bytes, adapter.bytes, tokens_per_second]\n")
+    add(folder, "columns: [memory.peak_bytes, adapter.bytes, tokens_per_second]\n")
     costs = {"memory.peak_bytes": 1.5e9, "adapter.bytes": 688_992.0, "tokens_per_second": 1234.5}
     found = reported(resolve(read_spec("tiny.yaml")), SOUND, **costs)
     (header,) = (line for line in text.to_markdown(found).splitlines() if line.startswith("| row"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from common import SOUND, no_pictures, outcome, outcomes, reported
+from common import SOUND, add, no_pictures, outcome, outcomes, reported
 
 from basisadapt.study.plan.cells import resolve
 from basisadapt.study.plan.spec import read_spec
@@ -31,13 +31,13 @@ def test_the_comparison_has_a_panel_for_each_task(folder):
 
 
 def test_a_study_may_be_drawn_against_what_rows_cost(folder):
-    path = folder / "tiny.yaml"
-    path.write_text(path.read_text() + "against: [parameters.trainable, seconds.train]\n")
+    add(folder, "against: [parameters.trainable, seconds.train]\n")
     found = reported(resolve(read_spec("tiny.yaml")), SOUND, **{"seconds.train": 3.0})
     assert report_files(found, no_pictures)["against.png"].startswith(b"\x89PNG")
     figure = figures.against_figure(found.table)
     assert [axes.get_xlabel() for axes in figure.axes] == ["parameters.trainable", "seconds.train"]
     assert [{text.get_text() for text in axes.texts} for axes in figure.axes] == [{"sinc", "fourier", "LoRA"}] * 2
+    path = folder / "tiny.yaml"
     path.write_text(path.read_text().replace("against: ", "columns: "))
     assert "against.png" not in report_files(reported(resolve(read_spec("tiny.yaml")), SOUND), no_pictures)
 

@@ -4,6 +4,7 @@ import math
 import shutil
 
 import pytest
+from common import add
 
 from basisadapt.core.errors import InputError
 from basisadapt.core.ranges import Range, parse_range
@@ -27,8 +28,7 @@ def search_of(name="tiny.yaml", changes=(), **options):
 @pytest.fixture
 def searched(home):
     """tiny.yaml with a space."""
-    path = home / "tiny.yaml"
-    path.write_text(path.read_text() + SPACE)
+    add(home, SPACE)
     return home
 
 
@@ -168,8 +168,7 @@ def test_a_trial_is_run_on_every_task_of_the_study(searched, fake, study):
 def test_cells_that_the_grid_has_run_are_not_run_again(searched, fake, study):
     (searched / "tiny.yaml").write_text((searched / "tiny.yaml").read_text().partition("\nsearch:")[0])
     study("tiny.yaml", "--seeds", "1")
-    path = searched / "tiny.yaml"
-    path.write_text(path.read_text() + "\nsearch: {basis: [sinc, fourier]}\n")
+    add(searched, "\nsearch: {basis: [sinc, fourier]}\n")
     fake.ran.clear()
     code, out, _ = study("tiny.yaml", "--search", "random", "--trials", "6", "--seeds", "1")
     assert (code, fake.ran) == (0, [])
@@ -251,8 +250,7 @@ def test_a_plugin_declares_its_range(folder):
 
 
 def test_declared_ranges_may_be_named(folder):
-    path = folder / "tiny.yaml"
-    path.write_text(path.read_text() + "search: {gain: declared, train.lr: [1e-3, 1e-2, log]}\n")
+    add(folder, "search: {gain: declared, train.lr: [1e-3, 1e-2, log]}\n")
     space = search_of().space()
     assert space == {"adapter.gain": DECLARED["adapter.gain"], "train.lr": Range(1e-3, 1e-2, log=True)}
 
@@ -301,8 +299,7 @@ def test_parsed_ranges():
     ],
 )
 def test_a_bad_space_is_one_line_and_leaves_nothing(folder, fake, study, text, message):
-    path = folder / "tiny.yaml"
-    path.write_text(path.read_text() + text + "\n")
+    add(folder, text + "\n")
     code, out, err = study("tiny.yaml", "--search", "tpe", "--trials", "3")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert message in err

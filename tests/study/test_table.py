@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from common import SOUND, no_pictures, outcome, outcomes
+from common import SOUND, add, no_pictures, outcome, outcomes
 
 from basisadapt.core.errors import InputError
 from basisadapt.study.plan.cells import resolve
@@ -16,8 +16,7 @@ from basisadapt.study.report.text_tables import text_tables
 
 def test_a_column_may_be_a_quotient_of_two_metrics(folder):
     """Cell by cell, so that its mean is that of the quotients; without a divisor there is none."""
-    path = folder / "tiny.yaml"
-    path.write_text(path.read_text() + "columns: [bits / parameters.trainable, bits / zero]\n")
+    add(folder, "columns: [bits / parameters.trainable, bits / zero]\n")
     study = resolve(read_spec("tiny.yaml"))
     cells = study.cells[:3]
     known = {

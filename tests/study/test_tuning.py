@@ -6,7 +6,7 @@ import csv
 import shutil
 
 import pytest
-from common import outcome, table_of
+from common import add, outcome, table_of
 
 from basisadapt.study.plan.cells import resolve
 from basisadapt.study.plan.spec import read_spec
@@ -30,11 +30,6 @@ def peaked(config):
 def tuning_of(out):
     """Row to the cells of the table of tuning."""
     return {line.split("  ")[0]: line.split()[1:] for line in out.partition("\nTuning\n")[2].splitlines()}
-
-
-def add(folder, text):
-    path = folder / "tiny.yaml"
-    path.write_text(path.read_text() + text)
 
 
 @pytest.fixture
@@ -278,7 +273,7 @@ def test_a_task_that_draws_its_rows_is_tuned_on_other_seeds_alone(tuned, ran, st
         ("[7]", "[]", [], "tune.seeds must be seeds that no row is reported with: there are none"),
         ("[7]", "[-7]", [], "seeds must be whole numbers of at least 0"),
         ("", "", ["--seeds", "7"], "7 is one of the study's"),
-        ("", "", ["--set", "train.lr=1e-2"], "train.lr is tuned; --set tune.train.lr=0.01 leaves it that value alone"),
+        ("", "", ["--set", "train.lr=1e-2"], "train.lr is tuned; --set tune.train.lr=0.01 tries that value only"),
         ("{method: lora}", "{method: lora, train.lr: 1}", [], "row 'LoRA' sets train.lr, which is tuned"),
         ("train.lr: [", "train.lrr: [", [], "did you mean 'train.lr'"),
         ("train.lr: [1e-3, 1e-2, 1e-1]", "method: [phi, lora]", [], "only settings of the adapter and of training"),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from common import eventually, statuses, table_of
+from common import add, eventually, statuses, table_of
 from forked import Forked
 
 from basisadapt.training.execution import machine, scratch, workers
@@ -40,8 +40,7 @@ def test_the_table_of_two_workers_is_that_of_none(home, fake, faking, study, run
 
 
 def test_a_search_with_workers_is_the_search_without(home, faking, study, tmp_path_factory):
-    path = home / "tiny.yaml"
-    path.write_text(path.read_text() + "search: {adapter.r: [2, 64], basis: [sinc, bspline]}\n")
+    add(home, "search: {adapter.r: [2, 64], basis: [sinc, bspline]}\n")
     search = ("tiny.yaml", "--search", "tpe", "--trials", "3", "--seeds", "1,2", *faking())
     code, out, err = study(*search, "--workers", "2")
     assert code == 0
@@ -211,8 +210,7 @@ def test_ctrl_c_twice_and_sigterm_stop_at_once(home, fake, study, runs, trials, 
 
 
 def test_ctrl_c_in_a_search(home, fake, study):
-    path = home / "tiny.yaml"
-    path.write_text(path.read_text() + "search: {basis: [gaussian_rbf, bspline]}\n")
+    add(home, "search: {basis: [gaussian_rbf, bspline]}\n")
     fake.ways = {(basis, 1): "SIGINT" for basis in ("gaussian_rbf", "bspline")}
     search = ("tiny.yaml", "--search", "random", "--trials", "2", "--seeds", "1,2")
     assert study(*search)[0] == 130
