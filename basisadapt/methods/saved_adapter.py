@@ -74,7 +74,7 @@ def merge_into(folder: Path, target: Path) -> Requirements:
     them. Returns what the adapter required.
 
     Raises InputError if there is no whole saved adapter, its backbone or a plug-in is missing, they do not fit, the
-    model is not a class of transformers or its weights are quantized, or `target` is not empty or cannot be made.
+    model is not a class of transformers or its weights are quantized, or `target` is not empty or cannot be created.
     """
     from peft import PeftModel
     from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME

@@ -164,7 +164,7 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_loaded(home, study,
     refuse("has no plain folder", form="zero_shot")
     refuse("basisadapt.json: unknown form 'txt'; did you mean 'text'", form="txt")
     refuse("basisadapt.json: unknown weights 'fp23'; did you mean 'fp32'", weights="fp23")
-    refuse(r"notes/x' cannot be made: Not a directory", plain=folder / "adapter_config.json" / "notes" / "x")
+    refuse(r"notes/x' cannot be created: Not a directory", plain=folder / "adapter_config.json" / "notes" / "x")
     refuse("trained on weights in nf4, into which it cannot be merged", weights="nf4")
     plain.mkdir()
     (plain / "notes.txt").touch()
