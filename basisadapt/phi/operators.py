@@ -110,18 +110,19 @@ def linked_linear(
 
     The conversion of x to the product's dtype is left to the compiler, which fuses it with what makes x.
     """
-    y: Tensor = torch.ops.basisadapt.linear(x.to(product_dtype(x, weight)), weight, bias, A, B, row, key)
+    y: Tensor = torch.ops.basisadapt.adapted_linear(x.to(product_dtype(x, weight)), weight, bias, A, B, row, key)
     return y
 
 
-# Plain definitions: the wrapper of `torch.library.custom_op` takes longer than a small layer's work.
+# Plain definitions: the wrapper of `torch.library.custom_op` takes longer than a small layer's work. So does an autograd
+# formula of `torch.library`, at every call: `adapted_linear` has the gradients, and leaves only the others in a graph.
 _library: Any = torch.library.Library("basisadapt", "DEF")
 # A CUDA graph would keep the functions of the step in which it was captured.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout, torch.Tag.cudagraph_unsafe)
 _AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
-_library.define(
-    "linear(Tensor x, Tensor? weight, Tensor? bias, Tensor A, Tensor B, Tensor row, Tensor key) -> Tensor", tags=_TAGS
-)
+_INPUTS = "(Tensor x, Tensor? weight, Tensor? bias, Tensor A, Tensor B, Tensor row, Tensor key)"
+_library.define(f"adapted_linear{_INPUTS} -> Tensor", tags=_TAGS)
+_library.define(f"linear{_INPUTS} -> Tensor", tags=_TAGS)
 _library.define(
     "linear_backward(Tensor upstream, Tensor x, Tensor? weight, Tensor A, Tensor B, Tensor key, bool form, "
     "bool trains) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -165,29 +166,31 @@ def _linear_backward_shapes(
     return grad_x, grad_weight, A.new_empty(A.shape), B.new_empty(B.shape), A.new_empty(LENGTH, dtype=torch.float64)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, A, B, _, key = inputs
-    ctx.save_for_backward(x, weight, A, B, key)
-    ctx.bias_dtype = None if bias is None else bias.dtype
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, row: Tensor, key: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, A, B, key)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        y: Tensor = torch.ops.basisadapt.linear(x, weight, bias, A, B, row, key)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = upstream
+        x, weight, A, B, key = ctx.saved_tensors
+        form, trains, of_bias, *_ = ctx.needs_input_grad
+        grad_x, grad_weight, grad_a, grad_b, row = torch.ops.basisadapt.linear_backward(
+            gradient, x, weight, A, B, key, form, trains
+        )
+        grad_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0).to(ctx.bias_dtype) if of_bias else None
+        return grad_x if form else None, grad_weight if trains else None, grad_bias, grad_a, grad_b, row, None
 
 
-def _differentiate(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, A, B, key = ctx.saved_tensors
-    form, trains, of_bias, *_ = ctx.needs_input_grad
-    grad_x, grad_weight, grad_a, grad_b, row = torch.ops.basisadapt.linear_backward(
-        upstream, x, weight, A, B, key, form, trains
-    )
-    grad_bias = upstream.reshape(-1, upstream.shape[-1]).sum(0).to(ctx.bias_dtype) if of_bias else None
-    return grad_x if form else None, grad_weight if trains else None, grad_bias, grad_a, grad_b, row, None
-
-
-def _refuse(ctx: Any, *upstream: Tensor) -> None:
-    raise RuntimeError("φ(BA) has gradients, and no gradients of gradients")
-
-
+_library.impl("adapted_linear", _Linear.apply, "CompositeImplicitAutograd")
 _library.impl("linear", _linear, "CompositeExplicitAutograd")
 _library.impl("linear_backward", _linear_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("basisadapt::linear", _linear_shape, lib=_library)
 torch.library.register_fake("basisadapt::linear_backward", _linear_backward_shapes, lib=_library)
-torch.library.register_autograd("basisadapt::linear", _differentiate, setup_context=_save, lib=_library)
-torch.library.register_autograd("basisadapt::linear_backward", _refuse, lib=_library)
