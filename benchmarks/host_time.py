@@ -162,7 +162,8 @@ def medians(works: dict[str, Callable[[], float]], rounds: int, unit: float) -> 
         for work in works.values():
             work()
     taken = [[work() / unit for work in works.values()] for _ in range(rounds)]
-    return {name: f"{statistics.median(times):.1f}" for name, times in zip(works, zip(*taken, strict=True), strict=True)}
+    columns = map(statistics.median, zip(*taken, strict=True))
+    return {name: f"{median:.1f}" for name, median in zip(works, columns, strict=True)}
 
 
 def measure(blocks: int, rounds: int, backend: str) -> dict[str, dict[str, str]]:
@@ -192,7 +193,7 @@ class NoKernels:
     """In place of the fused kernels."""
 
     @staticmethod
-    def effective_weight(weight: Tensor | None, A: Tensor, B: Tensor, evaluator: Evaluator, dtype: torch.dtype) -> Tensor:
+    def effective_weight(weight: Any, A: Tensor, B: Tensor, evaluator: Evaluator, dtype: torch.dtype) -> Tensor:
         """W + F(BA), not computed."""
         return A.new_empty(len(B), A.shape[1], dtype=dtype)
 

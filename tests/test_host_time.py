@@ -19,7 +19,7 @@ def test_every_part_of_a_step_has_its_time(monkeypatch, capsys):
         monkeypatch.setattr(module, name, getattr(module, name))  # restored after the script has replaced it
     monkeypatch.setitem(sums.AT_ONCE, "cpu", sums.AT_ONCE["cpu"])
     monkeypatch.setattr(host_time, "TIMES", 1)
-    monkeypatch.setattr("sys.argv", ["host_time.py", "--blocks", "1", "--rounds", "1"])
+    monkeypatch.setattr("sys.argv", ["host_time.py", "--blocks", "1", "--rounds", "1", "--backend", "eager"])
     host_time.main()
     _, _, *rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     cells = {name.strip(): [cell.strip() for cell in found] for _, name, *found, _ in (row.split("|") for row in rows)}
@@ -28,4 +28,4 @@ def test_every_part_of_a_step_has_its_time(monkeypatch, capsys):
     for name, (lora, *ours) in cells.items():
         assert bool(lora) == name.startswith("step")
         assert all(float(number) > 0 for number in ours)
-    assert float(cells["φ compiled, calls"][0]) < float(cells["φ compiled and chosen anew, calls"][0])
+    assert float(cells["φ compiled, calls"][1]) < float(cells["φ compiled and chosen anew, calls"][1])

@@ -114,8 +114,8 @@ def linked_linear(
     return y
 
 
-# Plain definitions: the wrapper of `torch.library.custom_op` takes longer than a small layer's work. So does an autograd
-# formula of `torch.library`, at every call: `adapted_linear` has the gradients, and leaves only the others in a graph.
+# Plain definitions: the wrapper of `torch.library.custom_op` takes longer than a small layer's work, and an autograd
+# formula of `torch.library` half as long. The gradients are those of `adapted_linear`, which a graph does not keep.
 _library: Any = torch.library.Library("basisadapt", "DEF")
 # A CUDA graph would keep the functions of the step in which it was captured.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout, torch.Tag.cudagraph_unsafe)
