@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from basisadapt.adapter import PhiConfig, PhiLinear
 from basisadapt.core.environment import environment
-from basisadapt.phi import choice, kernels, operators, sums
+from basisadapt.phi import choice, extent, kernels, operators, sums
 from basisadapt.phi.compiler import Compiled, Compiler
 from basisadapt.phi.evaluators import Evaluator
 
@@ -210,6 +210,7 @@ def as_on_a_gpu() -> None:
     kernels._fused = lambda *_: NoKernels
     choice.deferred = lambda _: True
     choice._send = lambda numbers: (numbers.clone(), choice._arrived)
+    choice.largest = lambda pairs: extent._at_once(pairs, extent.MEASURED_AT_ONCE_ELSEWHERE)
     sums.AT_ONCE["cpu"] = sums.AT_ONCE_ELSEWHERE
 
 

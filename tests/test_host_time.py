@@ -15,7 +15,7 @@ def test_every_part_of_a_step_has_its_time(monkeypatch, capsys):
     host_time = importlib.import_module("host_time")
     if host_time.DEVICE.type == "cuda":
         pytest.skip("the script times a GPU's kernels there")
-    for module, name in ((kernels, "_fused"), (choice, "deferred"), (choice, "_send")):
+    for module, name in ((kernels, "_fused"), (choice, "deferred"), (choice, "_send"), (choice, "largest")):
         monkeypatch.setattr(module, name, getattr(module, name))  # restored after the script has replaced it
     monkeypatch.setitem(sums.AT_ONCE, "cpu", sums.AT_ONCE["cpu"])
     monkeypatch.setattr(host_time, "TIMES", 1)
