@@ -94,17 +94,23 @@ def _largest(A: Tensor, B: Tensor, at_once: int) -> Tensor:
 
 
 @torch.no_grad()
-def towering(B: Tensor) -> Tensor | None:
-    """The indices of the rows of B (m, r) that are over TOWER times as large as the others; None if there are none.
+def towering(factors: Sequence[Tensor]) -> list[Tensor | None]:
+    """The indices of the rows of each B (m, r) that are over TOWER times as large as the others; None without any.
 
-    They are at most one row in TOWERS. A range that held them would be too coarse for the other rows.
+    They are at most one row in TOWERS. A range that held them would be too coarse for the other rows. The host waits for
+    the device, once for all of a shape.
     """
-    few = max(1, len(B) // TOWERS)
-    if len(B) <= few:
-        return None
-    sizes = torch.linalg.vector_norm(B.double(), dim=1)
-    rows: Tensor = (sizes > TOWER * sizes.topk(few + 1).values[few]).nonzero().flatten()
-    return rows if len(rows) else None
+    found: list[Tensor | None] = [None] * len(factors)
+    groups: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
+    for index, B in enumerate(factors):
+        groups.setdefault((B.shape, B.dtype), []).append(index)
+    for (shape, _), members in groups.items():
+        if shape[0] > (few := max(1, shape[0] // TOWERS)):
+            sizes = torch.linalg.vector_norm(torch.stack([factors[i] for i in members]).double(), dim=2)
+            tower = sizes > TOWER * sizes.topk(few + 1, dim=1).values[:, few:]
+            for index, rows, has in zip(members, tower, tower.any(1).tolist(), strict=True):
+                found[index] = rows.nonzero().flatten() if has else None
+    return found
 
 
 def without(B: Tensor, rows: Tensor | None) -> Tensor:
