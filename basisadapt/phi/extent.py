@@ -97,8 +97,8 @@ def _largest(A: Tensor, B: Tensor, at_once: int) -> Tensor:
 def towering(factors: Sequence[Tensor]) -> list[Tensor | None]:
     """The indices of the rows of each B (m, r) that are over TOWER times as large as the others; None without any.
 
-    They are at most one row in TOWERS. A range that held them would be too coarse for the other rows. The host waits for
-    the device, once for all of a shape.
+    They are at most one row in TOWERS. A range that held them would be too coarse for the other rows. The host waits
+    for the device, once for all of a shape.
     """
     found: list[Tensor | None] = [None] * len(factors)
     groups: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
