@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/host_time.py [--blocks 8] [--rounds 9] [--backend aot_eager]
 
-Blocks of seven layers 32 × 32, r = 2, 4 tokens, N = 8; on a GPU, if there is one. On a CPU, φ is chosen as on a GPU,
+Blocks of seven layers 32 × 32, r = 2, 4 tokens, N = 8; in bfloat16 on a GPU, if there is one. On a CPU, φ is chosen as on a GPU,
 where the host does not wait and tables are made together, and the fused kernels are left out: they return what memory
 held. Times are CPU time, medians over rounds in which the columns take
 turns. A step is a forward and a backward pass after all that trains has moved, launched one by one, or with every block
@@ -32,6 +32,7 @@ from basisadapt.phi.compiler import Compiled, Compiler
 from basisadapt.phi.evaluators import Evaluator
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16  # of the frozen weights
 LAYERS, SIDE, RANK, TOKENS, TIMES = 7, 32, 2, 4, 50
 COMMON: dict[str, Any] = {"r": RANK, "target_modules": r".*layers\.\d"}
 METHODS: dict[str, Any] = {
@@ -60,10 +61,10 @@ class Toy:
 
     def __init__(self, method: peft.PeftConfig, blocks: int, backend: str | None = None) -> None:
         torch.manual_seed(0)
-        base = nn.Sequential(*(Block() for _ in range(blocks))).to(DEVICE)
+        base = nn.Sequential(*(Block() for _ in range(blocks))).to(DEVICE, DTYPE)
         self.model = peft.get_peft_model(base, method)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.x = torch.randn(1, TOKENS, SIDE, device=DEVICE, requires_grad=True)
+        self.x = torch.randn(1, TOKENS, SIDE, device=DEVICE, dtype=DTYPE, requires_grad=True)
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 if "_B" in name or name.endswith("alpha"):
@@ -116,11 +117,15 @@ class Phi(Toy):
         row, key = made.rows_and_keys[1]
         x, W = self.x.detach(), layer.base_layer.weight.detach()
         forward, pull = (x, W, None, A, B, row.detach(), key), (x, x, W, A, B, key, True, False)
+
+        def pulled(by: Callable[..., tuple[Tensor, ...]]) -> None:
+            made.functions[layer.name].take(by(*pull)[-1])  # else a table's gradients would add up
+
         return {
             "forward operator of a layer": partial(torch.ops.basisadapt.linear.default, *forward),
             "forward operator, its own part": partial(operators._linear, *forward),
-            "pullback of a layer": partial(torch.ops.basisadapt.linear_backward.default, *pull),
-            "pullback, its own part": partial(operators._linear_backward, *pull),
+            "pullback of a layer": partial(pulled, torch.ops.basisadapt.linear_backward.default),
+            "pullback, its own part": partial(pulled, operators._linear_backward),
         }
 
 

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from basisadapt.phi import series
+from basisadapt.phi.cubics import Row
 from basisadapt.phi.evaluators import Evaluator, Series, Split
 from basisadapt.phi.weight import Execution, product, product_dtype, pull_back
 
@@ -147,8 +148,8 @@ def _linear_backward(
 ) -> tuple[Tensor, ...]:
     """The gradients to x, W, A, B and the row; an empty tensor for one that is not needed."""
     function = _known[int(key)]
-    # Tables and direct sums use autograd themselves, which torch's dispatcher has switched off here.
-    by_autograd = not isinstance(function.evaluator, Series)
+    # Tables of one module and direct sums use autograd themselves, which torch's dispatcher has switched off here.
+    by_autograd = not isinstance(function.evaluator, Series | Row)
     with torch._C._SetExcludeDispatchKeyGuard(_AUTOGRAD, False) if by_autograd else nullcontext():
         found = pull_back(upstream, x, weight, A, B, function.evaluator, function.execution, form, trains)
     row = function.leave(found.parameters)
