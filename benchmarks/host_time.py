@@ -2,13 +2,13 @@
 
     OMP_NUM_THREADS=1 python benchmarks/host_time.py [--blocks 8] [--rounds 9] [--backend aot_eager]
 
-Blocks of seven layers 32 × 32, r = 2, 4 tokens, N = 8; in bfloat16 on a GPU, if there is one. On a CPU, φ is chosen as on a GPU,
-where the host does not wait and tables are made together, and the fused kernels are left out: they return what memory
-held. Times are CPU time, medians over rounds in which the columns take
-turns. A step is a forward and a backward pass after all that trains has moved, launched one by one, or with every block
-compiled by torch (aot_eager traces and differentiates as inductor does, and fuses nothing). φ is compiled once a step,
-and once in VERIFY_EVERY steps also chosen anew; "calls" are those of torch's operators. The operators of a compiled
-layer are timed as its graph calls them, and without what torch does around them.
+Blocks of seven layers 32 × 32, r = 2, 4 tokens, N = 8; in bfloat16 on a GPU, if there is one. On a CPU, φ is chosen as
+on a GPU, where the host does not wait and tables are made together, and the fused kernels are left out: they return
+what memory held. Times are CPU time, medians over rounds in which the columns take turns. A step is a forward and a
+backward pass after all that trains has moved, launched one by one, or with every block compiled by torch (aot_eager
+traces and differentiates as inductor does, and fuses nothing). φ is compiled once a step, and once in VERIFY_EVERY
+steps also chosen anew; "calls" are those of torch's operators. The operators of a compiled layer are timed as its graph
+calls them, and without what torch does around them.
 """
 
 from __future__ import annotations
