@@ -44,17 +44,20 @@ def bounds(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
     pairs: A (r, n) and B (m, r). Matrices of equal shape are stacked, to launch few kernels.
     """
-    return _largest_row([A.T for A, _ in pairs]) * _largest_row([B for _, B in pairs]) * ROUNDING
+    columns, rows = ([pair[side] for pair in pairs] for side in (0, 1))
+    return _largest_norm(columns, transposed=True) * _largest_norm(rows) * ROUNDING
 
 
-def _largest_row(matrices: list[Tensor]) -> Tensor:
-    """The largest norm of a row of each matrix, float64."""
+def _largest_norm(matrices: list[Tensor], transposed: bool = False) -> Tensor:
+    """The largest norm of a row of each matrix, or of a column, float64."""
     groups: dict[tuple[tuple[int, ...], torch.dtype], list[int]] = {}
     for index, matrix in enumerate(matrices):
         groups.setdefault((tuple(matrix.shape), matrix.dtype), []).append(index)
     found = torch.empty(len(matrices), dtype=torch.float64, device=matrices[0].device)
     for (_, dtype), members in groups.items():
         stacked = torch.stack([matrices[i] for i in members])
+        if transposed:
+            stacked = stacked.mT.contiguous()
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         norms = torch.linalg.vector_norm(stacked, dim=2, dtype=wide).amax(1)
         found[index_tensor(tuple(members), found.device)] = norms.double()
