@@ -127,11 +127,6 @@ def _copies(cells: int) -> int:
     return 1 << (max(1, CELLS // cells).bit_length() - 1)
 
 
-def _pairs(table: Row) -> Tensor:
-    """The cubics, two float32 numbers per int64, shape (cells, 2)."""
-    return table.parameters[0].detach().view(torch.int64)
-
-
 def effective_weight(weight: Tensor | None, A: Tensor, B: Tensor, table: Row, dtype: torch.dtype) -> Tensor:
     """As `kernels.effective_weight`."""
     A, B = A.contiguous(), B.contiguous()
@@ -140,7 +135,7 @@ def effective_weight(weight: Tensor | None, A: Tensor, B: Tensor, table: Row, dt
     grid, constants = _plan(m, n, r, A.device, FORM)
     W, strides = (out, (n, 1)) if weight is None else (weight, weight.stride())
     kernels_triton.launch(
-        _form, grid, FORM, (W, out, A, B, _pairs(table), table.packed), table.half, m, n, r, *strides,
+        _form, grid, FORM, (W, out, A, B, table.pairs, table.packed), table.half, m, n, r, *strides,
         weight is not None, *constants,
     )  # fmt: skip
     return out
@@ -156,11 +151,11 @@ def pull_back(dense: Tensor, A: Tensor, B: Tensor, table: Row) -> tuple[Tensor, 
     sums = torch.zeros(copies * size, dtype=torch.int64, device=A.device)
     of_cubics = torch.empty_like(table.parameters[0])
     kernels_triton.launch(
-        _pull, grid, PULL, (dense, A, B, _pairs(table), table.packed, largest, sums), table.half, m, n, r,
+        _pull, grid, PULL, (dense, A, B, table.pairs, table.packed, largest, sums), table.half, m, n, r,
         size, copies, *constants,
     )  # fmt: skip
     kernels_triton.launch(
-        _collect, (triton.cdiv(size, COLLECT.columns), 1, 1), COLLECT, (sums, largest, of_cubics), size, copies,
+        _collect, (-(-size // COLLECT.columns), 1, 1), COLLECT, (sums, largest, of_cubics), size, copies,
         COLLECT.columns,
     )  # fmt: skip
     product = kernels_triton.product_in_float32

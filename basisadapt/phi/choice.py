@@ -81,12 +81,12 @@ class Work:
         A, B = self.pairs[index]
         return len(B) * A.shape[1]
 
-    @property
+    @functools.cached_property
     def dtypes(self) -> list[torch.dtype]:
         """The dtype of each module's arithmetic."""
         return [compute_dtype(A) for A, _ in self.pairs]
 
-    @property
+    @functools.cached_property
     def tolerance(self) -> float | Tensor:
         """The tolerances, shape (M,); one number if all are equal."""
         asked = tuple(map(_tolerance, self.tolerances, self.dtypes))
@@ -211,7 +211,7 @@ class Choice:
 
     def _look(self, work: Work) -> list[Evaluator | Split]:
         """A full inspection, and the evaluators. The host waits for the device."""
-        apart = [towering(B) for _, B in work.pairs]
+        apart = towering([B for _, B in work.pairs])
         extent, measured = _measured(work, apart)
         last = series.POINTS[-1]
         tries = [last] if deferred(work.gains) else [points for points in series.POINTS if points >= self._points]

@@ -231,10 +231,11 @@ class Compiler:
 
     def _compile(self, wanted: bool) -> Compiled:
         pairs, sharded = self._gathered()
-        with torch.no_grad():
-            pairs = [(A.detach(), B.detach()) for A, B in pairs]
-            # A product with 1 copies many tensors in one kernel launch.
-            held = iter([] if sharded else torch._foreach_mul([factor for pair in pairs for factor in pair], 1))
+        if not sharded:
+            with torch.no_grad():
+                # A product with 1 copies many tensors in one kernel launch.
+                held = iter(torch._foreach_mul([factor for pair in pairs for factor in pair], 1))
+            pairs = list(zip(held, held, strict=True))
         tables, names = self.bank.tables, list(self._modules)
         copies = tuple(table.detach().clone() for table in tables)
         device = pairs[0][0].device
@@ -254,7 +255,7 @@ class Compiler:
                 slack = HALF_ROUNDING if sharded else 1.0
                 work = Work(self.bank.functions(gains), tables, single, pairs, gains, tolerances, slack)
                 evaluators = self._choice.evaluators(work)
-        kept = None if sharded else dict(zip(names, zip(held, held, strict=True), strict=True))
+        kept = None if sharded else dict(zip(names, pairs, strict=True))
         trained = tuple(table.requires_grad for table in tables)
         ways = {where: Execution(self.backend(where), self._dense) for where in {A.device for A, _ in pairs}}
         functions = [

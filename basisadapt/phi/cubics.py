@@ -191,8 +191,31 @@ class Row(Cubics):
 
         packed: shape (PACKED,), in their dtype, what kernels also need: 1 / R, R / step, path · R, 1 / step, the path.
         """
-        super().__init__(cubics.detach(), half, packed[3], packed[1], path)
-        self.parameters, self.packed = (cubics,), packed
+        self.half, self.parameters, self.packed, self._path = half, (cubics,), packed, path
+
+    # Made when they are needed: kernels need none but `pairs`, and a model has hundreds of tables.
+
+    @functools.cached_property
+    def pairs(self) -> Tensor:
+        """The cubics, two float32 numbers per int64, shape (cells, 2)."""
+        return self.parameters[0].detach().view(torch.int64)
+
+    @functools.cached_property
+    def _cubics(self) -> Tensor:  # type: ignore[override]
+        return self.parameters[0].detach()
+
+    @functools.cached_property
+    def _inverse(self) -> Tensor:  # type: ignore[override]
+        return self.packed[3]
+
+    @functools.cached_property
+    def _most(self) -> Tensor:  # type: ignore[override]
+        return self.packed[1]
+
+    @property
+    def cells(self) -> int:
+        """The number of cells."""
+        return self.parameters[0].shape[0]
 
     def gradients(self, sums: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The gradient to the cubics."""

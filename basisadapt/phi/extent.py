@@ -44,17 +44,20 @@ def bounds(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
     pairs: A (r, n) and B (m, r). Matrices of equal shape are stacked, to launch few kernels.
     """
-    return _largest_row([A.T for A, _ in pairs]) * _largest_row([B for _, B in pairs]) * ROUNDING
+    columns, rows = ([pair[side] for pair in pairs] for side in (0, 1))
+    return _largest_norm(columns, transposed=True) * _largest_norm(rows) * ROUNDING
 
 
-def _largest_row(matrices: list[Tensor]) -> Tensor:
-    """The largest norm of a row of each matrix, float64."""
+def _largest_norm(matrices: list[Tensor], transposed: bool = False) -> Tensor:
+    """The largest norm of a row of each matrix, or of a column, float64."""
     groups: dict[tuple[tuple[int, ...], torch.dtype], list[int]] = {}
     for index, matrix in enumerate(matrices):
         groups.setdefault((tuple(matrix.shape), matrix.dtype), []).append(index)
     found = torch.empty(len(matrices), dtype=torch.float64, device=matrices[0].device)
     for (_, dtype), members in groups.items():
         stacked = torch.stack([matrices[i] for i in members])
+        if transposed:
+            stacked = stacked.mT.contiguous()
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         norms = torch.linalg.vector_norm(stacked, dim=2, dtype=wide).amax(1)
         found[index_tensor(tuple(members), found.device)] = norms.double()
@@ -94,17 +97,23 @@ def _largest(A: Tensor, B: Tensor, at_once: int) -> Tensor:
 
 
 @torch.no_grad()
-def towering(B: Tensor) -> Tensor | None:
-    """The indices of the rows of B (m, r) that are over TOWER times as large as the others; None if there are none.
+def towering(factors: Sequence[Tensor]) -> list[Tensor | None]:
+    """The indices of the rows of each B (m, r) that are over TOWER times as large as the others; None without any.
 
-    They are at most one row in TOWERS. A range that held them would be too coarse for the other rows.
+    They are at most one row in TOWERS. A range that held them would be too coarse for the other rows. The host waits
+    for the device, once for all of a shape.
     """
-    few = max(1, len(B) // TOWERS)
-    if len(B) <= few:
-        return None
-    sizes = torch.linalg.vector_norm(B.double(), dim=1)
-    rows: Tensor = (sizes > TOWER * sizes.topk(few + 1).values[few]).nonzero().flatten()
-    return rows if len(rows) else None
+    found: list[Tensor | None] = [None] * len(factors)
+    groups: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
+    for index, B in enumerate(factors):
+        groups.setdefault((B.shape, B.dtype), []).append(index)
+    for (shape, _), members in groups.items():
+        if shape[0] > (few := max(1, shape[0] // TOWERS)):
+            sizes = torch.linalg.vector_norm(torch.stack([factors[i] for i in members]).double(), dim=2)
+            tower = sizes > TOWER * sizes.topk(few + 1, dim=1).values[:, few:]
+            for index, rows, has in zip(members, tower, tower.any(1).tolist(), strict=True):
+                found[index] = rows.nonzero().flatten() if has else None
+    return found
 
 
 def without(B: Tensor, rows: Tensor | None) -> Tensor:

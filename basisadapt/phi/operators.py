@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from basisadapt.phi import series
+from basisadapt.phi.cubics import Row
 from basisadapt.phi.evaluators import Evaluator, Series, Split
 from basisadapt.phi.weight import Execution, product, product_dtype, pull_back
 
@@ -40,7 +41,8 @@ class Function:
         """The gradient to the row; one that does not fit into it waits for `take` in the same backward pass."""
         if isinstance(self.evaluator, Series):
             (moments,) = gradients
-            return moments if len(moments) == LENGTH else F.pad(moments, (0, LENGTH - len(moments)))
+            short = LENGTH - moments.shape[0]
+            return F.pad(moments, (0, short)) if short else moments
         task = torch._C._current_graph_task_id()
         before = self._waiting.get(task)
         added = gradients if before is None else tuple(map(torch.add, before, gradients))
@@ -52,7 +54,8 @@ class Function:
         if row is None:
             return [None] * len(self.evaluator.parameters)
         if isinstance(self.evaluator, Series):
-            return [row[: len(self.evaluator.parameters[0])]]
+            length = self.evaluator.parameters[0].shape[0]
+            return [row if length == LENGTH else row[:length]]
         waiting = self._waiting.pop(torch._C._current_graph_task_id())
         return [g.to(p.dtype) for g, p in zip(waiting, self.evaluator.parameters, strict=True)]
 
@@ -83,7 +86,9 @@ def rows_and_keys(functions: Sequence[Function]) -> list[tuple[Tensor, Tensor]]:
     _known.update(zip(keys, functions, strict=True))
     parameters = [parameter for function in functions for parameter in function.evaluator.parameters]
     rows = _Rows.apply(functions, *parameters)  # type: ignore[no-untyped-call]
-    return [(row, torch.tensor(key, device="cpu")) for row, key in zip(rows, keys, strict=True)]
+    # `scalar_tensor` takes a third of the time of `tensor`.
+    numbers = (torch.scalar_tensor(key, dtype=torch.int64, device="cpu") for key in keys)
+    return list(zip(rows, numbers, strict=True))
 
 
 class _Rows(torch.autograd.Function):
@@ -110,18 +115,19 @@ def linked_linear(
 
     The conversion of x to the product's dtype is left to the compiler, which fuses it with what makes x.
     """
-    y: Tensor = torch.ops.basisadapt.linear(x.to(product_dtype(x, weight)), weight, bias, A, B, row, key)
+    y: Tensor = torch.ops.basisadapt.adapted_linear(x.to(product_dtype(x, weight)), weight, bias, A, B, row, key)
     return y
 
 
-# Plain definitions: the wrapper of `torch.library.custom_op` takes longer than a small layer's work.
+# Plain definitions: the wrapper of `torch.library.custom_op` takes longer than a small layer's work, and an autograd
+# formula of `torch.library` half as long. The gradients are those of `adapted_linear`, which a graph does not keep.
 _library: Any = torch.library.Library("basisadapt", "DEF")
 # A CUDA graph would keep the functions of the step in which it was captured.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout, torch.Tag.cudagraph_unsafe)
 _AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
-_library.define(
-    "linear(Tensor x, Tensor? weight, Tensor? bias, Tensor A, Tensor B, Tensor row, Tensor key) -> Tensor", tags=_TAGS
-)
+_INPUTS = "(Tensor x, Tensor? weight, Tensor? bias, Tensor A, Tensor B, Tensor row, Tensor key)"
+_library.define(f"adapted_linear{_INPUTS} -> Tensor", tags=_TAGS)
+_library.define(f"linear{_INPUTS} -> Tensor", tags=_TAGS)
 _library.define(
     "linear_backward(Tensor upstream, Tensor x, Tensor? weight, Tensor A, Tensor B, Tensor key, bool form, "
     "bool trains) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -142,8 +148,8 @@ def _linear_backward(
 ) -> tuple[Tensor, ...]:
     """The gradients to x, W, A, B and the row; an empty tensor for one that is not needed."""
     function = _known[int(key)]
-    # Tables and direct sums use autograd themselves, which torch's dispatcher has switched off here.
-    by_autograd = not isinstance(function.evaluator, Series)
+    # Tables of one module and direct sums use autograd themselves, which torch's dispatcher has switched off here.
+    by_autograd = not isinstance(function.evaluator, Series | Row)
     with torch._C._SetExcludeDispatchKeyGuard(_AUTOGRAD, False) if by_autograd else nullcontext():
         found = pull_back(upstream, x, weight, A, B, function.evaluator, function.execution, form, trains)
     row = function.leave(found.parameters)
@@ -165,29 +171,31 @@ def _linear_backward_shapes(
     return grad_x, grad_weight, A.new_empty(A.shape), B.new_empty(B.shape), A.new_empty(LENGTH, dtype=torch.float64)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, A, B, _, key = inputs
-    ctx.save_for_backward(x, weight, A, B, key)
-    ctx.bias_dtype = None if bias is None else bias.dtype
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, row: Tensor, key: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, A, B, key)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        y: Tensor = torch.ops.basisadapt.linear(x, weight, bias, A, B, row, key)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = upstream
+        x, weight, A, B, key = ctx.saved_tensors
+        form, trains, of_bias, *_ = ctx.needs_input_grad
+        grad_x, grad_weight, grad_a, grad_b, row = torch.ops.basisadapt.linear_backward(
+            gradient, x, weight, A, B, key, form, trains
+        )
+        grad_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0).to(ctx.bias_dtype) if of_bias else None
+        return grad_x if form else None, grad_weight if trains else None, grad_bias, grad_a, grad_b, row, None
 
 
-def _differentiate(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, A, B, key = ctx.saved_tensors
-    form, trains, of_bias, *_ = ctx.needs_input_grad
-    grad_x, grad_weight, grad_a, grad_b, row = torch.ops.basisadapt.linear_backward(
-        upstream, x, weight, A, B, key, form, trains
-    )
-    grad_bias = upstream.reshape(-1, upstream.shape[-1]).sum(0).to(ctx.bias_dtype) if of_bias else None
-    return grad_x if form else None, grad_weight if trains else None, grad_bias, grad_a, grad_b, row, None
-
-
-def _refuse(ctx: Any, *upstream: Tensor) -> None:
-    raise RuntimeError("φ(BA) has gradients, and no gradients of gradients")
-
-
+_library.impl("adapted_linear", _Linear.apply, "CompositeImplicitAutograd")
 _library.impl("linear", _linear, "CompositeExplicitAutograd")
 _library.impl("linear_backward", _linear_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("basisadapt::linear", _linear_shape, lib=_library)
 torch.library.register_fake("basisadapt::linear_backward", _linear_backward_shapes, lib=_library)
-torch.library.register_autograd("basisadapt::linear", _differentiate, setup_context=_save, lib=_library)
-torch.library.register_autograd("basisadapt::linear_backward", _refuse, lib=_library)

@@ -1,6 +1,7 @@
 """Tables of many modules at once, in as many kernel launches as one module's table takes.
 
-A table has one of SIZES, and all modules whose tables have one kind and one size are batched. The cubics are a linear
+A table has one of SIZES, and all modules whose tables have one kind are batched, at the largest one's size: cells are
+cheap, launches are not. Tables much smaller than the largest are a batch of their own. The cubics are a linear
 image of the functions at equally spaced places, through which autograd carries the gradients to α, ω, the grid and the
 gain of all modules.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ from basisadapt.phi.series import Tables
 
 SIZES = tuple(FINE * FEWEST // 2 * number << k for k in range(12) for number in (2, 3))  # cells on either side of zero
 AT_ONCE = 1 << 22  # cells made at a time
+SMALLER = 4  # how many times as large a table may be made as it has to be
+
+Key = tuple[type[Made], int, torch.dtype]  # a table's kind, half size and dtype
 
 
 def fit(
@@ -57,12 +61,13 @@ def rows(
     tables: Tables,
     parameters: tuple[Tensor, ...],
     radius: Tensor,
-    fitted: dict[int, tuple[type[Made], int, torch.dtype]],
+    fitted: Mapping[int, Key],
 ) -> dict[int, Row]:
     """The tables of the modules in `fitted`, by index; radius: R, shape (M,). The host does not wait for a GPU."""
-    groups: dict[tuple[type[Made], int, torch.dtype], list[int]] = {}
+    groups: dict[Key, list[int]] = {}
+    sizes = _shared(set(fitted.values()))
     for index, key in fitted.items():
-        groups.setdefault(key, []).append(index)
+        groups.setdefault(sizes[key], []).append(index)
     made: dict[int, Row] = {}
     with torch.no_grad():
         all_of_them = tables(*(p.double() for p in parameters))
@@ -77,6 +82,18 @@ def rows(
             for index, row, numbers in zip(some, cubics.unbind(), packed.unbind(), strict=True):
                 made[index] = Row(row, half, numbers, path)
     return made
+
+
+def _shared(keys: Collection[Key]) -> dict[Key, Key]:
+    """For each kind, half size and dtype those of the batch that it joins."""
+    joined: dict[Key, Key] = {}
+    largest: dict[tuple[type[Made], torch.dtype], int] = {}
+    for key in sorted(keys, key=lambda key: -key[1]):
+        kind, half, dtype = key
+        if SMALLER * half < largest.setdefault((kind, dtype), half):
+            largest[kind, dtype] = half
+        joined[key] = kind, largest[kind, dtype], dtype
+    return joined
 
 
 def _some(members: Sequence[int], half: int) -> Iterator[tuple[int, ...]]:

@@ -98,6 +98,19 @@ def test_sizes_follow_reach_and_tolerance_and_have_limits():
         assert [f is None for f in together.fit(transfer, unbounded, [1e-4] * 3, [MOST] * 3, [0] * 3)] == [0, 1, 0]
 
 
+def test_tables_share_a_batch_unless_one_is_much_smaller():
+    of_all, parameters = stacked(*three("sinc"), *three("sinc"))
+    radii, sizes = RADII.repeat(2), (192, 3072, 384, 768, 3072, 192)
+    dtypes = [torch.float32] * 5 + [torch.float64]
+    rows = together.rows(of_all, parameters, radii, {i: (Table, sizes[i], d) for i, d in enumerate(dtypes)})
+    assert [rows[i].half for i in range(6)] == [384, 3072, 384, 3072, 3072, 192]
+    for index, single in enumerate(three("sinc") * 2):
+        z = torch.linspace(-1, 1, 50, dtype=dtypes[index]) * radii[index].to(dtypes[index])
+        truth = single(z.double())
+        found = rows[index].value(z, rows[index].scratch(50, z)).double()
+        assert (found - truth).abs().max() <= 1e-5 * truth.abs().max()
+
+
 def test_memory_for_few_cells_makes_some_modules_at_a_time(monkeypatch):
     of_all, parameters = stacked(*three("sinc"))
     fitted = dict.fromkeys(range(3), (Table, 192, torch.float64))
