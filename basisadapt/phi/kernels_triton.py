@@ -431,7 +431,7 @@ def pull_back(dense: Tensor, A: Tensor, B: Tensor, series: Series) -> tuple[Tens
     launch(_pull, (programs, 1, 1), PULL, tensors, m, n, r, tiles, each, programs, count, *constants)
     # triton.cdiv takes microseconds.
     launch(
-        _collect, (SUMS - -size // COLLECT.columns, 1, 1), COLLECT,
+        _collect, (SUMS + -(-size // COLLECT.columns), 1, 1), COLLECT,
         (series.packed, scratch, moments, grad_b), size, tiles, each, programs, parts, count, PULL.rows * r,
         COLLECT.columns,
     )  # fmt: skip
