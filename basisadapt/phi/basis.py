@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from basisadapt.core.errors import unknown
+from basisadapt.core.errors import InputError, one_line, refused, unknown
 from basisadapt.core.ranges import Range
 from basisadapt.core.registry import Registry
 
@@ -82,6 +82,24 @@ class TransferBasis(ABC):
     def __call__(self, x: Tensor, omega: Tensor, grid: Tensor) -> Tensor:
         """b(u(x, ω, grid)), elementwise; the three shapes are broadcast against each other."""
         return self.forward(ARGUMENTS[self.argument](x, omega, grid))
+
+
+@functools.cache
+def check_values(basis: type[TransferBasis]) -> None:
+    """Raise InputError for a basis whose b(u) fails, is no tensor like u, or is not a number somewhere on [−8, 8]."""
+    u = torch.linspace(-SEEN, SEEN, 4 * SEEN + 1, dtype=torch.float64, device="cpu").reshape(1, -1)
+    try:
+        with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
+            b: Any = basis().forward(u.clone())
+    except Exception as error:  # of somebody else's code
+        raise InputError(f"{basis.__name__}.forward cannot be evaluated: {one_line(error)}") from error
+    if not isinstance(b, Tensor):
+        raise refused(f"the value of {basis.__name__}.forward", b, "a tensor")
+    for what, found, expected in (("shape", tuple(b.shape), tuple(u.shape)), ("dtype", b.dtype, u.dtype)):
+        if found != expected:
+            raise InputError(f"{basis.__name__}.forward must keep the {what} of its input, {expected}, got {found}")
+    if b.isnan().any():
+        raise InputError(f"{basis.__name__}.forward must be a number everywhere, and is NaN at {u[b.isnan()][0]:g}")
 
 
 @functools.cache

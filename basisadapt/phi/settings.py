@@ -183,11 +183,12 @@ class PhiSettings(LowRankSettings):
 
     def _check_names(self) -> None:
         # Imported here: the registries need no settings, and a user's plug-ins are loaded late.
-        from basisadapt.phi.basis import BASES
+        from basisadapt.phi.basis import BASES, check_values
         from basisadapt.phi.grids import GRIDS
         from basisadapt.phi.sharing import SHARING
 
-        BASES[self.basis], GRIDS[self.grid], SHARING[self.sharing]
+        check_values(BASES[self.basis])
+        GRIDS[self.grid], SHARING[self.sharing]
 
     @property
     def bandwidth(self) -> Bandwidth:

@@ -8,6 +8,7 @@ import pytest
 
 import basisadapt
 from basisadapt import InputError
+from basisadapt.phi.basis import BASES
 from tests.adapter.toys import adapted, config
 
 MODEL = r"^model must be what get_peft_model or PeftModel.from_pretrained returned, got "
@@ -47,6 +48,29 @@ def test_a_step_that_is_none(name, value):
 def test_a_setting_without_its_name():
     with pytest.raises(TypeError, match=r"^PhiConfig takes settings by name, such as r=8, and got 4 without one$"):
         basisadapt.PhiConfig(4)
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (lambda u: u[..., :1], r"must keep the shape of its input, \(1, 33\), got \(1, 1\)"),
+        (lambda u: u.float(), r"must keep the dtype of its input, torch.float64, got torch.float32"),
+        (lambda u: u.log(), r"must be a number everywhere, and is NaN at -8"),
+        (lambda u: u.tolist(), r"^the value of Wrong.forward must be a tensor, got \["),
+        (lambda u: u.nothing(), r"cannot be evaluated: AttributeError: 'Tensor' object has no attribute 'nothing'"),
+    ],
+)
+def test_a_basis_that_is_none(forward, message, monkeypatch):
+    monkeypatch.setattr(BASES, "_classes", dict(BASES._classes))
+
+    class Wrong(basisadapt.TransferBasis, name="wrong-values"):
+        def forward(self, u):
+            return forward(u)
+
+    with pytest.raises(InputError, match=message):
+        basisadapt.PhiConfig(basis="wrong-values")
+    with pytest.raises(InputError, match=message):
+        basisadapt.RunConfig.from_mapping({"adapter": {"basis": "wrong-values"}})
 
 
 def test_a_run_of_plain_values():
