@@ -17,7 +17,7 @@ from basisadapt.core.errors import InputError, refused
 from basisadapt.diagnostics.convergence import fit_power_law
 from basisadapt.methods import METHODS, Method, ParameterGroup
 from basisadapt.methods.saved_adapter import write_requirements
-from basisadapt.tasks import Rows, Task, TaskData
+from basisadapt.tasks import Example, Rows, Task, TaskData
 from basisadapt.tasks.completion import reads_rows_apart
 from basisadapt.training.compiled import compiled_blocks
 from basisadapt.training.config import RunConfig

@@ -115,16 +115,20 @@ def home(folder, empty_databases):
 
 
 @pytest.fixture
-def fake(monkeypatch):
-    """Replaces training, for which the hub is not asked; `fake.ways` says how runs end, `fake.ran` what was run.
-
-    One core, so that it runs here. Figures are made, those of equal results once, but not drawn, which takes most of a
-    cell's time: see `drawn`.
-    """
-    fake = fakes.Fakes()
+def undrawn(monkeypatch):
+    """Figures are made, those of equal results once, but not drawn, which takes most of a cell's time: see `drawn`."""
     monkeypatch.setattr(figures, "figures", _made_once)
     for module in PICTURES:
         monkeypatch.setattr(module, "_png", lambda figure: PIXEL)
+
+
+@pytest.fixture
+def fake(undrawn, monkeypatch):
+    """Replaces training, for which the hub is not asked; `fake.ways` says how runs end, `fake.ran` what was run.
+
+    One core, so that it runs here.
+    """
+    fake = fakes.Fakes()
     monkeypatch.setattr(hub, "is_cached", lambda source: True)
     monkeypatch.setattr(running, "run", fake.run)
     monkeypatch.setattr(planning, "plan", fake.plan)
