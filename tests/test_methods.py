@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import copy
 import dataclasses
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -413,13 +410,6 @@ def test_the_comparison_gives_every_method_loras_budget():
     assert counts.keys() == set(METHODS) - {"frozen", "kradapter"}, "every method that can have a row has one"
     off = {name for name, count in counts.items() if abs(count / counts["lora"] - 1) > 0.126}
     assert off == {"head", "full", "vera", "nola"}
-
-
-def test_importing_the_package_is_enough_for_peft_to_know_every_method():
-    program = "import basisadapt, peft; print([t.value for t in peft.PEFT_TYPE_TO_CONFIG_MAPPING if 'BASIS' in t])"
-    known = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    ours = {"PHI", "ABBA", "AURORA", "DYLORA", "ELALORA", "KRADAPTER", "NOLA"}
-    assert set(ast.literal_eval(known)) == {f"BASISADAPT_{name}" for name in ours}
 
 
 def test_nothing_trains_where_the_method_is_frozen():

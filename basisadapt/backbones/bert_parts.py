@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,8 @@ class FeedForwardInputs:
 
     @classmethod
     def from_pretrained(cls, source: str, **options: Any) -> FeedForwardInputs:
-        """Load the tokenizer and the encoder, in float32, from a hub id or a folder."""
-        encoder = BertModel.from_pretrained(source, add_pooling_layer=False, dtype=torch.float32, **options)
-        return cls(AutoTokenizer.from_pretrained(source, **options), encoder)
+        """Load the tokenizer and the encoder, in float32, from a hub id or a folder; the process caches the last."""
+        return _loaded(source, **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Save the tokenizer; the encoder is not saved, as it is the backbone's."""
@@ -78,6 +78,12 @@ class FeedForwardInputs:
         ids = pad(words, (1, 0), value=self._tokenizer.cls_token_id)
         ids = pad(ids, (0, 1), value=self._tokenizer.sep_token_id)
         return torch.cat([self._encoder(part).last_hidden_state[:, 0] for part in torch.split(ids, BATCH_SIZE)])
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(source: str, **options: Any) -> FeedForwardInputs:
+    encoder = BertModel.from_pretrained(source, add_pooling_layer=False, dtype=torch.float32, **options)
+    return FeedForwardInputs(AutoTokenizer.from_pretrained(source, **options), encoder)
 
 
 class LastQuery(BertPreTrainedModel):  # type: ignore[misc]

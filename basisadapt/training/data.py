@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,12 +66,14 @@ class Encoded:
     - `examples`: their examples, without those that are too long.
     - `held_out`: the rows to evaluate on.
     - `questions`: their examples, one for each row.
+    - `ask`: makes the examples to evaluate any of the rows.
     """
 
     train: Rows
     examples: Sequence[Example]
     held_out: Rows
     questions: Sequence[Example]
+    ask: Callable[[Rows], Sequence[Example]]
 
 
 @functools.lru_cache(maxsize=2)
@@ -86,8 +88,9 @@ def encode(portion: Portion) -> Encoded:
         train, held_out = train.split(portion.validation)
     held_out = held_out.head(portion.eval_rows)
     examples = functools.partial(task.examples, processor=portion.processor, max_length=portion.max_length)
-    held_out, questions = _longest_first(held_out, examples(held_out, training=False))
-    return Encoded(train, examples(train, training=True), held_out, questions)
+    ask = functools.partial(examples, training=False)
+    held_out, questions = _longest_first(held_out, ask(held_out))
+    return Encoded(train, examples(train, training=True), held_out, questions, ask)
 
 
 def _longest_first(rows: Rows, examples: Sequence[Example]) -> tuple[Rows, Sequence[Example]]:

@@ -91,7 +91,7 @@ def run(
             observer, reason, of_training = _train(job, trainer, on_step)
         size = _save(job, save_to, checkpoints)
         finite, of_answers = _evaluate(job, trainer, measured=not reason)
-        slice_of_loss = measure_landscape(trainer, job.ask(spread_rows(job.encoded.train, EVAL_BATCH)), config)
+        slice_of_loss = measure_landscape(trainer, job.encoded.ask(spread_rows(job.encoded.train, EVAL_BATCH)), config)
     observer.end()
     curves = {**logged_curves(trainer.state.log_history), **observer.curves(trainer.state.global_step)}
     metrics = {
@@ -135,10 +135,6 @@ class _Job:
     model: Any
     groups: Sequence[ParameterGroup]
     counts: Plan
-
-    def ask(self, rows: Rows) -> Sequence[Example]:
-        """The rows' examples for evaluation."""
-        return self.task.examples(rows, self.processor, self.config.train.max_length, training=False)
 
     def measure(self, answers: np.ndarray, rows: Rows) -> dict[str, float]:
         """The task's metrics, computed in process 0 alone, since it may ask a judge."""
@@ -219,7 +215,7 @@ def _evaluate(job: _Job, trainer: Trainer, measured: bool) -> tuple[bool, dict[s
     answers = trainer.predict(job.encoded.questions, metric_key_prefix="eval")
     metrics = {"eval_loss": answers.metrics["eval_loss"], "seconds.eval": time.perf_counter() - began}
     seen = spread_rows(job.encoded.train, SEEN_ROWS)
-    on_seen = trainer.predict(job.ask(seen), metric_key_prefix="seen")
+    on_seen = trainer.predict(job.encoded.ask(seen), metric_key_prefix="seen")
     # Training losses do not show the effect of the last update; rows that are not comparable may have no loss.
     losses = [on_seen.metrics["seen_loss"], *([metrics["eval_loss"]] if job.task.comparable else [])]
     finite = all(map(math.isfinite, losses))

@@ -37,6 +37,21 @@ PICTURES = {module: module._png for module in (figures, files)}  # what draws th
 PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
 
 
+FIGURES = figures.figures
+SHOWN = ("modules", "snapshots", "phi", "curves", "landscape")  # of a result, in its figures; of its metrics:
+LOSSES = ("eval_loss", "generalisation_gap")
+_made: dict[str, list[str]] = {}
+
+
+def _made_once(title, result):
+    """The names of a result's figures, which are made once for all results that show the same."""
+    losses = {name: result["metrics"][name] for name in LOSSES if name in result["metrics"]}
+    shown = repr([losses, *(result[part] for part in SHOWN)])
+    if shown not in _made:
+        _made[shown] = [*FIGURES(title, result)]
+    return dict.fromkeys(_made[shown])
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _unhurried():
     """SQLite leaves to the system when it writes what is committed; a process may be killed all the same."""
@@ -50,6 +65,25 @@ def _unhurried():
     event.listen(Engine, "connect", connect)
     yield
     event.remove(Engine, "connect", connect)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _migrations_read_once():
+    """MLflow and Optuna look up the newest form of their tables whenever they open a file."""
+    from alembic.script import ScriptDirectory
+
+    read = ScriptDirectory.from_config
+    known = {}
+
+    def from_config(config):
+        place = config.get_main_option("script_location")
+        if place not in known:
+            known[place] = read(config)
+        return known[place]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ScriptDirectory, "from_config", from_config)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -81,14 +115,20 @@ def home(folder, empty_databases):
 
 
 @pytest.fixture
-def fake(monkeypatch):
-    """Replaces training, for which the hub is not asked; `fake.ways` says how runs end, `fake.ran` what was run.
-
-    One core, so that it runs here. Figures are made, but not drawn, which takes most of a cell's time: see `drawn`.
-    """
-    fake = fakes.Fakes()
+def undrawn(monkeypatch):
+    """Figures are made, those of equal results once, but not drawn, which takes most of a cell's time: see `drawn`."""
+    monkeypatch.setattr(figures, "figures", _made_once)
     for module in PICTURES:
         monkeypatch.setattr(module, "_png", lambda figure: PIXEL)
+
+
+@pytest.fixture
+def fake(undrawn, monkeypatch):
+    """Replaces training, for which the hub is not asked; `fake.ways` says how runs end, `fake.ran` what was run.
+
+    One core, so that it runs here.
+    """
+    fake = fakes.Fakes()
     monkeypatch.setattr(hub, "is_cached", lambda source: True)
     monkeypatch.setattr(running, "run", fake.run)
     monkeypatch.setattr(planning, "plan", fake.plan)
@@ -105,6 +145,7 @@ def drawn_reports(fake, monkeypatch):
 @pytest.fixture
 def drawn(drawn_reports, monkeypatch):
     """Has all figures drawn."""
+    monkeypatch.setattr(figures, "figures", FIGURES)
     monkeypatch.setattr(figures, "_png", PICTURES[figures])
 
 

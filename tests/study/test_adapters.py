@@ -20,6 +20,7 @@ from basisadapt import study as studies
 from basisadapt.methods.saved_adapter import FILE, merge_into, read_requirements, write_requirements
 from basisadapt.phi.basis import BASES
 from basisadapt.study.drive.paths import StudyPaths
+from basisadapt.training.execution import workers
 
 BASIS = """
 import torch
@@ -51,10 +52,12 @@ def adapters(home):
     return {row: (one, [file.path for file in client.list_artifacts(one, "adapter")]) for row, one in ids.items()}
 
 
-@pytest.mark.parametrize("workers", [(), ("--workers", "1")])
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("where", [(), ("--workers", "1")], ids=["here", "in a worker"])
 def test_an_adapter_is_kept_and_merged_into_what_transformers_loads_alone(
-    home, study, language_model, workers, monkeypatch
+    home, study, language_model, where, monkeypatch
 ):
+    monkeypatch.setattr(workers, "cores", lambda: 1)  # so that without workers it runs here
     monkeypatch.setattr(BASES, "_classes", {**BASES._classes})
     (home / "my_basis.py").write_text(BASIS)
     rows = [f"{'good' if i % 3 else 'bad'} text {i},{'yes' if i % 3 else 'no'}" for i in range(40)]
@@ -62,7 +65,7 @@ def test_an_adapter_is_kept_and_merged_into_what_transformers_loads_alone(
     changes = {"task": "reviews.csv", "backbone": language_model, "sweep.basis": "bump_of_a_test", "train.lr": 0.1}
     sets = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
     command = ("tiny.yaml", "--preset", "smoke", "--plugin", "my_basis.py", *sets)
-    code, printed, error = study(*command, "--save-adapters", *workers)
+    code, printed, error = study(*command, "--save-adapters", *where)
     assert code == 0, error
     kept = adapters(home)
     run_id, files = kept["bump_of_a_test"]

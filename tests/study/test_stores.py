@@ -19,6 +19,16 @@ def opened(kind):
     return Record("sqlite:///mlflow.db", "tiny") if kind == "mlflow" else Trials("sqlite:///optuna.db", "tiny")
 
 
+def test_pictures_are_read_where_they_lie(home, fake, study, runs, monkeypatch):
+    """MLflow's client would ask the database several times for each."""
+    study("tiny.yaml", "--seeds", "1")
+    pictures, run_id = Record("sqlite:///mlflow.db", "tiny").pictures, runs()[0].info.run_id
+    names = [file.path for file in pictures._client.list_artifacts(run_id) if file.path.endswith(".png")]
+    known = {name: pictures._file(run_id, name) for name in names}
+    monkeypatch.setattr(pictures, "_file", None)
+    assert pictures.of(run_id) == known != {}
+
+
 def test_mlflows_own_variable_says_where_the_record_is(home, fake, study, monkeypatch):
     """Where no option does."""
     for name in ("mlflow.db", "optuna.db"):

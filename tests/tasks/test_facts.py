@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from basisadapt import InputError, backbones
+from basisadapt.backbones import bert_parts
 from basisadapt.backbones.bert_parts import FeedForwardInputs, LastFeedForward
 from basisadapt.tasks import DataSettings
 from basisadapt.tasks.facts import Facts
@@ -90,6 +91,19 @@ def test_a_key_is_computed_once():
     for example, other, key in zip(first, second, rows.inputs, strict=True):
         assert example["hidden"].tolist() == other["hidden"].tolist() == [float(number) for number in key]
     assert [example["hidden"].tolist() for example in part] == [[float(n) for n in rows.inputs[i]] for i in (4, 1)]
+
+
+def test_runs_of_a_process_share_what_lies_below(bert, monkeypatch):
+    """The encoder is read once, and embeds a fact once, for training and for both evaluations of all runs of a seed."""
+    bert_parts._loaded.cache_clear()
+    read, load = [], bert_parts.BertModel.from_pretrained
+    embedded, embed = [], FeedForwardInputs.__call__
+    monkeypatch.setattr(bert_parts.BertModel, "from_pretrained", lambda *a, **k: read.append(a) or load(*a, **k))
+    monkeypatch.setattr(FeedForwardInputs, "__call__", lambda below, keys: embedded.extend(keys) or embed(below, keys))
+    for lr in (1e-3, 1e-2):
+        run(config(bert, facts=14, lr=lr))
+    assert read == [(str(bert),)]
+    assert embedded == [tuple(key) for key in load_data(config(bert, facts=14)).train.inputs]
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from basisadapt.core.command import tell
 from basisadapt.core.errors import one_line
 from basisadapt.diagnostics.figures import pictures
 from basisadapt.study.record.runs import ROW, UNDRAWN
-from basisadapt.study.record.stores import store_errors
+from basisadapt.study.record.stores import file_of, store_errors
 
 if TYPE_CHECKING:
     from basisadapt.study.record.client import RedactingClient
@@ -29,9 +29,11 @@ class Pictures:
     def of(self, run_id: str) -> dict[str, bytes]:
         """The PNG files of a run, name to content; empty if they cannot be read."""
         try:
-            tags = self._client.get_run(run_id).data.tags
-            if UNDRAWN in tags:
-                return self._draw(run_id, tags.get(ROW, ""))
+            run = self._client.get_run(run_id)
+            if UNDRAWN in run.data.tags:
+                return self._draw(run_id, run.data.tags.get(ROW, ""))
+            if run.info.artifact_uri.startswith("file:"):  # MLflow's client asks the database again for every file
+                return {file.name: file.read_bytes() for file in sorted(file_of(run.info.artifact_uri).glob("*.png"))}
             names = sorted(file.path for file in self._client.list_artifacts(run_id))
             return {name: self._file(run_id, name) for name in names if name.endswith(".png")}
         except store_errors():

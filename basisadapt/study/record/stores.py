@@ -216,8 +216,7 @@ def follow_files(tracking_uri: str, study: str, location: str) -> None:
     if path is None or folder is None or not location.startswith("file:") or not location.endswith(mine):
         return
     old, new = location.removesuffix(mine) + f"/{FILES}/", f"{folder.as_uri()}/"
-    left = Path(urllib.request.url2pathname(urllib.parse.urlsplit(old).path))
-    if old != new and (folder.exists() or not left.exists()):
+    if old != new and (folder.exists() or not file_of(old).exists()):
         # Where the database is read-only, pictures are not found.
         with suppress(sqlite3.Error), _connection(path) as connection, connection:
             for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
@@ -230,3 +229,8 @@ def follow_files(tracking_uri: str, study: str, location: str) -> None:
 def storable(text: str) -> str:
     """The text without lone surrogates and NUL characters, which some stores refuse."""
     return text.encode("utf-8", "replace").decode().replace("\0", "?")
+
+
+def file_of(uri: str) -> Path:
+    """The path of a file URI."""
+    return Path(urllib.request.url2pathname(urllib.parse.urlsplit(uri).path))
