@@ -14,6 +14,8 @@ from transformers import AutoTokenizer, BertModel, BertPreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.bert.modeling_bert import BertIntermediate, BertOutput
 
+from basisadapt.backbones.files import stamps
+
 BATCH_SIZE = 64  # keys that are embedded at once
 
 
@@ -61,8 +63,10 @@ class FeedForwardInputs:
 
     @classmethod
     def from_pretrained(cls, source: str, **options: Any) -> FeedForwardInputs:
-        """Load the tokenizer and the encoder, in float32, from a hub id or a folder; the process caches the last."""
-        return _loaded(source, **options)
+        """Load the tokenizer and the encoder, in float32, from a hub id or a folder; the process caches
+        the last until a file of the folder changes.
+        """
+        return _loaded(source, stamps(source), **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Save the tokenizer; the encoder is not saved, as it is the backbone's."""
@@ -81,7 +85,7 @@ class FeedForwardInputs:
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded(source: str, **options: Any) -> FeedForwardInputs:
+def _loaded(source: str, _: tuple[object, ...], **options: Any) -> FeedForwardInputs:
     encoder = BertModel.from_pretrained(source, add_pooling_layer=False, dtype=torch.float32, **options)
     return FeedForwardInputs(AutoTokenizer.from_pretrained(source, **options), encoder)
 

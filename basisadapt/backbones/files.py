@@ -18,6 +18,12 @@ def stamp(file: Path) -> tuple[int, ...]:
     return found.st_size, found.st_mtime_ns
 
 
+def stamps(source: str) -> tuple[object, ...]:
+    """What changes when a file of the folder `source` does; empty for what is no folder, such as a hub id."""
+    folder = Path(source)
+    return tuple((file.name, *stamp(file)) for file in sorted(folder.iterdir())) if folder.is_dir() else ()
+
+
 def sha256_of(file: Path) -> str:
     """The sha256 of the content of `file`, cached until it changes. Raises InputError if it cannot be read."""
     try:

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
+from basisadapt.backbones.files import stamps
 from basisadapt.core.errors import InputError
 
 MLPS = {"llama": LlamaMLP, "qwen2": Qwen2MLP}  # by model type; their norms are the same
@@ -68,9 +69,9 @@ class MLPInputs:
     def from_pretrained(cls, source: str, **options: Any) -> MLPInputs:
         """Load the tokenizer and the model, in float32, on a GPU if there is one, from a hub id or a folder.
 
-        The process caches the last one, since it is a whole model.
+        The process caches the last one, since it is a whole model, until a file of the folder changes.
         """
-        return _loaded(source, **options)
+        return _loaded(source, stamps(source), **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Save the tokenizer; the model is not saved, as it is the backbone's."""
@@ -106,7 +107,7 @@ class MLPInputs:
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded(source: str, **options: Any) -> MLPInputs:
+def _loaded(source: str, _: tuple[object, ...], **options: Any) -> MLPInputs:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True, **options)
     return MLPInputs(AutoTokenizer.from_pretrained(source, **options), model.to(device))

@@ -198,7 +198,7 @@ def test_the_first_study_compares_everything_at_one_rate_on_the_facts_of_many_se
     configs = [cell.config for cell in study.cells]
     assert {(one.train.lr, one.train.max_steps, one.train.batch_size) for one in configs} == {(3e-2, 80, 512)}
     assert {config.adapter.r for config in configs} == {1}
-    assert len({config.seed for config in configs}) == 16
+    assert len({config.seed for config in configs}) == 27
     capacity = resolve_tuning(read_spec("capacity"))
     assert 3e-2 in capacity.spec.tune.grid["train.lr"]
     assert not {config.seed for config in configs} & set(capacity.spec.tune.seeds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -104,6 +105,16 @@ def test_runs_of_a_process_share_what_lies_below(bert, monkeypatch):
         run(config(bert, facts=14, lr=lr))
     assert read == [(str(bert),)]
     assert embedded == [tuple(key) for key in load_data(config(bert, facts=14)).train.inputs]
+
+
+def test_an_encoder_that_has_changed_on_the_disk_is_read_again(bert, tmp_path):
+    folder, keys = shutil.copytree(bert, tmp_path / "bert"), [[1, 2], [3, 4]]
+    before = FeedForwardInputs.from_pretrained(str(folder))(keys)
+    assert torch.equal(FeedForwardInputs.from_pretrained(str(folder))(keys), before)
+    changed = transformers.AutoModel.from_pretrained(folder)
+    changed.embeddings.word_embeddings.weight.data.mul_(2)
+    changed.save_pretrained(folder)
+    assert not torch.equal(FeedForwardInputs.from_pretrained(str(folder))(keys), before)
 
 
 @torch.no_grad()
