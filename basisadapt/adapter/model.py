@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import warnings
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,7 @@ from basisadapt.adapter.honored import watch
 from basisadapt.adapter.layer import PhiLinear, refuse_export
 from basisadapt.adapter.linear import AdaptedModel
 from basisadapt.adapter.placement import describe, target_pattern
-from basisadapt.core.errors import InputError
+from basisadapt.core.errors import InputError, unknown
 from basisadapt.phi.bank import TransferBank
 from basisadapt.phi.compiler import Compiler
 
@@ -36,12 +37,13 @@ class PhiModel(AdaptedModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Insert the layers of `adapter_name`, then build its bank for those with φ.
 
-        Raises InputError for a placement that the model does not have, and if other modules already have an adapter of
-        this name.
+        Raises InputError for a placement or target modules that the model does not have, and if other modules already
+        have an adapter of this name. Warns of a target that no module has among others that some have.
         """
         config = self.peft_config[adapter_name]
         if config.target_modules is None:
             config.target_modules = target_pattern(config.placement, model)
+        _check_targets(config.target_modules, model)
         if config.rest == "lora":
             self._projections = re.compile(_all_projections(model))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -115,6 +117,20 @@ class PhiModel(AdaptedModel):
         self.active_adapter = next((layer.active_adapters for layer in self._layers() if layer.active_adapters), [])
         if adapter_name in self.phi_bank:
             del self.phi_bank[adapter_name]
+
+
+def _check_targets(targets: str | Collection[str], model: nn.Module) -> None:
+    """Warn of a target that no module has. Raises InputError if no module has any."""
+    if isinstance(targets, str):  # a pattern
+        return
+    names = [name for name, _ in model.named_modules()]
+    absent = [one for one in targets if not any(name == one or name.endswith(f".{one}") for name in names)]
+    if not absent:
+        return
+    error = unknown("module in target_modules", min(absent), {name.rpartition(".")[2] for name in names} - {""})
+    if len(absent) == len(targets):
+        raise error
+    warnings.warn(f"{error}; it is left out", stacklevel=2)
 
 
 def _all_projections(model: nn.Module) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 
 import pytest
+from peft import get_peft_model
 
 import basisadapt
 from basisadapt import InputError
 from basisadapt.phi.basis import BASES
-from tests.adapter.toys import adapted, config
+from tests.adapter.toys import MLP, adapted, config
 
 MODEL = r"^model must be what get_peft_model or PeftModel.from_pretrained returned, got "
 
@@ -76,3 +77,12 @@ def test_a_basis_that_is_none(forward, message, monkeypatch):
 def test_a_run_of_plain_values():
     with pytest.raises(InputError, match=r"^config must be a RunConfig, such as RunConfig.from_mapping makes of"):
         basisadapt.run({"method": "lora"})
+
+
+def test_a_target_that_no_module_has():
+    message = "unknown module in target_modules 'lin00'; did you mean 'lin0'"
+    with pytest.warns(UserWarning, match=rf"^{message}.*; it is left out$"):
+        model = get_peft_model(MLP(), basisadapt.PhiConfig(r=2, target_modules=["lin00", "lin1"]))
+    assert [layer.name for layer in model.base_model._layers()] == ["lin1"]
+    with pytest.raises(InputError, match=f"^{message}"):
+        get_peft_model(MLP(), basisadapt.PhiConfig(r=2, target_modules=["lin00", "q"]))

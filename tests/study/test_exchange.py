@@ -304,13 +304,13 @@ def test_results_from_before_a_setting_was_there_are_read(home, fake, study, res
 
 
 def test_a_setting_that_came_late_changes_no_older_key():
-    """The keys of results that are kept in the repository, made before `transfer_delay` and `smoothing` were there."""
+    """The keys of recorded results, many of them from before `transfer_delay` and `smoothing` were there."""
     from basisadapt.study.plan.cells import cell_key
     from basisadapt.training.config import RunConfig
 
     with gzip.open(Path(__file__).parents[2] / "studies/results/cells/ablate_rank.jsonl.gz", "rt") as file:
         lines = [json.loads(line) for line in file]
-    assert {line["config"]["method"] for line in lines} == {"lora", "phi"}
+    assert {line["config"]["method"] for line in lines} == {"lora", "phi", "sinelora"}
     for line in lines:
         config = RunConfig.from_mapping(line["config"]).to_mapping()
         assert cell_key(line["study"], config) == cell_key(line["study"], line["config"]) == line["key"]

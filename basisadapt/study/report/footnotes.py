@@ -23,17 +23,17 @@ def footnotes(table: Table) -> list[str]:
         notes.append(f"One seed a row ({seeds[0]}): no deviation, interval or test.")
     else:
         notes.append(f"Mean ± sample standard deviation over {len(seeds)} seeds ({', '.join(map(str, seeds))}).")
-        tests = sum(line.p is not None for line in table.lines)
         if spec.reference is not None:
             notes.append(
                 f"Differences to {reference_text(spec.reference)} are paired by seed: mean, 95 % confidence interval "
-                f"(t), two-sided paired t-test, Holm-corrected for {tests} test{'' if tests == 1 else 's'}."
+                f"(t), two-sided paired t-test, Holm-corrected for {_tests(table)}."
             )
         notes += detectable((line.difference for line in table.lines), number_form(table))
     if table.beside:
         places = " and ".join(table.place(value) for value in table.beside)
         notes.append(
-            f"The first columns have each row at its own {table.setting}, the later ones all rows at {places}."
+            f"The first columns have each row at its own {table.setting}, the later ones all rows at {places}, "
+            f"corrected for {' and '.join(map(_tests, table.beside.values()))} of their own."
         )
     notes += _linearity(table)
     notes += _backbones(table)
@@ -46,6 +46,12 @@ def footnotes(table: Table) -> list[str]:
             "On another backbone and task, only the order of the rows can be compared."
         )
     return notes
+
+
+def _tests(table: Table) -> str:
+    """The number of tests of a table's own columns, such as "12 tests"."""
+    count = sum(line.p is not None for line in table.lines)
+    return f"{count} test{'' if count == 1 else 's'}"
 
 
 def detectable(differences: Iterable[Difference | None], number: NumberForm) -> list[str]:
