@@ -73,7 +73,7 @@ def test_exclude_modules():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"target_modules": ["not_there"]}, "Target modules .* not found in the base model"),
+        ({"target_modules": ["not_there"]}, "unknown module in target_modules 'not_there'"),
         ({"target_modules": "not_there"}, "Target modules .* not found in the base model"),
         ({"target_modules": []}, "No `target_modules` passed"),
         ({"exclude_modules": ["lin0"]}, "No modules were targeted for adaptation"),

@@ -137,7 +137,11 @@ def test_excluded_modules_stay_out(bert):
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"rest": "loora"}, 'rest must be "frozen" or "lora"'), ({"target_modules": ["nowhere"]}, "φ would be nowhere")],
+    [
+        ({"rest": "loora"}, 'rest must be "frozen" or "lora"'),
+        ({"target_modules": "nowhere"}, "φ would be nowhere"),
+        ({"target_modules": ["nowhere"]}, "unknown module in target_modules 'nowhere'"),
+    ],
 )
 def test_bad_settings(settings, message, bert):
     with pytest.raises(InputError, match=message):
