@@ -19,13 +19,16 @@ class Evaluator(ABC):
     """F on a matrix, and its pullback.
 
     - `parameters`: the tensors to which gradients flow.
-    - `width` (int): numbers held per element.
 
     An evaluator made for [−R, R] gives NaN outside, so that one that is older than the factors cannot go unnoticed.
     """
 
     parameters: tuple[Tensor, ...]
-    width: int
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """Numbers held per element."""
 
     def scratch(self, count: int, like: Tensor) -> Tensor:
         """Scratch memory for up to `count` elements, in the dtype and on the device of `like`: `room` below."""
@@ -61,7 +64,7 @@ class Series(Evaluator):
         self._signed: Tensor | None = None
 
     @property
-    def width(self) -> int:  # type: ignore[override]
+    def width(self) -> int:
         """D, the number of terms."""
         if self._known_width is None:
             self._known_width = int(self.packed[0])
@@ -128,8 +131,12 @@ class Direct(Evaluator):
 
     def __init__(self, transfer: Transfer) -> None:
         self.parameters = transfer.parameters
-        self.width = 8 * len(transfer.alpha)  # float64 is twice as wide
         self._transfer = transfer.with_parameters(*(p.detach().double() for p in transfer.parameters))
+
+    @property
+    def width(self) -> int:
+        """Eight for each function: float64 is twice as wide."""
+        return 8 * len(self._transfer.alpha)
 
     def value(self, z: Tensor, room: Tensor) -> Tensor:
         """F(z)."""
