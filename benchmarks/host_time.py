@@ -114,7 +114,7 @@ class Phi(Toy):
         """Calls of the second layer's operators by a graph, and without torch's part."""
         made, layer = self.compile(anew=False), self.adapted[1]
         A, B = layer.phi_A["default"].detach(), layer.phi_B["default"].detach()
-        row, key = made.rows_and_keys[1]
+        row, key = made.linked[1].row, made.linked[1].key
         x, W = self.x.detach(), layer.base_layer.weight.detach()
         forward, pull = (x, W, None, A, B, row.detach(), key), (x, x, W, A, B, key, True, False)
 

@@ -17,7 +17,7 @@ from basisadapt.adapter.linear import AdaptedLinear
 from basisadapt.core.errors import InputError
 from basisadapt.phi.choice import compute_dtype
 from basisadapt.phi.compiler import Compiler
-from basisadapt.phi.operators import Link, linked_linear
+from basisadapt.phi.operators import Link, linked_linear, traced_linear
 from basisadapt.phi.weight import Weight, adapted_linear, delta_weight
 
 
@@ -164,7 +164,10 @@ class PhiLinear(AdaptedLinear):
         if torch.compiler.is_compiling():
             link = self.phi_link[adapter]
             assert link.row is not None and link.key is not None and not callable(weight)
-            return linked_linear(x, weight, bias, self.phi_A[adapter], self.phi_B[adapter], link.row, link.key)
+            layer = x, weight, bias, self.phi_A[adapter], self.phi_B[adapter]
+            if link.traced is not None:
+                return traced_linear(*layer, link)
+            return linked_linear(*layer, link.row, link.key)
         if "_is_replica" in self.__dict__:
             raise InputError(
                 "φ(BA) does not work under nn.DataParallel, whose copies of the layers lie apart from φ's tables; use "

@@ -36,12 +36,14 @@ def _two(pair):
 
 
 @triton.jit
-def _gather(PAIRS, place, half):
-    """The index of each place's cell, the place in it, and the cell's cubic; place: in cells, counted from BA = 0."""
-    most = half.to(tl.float32)
+def _gather(PAIRS, place, most):
+    """The index of each place's cell, the place in it, and the cell's cubic.
+
+    place: in cells, counted from BA = 0; most: the cells on either side of it.
+    """
     near = tl.where(tl.abs(place) <= most, place, tl.where(place > 0, most, -most))
     start = tl.floor(near)
-    cell = start.to(tl.int32) + half
+    cell = (start + most).to(tl.int32)
     first, second = tl.split(tl.load(PAIRS + (2 * cell)[:, :, None] + tl.arange(0, 2)[None, None, :]))
     p0, p1 = _two(first)
     p2, p3 = _two(second)
@@ -50,10 +52,10 @@ def _gather(PAIRS, place, half):
 
 @triton.jit
 def _form(
-    W, OUT, A, B, PAIRS, PACKED, half, m, n, r, stride_m, stride_n, HAS_WEIGHT: tl.constexpr,
+    W, OUT, A, B, PAIRS, PACKED, AFTER, m, n, r, stride_m, stride_n, HAS_WEIGHT: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BR: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """W + F(BA)."""
+    """W + F(BA). AFTER: see `kernels_triton._form`."""
     scale = tl.load(PACKED)
     cols = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -62,7 +64,8 @@ def _form(
     a = _halves(_columns_of(A, cols, n, r, 0, BR), PRECISION)
     b = _halves(_rows_of(B, rows, m, r, 0, BR) * scale, PRECISION)
     t = _factor_product(A, B, a, b, rows, cols, m, n, r, scale, BR, ONE_BLOCK, PRECISION)
-    _, s, p0, p1, p2, p3 = _gather(PAIRS, t * tl.load(PACKED + 1), half)
+    most = tl.load(PACKED + 1)
+    _, s, p0, p1, p2, p3 = _gather(PAIRS, t * most, most)
     value = ((p3 * s + p2) * s + p1) * s + p0 + t * tl.load(PACKED + 2)  # t: NaN stays NaN
     if HAS_WEIGHT:
         place = W + row * stride_m + cols[None, :].to(tl.int64) * stride_n
@@ -72,7 +75,7 @@ def _form(
 
 @triton.jit(do_not_specialize=["size", "copies"])
 def _pull(
-    G, A, B, PAIRS, PACKED, LARGEST, SUMS, half, m, n, r, size, copies, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    G, A, B, PAIRS, PACKED, LARGEST, SUMS, m, n, r, size, copies, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     BR: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """G becomes G F'(BA), and the sums receive Σ G s^k of every cell, in units; size: numbers in one of the copies."""
@@ -85,7 +88,8 @@ def _pull(
     a = _halves(_columns_of(A, cols, n, r, 0, BR), PRECISION)
     b = _halves(_rows_of(B, rows, m, r, 0, BR) * scale, PRECISION)
     t = _factor_product(A, B, a, b, rows, cols, m, n, r, scale, BR, ONE_BLOCK, PRECISION)
-    cell, s, _, p1, p2, p3 = _gather(PAIRS, t * tl.load(PACKED + 1), half)
+    most = tl.load(PACKED + 1)
+    cell, s, _, p1, p2, p3 = _gather(PAIRS, t * most, most)
     slope = ((3.0 * p3 * s + 2.0 * p2) * s + p1) * tl.load(PACKED + 3) + tl.load(PACKED + 4)
     pulled = gradient * tl.where(t == t, slope, float("nan"))
     tl.store(place, pulled.to(G.dtype.element_ty), mask=inside)
@@ -135,7 +139,7 @@ def effective_weight(weight: Tensor | None, A: Tensor, B: Tensor, table: Row, dt
     grid, constants = _plan(m, n, r, A.device, FORM)
     W, strides = (out, (n, 1)) if weight is None else (weight, weight.stride())
     kernels_triton.launch(
-        _form, grid, FORM, (W, out, A, B, table.pairs, table.packed), table.half, m, n, r, *strides,
+        _form, grid, FORM, (W, out, A, B, table.pairs, table.packed, out), m, n, r, *strides,
         weight is not None, *constants,
     )  # fmt: skip
     return out
@@ -151,8 +155,8 @@ def pull_back(dense: Tensor, A: Tensor, B: Tensor, table: Row) -> tuple[Tensor, 
     sums = torch.zeros(copies * size, dtype=torch.int64, device=A.device)
     of_cubics = torch.empty_like(table.parameters[0])
     kernels_triton.launch(
-        _pull, grid, PULL, (dense, A, B, table.pairs, table.packed, largest, sums), table.half, m, n, r,
-        size, copies, *constants,
+        _pull, grid, PULL, (dense, A, B, table.pairs, table.packed, largest, sums), m, n, r, size, copies,
+        *constants,
     )  # fmt: skip
     kernels_triton.launch(
         _collect, (-(-size // COLLECT.columns), 1, 1), COLLECT, (sums, largest, of_cubics), size, copies,

@@ -242,16 +242,20 @@ class Choice:
         # On a GPU one kernel sums a series, and no table is as fast.
         long = [not deferred(work.gains) and t > ANY + ENTRY * work.entries(i) for i, t in enumerate(terms)]
         tried = [not serves or is_long for serves, is_long in zip(served, long, strict=True)]
+        # Where most need a table all get one, for graphs of torch.compile take one kind, see `operators.Link`.
+        if deferred(work.gains) and 2 * sum(tried) > len(tried):
+            tried = [True] * len(tried)
         radius = _extent(work, apart, [m or t for m, t in zip(measured, tried, strict=True)], extent.share).radius
         before, self._tables = self._tables, {}
         chosen = [index for index, is_tried in enumerate(tried) if is_tried]
         self._together = bool(chosen) and deferred(work.gains)
         if self._together:
-            self._tables = dict(zip(chosen, Fitted.together(work, chosen, radius, before), strict=True))
+            fitted = zip(chosen, Fitted.together(work, chosen, radius, before), strict=True)
+            self._tables = {index: table for index, table in fitted if table.kind or not served[index]}
         for index in [] if self._together else chosen:
-            fitted = Fitted.to(work, index, radius[index], before.get(index))
-            if not served[index] or fitted.price < terms[index]:
-                self._tables[index] = fitted
+            table = Fitted.to(work, index, radius[index], before.get(index))
+            if not served[index] or table.price < terms[index]:
+                self._tables[index] = table
         return [index not in self._tables for index in range(len(tried))]
 
     def _read(self, degrees: Tensor, capturing: bool) -> list[int]:

@@ -21,7 +21,7 @@ from basisadapt.phi.choice import Choice, Work, default_tolerance, evaluator
 from basisadapt.phi.dense_gradient import EXACT, DenseGradient
 from basisadapt.phi.evaluators import Direct, Evaluator, Split
 from basisadapt.phi.kernels import resolve_backend
-from basisadapt.phi.operators import Function, Link, rows_and_keys
+from basisadapt.phi.operators import Call, Function, Link, Linked, linked
 from basisadapt.phi.weight import Execution
 
 HALF_ROUNDING = 1 + 2**-7  # under FSDP, A and B may each be rounded to bfloat16 for their layer
@@ -37,7 +37,7 @@ class Compiled:
     - `tables`, `trained`: copies of the bank's tables, and whether each trained.
     - `tolerances`: of every module.
     - `factors`: copies of A and B by module; None if FSDP shards them.
-    - `rows_and_keys`: of the functions, for torch.compile, see `operators`.
+    - `linked`: what torch.compile reads of the functions, see `operators`.
     """
 
     functions: Mapping[str, Function]
@@ -46,7 +46,7 @@ class Compiled:
     trained: tuple[bool, ...]
     tolerances: tuple[float, ...]
     factors: Mapping[str, tuple[Tensor, Tensor]] | None
-    rows_and_keys: Sequence[tuple[Tensor, Tensor]]
+    linked: Sequence[Linked]
 
     def made_of(self, module: str, A: Tensor, B: Tensor, tables: tuple[Tensor, ...]) -> bool:
         """Whether the functions were compiled from these factors and tables.
@@ -83,7 +83,8 @@ class Compiler:
         self, bank: TransferBank, adapter: str, modules: Mapping[str, Adapted], backend: str, tolerance: float | None,
         dense: DenseGradient = EXACT,
     ) -> None:  # fmt: skip
-        self.bank, self.links = bank, {name: Link() for name in modules}
+        self.bank, self._call = bank, Call()
+        self.links = {name: Link(self._call) for name in modules}
         self._adapter, self._modules, self._setting, self._tolerance = adapter, modules, backend, tolerance
         self._dense = dense
         self._forget()
@@ -94,11 +95,12 @@ class Compiler:
         self._kept: list[Compiled] = []  # at most one with gradients and one without, the newest first
         self._in_call = threading.local()  # what this thread's current call of the model uses
         self._linked: Compiled | None = None  # what the links point to
+        self._call.under_way = False
         self._one_at_a_time = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
         """The state of a copy or a pickle, without the compiled functions."""
-        kept = ("bank", "links", "_adapter", "_modules", "_setting", "_tolerance", "_dense")
+        kept = ("bank", "links", "_call", "_adapter", "_modules", "_setting", "_tolerance", "_dense")
         return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -142,19 +144,21 @@ class Compiler:
         before: Compiled | None = getattr(self._in_call, "compiled", None)
         self._in_call.compiled = self._current()
         self._link(self._in_call.compiled)
+        self._call.under_way = True
         try:
             yield
         finally:
-            self._in_call.compiled = before
+            self._in_call.compiled, self._call.under_way = before, before is not None
             if before is not None:
                 self._link(before)
 
     def _link(self, compiled: Compiled) -> None:
         if self._linked is not compiled:
             self._linked = compiled
-            for name, (row, key) in zip(compiled.functions, compiled.rows_and_keys, strict=True):
+            for name, of_graph in zip(compiled.functions, compiled.linked, strict=True):
                 link = self.links[name]
-                link.row, link.key, link.function = row, key, compiled.functions[name]
+                link.row, link.key, link.traced = of_graph.row, of_graph.key, of_graph.traced
+                link.function = compiled.functions[name]
 
     def _check(self, module: str, function: Function, A: Tensor, B: Tensor) -> None:
         """Raise InputError if a compiled graph uses a function that does not belong to these factors."""
@@ -264,7 +268,7 @@ class Compiler:
         ]
         return Compiled(
             dict(zip(names, functions, strict=True)), wanted, copies, trained, tolerances, kept,
-            rows_and_keys(functions),
+            linked(functions),
         )  # fmt: skip
 
 

@@ -148,11 +148,11 @@ def _form_by(
 
 @triton.jit
 def _form(
-    W, OUT, A, B, SERIES, m, n, r, stride_m, stride_n, COUNT: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    W, OUT, A, B, SERIES, AFTER, m, n, r, stride_m, stride_n, COUNT: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     BR: tl.constexpr, TILES: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """W + F(BA)."""
+    """W + F(BA). AFTER is not read: it tells a graph that this is done after that tensor, and not kept until then."""
     if tl.load(SERIES).to(tl.int32) <= COUNT:
         _form_by(
             COUNT, W, OUT, A, B, SERIES, m, n, r, stride_m, stride_n, HAS_WEIGHT,
@@ -412,7 +412,7 @@ def effective_weight(weight: Tensor | None, A: Tensor, B: Tensor, series: Series
     grid, constants = _form_plan(m, n, r, dtype, A.device)
     W, strides = (out, (n, 1)) if weight is None else (weight, weight.stride())
     launch(
-        _form, grid, FORM, (W, out, A, B, series.packed), m, n, r, *strides, _count(series, dtype),
+        _form, grid, FORM, (W, out, A, B, series.packed, out), m, n, r, *strides, _count(series, dtype),
         weight is not None, *constants,
     )  # fmt: skip
     return out

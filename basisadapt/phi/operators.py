@@ -1,10 +1,14 @@
-"""The adapted layer as opaque operators for torch.compile: `basisadapt::linear` and its pullback.
+"""The adapted layer for torch.compile: as kernels that it looks into, or as the opaque operator `basisadapt::linear`.
 
-A compiled graph must not depend on what changes from step to step: degrees, tables and evaluators. So the operators
-take two tensors of constant shape. `key`, a number on the CPU, identifies a module's function at a moment; the operator
-looks it up when it runs. `row`, whose values are not used, carries the gradient to a series' coefficients out of the
-graph. A table has more numbers, and a varying count of them: its gradient waits at the function until that of its row,
-zeros, arrives behind the graph.
+A compiled graph must not depend on what changes from step to step: degrees, tables and evaluators. So the opaque
+operators take two tensors of constant shape. `key`, a number on the CPU, identifies a module's function at a moment; the
+operator looks it up when it runs. `row`, whose values are not used, carries the gradient to a series' coefficients out
+of the graph. A table has more numbers, and a varying count of them: its gradient waits at the function until that of
+its row, zeros, arrives behind the graph.
+
+Where all functions of an adapter are of one kind that has fused kernels, their numbers are inputs of the graph, and its
+products and kernels are launched by the graph itself, which takes the host far less time: `traced_linear`. Outside a
+call of the model, where nobody has brought them up to date, a graph checks its layers' functions one by one.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -60,52 +65,96 @@ class Function:
         return [g.to(p.dtype) for g, p in zip(waiting, self.evaluator.parameters, strict=True)]
 
 
+@dataclass
+class Call:
+    """Whether a model is being called, so that its links are up to date."""
+
+    under_way: bool = False
+
+
 class Link:
     """What a compiled graph reads of a module's function: `row` and `key`; None while there is no function.
 
-    `function` is kept alive here, so that its key stays valid. A copy or a pickle has none.
+    - `traced`: what `traced_linear` reads: the row of a series or the cubics of a table, both with a gradient, and the
+      evaluator's packed numbers; None where a graph has to look the function up.
+    - `function` is kept alive here, so that its key stays valid. A copy or a pickle has none.
+    - `call`: shared by the links of a model.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, call: Call) -> None:
+        self.call = call
         self.row: Tensor | None = None
         self.key: Tensor | None = None
+        self.traced: tuple[Tensor, Tensor] | None = None
         self.function: Function | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """The state of a copy or a pickle, without a function."""
-        return {"row": None, "key": None, "function": None}
+        return {**dict.fromkeys(vars(self)), "call": self.call}
 
 
 _known: WeakValueDictionary[int, Function] = WeakValueDictionary()
 _next_key = itertools.count()
 
 
-def rows_and_keys(functions: Sequence[Function]) -> list[tuple[Tensor, Tensor]]:
-    """A row and a key for every function. An autograd graph that holds a row keeps its function alive."""
+@dataclass(frozen=True)
+class Linked:
+    """What a graph reads of one function, see `Link`."""
+
+    row: Tensor
+    key: Tensor
+    traced: tuple[Tensor, Tensor] | None
+
+
+def linked(functions: Sequence[Function]) -> list[Linked]:
+    """What graphs read of these functions. An autograd graph that holds a row keeps its function alive."""
     keys = list(itertools.islice(_next_key, len(functions)))
     _known.update(zip(keys, functions, strict=True))
     parameters = [parameter for function in functions for parameter in function.evaluator.parameters]
-    rows = _Rows.apply(functions, *parameters)  # type: ignore[no-untyped-call]
+    tables = _traceable(functions, Row)
+    rows = _Rows.apply(functions, tables, *parameters)  # type: ignore[no-untyped-call]
+    rows, inputs = rows[: len(functions)], rows[-len(functions) :]
     # `scalar_tensor` takes a third of the time of `tensor`.
-    numbers = (torch.scalar_tensor(key, dtype=torch.int64, device="cpu") for key in keys)
-    return list(zip(rows, numbers, strict=True))
+    numbers = [torch.scalar_tensor(key, dtype=torch.int64, device="cpu") for key in keys]
+    if not (tables or _traceable(functions, Series)):
+        return [Linked(row, number, None) for row, number in zip(rows, numbers, strict=True)]
+    evaluators: list[Any] = [function.evaluator for function in functions]
+    # Separate tensors, as in `_Rows`.
+    packed = torch._foreach_mul([evaluator.packed for evaluator in evaluators], 1)
+    return [Linked(*one, two) for *one, two in zip(rows, numbers, zip(inputs, packed, strict=True), strict=True)]
+
+
+def _traceable(functions: Sequence[Function], kind: type[Series | Row]) -> bool:
+    """Whether all functions have the fused kernels of this kind and, so that blocks share a graph, tables of a size."""
+    evaluators = [function.evaluator for function in functions]
+    return (
+        all(isinstance(evaluator, kind) for evaluator in evaluators)
+        and all(function.execution == Execution("triton") for function in functions)
+        and {p.dtype for e in evaluators for p in e.parameters} <= {torch.float32, torch.float64}
+        and len({p.shape for e in evaluators for p in e.parameters}) == 1
+    )
 
 
 class _Rows(torch.autograd.Function):
-    """Rows without values, whose gradients bring those of the parameters."""
+    """Rows without values, whose gradients bring those of the parameters; behind them, if `tables`, the parameters."""
 
     @staticmethod
-    def forward(ctx: Any, functions: Sequence[Function], *parameters: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, functions: Sequence[Function], tables: bool, *parameters: Tensor) -> tuple[Tensor, ...]:
         ctx.functions = functions
         ctx.set_materialize_grads(False)
         # Separate tensors: with dynamic shapes, a compiler would specialize on their offsets in a common one.
-        return tuple(parameters[0].new_empty(LENGTH, dtype=torch.float64) for _ in functions)
+        rows = tuple(parameters[0].new_empty(LENGTH, dtype=torch.float64) for _ in functions)
+        return rows + tuple(torch._foreach_mul(parameters, 1)) if tables else rows
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *rows: Tensor | None) -> tuple[Tensor | None, ...]:
-        taken = (function.take(row) for function, row in zip(ctx.functions, rows, strict=True))
-        return None, *itertools.chain.from_iterable(taken)
+        rows, direct = rows[: len(ctx.functions)], rows[len(ctx.functions) :]
+        taken = [list(function.take(row)) for function, row in zip(ctx.functions, rows, strict=True)]
+        for of_table, gradient in zip(taken, direct, strict=False):
+            if gradient is not None:
+                of_table[0] = gradient if of_table[0] is None else of_table[0] + gradient
+        return None, None, *itertools.chain.from_iterable(taken)
 
 
 def linked_linear(
@@ -119,6 +168,18 @@ def linked_linear(
     return y
 
 
+def traced_linear(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, link: Link
+) -> Tensor:
+    """`weight.adapted_linear` for a compiler that looks into it, with what `link.traced` holds."""
+    assert link.traced is not None
+    row, packed = link.traced
+    if not link.call.under_way:
+        torch.ops.basisadapt.check(link.key, A, B)
+    y: Tensor = torch.ops.basisadapt.traced_linear(x.to(product_dtype(x, weight)), weight, bias, A, B, row, packed)
+    return y
+
+
 # Plain definitions: the wrapper of `torch.library.custom_op` takes longer than a small layer's work, and an autograd
 # formula of `torch.library` half as long. The gradients are those of `adapted_linear`, which a graph does not keep.
 _library: Any = torch.library.Library("basisadapt", "DEF")
@@ -128,6 +189,12 @@ _AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
 _INPUTS = "(Tensor x, Tensor? weight, Tensor? bias, Tensor A, Tensor B, Tensor row, Tensor key)"
 _library.define(f"adapted_linear{_INPUTS} -> Tensor", tags=_TAGS)
 _library.define(f"linear{_INPUTS} -> Tensor", tags=_TAGS)
+_library.define(
+    "traced_linear(Tensor x, Tensor? weight, Tensor? bias, Tensor A, Tensor B, Tensor row, Tensor packed) -> Tensor",
+    tags=_TAGS[:1],
+)
+# It does not write to the key, but what writes to nothing would be left out of a graph.
+_library.define("check(Tensor(a!) key, Tensor A, Tensor B) -> ()", tags=_TAGS)
 _library.define(
     "linear_backward(Tensor upstream, Tensor x, Tensor? weight, Tensor A, Tensor B, Tensor key, bool form, "
     "bool trains) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -141,6 +208,11 @@ def _linear(
     function = _known[int(key)]
     function.check(function, A, B)
     return product(x, weight, bias, A, B, function.evaluator, function.execution).contiguous()
+
+
+def _check(key: Tensor, A: Tensor, B: Tensor) -> None:
+    function = _known[int(key)]
+    function.check(function, A, B)
 
 
 def _linear_backward(
@@ -194,8 +266,45 @@ class _Linear(torch.autograd.Function):
         return grad_x if form else None, grad_weight if trains else None, grad_bias, grad_a, grad_b, row, None
 
 
+class _TracedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, row: Tensor,
+        packed: Tensor,
+    ) -> Tensor:  # fmt: skip
+        from basisadapt.phi import graph_triton
+
+        ctx.save_for_backward(x, weight, A, B, row, packed)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        factors = (factor.float().contiguous() for factor in (A, B))
+        effective = graph_triton.effective_weight(weight, *factors, row, packed, x)
+        return F.linear(x, effective, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        from basisadapt.phi import graph_triton
+
+        x, weight, A, B, row, packed = ctx.saved_tensors
+        form, trains, of_bias, *_ = ctx.needs_input_grad
+        gradient = upstream[0].reshape(-1, upstream[0].shape[-1])
+        dense = gradient.t() @ x.reshape(-1, x.shape[-1])
+        grad_weight = dense.to(weight.dtype, copy=True) if trains else None
+        factors = [factor.float().contiguous() for factor in (A, B)]
+        grad_x = None
+        if form:
+            effective = graph_triton.effective_weight(weight, *factors, row, packed, dense)
+            grad_x = (gradient @ effective).view(x.shape)
+        grad_a, grad_b, grad_row = graph_triton.pull_back(dense, *factors, row, packed)
+        grad_bias = gradient.sum(0).to(ctx.bias_dtype) if of_bias else None
+        return grad_x, grad_weight, grad_bias, grad_a.to(A.dtype), grad_b.to(B.dtype), grad_row, None
+
+
+_library.impl("traced_linear", _TracedLinear.apply, "CompositeImplicitAutograd")
 _library.impl("adapted_linear", _Linear.apply, "CompositeImplicitAutograd")
 _library.impl("linear", _linear, "CompositeExplicitAutograd")
+_library.impl("check", _check, "CompositeExplicitAutograd")
+torch.library.register_fake("basisadapt::check", lambda *_: None, lib=_library)
 _library.impl("linear_backward", _linear_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("basisadapt::linear", _linear_shape, lib=_library)
 torch.library.register_fake("basisadapt::linear_backward", _linear_backward_shapes, lib=_library)
