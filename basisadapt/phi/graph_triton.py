@@ -96,9 +96,7 @@ def pull_table(
     return of_cubics
 
 
-def effective_weight(
-    weight: Tensor | None, A: Tensor, B: Tensor, row: Tensor, packed: Tensor, like: Tensor
-) -> Tensor:
+def effective_weight(weight: Tensor | None, A: Tensor, B: Tensor, row: Tensor, packed: Tensor, like: Tensor) -> Tensor:
     """W + F(BA) in the dtype of `like`, formed after it; row, packed: see `operators.Link`."""
     if row.dim() == 1:
         formed: Tensor = torch.ops.basisadapt.form_series(weight, A, B, packed, like)

@@ -1,10 +1,10 @@
 """The adapted layer for torch.compile: as kernels that it looks into, or as the opaque operator `basisadapt::linear`.
 
 A compiled graph must not depend on what changes from step to step: degrees, tables and evaluators. So the opaque
-operators take two tensors of constant shape. `key`, a number on the CPU, identifies a module's function at a moment; the
-operator looks it up when it runs. `row`, whose values are not used, carries the gradient to a series' coefficients out
-of the graph. A table has more numbers, and a varying count of them: its gradient waits at the function until that of
-its row, zeros, arrives behind the graph.
+operators take two tensors of constant shape. `key`, a number on the CPU, identifies a module's function at a moment;
+the operator looks it up when it runs. `row`, whose values are not used, carries the gradient to a series' coefficients
+out of the graph. A table has more numbers, and a varying count of them: its gradient waits at the function until that
+of its row, zeros, arrives behind the graph.
 
 Where all functions of an adapter are of one kind that has fused kernels, their numbers are inputs of the graph, and its
 products and kernels are launched by the graph itself, which takes the host far less time: `traced_linear`. Outside a
@@ -121,7 +121,7 @@ def linked(functions: Sequence[Function]) -> list[Linked]:
     evaluators: list[Any] = [function.evaluator for function in functions]
     # Separate tensors, as in `_Rows`.
     packed = torch._foreach_mul([evaluator.packed for evaluator in evaluators], 1)
-    return [Linked(*one, two) for *one, two in zip(rows, numbers, zip(inputs, packed, strict=True), strict=True)]
+    return list(map(Linked, rows, numbers, zip(inputs, packed, strict=True)))
 
 
 def _traceable(functions: Sequence[Function], kind: type[Series | Row]) -> bool:
@@ -168,9 +168,7 @@ def linked_linear(
     return y
 
 
-def traced_linear(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, link: Link
-) -> Tensor:
+def traced_linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, link: Link) -> Tensor:
     """`weight.adapted_linear` for a compiler that looks into it, with what `link.traced` holds."""
     assert link.traced is not None
     row, packed = link.traced
@@ -266,6 +264,11 @@ class _Linear(torch.autograd.Function):
         return grad_x if form else None, grad_weight if trains else None, grad_bias, grad_a, grad_b, row, None
 
 
+def _plain(factor: Tensor) -> Tensor:
+    """A or B as kernels read it."""
+    return factor.float().contiguous()
+
+
 class _TracedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -276,8 +279,7 @@ class _TracedLinear(torch.autograd.Function):
 
         ctx.save_for_backward(x, weight, A, B, row, packed)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        factors = (factor.float().contiguous() for factor in (A, B))
-        effective = graph_triton.effective_weight(weight, *factors, row, packed, x)
+        effective = graph_triton.effective_weight(weight, _plain(A), _plain(B), row, packed, x)
         return F.linear(x, effective, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
@@ -290,12 +292,11 @@ class _TracedLinear(torch.autograd.Function):
         gradient = upstream[0].reshape(-1, upstream[0].shape[-1])
         dense = gradient.t() @ x.reshape(-1, x.shape[-1])
         grad_weight = dense.to(weight.dtype, copy=True) if trains else None
-        factors = [factor.float().contiguous() for factor in (A, B)]
         grad_x = None
         if form:
-            effective = graph_triton.effective_weight(weight, *factors, row, packed, dense)
+            effective = graph_triton.effective_weight(weight, _plain(A), _plain(B), row, packed, dense)
             grad_x = (gradient @ effective).view(x.shape)
-        grad_a, grad_b, grad_row = graph_triton.pull_back(dense, *factors, row, packed)
+        grad_a, grad_b, grad_row = graph_triton.pull_back(dense, _plain(A), _plain(B), row, packed)
         grad_bias = gradient.sum(0).to(ctx.bias_dtype) if of_bias else None
         return grad_x, grad_weight, grad_bias, grad_a.to(A.dtype), grad_b.to(B.dtype), grad_row, None
 
