@@ -64,8 +64,7 @@ def _form(
     a = _halves(_columns_of(A, cols, n, r, 0, BR), PRECISION)
     b = _halves(_rows_of(B, rows, m, r, 0, BR) * scale, PRECISION)
     t = _factor_product(A, B, a, b, rows, cols, m, n, r, scale, BR, ONE_BLOCK, PRECISION)
-    most = tl.load(PACKED + 1)
-    _, s, p0, p1, p2, p3 = _gather(PAIRS, t * most, most)
+    _, s, p0, p1, p2, p3 = _gather(PAIRS, t * tl.load(PACKED + 1), tl.load(PACKED + 5))
     value = ((p3 * s + p2) * s + p1) * s + p0 + t * tl.load(PACKED + 2)  # t: NaN stays NaN
     if HAS_WEIGHT:
         place = W + row * stride_m + cols[None, :].to(tl.int64) * stride_n
@@ -88,8 +87,7 @@ def _pull(
     a = _halves(_columns_of(A, cols, n, r, 0, BR), PRECISION)
     b = _halves(_rows_of(B, rows, m, r, 0, BR) * scale, PRECISION)
     t = _factor_product(A, B, a, b, rows, cols, m, n, r, scale, BR, ONE_BLOCK, PRECISION)
-    most = tl.load(PACKED + 1)
-    cell, s, _, p1, p2, p3 = _gather(PAIRS, t * most, most)
+    cell, s, _, p1, p2, p3 = _gather(PAIRS, t * tl.load(PACKED + 1), tl.load(PACKED + 5))
     slope = ((3.0 * p3 * s + 2.0 * p2) * s + p1) * tl.load(PACKED + 3) + tl.load(PACKED + 4)
     pulled = gradient * tl.where(t == t, slope, float("nan"))
     tl.store(place, pulled.to(G.dtype.element_ty), mask=inside)

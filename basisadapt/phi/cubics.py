@@ -189,7 +189,8 @@ class Row(Cubics):
     def __init__(self, cubics: Tensor, half: int, packed: Tensor, path: float) -> None:
         """cubics: shape (cells, 4), with gradients.
 
-        packed: shape (PACKED,), in their dtype, what kernels also need: 1 / R, R / step, path · R, 1 / step, the path.
+        packed: shape (PACKED,), in their dtype, what kernels also need: 1 / R, R / step, path · R, 1 / step, the path,
+        `half`.
         """
         self.half, self.parameters, self.packed, self._path = half, (cubics,), packed, path
 

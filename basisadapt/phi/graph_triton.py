@@ -80,6 +80,8 @@ def pull_table(
     packed: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
     """The gradient to the cubics; G = dense becomes G F'(BA). largest: of |G|."""
+    # The place of a sum depends on them, which torch takes for writing to them.
+    A, B, pairs = A.clone(), B.clone(), pairs.clone()
     (r, n), m = A.shape, B.shape[0]
     cells = pairs.shape[0]
     grid, constants = cells_triton._plan(m, n, r, A.device, cells_triton.PULL)

@@ -76,7 +76,10 @@ def rows(
             with torch.no_grad():
                 transfer, ends = pick(all_of_them, some), radius[index_tensor(some, radius.device)]
                 cells, path = Cells.of(transfer, ends, half), transfer.scaling if transfer.path else 0.0
-                beside = (1 / ends, ends / cells.step, path * ends, 1 / cells.step, torch.full_like(ends, path))
+                beside = (
+                    *(1 / ends, ends / cells.step, path * ends, 1 / cells.step),
+                    *(torch.full_like(ends, number) for number in (path, half)),
+                )
                 packed = functional.pad(torch.stack(beside, 1), (0, PACKED - len(beside))).to(dtype)
             cubics = _Cubics.apply(tables, some, kind, cells, dtype, *parameters)  # type: ignore[no-untyped-call]
             for index, row, numbers in zip(some, cubics.unbind(), packed.unbind(), strict=True):

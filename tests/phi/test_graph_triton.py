@@ -53,7 +53,7 @@ def test_values_and_gradients_are_those_of_the_kernels_without_a_graph(kind, sha
     _, *truths, (of_row,) = kernels.pull_back(upstream.clone(), None, A, B, chosen, "triton", form=False)
     ours = graph_triton.pull_back(upstream.clone(), A, B, row, chosen.packed)
     if kind is Series:  # by moments or by powers
-        to_moments = series.with_powers(series.POINTS[-1]).to(DEVICE)
+        to_moments = series.with_powers(series.POINTS[-1], of_row.device)
         of_row, ours = to_moments @ of_row, (*ours[:2], to_moments @ ours[2])
     for gradient, expected in zip(ours, (*truths, of_row), strict=True):
         assert (gradient - expected).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * expected.norm()
