@@ -14,9 +14,10 @@ Every module has these guarantees:
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -61,6 +62,8 @@ class Work:
     - `gains`: g, shape (M,), float64.
     - `tolerances`: of each module.
     - `slack` (float ≥ 1, default 1): how many times as large the entries of a layer's own BA may be.
+    - `alike` (default: each is by itself): a name for each module. On a GPU those of one name all have a series, or
+      tables of one size, so that the blocks of a model share a graph of torch.compile.
     """
 
     tables: series.Tables
@@ -70,6 +73,7 @@ class Work:
     gains: Tensor
     tolerances: tuple[float, ...]
     slack: float = 1.0
+    alike: Sequence[str] = ()
 
     @torch.no_grad()
     def functions(self) -> Transfer:
@@ -242,16 +246,19 @@ class Choice:
         # On a GPU one kernel sums a series, and no table is as fast.
         long = [not deferred(work.gains) and t > ANY + ENTRY * work.entries(i) for i, t in enumerate(terms)]
         tried = [not serves or is_long for serves, is_long in zip(served, long, strict=True)]
-        # Where most need a table all get one, for graphs of torch.compile take one kind, see `operators.Link`.
-        if deferred(work.gains) and 2 * sum(tried) > len(tried):
-            tried = [True] * len(tried)
+        groups: Sequence[object] = work.alike or range(len(tried))
+        need = set(itertools.compress(groups, tried))
+        if deferred(work.gains):
+            tried = [group in need for group in groups]
         radius = _extent(work, apart, [m or t for m, t in zip(measured, tried, strict=True)], extent.share).radius
         before, self._tables = self._tables, {}
         chosen = [index for index, is_tried in enumerate(tried) if is_tried]
         self._together = bool(chosen) and deferred(work.gains)
         if self._together:
             fitted = zip(chosen, Fitted.together(work, chosen, radius, before), strict=True)
-            self._tables = {index: table for index, table in fitted if table.kind or not served[index]}
+            tables = {index: table for index, table in fitted if table.kind or not served[index]}
+            largest = {group: max(t.half for i, t in tables.items() if groups[i] == group) for group in need}
+            self._tables = {i: replace(t, half=largest[groups[i]]) for i, t in tables.items()}
         for index in [] if self._together else chosen:
             table = Fitted.to(work, index, radius[index], before.get(index))
             if not served[index] or table.price < terms[index]:

@@ -253,11 +253,12 @@ class Compiler:
                 return self.bank.kept_transfer(names[index], gains[index], copies)
 
             tolerances = tuple(map(self._tolerance_of, names))
+            alike = [name.rpartition(".")[2] for name in names]
             if self._setting == "direct":
                 evaluators: list[Evaluator | Split] = [Direct(single(index)) for index in range(len(names))]
             else:
                 slack = HALF_ROUNDING if sharded else 1.0
-                work = Work(self.bank.functions(gains), tables, single, pairs, gains, tolerances, slack)
+                work = Work(self.bank.functions(gains), tables, single, pairs, gains, tolerances, slack, alike)
                 evaluators = self._choice.evaluators(work)
         kept = None if sharded else dict(zip(names, pairs, strict=True))
         trained = tuple(table.requires_grad for table in tables)
@@ -268,7 +269,7 @@ class Compiler:
         ]
         return Compiled(
             dict(zip(names, functions, strict=True)), wanted, copies, trained, tolerances, kept,
-            linked(functions),
+            linked(functions, alike),
         )  # fmt: skip
 
 

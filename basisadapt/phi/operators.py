@@ -6,9 +6,9 @@ the operator looks it up when it runs. `row`, whose values are not used, carries
 out of the graph. A table has more numbers, and a varying count of them: its gradient waits at the function until that
 of its row, zeros, arrives behind the graph.
 
-Where all functions of an adapter are of one kind that has fused kernels, their numbers are inputs of the graph, and its
-products and kernels are launched by the graph itself, which takes the host far less time: `traced_linear`. Outside a
-call of the model, where nobody has brought them up to date, a graph checks its layers' functions one by one.
+A function with fused kernels, of one kind and size with those of the same layer in other blocks, gives its numbers to
+the graph, which launches the products and kernels itself: `traced_linear` takes the host far less time. Outside a call
+of the model, where nobody has brought the numbers up to date, a graph checks its layers' functions one by one.
 """
 
 from __future__ import annotations
@@ -106,54 +106,71 @@ class Linked:
     traced: tuple[Tensor, Tensor] | None
 
 
-def linked(functions: Sequence[Function]) -> list[Linked]:
-    """What graphs read of these functions. An autograd graph that holds a row keeps its function alive."""
+def linked(functions: Sequence[Function], alike: Sequence[str]) -> list[Linked]:
+    """What graphs read of these functions. An autograd graph that holds a row keeps its function alive.
+
+    alike: a name for each; those of one name are in one graph, if they are in different blocks of a model.
+    """
     keys = list(itertools.islice(_next_key, len(functions)))
     _known.update(zip(keys, functions, strict=True))
+    traced = _traceable(functions, alike)
+    tables = [index for index in traced if isinstance(functions[index].evaluator, Row)]
     parameters = [parameter for function in functions for parameter in function.evaluator.parameters]
-    tables = _traceable(functions, Row)
-    rows = _Rows.apply(functions, tables, *parameters)  # type: ignore[no-untyped-call]
-    rows, inputs = rows[: len(functions)], rows[-len(functions) :]
+    made = _Rows.apply(functions, tables, *parameters)  # type: ignore[no-untyped-call]
+    rows, cubics = made[: len(functions)], dict(zip(tables, made[len(functions) :], strict=True))
+    packed: dict[int, Tensor] = {}
+    if traced:  # separate tensors, as in `_Rows`
+        evaluators: list[Any] = [functions[index].evaluator for index in traced]
+        packed = dict(zip(traced, torch._foreach_mul([one.packed for one in evaluators], 1), strict=True))
     # `scalar_tensor` takes a third of the time of `tensor`.
     numbers = [torch.scalar_tensor(key, dtype=torch.int64, device="cpu") for key in keys]
-    if not (tables or _traceable(functions, Series)):
-        return [Linked(row, number, None) for row, number in zip(rows, numbers, strict=True)]
-    evaluators: list[Any] = [function.evaluator for function in functions]
-    # Separate tensors, as in `_Rows`.
-    packed = torch._foreach_mul([evaluator.packed for evaluator in evaluators], 1)
-    return list(map(Linked, rows, numbers, zip(inputs, packed, strict=True)))
+    return [
+        Linked(row, numbers[index], (cubics.get(index, row), packed[index]) if index in packed else None)
+        for index, row in enumerate(rows)
+    ]
 
 
-def _traceable(functions: Sequence[Function], kind: type[Series | Row]) -> bool:
-    """Whether all functions have the fused kernels of this kind and, so that blocks share a graph, tables of a size."""
-    evaluators = [function.evaluator for function in functions]
-    return (
-        all(isinstance(evaluator, kind) for evaluator in evaluators)
-        and all(function.execution == Execution("triton") for function in functions)
-        and {p.dtype for e in evaluators for p in e.parameters} <= {torch.float32, torch.float64}
-        and len({p.shape for e in evaluators for p in e.parameters}) == 1
-    )
+def _traceable(functions: Sequence[Function], alike: Sequence[str]) -> list[int]:
+    """The indices of the functions with fused kernels that are of one kind and size with all that are like them."""
+    kinds: dict[str, set[Any]] = {}
+    for name, function in zip(alike, functions, strict=True):
+        kinds.setdefault(name, set()).add(_kind(function))
+    return [index for index, name in enumerate(alike) if len(kinds[name]) == 1 and None not in kinds[name]]
+
+
+def _kind(function: Function) -> tuple[type, torch.Size] | None:
+    """What a graph depends on of a function with fused kernels; None for others."""
+    evaluator = function.evaluator
+    if function.execution != _FUSED or not isinstance(evaluator, Series | Row):
+        return None
+    (numbers,) = evaluator.parameters
+    return None if evaluator.packed.dtype != torch.float32 else (type(evaluator), numbers.shape)
+
+
+_FUSED = Execution("triton")
 
 
 class _Rows(torch.autograd.Function):
-    """Rows without values, whose gradients bring those of the parameters; behind them, if `tables`, the parameters."""
+    """Rows without values, whose gradients bring those of the parameters; and copies of the cubics of some `tables`."""
 
     @staticmethod
-    def forward(ctx: Any, functions: Sequence[Function], tables: bool, *parameters: Tensor) -> tuple[Tensor, ...]:
-        ctx.functions = functions
+    def forward(ctx: Any, functions: Sequence[Function], tables: Sequence[int], *parameters: Tensor) -> tuple[Any, ...]:
+        ctx.functions, ctx.tables = functions, tables
         ctx.set_materialize_grads(False)
         # Separate tensors: with dynamic shapes, a compiler would specialize on their offsets in a common one.
-        rows = tuple(parameters[0].new_empty(LENGTH, dtype=torch.float64) for _ in functions)
-        return rows + tuple(torch._foreach_mul(parameters, 1)) if tables else rows
+        rows = [parameters[0].new_empty(LENGTH, dtype=torch.float64) for _ in functions]
+        cubics = [functions[index].evaluator.parameters[0] for index in tables]
+        return *rows, *(torch._foreach_mul(cubics, 1) if cubics else ())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *rows: Tensor | None) -> tuple[Tensor | None, ...]:
-        rows, direct = rows[: len(ctx.functions)], rows[len(ctx.functions) :]
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        rows, cubics = gradients[: len(ctx.functions)], gradients[len(ctx.functions) :]
         taken = [list(function.take(row)) for function, row in zip(ctx.functions, rows, strict=True)]
-        for of_table, gradient in zip(taken, direct, strict=False):
+        for index, gradient in zip(ctx.tables, cubics, strict=True):
             if gradient is not None:
-                of_table[0] = gradient if of_table[0] is None else of_table[0] + gradient
+                (found,) = taken[index]
+                taken[index] = [gradient if found is None else found + gradient]
         return None, None, *itertools.chain.from_iterable(taken)
 
 

@@ -24,7 +24,7 @@ from basisadapt.phi.series import Tables
 
 SIZES = tuple(FINE * FEWEST // 2 * number << k for k in range(12) for number in (2, 3))  # cells on either side of zero
 AT_ONCE = 1 << 22  # cells made at a time
-SMALLER = 16  # how many times as large a table may be made as it has to be
+SMALLER = 4  # how many times as large a table may be made as it has to be
 
 Key = tuple[type[Made], int, torch.dtype]  # a table's kind, half size and dtype
 

@@ -37,7 +37,7 @@ def inputs(kind=Series, weight=True, bias=True, dtype=torch.float64):
         A, B = A.requires_grad_(), B.requires_grad_()
     W, b, x = (torch.randn(*s, generator=GENERATOR).to(dtype) for s in ((len(B), 7), (len(B),), (2, 3, 7)))
     found, leaves = function(A, B, kind)
-    (of_graph,) = linked([found])
+    (of_graph,) = linked([found], [""])
     row, key = of_graph.row, of_graph.key
     layer = x.requires_grad_(), W if weight else None, b.requires_grad_() if bias else None, A, B
     return layer, found, leaves, row, key
@@ -100,7 +100,7 @@ def test_a_function_is_known_as_long_as_a_graph_hangs_on_its_row():
 def test_rows_of_several_functions_and_one_that_nobody_used():
     A, B = (t.double().requires_grad_() for t in factors(9, 7, 2, 0.3))
     (one, of_one), (other, of_other) = function(A, B), function(A, B, Direct)
-    of_graph, _ = linked([other, one])
+    of_graph, _ = linked([other, one], ["", ""])
     row, key = of_graph.row, of_graph.key
     linked_linear(torch.ones(3, 7, dtype=torch.float64), None, None, A, B, row, key).sum().backward()
     assert of_other[0].grad.abs().sum() > 0

@@ -100,10 +100,10 @@ def test_sizes_follow_reach_and_tolerance_and_have_limits():
 
 def test_tables_share_a_batch_unless_one_is_much_smaller():
     of_all, parameters = stacked(*three("sinc"), *three("sinc"))
-    radii, sizes = RADII.repeat(2), (192, 12288, 384, 768, 12288, 192)
+    radii, sizes = RADII.repeat(2), (192, 3072, 384, 768, 3072, 192)
     dtypes = [torch.float32] * 5 + [torch.float64]
     rows = together.rows(of_all, parameters, radii, {i: (Table, sizes[i], d) for i, d in enumerate(dtypes)})
-    assert [rows[i].half for i in range(6)] == [384, 12288, 384, 12288, 12288, 192]
+    assert [rows[i].half for i in range(6)] == [384, 3072, 384, 3072, 3072, 192]
     for index, single in enumerate(three("sinc") * 2):
         z = torch.linspace(-1, 1, 50, dtype=dtypes[index]) * radii[index].to(dtypes[index])
         truth = single(z.double())
