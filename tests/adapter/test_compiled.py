@@ -256,6 +256,19 @@ def test_a_compiled_part_called_by_itself_is_right_or_refused():
     assert torch.equal(ours(X), toy_at(1)(X))
 
 
+def test_links_know_whether_the_model_is_being_called():
+    ours, seen = toy(), []
+    layer = ours.base_model.model.lin0
+    link = layer.phi_link["default"]
+    layer.register_forward_hook(lambda *_: seen.append(link.call.under_way))
+    ours(X)
+    ours.base_model.model(X)
+    with pytest.raises(RuntimeError):
+        ours(X[:, :1])
+    assert seen == [True, False]
+    assert not link.call.under_way
+
+
 def toy_at(seed):
     adapted = toy()
     draw(adapted, seed)

@@ -9,6 +9,7 @@ import torch
 
 from basisadapt.phi import operators
 from basisadapt.phi.choice import evaluator
+from basisadapt.phi.cubics import Row
 from basisadapt.phi.dense_gradient import DenseGradient
 from basisadapt.phi.evaluators import Direct, Series, Split
 from basisadapt.phi.operators import Function, linked, linked_linear
@@ -105,6 +106,52 @@ def test_rows_of_several_functions_and_one_that_nobody_used():
     linked_linear(torch.ones(3, 7, dtype=torch.float64), None, None, A, B, row, key).sum().backward()
     assert of_other[0].grad.abs().sum() > 0
     assert not of_one[0].grad.any()
+
+
+@pytest.fixture
+def _fused_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(operators, "_FUSED", Execution("torch"))
+
+
+def plain(A, B, kind=Series):
+    """A function whose numbers are in the kernels' dtype."""
+    return function(A.float(), B.float(), kind)[0]
+
+
+@pytest.mark.usefixtures("_fused_on_a_cpu")
+def test_graphs_get_the_numbers_of_functions_that_are_of_one_kind_with_those_of_their_name():
+    A, B = factors(9, 7, 2, 0.3)
+    functions = [plain(A, B), plain(A, B, Direct), plain(A, B), plain(A, B), plain(A, B)]
+    names = ["q", "q", "k", "v", "k"]
+    assert [of_graph.traced is not None for of_graph in linked(functions, names)] == [False, False, True, True, True]
+    of_graph = linked(functions, names)[2]
+    row, packed = of_graph.traced
+    assert row is of_graph.row
+    assert torch.equal(packed, functions[2].evaluator.packed)
+    assert packed.storage_offset() == 0
+
+
+@pytest.mark.usefixtures("_fused_on_a_cpu")
+def test_what_a_graph_gets_of_a_table_brings_the_gradient_to_its_cubics():
+    cubics = torch.randn(6, 4, dtype=torch.float64).requires_grad_()
+    one = Function(Row(cubics.float(), 2, torch.ones(8), 0.0), Execution("torch"), lambda *_: None)
+    A, B = factors(9, 7, 2, 0.3)
+    of_graph, other = linked([one, plain(A, B)], ["q", "k"])
+    row, _ = of_graph.traced
+    assert torch.equal(row, cubics.float())
+    (3 * row).sum().backward(retain_graph=True)
+    assert torch.equal(cubics.grad, torch.full_like(cubics, 3))
+    assert other.traced[0] is other.row
+
+
+def test_a_graph_asks_whether_its_functions_belong_to_their_factors():
+    A, B = factors(9, 7, 2, 0.3)
+    asked = []
+    one = Function(plain(A, B).evaluator, Execution("torch"), lambda *given: asked.append(given))
+    (of_graph,) = linked([one], [""])
+    torch.ops.basisadapt.check(of_graph.key, A, B)
+    assert asked == [(one, A, B)]
+    torch.library.opcheck(torch.ops.basisadapt.check.default, (of_graph.key, A, B))
 
 
 def test_gradients_of_gradients_are_refused():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -183,6 +185,26 @@ def test_a_stretched_table_is_fitted_again(as_on_a_gpu):
         fitted.append(memory._tables[0])
     assert fitted[0] is fitted[1] is fitted[2]
     assert fitted[3].reach > 1.15 * fitted[0].reach
+
+
+def test_modules_of_one_name_have_series_or_tables_of_one_size(as_on_a_gpu, monkeypatch):
+    """A module that a series would serve gets a table where another of its name needs one."""
+    monkeypatch.setattr(together, "SMALLER", 1)
+    singles = [make("gaussian_rbf", 8, omega) for omega in (0.5, 60.0, 60.0, 0.5)]
+    of_all, parameters = stacked(*singles)
+    pairs = [factors(60, 50, 2, radius) for radius in (1.0, 1.0, 3.0, 1.0)]
+    work = Work(of_all, parameters, singles.__getitem__, pairs, torch.ones(4), (1e-6,) * 4)
+    alone = Choice().evaluators(work)
+    assert [type(one) for one in alone] == [Series, Row, Row, Series]
+    assert alone[1].half < alone[2].half
+    chosen = Choice().evaluators(replace(work, alike=("q", "q", "q", "k")))
+    assert [type(one) for one in chosen] == [Row, Row, Row, Series]
+    assert len({one.half for one in chosen[:3]}) == 1
+    for single, one, (A, B) in list(zip(singles, chosen, pairs, strict=True))[:2]:
+        z = (B @ A).float()
+        truth = single(z.double())
+        error = (one.value(z, one.scratch(z.numel(), z)).double() - truth).abs().max()
+        assert error <= 1e-5 * truth.abs().max()
 
 
 def test_where_a_table_would_take_longer_the_sum_is_direct(as_on_a_gpu):
