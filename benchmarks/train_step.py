@@ -5,9 +5,10 @@
     python benchmarks/train_step.py llama3-8b --batch 4 16 --checkpointing yes --methods "phi, N = 50;fp8;sketch"
     python benchmarks/train_step.py qwen2-0.5b --batch 4x128 16x512 --compile no regional whole --rounds 1 --budget 500
 
-Several values of an option are several tables; those of --compile are rows of one: not compiled, each block by itself,
-the whole model. The methods take turns; each turn begins with steps that are not timed, and that compile. Every turn is
-printed as it ends, the table after all of them; where --budget has run out, it says what it lacks.
+Several values of an option are several tables; those of --compile are rows of one: not compiled, each block by itself
+(regional; reduced: as CUDA graphs), the whole model. The methods take turns; each turn begins with steps that are not
+timed, and that compile. Every turn is printed as it ends, the table after all of them; where --budget has run out, it
+says what it lacks.
 The figure is the median over rounds of the ratio to LoRA's step in the same round; on a GPU also tokens per second, the
 time until the host has launched a step, the kernels of a step, the time in which the GPU computes, and the peak of
 allocated memory. A and B are set to the size that training gives them, φ's amplitudes are drawn. Before anything is
@@ -45,6 +46,7 @@ from basisadapt.phi.weight import delta_weight
 
 LABELS = 10
 UNTIMED = 4  # steps until memory is laid out
+BLOCKWISE = {"regional": "default", "reduced": "reduce-overhead"}  # each block by itself, in this mode of torch
 
 
 @dataclass(frozen=True)
@@ -155,9 +157,9 @@ class Step:
         self.inputs = case.inputs()
         self.call: Callable[..., Any] = self.model
         self.autocast = torch.autocast(case.device.type, torch.bfloat16, enabled=case.autocast)
-        if compiling == "regional":
+        if compiling in BLOCKWISE:
             for block in blocks(base):
-                block.compile()
+                block.compile(mode=BLOCKWISE[compiling])
         if compiling == "whole":
             self.call = torch.compile(self.model)
 
@@ -475,7 +477,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         ("autocast", "weights in float32, products in bfloat16"),
     ):
         parser.add_argument(f"--{name}", choices=["no", "yes"], nargs="+", default=["no"], help=text)
-    parser.add_argument("--compile", choices=["no", "regional", "whole"], nargs="+", default=["no"])
+    parser.add_argument("--compile", choices=["no", *BLOCKWISE, "whole"], nargs="+", default=["no"])
     parser.add_argument("--busy", action=argparse.BooleanOptionalAction, default=True, help="how long the GPU works")
     parser.add_argument("--methods", default="", help="parts of names, separated by semicolons; LoRA is always there")
     parser.add_argument("--rounds", type=int, default=5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -86,3 +87,17 @@ def test_a_spent_budget_leaves_what_was_measured_and_says_what_is_missing(benchm
     first, second = capsys.readouterr().out.split("Case(")[1:]
     assert "not measured, for the budget was spent: phi, N = 8 (no compile)" in first
     assert "not measured, for the budget was spent: LoRA (peft) (no compile), phi, N = 8 (no compile)" in second
+
+
+def test_the_parts_of_a_step(benchmark, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    parts = importlib.import_module("step_parts")
+    monkeypatch.setattr(parts, "UNTIMED", 0)
+    monkeypatch.setattr(sys, "argv", ["step_parts.py", "qwen2-0.5b", *SHORT])
+    parts.main()
+    _, _, *rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert [row[0].strip() for row in rows] == ["LoRA (peft)", "phi, N = 8"]
+    for _, _, step, forward, compiling, backward, optimizer, *_ in rows:
+        assert float(step) >= 0.99 * sum(map(float, (forward, backward, optimizer))) - 0.2
+        assert float(compiling) <= float(forward)
+    assert float(rows[1][4]) > float(rows[0][4]) == 0
