@@ -363,6 +363,8 @@ FEW, NYQUIST = {}, {"preset": "nyquist", "num_basis": 50, "gain": None}
         (whole, FEW, "autocast", "default"),
         (regional, FEW, torch.bfloat16, "reduce-overhead"),
         (whole, FEW, torch.float32, "reduce-overhead"),
+        (as_trained, FEW, torch.bfloat16, "default"),
+        (as_trained, NYQUIST, "autocast", "default"),
     ],
 )
 def test_on_a_gpu(way, settings, weights, mode, monkeypatch):
@@ -375,6 +377,8 @@ def test_on_a_gpu(way, settings, weights, mode, monkeypatch):
         call = adapted
         if compiling and way is whole:
             call = torch.compile(adapted, mode=mode)
+        elif compiling and way is as_trained:
+            as_trained(adapted, "inductor")
         elif compiling:
             adapted.enable_input_require_grads()
             for layer in adapted.base_model.model.model.layers:
