@@ -1,3 +1,1 @@
 """What every other package builds on: errors, settings, registries, redaction. It imports none of them."""
-
-from __future__ import annotations

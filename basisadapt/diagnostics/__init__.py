@@ -1,3 +1,1 @@
 """Measurements of updates, losses and training paths, as plain numbers, and figures of them."""
-
-from __future__ import annotations

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -62,20 +63,23 @@ class Cubics(Evaluator):
 
     width = 12
 
-    def __init__(self, cubics: Tensor, half: int, inverse: Tensor, most: Tensor, path: float) -> None:
-        """cubics: p_0..p_3 of every cell, shape (cells, 4). half: C. inverse: 1 / a cell's width. most: R in cells."""
-        self.half = half
-        self._cubics, self._inverse, self._most, self._path = cubics, inverse, most, path
+    def __init__(self, half: int, path: float, parts: Callable[[], tuple[Tensor, Tensor, Tensor]]) -> None:
+        """half: C. parts: p_0..p_3 of every cell, shape (cells, 4), 1 / a cell's width, and R in cells.
+
+        They are made when they are needed: kernels need none of them, and a model has hundreds of tables.
+        """
+        self.half, self._path, self._made = half, path, functools.cache(parts)
 
     @property
     def cells(self) -> int:
         """The number of cells."""
-        return len(self._cubics)
+        return len(self._made()[0])
 
     def _locate(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The cell of each element and the place in it, both flattened."""
-        place = z.flatten() * self._inverse
-        spoil_beyond(place, self._most)
+        _, inverse, most = self._made()
+        place = z.flatten() * inverse
+        spoil_beyond(place, most)
         place.clamp_(-self.half, self.half)
         cell = place.floor()
         place.sub_(cell)  # exact; adding C to the place first would round it
@@ -89,7 +93,7 @@ class Cubics(Evaluator):
 
     def _of(self, cell: Tensor, s: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The values of the cubics, and their coefficients."""
-        p = [column.index_select(0, cell) for column in self._cubics.unbind(1)]
+        p = [column.index_select(0, cell) for column in self._made()[0].unbind(1)]
         value = torch.addcmul(p[2], p[3], s)
         torch.addcmul(p[1], value, s, out=value)
         return torch.addcmul(p[0], value, s, out=value), p
@@ -99,7 +103,7 @@ class Cubics(Evaluator):
         cell, s = self._locate(z)
         value, p = self._of(cell, s)
         slope = torch.addcmul(p[2], p[3], s, value=1.5)
-        slope = torch.addcmul(p[1], slope, s, value=2, out=slope).mul_(self._inverse)
+        slope = torch.addcmul(p[1], slope, s, value=2, out=slope).mul_(self._made()[1])
         if self._path:
             value.add_(z.flatten(), alpha=self._path)
             slope.add_(self._path)
@@ -134,7 +138,7 @@ class Made(Cubics):
         with torch.no_grad():
             cubics = self.cubics(self._transfer, self._cells).T.to(dtype).contiguous().T
         inverse, most = (1 / self._cells.step).to(dtype), (radius / self._cells.step).to(dtype)
-        super().__init__(cubics, half, inverse, most, transfer.scaling if transfer.path else 0.0)
+        super().__init__(half, transfer.scaling if transfer.path else 0.0, lambda: (cubics, inverse, most))
 
     @property
     @abstractmethod
@@ -192,26 +196,13 @@ class Row(Cubics):
         packed: shape (PACKED,), in their dtype, what kernels also need: 1 / R, R / step, path · R, 1 / step, the path,
         `half`.
         """
-        self.half, self.parameters, self.packed, self._path = half, (cubics,), packed, path
-
-    # Made when they are needed: kernels need none but `pairs`, and a model has hundreds of tables.
+        super().__init__(half, path, lambda: (cubics.detach(), packed[3], packed[1]))
+        self.parameters, self.packed = (cubics,), packed
 
     @functools.cached_property
     def pairs(self) -> Tensor:
         """The cubics, two float32 numbers per int64, shape (cells, 2)."""
         return self.parameters[0].detach().view(torch.int64)
-
-    @functools.cached_property
-    def _cubics(self) -> Tensor:  # type: ignore[override]
-        return self.parameters[0].detach()
-
-    @functools.cached_property
-    def _inverse(self) -> Tensor:  # type: ignore[override]
-        return self.packed[3]
-
-    @functools.cached_property
-    def _most(self) -> Tensor:  # type: ignore[override]
-        return self.packed[1]
 
     @property
     def cells(self) -> int:

@@ -1,3 +1,1 @@
 """Drivers: the engine that runs studies, searches, and the exchange of cells between machines."""
-
-from __future__ import annotations

@@ -1,3 +1,1 @@
 """Plans: studies with their cells, tuning, search spaces and claims."""
-
-from __future__ import annotations

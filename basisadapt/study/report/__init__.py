@@ -1,3 +1,1 @@
 """Reports: tables, verdicts and figures of recorded outcomes, and their files."""
-
-from __future__ import annotations

@@ -1,3 +1,1 @@
 """Execution: where cells run (in this process, in workers) and the files in which they travel."""
-
-from __future__ import annotations
