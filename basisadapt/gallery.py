@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from basisadapt.core.command import BAD_INPUT, DONE, Parser, guarded, print_error
+from basisadapt.core.command import DONE, Parser, guarded
 from basisadapt.core.errors import InputError, one_line
 from basisadapt.core.registry import load_plugin
 from basisadapt.diagnostics.figures import Curve, bases_figure
@@ -20,29 +19,19 @@ ARGUMENTS = {"shifted": "u = ω (x − xᵢ)", "phase": "u = ω x + xᵢ", "scal
 @guarded
 def main(arguments: list[str]) -> int:
     """Run the command line; returns the exit code."""
-    try:
-        options = _parser().parse_args(arguments)
-        _draw(options.file, options.bases, options.plugin)
-    except InputError as error:
-        print_error(error)
-        return BAD_INPUT
+    options = _parser().parse_args(arguments)
+    _draw(options.file, options.bases, options.plugin)
     return DONE
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="python -m basisadapt.gallery",
         description=f"Draw the functions b(u) of bases for |u| up to {FURTHEST:g}.",
     )
     parser.add_argument("file", type=Path, metavar="FILE", help=f"the picture: {', '.join(FORMATS)}")
     parser.add_argument("bases", nargs="*", metavar="BASIS", help="a registered basis (default: all)")
-    parser.add_argument(
-        "--plugin",
-        action="append",
-        default=[],
-        metavar="FILE_OR_MODULE",
-        help="a Python file or module with more bases",
-    )
+    parser.add_plugins("a Python file or module with more bases")
     return parser
 
 

@@ -39,19 +39,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="python -m basisadapt.launch",
         description="Run a Python module as `python -m MODULE` does, with peft able to load this package's adapters.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--plugin",
-        action="append",
-        default=[],
-        metavar="FILE_OR_MODULE",
-        help="a Python file or module with the basis, grid or sharing policy that an adapter was trained with",
+    parser.add_plugins(
+        "a Python file or module with the basis, grid or sharing policy that an adapter was trained with"
     )
     parser.add_argument("module", metavar="MODULE", help="the module to run, such as lm_eval")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the module's own arguments")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from basisadapt.core.command import BAD_INPUT, DONE, INTERRUPTED, Parser, guarded, print_error
-from basisadapt.core.errors import InputError
+from basisadapt.core.command import DONE, INTERRUPTED, Parser, guarded
 
 
 @guarded
@@ -17,16 +15,13 @@ def main(arguments: list[str]) -> int:
     try:
         options = _parser().parse_args(arguments)
         _judge(options.answers, options.data_dir)
-    except InputError as error:
-        print_error(error)
-        return BAD_INPUT
     except KeyboardInterrupt:
         print("\nInterrupted. Finished judgments are kept; the same command resumes.", file=sys.stderr)
         return INTERRUPTED
     return DONE
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="python -m basisadapt.mt_bench",
         description="Judge saved answers to MT-Bench with the model that BASISADAPT_JUDGE_URL, _MODEL and _KEY name, "

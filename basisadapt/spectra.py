@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import math
@@ -12,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from basisadapt.core.command import BAD_INPUT, DONE, INTERRUPTED, Parser, guarded, print_error, say, tell
+from basisadapt.core.command import DONE, INTERRUPTED, Parser, guarded, say, tell
 from basisadapt.core.errors import InputError, shown
 
 if TYPE_CHECKING:
@@ -86,16 +85,13 @@ def main(arguments: list[str]) -> int:
         options = _parser().parse_args(arguments)
         updates = updates_between(options.base, options.tuned, options.rank, options.modules, options.fit)
         say(json.dumps(document(updates, options.rank), indent=1) if options.json else report(updates, options.rank))
-    except InputError as error:
-        print_error(error)
-        return BAD_INPUT
     except KeyboardInterrupt:
         tell("\nInterrupted.")
         return INTERRUPTED
     return DONE
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="python -m basisadapt.spectra",
         description="Examine the update that full fine-tuning made, matrix by matrix: its size, the decay of its "

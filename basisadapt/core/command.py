@@ -33,6 +33,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)
         self._setting = setting
 
+    def add_plugins(self, about: str) -> None:
+        """Add --plugin, which may be given several times; about: its help."""
+        self.add_argument("--plugin", action="append", default=[], metavar="FILE_OR_MODULE", help=about)
+
     def error(self, message: str) -> NoReturn:
         """Raise InputError with argparse's message, instead of printing it and exiting."""
         raise InputError(f"{message} (--help lists the options)")
@@ -88,8 +92,8 @@ def guarded(main: Callable[[list[str]], int]) -> Callable[..., int]:
     """`main`, a function of its arguments that returns an exit code, with everything it prints made safe.
 
     Answers, errors, progress and tracebacks lose their secrets and their terminal control characters. Called without
-    arguments, the result uses those of the process. It returns BAD_INPUT where a package is not installed, and
-    HAS_FAILURES, after a traceback, for any other exception.
+    arguments, the result uses those of the process. It returns BAD_INPUT for an InputError, which is printed, and where
+    a package is not installed, and HAS_FAILURES, after a traceback, for any other exception.
     """
 
     @functools.wraps(main)
@@ -103,6 +107,9 @@ def guarded(main: Callable[[list[str]], int]) -> Callable[..., int]:
         with redirect_stdout(_Guarded.over(sys.stdout)), redirect_stderr(_Guarded.over(sys.stderr)):
             try:
                 return main(arguments)
+            except InputError as error:
+                print_error(error)
+                return BAD_INPUT
             except Exception as error:
                 if isinstance(error, ModuleNotFoundError) and not (error.name or "basisadapt").startswith("basisadapt"):
                     print_error(f"this needs {error.name}, which is not installed: pip install 'basisadapt[lab]'")

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from basisadapt import __version__
 from basisadapt.core.command import (
-    BAD_INPUT,
     DONE,
     HAS_FAILURES,
     INTERRUPTED,
@@ -91,11 +90,10 @@ def main(arguments: list[str]) -> int:
         say(json.dumps(answer.document(), indent=2, allow_nan=False) if options.json else answer.text)
         answer.then()
         return answer.code
-    except InputError as error:
+    except InputError:
         if "--debug" in arguments:
             traceback.print_exc()
-        print_error(error)
-        return BAD_INPUT
+        raise
     except RecordError as error:
         print_error(f"{error}. The record is kept; to resume: {command}")
         return HAS_FAILURES
@@ -111,7 +109,7 @@ def main(arguments: list[str]) -> int:
         return HAS_FAILURES
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     """The options in the order of --help, group by group."""
     parser = Parser(
         prog="python -m basisadapt.study",

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from basisadapt.core.command import BAD_INPUT, DONE, HAS_FAILURES, INTERRUPTED, Parser, guarded, print_error
-from basisadapt.core.errors import InputError, one_line
+from basisadapt.core.command import DONE, HAS_FAILURES, INTERRUPTED, Parser, guarded, print_error
+from basisadapt.core.errors import one_line
 from basisadapt.core.registry import load_plugin
 from basisadapt.training.execution.file import run_file
 from basisadapt.training.execution.options import add_job_options, job_settings
@@ -28,9 +27,6 @@ def main(arguments: list[str]) -> int:
         executor = local_executor(options.workers, settings)
         sound = run_file(Path(options.cells), options.output, executor, options.data_dir, options.brief)
         return DONE if sound else HAS_FAILURES
-    except InputError as error:
-        print_error(error)
-        return BAD_INPUT
     except OSError as error:
         print_error(f"the results cannot be written: {one_line(error)}")
         return HAS_FAILURES
@@ -39,7 +35,7 @@ def main(arguments: list[str]) -> int:
         return INTERRUPTED
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="python -m basisadapt.training",
         description="Run the cells that `python -m basisadapt.study NAME --export cells.jsonl` wrote, without Optuna "

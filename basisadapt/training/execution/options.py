@@ -6,19 +6,17 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from basisadapt.core.command import Parser
+
 if TYPE_CHECKING:
     from basisadapt.training.execution.executor import JobSettings
 
 
-def add_job_options(parser: argparse.ArgumentParser) -> None:
+def add_job_options(parser: Parser) -> None:
     """Add the options of `job_settings`, and --workers."""
-    parser.add_argument(
-        "--plugin",
-        action="append",
-        default=[],
-        metavar="FILE_OR_MODULE",
-        help="a Python file or module that defines bases, grids, sharing policies, placements, tasks, backbones, "
-        "methods or diagnostics; CONTRIBUTING.md has a recipe for each",
+    parser.add_plugins(
+        "a Python file or module that defines bases, grids, sharing policies, placements, tasks, backbones, methods or "
+        "diagnostics; CONTRIBUTING.md has a recipe for each"
     )
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="folder with the tasks' data")
     parser.add_argument(
