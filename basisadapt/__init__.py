@@ -13,18 +13,23 @@ from basisadapt.core.errors import nearest
 from basisadapt.core.peft_hook import register_with_peft
 
 if TYPE_CHECKING:
-    from basisadapt.adapter import PhiConfig, PhiModel
-    from basisadapt.adapter.learned import describe, plot
-    from basisadapt.adapter.optimizing import PhiCallback, before_step, param_groups
-    from basisadapt.adapter.placement import Placement
-    from basisadapt.core.errors import InputError
-    from basisadapt.core.ranges import Range
-    from basisadapt.diagnostics.diagnostic import Diagnostic
-    from basisadapt.phi.basis import TransferBasis
-    from basisadapt.phi.grids import GridStrategy
-    from basisadapt.phi.sharing import AdaptedModule, SharingPolicy
-    from basisadapt.training.config import RunConfig
-    from basisadapt.training.running import run
+    from basisadapt.adapter import PhiConfig as PhiConfig
+    from basisadapt.adapter import PhiModel as PhiModel
+    from basisadapt.adapter.learned import describe as describe
+    from basisadapt.adapter.learned import plot as plot
+    from basisadapt.adapter.optimizing import PhiCallback as PhiCallback
+    from basisadapt.adapter.optimizing import before_step as before_step
+    from basisadapt.adapter.optimizing import param_groups as param_groups
+    from basisadapt.adapter.placement import Placement as Placement
+    from basisadapt.core.errors import InputError as InputError
+    from basisadapt.core.ranges import Range as Range
+    from basisadapt.diagnostics.diagnostic import Diagnostic as Diagnostic
+    from basisadapt.phi.basis import TransferBasis as TransferBasis
+    from basisadapt.phi.grids import GridStrategy as GridStrategy
+    from basisadapt.phi.sharing import AdaptedModule as AdaptedModule
+    from basisadapt.phi.sharing import SharingPolicy as SharingPolicy
+    from basisadapt.training.config import RunConfig as RunConfig
+    from basisadapt.training.running import run as run
 
 __version__ = "0.1.0"
 
@@ -47,25 +52,7 @@ _PUBLIC = {
     "plot": "basisadapt.adapter.learned",
     "run": "basisadapt.training.running",
 }
-__all__ = [
-    "AdaptedModule",
-    "Diagnostic",
-    "GridStrategy",
-    "InputError",
-    "PhiCallback",
-    "PhiConfig",
-    "PhiModel",
-    "Placement",
-    "Range",
-    "RunConfig",
-    "SharingPolicy",
-    "TransferBasis",
-    "before_step",
-    "describe",
-    "param_groups",
-    "plot",
-    "run",
-]
+__all__ = [*_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import sys
 import types
 import typing
@@ -85,6 +86,14 @@ def checked(cls: type, values: Mapping[str, Any], where: str = "") -> dict[str, 
     """
     hints, prefix = _hints(cls), f"{where}." if where else ""
     return {key: _checked(value, hints[key], prefix + key) for key, value in values.items()}
+
+
+def is_object(text: str | bytes) -> bool:
+    """Whether a text is a whole JSON object, and not the beginning of one."""
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 @functools.cache

@@ -6,6 +6,7 @@ Evaluation uses the development sets, as usual, since the test labels are withhe
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -58,7 +59,10 @@ class Glue(TextTask):
     def load(self, data_dir: Path | None) -> TaskData:
         """Training rows, shuffled by a fixed seed, and development rows. Raises InputError naming file and row."""
         if data_dir is None:
-            return self._from_hub()
+            subset = type(self).__name__.lower()
+            hub = rows_from_hub(f"task glue/{subset}", HUB, subset)
+            train, dev = (_rows(hub[part], self.hub_text, hub[part]["label"]) for part in ("train", "validation"))
+            return TaskData(train.mixed(), dev, classes=self._names)
         self.check(data_dir)
         parts = [self._read(path) for path in self._files(data_dir)]
         if len(parts) == 1:
@@ -75,8 +79,7 @@ class Glue(TextTask):
 
     def _read(self, path: Path) -> Rows:
         table = read_table(path, (*self.text, self.label), self.header)
-        texts = [table.columns[name] for name in self.text]
-        return Rows(_texts(texts), [self._label(table, row) for row in range(len(table))])
+        return _rows(table.columns, self.text, [self._label(table, row) for row in range(len(table))])
 
     def _label(self, table: DataColumns, row: int) -> Any:
         value = table.columns[self.label][row]
@@ -92,15 +95,6 @@ class Glue(TextTask):
             raise table.error(row, f"label {value!r} is not a finite number")
         return score
 
-    def _from_hub(self) -> TaskData:
-        subset = type(self).__name__.lower()
-        parts = rows_from_hub(f"task glue/{subset}", HUB, subset)
-
-        def rows(part: Any) -> Rows:
-            return Rows(_texts([list(part[name]) for name in self.hub_text]), list(part["label"]))
-
-        return TaskData(rows(parts["train"]).mixed(), rows(parts["validation"]), classes=self._names)
-
     def metrics(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """Accuracy, F1 and Matthews correlation of classes; Pearson and Spearman correlation of a regression.
 
@@ -113,9 +107,10 @@ class Glue(TextTask):
         return {**metrics.of_classes(scores, labels), "f1": float(f1_score(labels, scores.argmax(axis=-1)))}
 
 
-def _texts(columns: list[Any]) -> list[Any]:
-    """The texts of one column, or the pairs of two."""
-    return list(columns[0]) if len(columns) == 1 else list(zip(*columns, strict=True))
+def _rows(table: Any, names: Sequence[str], labels: Iterable[Any]) -> Rows:
+    """Rows with the texts of one column of the table, or the pairs of two."""
+    texts = [list(table[name]) for name in names]
+    return Rows(texts[0] if len(texts) == 1 else list(zip(*texts, strict=True)), list(labels))
 
 
 class CoLA(Glue, name="glue/cola"):

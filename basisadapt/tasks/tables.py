@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from basisadapt.core.errors import LONGEST, MAX_COMPARED, InputError, unknown
+from basisadapt.core.settings import is_object
 
 CARRIAGE_RETURN = "a carriage return ends a line; expected a line feed, alone or after it"
 ALIKE = 0.75  # names of columns below this similarity are not suggested: "extra" is not a typing error for "text"
@@ -157,7 +158,7 @@ def _read_jsonl(path: Path, source: str, columns: Sequence[str]) -> DataColumns:
 
 def _read_json(path: Path, source: str, columns: Sequence[str]) -> DataColumns:
     lines = list(_lines(path, source))
-    if lines and _is_object(lines[0]):
+    if lines and is_object(lines[0]):
         raise InputError(
             f"{source} must hold a list of objects; a file with an object in each line needs the suffix .jsonl"
         )
@@ -165,13 +166,6 @@ def _read_json(path: Path, source: str, columns: Sequence[str]) -> DataColumns:
     if not isinstance(values, list):
         raise InputError(f"{source} must hold a list of objects")
     return _objects(source, "row", enumerate(values, 1), columns)
-
-
-def _is_object(line: str) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
-        return False
 
 
 def _objects(source: str, unit: str, objects: Iterable[tuple[int, Any]], columns: Sequence[str]) -> DataColumns:

@@ -106,7 +106,7 @@ def test_an_option_that_there_is_not(option, hint, study, folder):
 def test_what_others_call_a_setting_is_told_ours():
     assert set(SYNONYMS) <= set(known_keys())
     for key, names in SYNONYMS.items():
-        for name in names:
+        for name in names.split():
             with pytest.raises(InputError) as error:
                 full_key(name)
             assert str(error.value) == f"unknown key {name!r}; did you mean {key!r}?"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from basisadapt.core.errors import InputError, one_line, unknown
 from basisadapt.core.redaction import redacted
-from basisadapt.core.settings import from_mapping
+from basisadapt.core.settings import from_mapping, is_object
 
 if TYPE_CHECKING:
     from basisadapt.training.execution.executor import Ended
@@ -138,7 +138,7 @@ def read_lines(path: Path, kind: type[L], option: str) -> list[L]:
         if len(content) > MAX_BYTES:
             raise InputError(f"{option} {str(path)!r} must hold at most {MAX_BYTES:,} bytes")
         *lines, last = content.split(b"\n")
-        whole = [line.decode() for line in (*lines, *([last] if _is_whole(last) else []))]
+        whole = [line.decode() for line in (*lines, *([last] if is_object(last) else []))]
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise InputError(f"{option} {str(path)!r} cannot be read: {one_line(error)}") from error
     return [_parse(text, kind, f"{path}, line {number}") for number, text in enumerate(whole, start=1)]
@@ -156,14 +156,6 @@ def _parse(text: str, kind: type[L], where: str) -> L:
         raise InputError(f"{where}: {error}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is not valid JSON: {error}") from error
-
-
-def _is_whole(line: bytes) -> bool:
-    """Whether a line is complete: a whole object, not the beginning of one."""
-    try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
-        return False
 
 
 def check_replaceable(path: Path, option: str) -> None:
@@ -197,7 +189,7 @@ class LineFile:
                 content = file.read()
                 end = content.rfind(b"\n") + 1
                 last = content[end:]
-                if last and _is_whole(last):
+                if last and is_object(last):
                     file.write(b"\n")
                 elif last.startswith(LINE_START) or LINE_START.startswith(last):
                     file.truncate(end)
