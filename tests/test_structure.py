@@ -32,7 +32,7 @@ LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in 
 # The same within packages: parts that lie in one layer know nothing of each other.
 WITHIN = {
     "core": [
-        {"cache", "errors", "markup", "peft_hook", "redaction", "synonyms"},
+        {"cache", "errors", "grouping", "markup", "peft_hook", "redaction", "synonyms"},
         {"command", "registry", "ranges", "settings", "environment"},
     ],
     "training": [

@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from basisadapt.core.grouping import grouped
 from basisadapt.diagnostics.convergence import fit_power_law
 
 if TYPE_CHECKING:
@@ -154,9 +155,7 @@ def stable_rank_figure(
             color="0.75", markersize=3, label="modules, end",
         )  # fmt: skip
         for (stage, ranks), color in zip(stages.items(), _shades(len(stages)), strict=True):
-            by_depth: dict[int, list[float]] = {}
-            for name in members:
-                by_depth.setdefault(_depth_and_name(name)[0], []).append(ranks[name])
+            by_depth = grouped((_depth_and_name(name)[0], ranks[name]) for name in members)
             depths = sorted(by_depth)
             means = [statistics.fmean(by_depth[depth]) for depth in depths]
             axes.plot(depths, means, ".-", color=color, linewidth=1.3, label=stage)
@@ -171,10 +170,7 @@ def stable_rank_figure(
 
 def spectrum_figure(title: str, modules: Mapping[str, Mapping[str, Any]]) -> Figure | None:
     """σᵢ / σ₁ of every update (paper, Figure 4): a panel per kind, a thin line per module, the median thick."""
-    kinds: dict[str, list[list[float]]] = {}
-    for numbers in modules.values():
-        if numbers.get("spectrum"):
-            kinds.setdefault(numbers["kind"], []).append(numbers["spectrum"])
+    kinds = grouped((one["kind"], one["spectrum"]) for one in modules.values() if one.get("spectrum"))
     if not kinds:
         return None
     figure, grid = _panels(title, len(kinds))
@@ -350,11 +346,8 @@ def _stage(snapshot: Mapping[str, Any]) -> str:
 
 def _by_name(modules: Mapping[str, Any]) -> dict[str, list[tuple[int, Any]]]:
     """Projections, such as "attention.self.query", to the (depth, value) of each of their modules."""
-    found: dict[str, list[tuple[int, Any]]] = {}
-    for module, value in modules.items():
-        depth, name = _depth_and_name(module)
-        found.setdefault(name, []).append((depth, value))
-    return found
+    places = ((*_depth_and_name(module), value) for module, value in modules.items())
+    return grouped((name, (depth, value)) for depth, name, value in places)
 
 
 def _depth_and_name(module: str) -> tuple[int, str]:

@@ -17,6 +17,7 @@ from statistics import fmean
 from typing import Any, TypeVar
 
 from basisadapt.core.errors import InputError, unknown
+from basisadapt.core.grouping import grouped
 from basisadapt.tasks.asking import ask_all
 from basisadapt.tasks.judge import Judge, Message
 from basisadapt.tasks.task import Rows, readable_folder
@@ -125,12 +126,12 @@ def judged(rows: Rows, answers: Sequence[Turns], judge: Judge) -> dict[str, floa
         for message in grading.messages(question, turns)
     ]
     ratings = list(map(rating, ask_all(judge, asked)))
-    groups: dict[str, list[float]] = {}
-    for place, value in enumerate(ratings):
-        if value is not None:
-            question, turn = rows.inputs[place // 2], place % 2 + 1
-            for name in ("score", f"score.turn{turn}", f"score.{question.category}"):
-                groups.setdefault(name, []).append(value)
+    groups = grouped(
+        (name, value)
+        for place, value in enumerate(ratings)
+        if value is not None
+        for name in ("score", f"score.turn{place % 2 + 1}", f"score.{rows.inputs[place // 2].category}")
+    )
     return {**{name: fmean(values) for name, values in groups.items()}, "unparsable": float(ratings.count(None))}
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from basisadapt.backbones import is_head
 from basisadapt.core.errors import InputError
+from basisadapt.core.grouping import grouped
 from basisadapt.diagnostics.diagnostic import DIAGNOSTICS, means
 from basisadapt.diagnostics.linear import NEGLIGIBLE
 from basisadapt.diagnostics.path import UpdatePath
@@ -168,10 +169,7 @@ def _stable_ranks(modules: dict[str, Numbers]) -> dict[str, float]:
 
 
 def _kinds(modules: dict[str, Numbers]) -> dict[str, list[str]]:
-    kinds: dict[str, list[str]] = {}
-    for name, numbers in modules.items():
-        kinds.setdefault(numbers["kind"], []).append(name)
-    return kinds
+    return grouped((numbers["kind"], name) for name, numbers in modules.items())
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from basisadapt.core.command import tell
+from basisadapt.core.grouping import grouped
 from basisadapt.study.drive.estimate import duration, time_left
 from basisadapt.study.outcome import Outcome
 from basisadapt.study.plan.cells import Cell, Row, Study
@@ -30,9 +31,7 @@ class Standing:
     def __init__(self, spec: StudySpec, rows: Sequence[Row], outcomes: Mapping[str, Outcome]) -> None:
         self._spec, self._outcomes = spec, dict(outcomes)
         self._rows = {cell.key: row for row in reversed(rows) for cell in row.cells}
-        self._groups: dict[tuple[object, ...], list[Row]] = {}
-        for row in rows:
-            self._groups.setdefault(row.group, []).append(row)
+        self._groups = grouped((row.group, row) for row in rows)
 
     def after(self, cell: Cell, result: RunResult | None) -> str:
         """The difference of a cell's row after the cell has ended, see `text.standing`."""

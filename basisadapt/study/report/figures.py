@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from basisadapt.core.grouping import grouped
 from basisadapt.diagnostics.figures import verbatim
 from basisadapt.study import statistics
 from basisadapt.study.plan.keys import plain
@@ -76,9 +77,7 @@ def curves_figure(table: Table) -> Figure:
     from matplotlib.figure import Figure
 
     shown = table.leading(MAX_ROWS)
-    panels: dict[tuple[Any, ...], list[Line]] = {}
-    for line in shown:
-        panels.setdefault(line.row.group, []).append(line)
+    panels = grouped((line.row.group, line) for line in shown)
     names = list(dict.fromkeys(_curve_name(table, line) for line in shown))
     columns = min(len(panels), 4)
     rows = math.ceil(len(panels) / columns)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from basisadapt import backbones
+from basisadapt.core.grouping import grouped
 from basisadapt.diagnostics.linear import LINEAR
 from basisadapt.study.outcome import NOT_RUN
 from basisadapt.study.report.formats import NumberForm, metric_text, number_form, reference_text, seed_names
@@ -93,10 +94,7 @@ def problems(table: Table) -> list[str]:
                 errors = dict.fromkeys(line.outcomes[seed].error for seed in seeds if seed in line.outcomes)
                 reason = "; ".join(filter(None, errors))
                 notes.append(f"{state.capitalize()}: {label} {seed_names(seeds)}{f' ({reason})' if reason else ''}.")
-        by_warning: dict[str, list[int]] = {}
-        for seed, outcome in line.outcomes.items():
-            for warning in outcome.warnings:
-                by_warning.setdefault(warning, []).append(seed)
+        by_warning = grouped((warning, seed) for seed, o in line.outcomes.items() for warning in o.warnings)
         for warning, seeds in by_warning.items():
             warned.setdefault(warning, []).append(f"{label} {seed_names(seeds)}")
     missing = sum(len(line.seeds_by_state().get(NOT_RUN, ())) for line in table.every_line)
@@ -109,10 +107,8 @@ def _changed_data(table: Table) -> list[str]:
     """A note on each task whose cells were not all run on the same data."""
     seen: dict[Any, dict[str, list[str]]] = {}
     for line in table.every_line:
-        seeds_by_data: dict[str, list[int]] = {}
-        for seed, outcome in line.outcomes.items():
-            if outcome.done and "fingerprint" in outcome.data:
-                seeds_by_data.setdefault(outcome.data["fingerprint"], []).append(seed)
+        done = ((seed, outcome.data) for seed, outcome in line.outcomes.items() if outcome.done)
+        seeds_by_data = grouped((data["fingerprint"], seed) for seed, data in done if "fingerprint" in data)
         of_task = seen.setdefault((line.task, line.row.cells[0].config.data), {})
         for fingerprint, seeds in seeds_by_data.items():
             of_task.setdefault(fingerprint, []).append(f"{line.row.cells[0].row} {seed_names(seeds)}")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from html import escape
 from typing import TYPE_CHECKING
 
+from basisadapt.core.grouping import grouped
 from basisadapt.study.report.footnotes import problems
 from basisadapt.study.report.formats import DASH
 from basisadapt.study.report.table import by_name
@@ -261,15 +262,12 @@ def _diagnostics(table: Table, pictures: Callable[[str], dict[str, bytes]]) -> s
 
 def _configurations(table: Table, reference: str | None) -> str:
     """The settings that differ between rows as a table, and the others as a list."""
-    values: dict[str, dict[str, None]] = {}
-    for row in table.study.rows:
-        for key, value in _settings(row).items():
-            values.setdefault(key, {})[value] = None
-    varying = [key for key, found in values.items() if len(found) > 1]
+    values = grouped(pair for row in table.study.rows for pair in _settings(row).items())
+    varying = [key for key, found in values.items() if len(set(found)) > 1]
     flat = ((row.label, _settings(row)) for row in table.study.rows)
     rows = [[label, *(settings.get(key, DASH) for key in varying)] for label, settings in flat]
-    alike = {key: next(iter(found)) for key, found in values.items() if len(found) == 1}
-    shared = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in alike.items())
+    alike = ((key, found[0]) for key, found in values.items() if key not in varying)
+    shared = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in alike)
     heads = ["row", *(key.removeprefix("adapter.") for key in varying)]
     return (
         _table("Settings that differ between rows", heads, rows, reference)
@@ -284,12 +282,10 @@ def _settings(row: Row) -> dict[str, str]:
 
 def _versions(table: Table) -> str:
     """Every recorded version with its values over all cells."""
-    found: dict[str, dict[str, None]] = {}
-    for line in table.every_line:
-        for outcome in line.outcomes.values():
-            for name, value in outcome.environment.items():
-                found.setdefault(name, {})[value] = None
+    outcomes = (outcome for line in table.every_line for outcome in line.outcomes.values())
+    found = grouped(pair for outcome in outcomes for pair in outcome.environment.items())
     pairs = "".join(
-        f"<dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(', '.join(found[name]))}</dd>" for name in sorted(found)
+        f"<dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(', '.join(dict.fromkeys(values)))}</dd>"
+        for name, values in sorted(found.items())
     )
     return f"<dl>{pairs}</dl>" if pairs else "<p>No cell has recorded them.</p>"

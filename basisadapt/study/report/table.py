@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from basisadapt.core.grouping import grouped
 from basisadapt.diagnostics.diagnostic import DIAGNOSTICS
 from basisadapt.study import statistics
 from basisadapt.study.outcome import NOT_RUN, Outcome
@@ -85,11 +86,8 @@ class Line:
 
     def seeds_by_state(self) -> dict[str, list[int]]:
         """State, such as "failed" or NOT_RUN, to the seeds in it."""
-        states: dict[str, list[int]] = {}
-        for seed in self.seeds:
-            state = self.outcomes[seed].status if seed in self.outcomes else NOT_RUN
-            states.setdefault(state, []).append(seed)
-        return states
+        seen = self.outcomes
+        return grouped((seen[seed].status if seed in seen else NOT_RUN, seed) for seed in self.seeds)
 
 
 @dataclass(frozen=True)
@@ -300,10 +298,7 @@ class Table:
 
 def by_name(lines: Iterable[Line]) -> dict[str, list[Line]]:
     """Name to its lines, which differ in their task."""
-    found: dict[str, list[Line]] = {}
-    for line in lines:
-        found.setdefault(line.name, []).append(line)
-    return found
+    return grouped((line.name, line) for line in lines)
 
 
 def _scores(curve: Mapping[float, Line], seed: int) -> dict[float, float] | None:
