@@ -6,7 +6,7 @@ import functools
 import hashlib
 from pathlib import Path
 
-from basisadapt.core.errors import InputError
+from basisadapt.core.errors import refusing
 
 
 def stamp(file: Path) -> tuple[int, ...]:
@@ -26,10 +26,8 @@ def stamps(source: str) -> tuple[object, ...]:
 
 def sha256_of(file: Path) -> str:
     """The sha256 of the content of `file`, cached until it changes. Raises InputError if it cannot be read."""
-    try:
+    with refusing(f"the weights {str(file)!r} cannot be read"):
         return _sha256_once(file, stamp(file))
-    except OSError as error:
-        raise InputError(f"the weights {str(file)!r} cannot be read: {error.strerror}") from error
 
 
 @functools.lru_cache(maxsize=8)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 LONGEST = 100  # characters of a value in a message
 MAX_NAMES, MAX_COMPARED = 40, 10_000  # names that are listed, and names searched for the nearest one
@@ -54,6 +55,15 @@ def nearest(name: str, known: Sequence[str], alike: float) -> str | None:
 def refused(name: str, value: object, expected: str) -> InputError:
     """The error for a setting's value: "`name` must be `expected`, got `value`"."""
     return InputError(f"{name} must be {expected}, got {shown(value)}")
+
+
+@contextmanager
+def refusing(what: str, kind: type[Exception] = OSError) -> Iterator[None]:
+    """Turn an OSError, or an error of another `kind`, into an InputError: "`what`: its message"."""
+    try:
+        yield
+    except kind as error:
+        raise InputError(f"{what}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def shown(value: object) -> str:

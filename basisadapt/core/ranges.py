@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from basisadapt.core.errors import InputError, shown
+from basisadapt.core.errors import InputError, refusing, shown
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,6 @@ def parse_range(values: Any, key: str) -> Range | Choices:
         )
     numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
     if len(numbers) == 2 and values[2:] in ([], ["log"]) and numbers == values[:2]:
-        try:
+        with refusing(f"search.{key}", InputError):
             return Range(numbers[0], numbers[1], log=len(values) == 3)
-        except InputError as error:
-            raise InputError(f"search.{key}: {error}") from error
     return tuple(values)

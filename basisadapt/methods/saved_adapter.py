@@ -10,7 +10,7 @@ from typing import Any
 
 from basisadapt import backbones
 from basisadapt.backbones import FORMS, QUANTISED, WEIGHTS
-from basisadapt.core.errors import InputError, one_line, shown, unknown
+from basisadapt.core.errors import InputError, one_line, refusing, shown, unknown
 from basisadapt.core.registry import loaded_plugins
 from basisadapt.core.settings import from_mapping
 
@@ -96,10 +96,8 @@ def merge_into(folder: Path, target: Path) -> Requirements:
         )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{str(target)!r} is not an empty folder; give another one")
-    try:
+    with refusing(f"{str(target)!r} cannot be created"):
         target.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{str(target)!r} cannot be created: {error.strerror}") from error
     base, processor = backbones.load(backbones.find(saved.backbone), saved.form, saved.num_labels, saved.weights)
     with backbones.quietly(), warnings.catch_warnings():
         # peft uses a name that transformers is about to drop.

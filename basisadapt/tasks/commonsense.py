@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from basisadapt.core.errors import InputError, unknown
+from basisadapt.core.errors import InputError, refusing, unknown
 from basisadapt.tasks import commonsense_prompts as prompts
 from basisadapt.tasks.choice import ChoiceQuestion, ChoiceTask
 from basisadapt.tasks.commonsense_prompts import Asked, Layout
@@ -346,10 +346,8 @@ def _rows(path: Path, layouts: Sequence[Layout], group: str) -> Rows:
     """The rows of an instruction file, each in one of the layouts."""
     pairs = []
     for number, row in enumerate(read_instructions(path), start=1):
-        try:
+        with refusing(f"data file {str(path)!r}, row {number}", InputError):
             pairs.append(_question(row, layouts, group))
-        except InputError as error:
-            raise InputError(f"data file {str(path)!r}, row {number}: {error}") from error
     return _of_pairs(pairs)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from basisadapt.core.errors import InputError, unknown
+from basisadapt.core.errors import InputError, refusing, unknown
 from basisadapt.core.redaction import redacted
 from basisadapt.tasks.own_data import OwnData
 from basisadapt.tasks.settings import DataSettings
@@ -81,10 +81,8 @@ def is_cached(source: str) -> bool:
 
 def rows_from_hub(what: str, source: str, config: str | None = None, revision: str | None = None) -> Any:
     """`ask_hub` for `what`, which can be read from a folder too. Raises InputError, which names both ways."""
-    try:
+    with refusing(f"{what} needs --data-dir or the hub", InputError):
         return ask_hub(source, config, revision)
-    except InputError as error:
-        raise InputError(f"{what} needs --data-dir or the hub: {error}") from error
 
 
 @functools.lru_cache(maxsize=2)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from basisadapt.core.errors import InputError
+from basisadapt.core.errors import InputError, refusing
 from basisadapt.core.redaction import hide, hide_in, redacted
 
 ATTEMPTS = 5
@@ -194,12 +194,10 @@ class RecordedJudge(Judge):
         return self._texts[key]
 
     def _append(self, line: str) -> None:
-        try:
+        with refusing(f"judgments cannot be recorded in {self._path}"):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("ab") as file:
                 file.write(f"{'' if self._whole else chr(10)}{line}\n".encode())
-        except OSError as error:
-            raise InputError(f"judgments cannot be recorded in {self._path}: {error.strerror}") from error
         self._whole = True
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
-from basisadapt.core.errors import InputError, unknown
+from basisadapt.core.errors import InputError, refusing, unknown
 from basisadapt.core.grouping import grouped
 from basisadapt.tasks.asking import ask_all
 from basisadapt.tasks.judge import Judge, Message
@@ -262,12 +262,10 @@ def save_answers(rows: Rows, answers: Sequence[Turns], folder: Path) -> Path:
     name = f"answers-{hashlib.sha256(json.dumps(chosen).encode()).hexdigest()[:12]}"
     path = folder / f"{name}.jsonl"
     half = path.with_name(f"{name}.{uuid.uuid4().hex}.half")  # several processes may save equal answers
-    try:
+    with refusing(f"answers cannot be saved in {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         half.write_text("".join(f"{json.dumps({**entry, 'model_id': name})}\n" for entry in chosen), encoding="utf-8")
         half.replace(path)
-    except OSError as error:
-        raise InputError(f"answers cannot be saved in {folder}: {error.strerror}") from error
     return path
 
 

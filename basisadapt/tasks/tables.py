@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from basisadapt.core.errors import LONGEST, MAX_COMPARED, InputError, unknown
+from basisadapt.core.errors import LONGEST, MAX_COMPARED, InputError, refusing, unknown
 from basisadapt.core.settings import is_object
 
 CARRIAGE_RETURN = "a carriage return ends a line; expected a line feed, alone or after it"
@@ -58,13 +58,11 @@ def read_table(path: Path, columns: Sequence[str], header: Sequence[str] | None 
     for a table without rows.
     """
     source = f"data file {str(path)!r}"
-    try:
+    with refusing(f"{source} cannot be read"):
         if path.suffix.lower() in SEPARATORS:
             table = _read_separated(path, source, columns, header)
         else:
             table = READERS[path.suffix.lower()](path, source, columns)
-    except OSError as error:
-        raise InputError(f"{source} cannot be read: {error.strerror or error}") from error
     if not len(table):
         raise InputError(f"{source} has no rows")
     return table

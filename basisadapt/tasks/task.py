@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from basisadapt.core.errors import InputError
+from basisadapt.core.errors import InputError, refusing
 from basisadapt.core.registry import Registry
 from basisadapt.tasks.settings import DataSettings
 
@@ -189,8 +189,6 @@ def stacked(examples: list[Example]) -> dict[str, Tensor]:
 
 def readable_folder(data_dir: Path) -> Path:
     """`data_dir` itself. Raises InputError if it is not a readable folder."""
-    try:
+    with refusing(f"data folder {str(data_dir)!r} cannot be read"):
         next(data_dir.iterdir(), None)
-    except OSError as error:
-        raise InputError(f"data folder {str(data_dir)!r} cannot be read: {error.strerror}") from error
     return data_dir

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from basisadapt.core.errors import InputError, unknown
+from basisadapt.core.errors import InputError, refusing, unknown
 from basisadapt.tasks.hub import rows_from_hub
 from basisadapt.tasks.image import ImageTask, decode
 from basisadapt.tasks.tables import check_columns
@@ -123,18 +123,13 @@ def _decoded(images: Any, row: int) -> Any:
 
 
 def _subfolders(folder: Path) -> list[str]:
-    try:
+    with refusing(f"image folder {str(folder)!r} cannot be read"):
         return sorted(path.name for path in folder.iterdir() if path.is_dir())
-    except OSError as error:
-        raise InputError(f"image folder {str(folder)!r} cannot be read: {error.strerror}") from error
 
 
 def _images(folder: Path) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return sorted((e for e in entries if e.name.lower().endswith(SUFFIXES)), key=lambda entry: entry.name)
-    except OSError as error:
-        raise InputError(f"class folder {str(folder)!r} cannot be read: {error.strerror}") from error
+    with refusing(f"class folder {str(folder)!r} cannot be read"), os.scandir(folder) as entries:
+        return sorted((e for e in entries if e.name.lower().endswith(SUFFIXES)), key=lambda entry: entry.name)
 
 
 def _read(folder: Path, classes: list[str]) -> tuple[Rows, str]:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from basisadapt.core.command import tell
-from basisadapt.core.errors import InputError
+from basisadapt.core.errors import InputError, refusing
 from basisadapt.diagnostics.drawable import check_drawable
 from basisadapt.study.drive.book import missing_cells
 from basisadapt.study.drive.engine import report_on
@@ -72,19 +72,16 @@ def import_results(
     failed: dict[str, ResultLine] = {}
     elsewhere: list[InputError] = []
     for path, number, line in _numbered(paths):
-        try:
+        with refusing(f"{path}, line {number}", InputError):
             cell = _cell_of(line, cells, tuning.spec.name)
             if cell is None:
                 if line.study == tuning.spec.name:
                     problem = f"cell {line.key} ({line.row}) is not a cell of this study with these options"
                     elsewhere.append(InputError(f"{path}, line {number}: {problem}"))
-                continue
-            if line.result is None:
+            elif line.result is None:
                 failed[cell.key] = line
             else:
                 results[cell.key] = Imported(cell, parse_result(line.result), line.host, line.began, line.ended)
-        except InputError as error:
-            raise InputError(f"{path}, line {number}: {error}") from error
     if elsewhere and not results and not failed:
         raise elsewhere[0]
     if elsewhere:

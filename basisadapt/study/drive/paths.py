@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from basisadapt.core.errors import InputError, RecordError
+from basisadapt.core.errors import InputError, RecordError, refusing
 from basisadapt.study.record.stores import (
     artifact_folder,
     check_database,
@@ -58,10 +58,8 @@ def check_paths(place: StudyPaths) -> None:
 
 def make_folder(output: Path) -> None:
     """Create a folder for a report. Raises InputError if it cannot, or if it holds files of no report."""
-    try:
+    with refusing(f"--output {str(output)!r} cannot be created"):
         output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output {str(output)!r} cannot be created: {error.strerror}") from error
     if not os.access(output, os.W_OK | os.X_OK):
         raise InputError(f"--output {str(output)!r} cannot be written")
     others = [name for name in KEPT if (output / name).exists()]

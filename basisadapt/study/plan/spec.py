@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import yaml
 
-from basisadapt.core.errors import InputError, one_line, shown, unknown
+from basisadapt.core.errors import InputError, one_line, refusing, shown, unknown
 from basisadapt.core.settings import WHOLE, from_mapping
 from basisadapt.study.plan.claims import COMMON, PLATEAU, Claim
 
@@ -276,10 +276,8 @@ def read_spec(name: str) -> StudySpec:
         raise unknown("study", name, list_studies())
     path = Path(name) if is_path else studies_dir() / f"{name}.yaml"
     values = _read_file(path, ())
-    try:
+    with refusing(f"study file {str(path)!r}", InputError):
         return _spec({**values, "name": path.stem})
-    except InputError as error:
-        raise InputError(f"study file {str(path)!r}: {error}") from error
 
 
 def _read_file(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from basisadapt.core.errors import InputError
+from basisadapt.core.errors import InputError, refusing
 from basisadapt.training import planning
 from basisadapt.training.config import RunConfig
 from basisadapt.training.execution.executor import Ended, Executor, Job
@@ -47,12 +47,10 @@ def _checked(lines: Iterable[CellLine], data_dir: Path | None) -> tuple[list[Job
     """The lines as jobs, each row checked against its model and data; and the largest model's number of parameters."""
     jobs, rows, largest = [], set(), 0
     for line in lines:
-        try:
+        with refusing(f"cell {line.key} ({line.row})", InputError):
             config = RunConfig.from_mapping(line.config)
             if line.row not in rows:
                 largest = max(largest, planning.plan(config, data_dir).total)
-        except InputError as error:
-            raise InputError(f"cell {line.key} ({line.row}): {error}") from error
         rows.add(line.row)
         jobs.append(Job(line.key, config))
     return jobs, largest

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from basisadapt.core.errors import InputError, one_line, unknown
+from basisadapt.core.errors import InputError, one_line, refusing, unknown
 from basisadapt.core.redaction import redacted
 from basisadapt.core.settings import from_mapping, is_object
 
@@ -109,10 +109,8 @@ def parse_result(values: dict[str, Any]) -> RunResult:
     """A RunResult from its fields in JSON types, with secrets redacted. Raises InputError if it is invalid."""
     from basisadapt.training.result import RunResult
 
-    try:
+    with refusing("not a result", InputError):
         result = from_mapping(RunResult, redacted(values), "result")
-    except InputError as error:
-        raise InputError(f"not a result: {error}") from error
     if result.status not in DONE:
         raise unknown("status of a result", result.status, DONE)
     check_score(result)
@@ -183,20 +181,17 @@ class LineFile:
         self._path = path
         if path.suffix == ".gz":
             raise InputError(f"{option} {str(path)!r}: lines cannot be added to a packed file; unpack it first")
-        try:
-            with path.open("a+b") as file:
-                file.seek(0)
-                content = file.read()
-                end = content.rfind(b"\n") + 1
-                last = content[end:]
-                if last and is_object(last):
-                    file.write(b"\n")
-                elif last.startswith(LINE_START) or LINE_START.startswith(last):
-                    file.truncate(end)
-                else:
-                    raise InputError(f"{option} {str(path)!r} does not end in a line of ours: it holds something else")
-        except OSError as error:
-            raise InputError(f"{option} {str(path)!r} cannot be written: {error.strerror}") from error
+        with refusing(f"{option} {str(path)!r} cannot be written"), path.open("a+b") as file:
+            file.seek(0)
+            content = file.read()
+            end = content.rfind(b"\n") + 1
+            last = content[end:]
+            if last and is_object(last):
+                file.write(b"\n")
+            elif last.startswith(LINE_START) or LINE_START.startswith(last):
+                file.truncate(end)
+            else:
+                raise InputError(f"{option} {str(path)!r} does not end in a line of ours: it holds something else")
 
     def append(self, values: Any) -> None:
         """Append a line; it is on the disk when this returns. Raises OSError, and leaves the file as it was."""
