@@ -18,14 +18,16 @@ class Form:
     - `models` (str): transformers' mapping of the model types that can take the form.
     - `processor` (str): the class that loads what a task makes inputs with: a tokenizer, an image processor, or for
       parts of a model (`bert_parts`) its frozen rest.
-    - `peft` (str or None): peft's name for the type of task, if it has one.
+    - `peft` (str or None, default None): peft's name for the type of task, if it has one.
+    - `types` (default empty): the only model types that can take it; if empty, all of `models` can.
     """
 
     does: str
     model: str
     models: str
     processor: str
-    peft: str | None
+    peft: str | None = None
+    types: tuple[str, ...] = ()
 
 
 FORMS = {
@@ -41,35 +43,34 @@ FORMS = {
         model="AutoModelForImageClassification",
         models="MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
         processor="AutoImageProcessor",
-        peft=None,
     ),
     "zero_shot": Form(
         does="classify images by sentences about the classes (data.head zero_shot)",
         model="ZeroShotCLIP",  # ours
         models="MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES",
         processor="AutoImageProcessor",
-        peft=None,
+        types=("clip",),
     ),
     "feed_forward": Form(
         does="store facts in a feed-forward block (task facts)",
         model="LastFeedForward",  # ours, like FeedForwardInputs
         models="MODEL_FOR_MASKED_LM_MAPPING_NAMES",
         processor="FeedForwardInputs",
-        peft=None,
+        types=("bert",),
     ),
     "last_mlp": Form(
         does="store words in its last MLP (task phone_book)",
         model="LastMLP",  # ours, as is what is below it
         models="MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
         processor="MLPInputs",
-        peft=None,
+        types=("llama", "qwen2"),
     ),
     "weight": Form(
         does="be fitted to a given matrix (tasks matrix/...)",
         model="LastQuery",  # ours, like QueryWeight
         models="MODEL_FOR_MASKED_LM_MAPPING_NAMES",
         processor="QueryWeight",
-        peft=None,
+        types=("bert",),
     ),
     "completion": Form(
         does="complete texts",
@@ -80,12 +81,6 @@ FORMS = {
     ),
 }
 
-OURS = {
-    "zero_shot": {"clip"},
-    "feed_forward": {"bert"},
-    "last_mlp": {"llama", "qwen2"},
-    "weight": {"bert"},
-}  # our forms, of a few model types each
 HEADS = ("classifier", "score")  # transformers' names for a classifier's head; peft trains modules of these names
 
 
@@ -133,6 +128,6 @@ def _can(form: str, model_type: str) -> bool:
 
     # transformers also offers encoders as causal language models, which they were not trained to be.
     encoder = model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if (form == "completion" and encoder) or model_type not in OURS.get(form, {model_type}):
+    if (form == "completion" and encoder) or model_type not in (FORMS[form].types or (model_type,)):
         return False
     return model_type in getattr(modeling_auto, FORMS[form].models)

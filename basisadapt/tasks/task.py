@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from basisadapt.core.errors import InputError, refusing
@@ -161,8 +160,14 @@ class Task(ABC):
         """
 
     def collator(self, processor: Any) -> Callable[[list[Example]], dict[str, Tensor]]:
-        """A function that makes a batch, a mapping of tensors, from a list of examples; by default `stacked`."""
-        return stacked
+        """A function that makes a batch, a mapping of tensors, from a list of examples.
+
+        By default it stacks tensors of one shape, and makes a tensor of "labels", numbers, of shape (rows,).
+        """
+        from transformers import default_data_collator
+
+        collate: Callable[[list[Example]], dict[str, Tensor]] = default_data_collator
+        return collate
 
     def score(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The model's loss on a batch, a scalar, and its answers as `measure` needs them, shape (rows, ...).
@@ -178,13 +183,6 @@ class Task(ABC):
 
         scores: those of `score`, concatenated over all batches, shape (rows, ...).
         """
-
-
-def stacked(examples: list[Example]) -> dict[str, Tensor]:
-    """A batch: "labels", numbers, of shape (rows,), and every other entry, tensors of one shape, stacked."""
-    columns = {name: [example[name] for example in examples] for name in examples[0]}
-    labels = torch.tensor(columns.pop("labels"))
-    return {**{name: torch.stack(column) for name, column in columns.items()}, "labels": labels}
 
 
 def readable_folder(data_dir: Path) -> Path:

@@ -94,7 +94,7 @@ def test_a_cell_whose_process_dies_is_tried_once_more():
     assert ("cut off", "a", "killed by SIGKILL") in book.said
     assert ("finish", "a", "") in book.said
     assert ("finish", "b", "killed by SIGKILL, twice") in book.said
-    assert said.count(("again", "a")) == said.count(("again", "b")) == 1
+    assert said.count(("drop", "a")) == said.count(("drop", "b")) == 1
 
 
 def test_cells_of_other_processes_are_waited_for(monkeypatch):

@@ -78,7 +78,7 @@ class Loop:
             said = self._book.finish(ended)
         if said is None:
             self._elsewhere.append(cell)
-            self._progress.lost(cell)
+            self._progress.drop(cell, "another process took this one for dead and has the cell now")
         else:
             self._progress.end(cell, said, ended.result)
 
@@ -91,14 +91,14 @@ class Loop:
         if isinstance(end, Ended):
             self._over.append(end)
         elif self._interrupt.asked:
-            self._progress.cut_off(self._book.cut_off(end.key, end.reason), end.reason)
+            self._progress.drop(self._book.cut_off(end.key, end.reason), end.reason)
         elif end.key in self._once_cut_off:
             self._over.append(Ended(end.key, error=f"{end.reason}, twice"))
         else:
             self._once_cut_off.add(end.key)
             cell = self._book.cut_off(end.key, end.reason)
             self._waiting.append(cell)
-            self._progress.again(cell, end.reason)
+            self._progress.drop(cell, f"{end.reason}; retrying once")
 
     def _look_elsewhere(self) -> None:
         """Take over the cells that other processes gave up; if they still run all of them, wait."""

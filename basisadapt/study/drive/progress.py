@@ -45,13 +45,9 @@ class Standing:
 
 @dataclass
 class _Running:
-    cell: Cell
+    name: str
     began: float
     step: str = ""
-
-    @property
-    def name(self) -> str:
-        return _name(self.cell)
 
 
 class Progress:
@@ -83,7 +79,7 @@ class Progress:
 
     def begin(self, cell: Cell) -> None:
         """A cell has started."""
-        self._running[cell.key] = _Running(cell, time.monotonic())
+        self._running[cell.key] = _Running(_name(cell), time.monotonic())
         self._show()
 
     def step(self, key: str, step: int, total: int) -> None:
@@ -94,13 +90,8 @@ class Progress:
         self._running[key].step = f" {step}/{total}"
         self._show()
 
-    def again(self, cell: Cell, reason: str) -> None:
-        """A cell whose process died for `reason` is queued again."""
-        del self._running[cell.key]
-        self._say(f"{_name(cell)}: {reason}; retrying once")
-
-    def cut_off(self, cell: Cell, reason: str) -> None:
-        """A cell was cut off for `reason` as the study ends."""
+    def drop(self, cell: Cell, reason: str) -> None:
+        """A cell runs here no more, and has not ended, for `reason`."""
         del self._running[cell.key]
         self._say(f"{_name(cell)}: {reason}")
 
@@ -109,11 +100,6 @@ class Progress:
         seconds = time.monotonic() - self._running.pop(cell.key).began
         self._took.setdefault(cell.row, []).append(seconds)
         self._ended(cell, f"{shown}{self._standing.after(cell, result)} ({seconds:.0f} s)")
-
-    def lost(self, cell: Cell) -> None:
-        """Another process has closed a cell's run, after no heartbeat for too long."""
-        del self._running[cell.key]
-        self._say(f"{_name(cell)}: another process took this one for dead and has the cell now")
 
     def wait(self, cell: Cell) -> None:
         """Wait until another process claims, gives up or finishes a cell."""

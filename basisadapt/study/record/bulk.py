@@ -8,7 +8,7 @@ MLflow's client reads and writes the same.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from basisadapt.study.record.stores import absolute
@@ -25,39 +25,13 @@ COLUMNS = "(run_uuid, key, value, timestamp, step, is_nan) VALUES (:run, :key, :
 POINTS, LATEST = (f"INSERT INTO {table} {COLUMNS}" for table in ("metrics", "latest_metrics"))
 
 
-@dataclass(frozen=True)
-class Info:
-    """The fields of MLflow's RunInfo that are used here. Times are in milliseconds since 1970."""
-
-    run_id: str
-    status: str
-    start_time: int
-    end_time: int | None
-
-
-@dataclass(frozen=True)
-class Data:
-    """The fields of MLflow's RunData that are used here."""
-
-    tags: dict[str, str] = field(default_factory=dict)
-    metrics: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class StoredRun:
-    """A run in the form of MLflow's `Run`."""
-
-    info: Info
-    data: Data
-
-
 def has_tables(tracking_uri: str) -> bool:
     """Whether MLflow's tables are in a database that can be queried, not behind a server."""
     return tracking_uri.startswith(("sqlite", "postgresql"))
 
 
-def read_runs(tracking_uri: str, experiment_id: str, metrics: Collection[str], headline: str) -> list[StoredRun]:
-    """The active runs of an experiment, latest first.
+def read_runs(tracking_uri: str, experiment_id: str, metrics: Collection[str], headline: str) -> list[Any]:
+    """The active runs of an experiment, latest first: of each the fields of MLflow's `Run` that are used here.
 
     metrics: names with a slash to include.
     headline: the tag that names one more of them.
@@ -70,10 +44,10 @@ def read_runs(tracking_uri: str, experiment_id: str, metrics: Collection[str], h
     known: dict[Any, Any] = {}  # keeps one of equal texts
     of: Mapping[str, Any] = {"experiment": int(experiment_id)}
     with engine.connect().execution_options(yield_per=1000) as connection:  # rows per fetch
-        runs = {
-            run_id: StoredRun(Info(run_id, status, began, ended), Data())
-            for run_id, status, began, ended in connection.execute(text(RUNS), of)
-        }
+        runs: dict[str, Any] = {}
+        for run_id, status, began, ended in connection.execute(text(RUNS), of):
+            info = SimpleNamespace(run_id=run_id, status=status, start_time=began, end_time=ended)
+            runs[run_id] = SimpleNamespace(info=info, data=SimpleNamespace(tags={}, metrics={}))
         for run_id, key, value in connection.execute(text(TAGS), of):
             if run_id in runs:
                 runs[run_id].data.tags[known.setdefault(key, key)] = known.setdefault(value, value)

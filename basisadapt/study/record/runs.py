@@ -33,7 +33,7 @@ SILENCE = 180.0  # seconds without a heartbeat until a driver elsewhere counts a
 
 
 class Runs:
-    """The runs of a study's experiment, each an MLflow run or a `StoredRun`, and their outcomes.
+    """The runs of a study's experiment, as MLflow or `bulk.read_runs` give them, and their outcomes.
 
     experiment_id: of the experiment; None while there is none.
     metrics: names with a slash that every() includes; it includes all without.

@@ -262,11 +262,12 @@ def _diagnostics(table: Table, pictures: Callable[[str], dict[str, bytes]]) -> s
 
 def _configurations(table: Table, reference: str | None) -> str:
     """The settings that differ between rows as a table, and the others as a list."""
-    values = grouped(pair for row in table.study.rows for pair in _settings(row).items())
-    varying = [key for key, found in values.items() if len(set(found)) > 1]
-    flat = ((row.label, _settings(row)) for row in table.study.rows)
+    flat = [(row.label, _settings(row)) for row in table.study.rows]
+    keys = dict.fromkeys(key for _, settings in flat for key in settings)
+    values = {key: {settings[key] for _, settings in flat if key in settings} for key in keys}
+    varying = [key for key, found in values.items() if len(found) > 1]
     rows = [[label, *(settings.get(key, DASH) for key in varying)] for label, settings in flat]
-    alike = ((key, found[0]) for key, found in values.items() if key not in varying)
+    alike = ((key, *found) for key, found in values.items() if len(found) == 1)
     shared = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in alike)
     heads = ["row", *(key.removeprefix("adapter.") for key in varying)]
     return (
