@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel
 
 from basisadapt.methods.allocation import AllocationSettings
 from basisadapt.methods.method import ADAPTER, Method, put_into
 from basisadapt.phi.settings import require
-
-if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
-    from transformers import PreTrainedModel
 
 
 @dataclass(kw_only=True)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import PeftConfig
 from torch import Tensor
 
 from basisadapt.methods.lora import lora_config
 from basisadapt.methods.method import ADAPTER, PeftMethod
 from basisadapt.phi.settings import LowRankSettings
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
 
 ROUNDING = 1e-6  # of a norm in float32
 

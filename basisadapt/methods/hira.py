@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from peft import PeftConfig
 from torch import Tensor
 
 from basisadapt.methods.method import ADAPTER, PeftMethod
 from basisadapt.phi.settings import LowRankSettings
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
 
 
 class HiRA(PeftMethod, name="hira", quantisable=False):

@@ -6,9 +6,11 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from basisadapt.adapter.placement import target_pattern
 from basisadapt.backbones import HEADS
@@ -17,10 +19,6 @@ from basisadapt.core.registry import Registry
 from basisadapt.core.settings import seed
 from basisadapt.diagnostics.diagnostic import means
 from basisadapt.phi.settings import LowRankSettings
-
-if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
-    from transformers import PreTrainedModel
 
 METHODS: Registry[Method] = Registry("method")
 ADAPTER = "default"  # peft's name for the adapter of a run

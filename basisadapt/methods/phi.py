@@ -7,20 +7,17 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import PeftConfig
 from torch import Tensor
 
+from basisadapt.adapter.layer import PhiLinear
 from basisadapt.diagnostics.linear import linear_fit
 from basisadapt.diagnostics.transfer import active_count
 from basisadapt.methods.method import ADAPTER, Description, ParameterGroup, PeftMethod
 from basisadapt.phi.settings import PhiSettings
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
-
-    from basisadapt.adapter.layer import PhiLinear
 
 FINE = 1025  # points on the range of BA at which φ's terms are evaluated
 COARSE = 16  # one in this many of them is kept for the curve

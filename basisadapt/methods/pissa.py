@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from basisadapt.methods.lora import lora_config
 from basisadapt.methods.method import ADAPTER, Method, put_into
 from basisadapt.phi.settings import LowRankSettings
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
 
 
 class PiSSA(Method, name="pissa", quantisable=False):

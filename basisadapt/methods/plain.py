@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from transformers import PreTrainedModel
 
 from basisadapt.backbones import is_head
 from basisadapt.core.errors import InputError
 from basisadapt.methods.method import Method
 from basisadapt.phi.settings import LowRankSettings
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 class Frozen(Method, name="frozen", quantisable=False):

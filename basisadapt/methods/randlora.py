@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from peft import PeftConfig
 
 from basisadapt.methods.method import PeftMethod, RandomBasisSettings, random_basis_config
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
 
 
 class RandLoRA(PeftMethod, name="randlora", settings=RandomBasisSettings, quantisable=False):

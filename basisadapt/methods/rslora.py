@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from peft import PeftConfig
 
 from basisadapt.methods.lora import lora_config
 from basisadapt.methods.method import PeftMethod
 from basisadapt.phi.settings import LowRankSettings
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
 
 
 class RankStabilisedLoRA(PeftMethod, name="rslora"):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from peft import PeftConfig
 
 from basisadapt.methods.phi import TransferMethod
 from basisadapt.phi.notation import LARGEST
 from basisadapt.phi.settings import LowRankSettings, require
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
 
 
 @dataclass(kw_only=True)

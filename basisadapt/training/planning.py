@@ -6,9 +6,10 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
 
 from basisadapt import backbones, tasks
 from basisadapt.backbones import FORMS, is_head
@@ -20,10 +21,6 @@ from basisadapt.phi.settings import LowRankSettings
 from basisadapt.training.config import RunConfig
 from basisadapt.training.distributed.group import check_processes
 from basisadapt.training.observation import adapted_layers
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)

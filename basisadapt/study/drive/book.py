@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from traceback import format_exception
-from typing import TYPE_CHECKING
 
 from basisadapt.core.errors import one_line
 from basisadapt.diagnostics.figures import pictures
@@ -18,10 +17,8 @@ from basisadapt.study.plan.cells import Cell
 from basisadapt.study.record.record import LostRunError, Record
 from basisadapt.study.record.stores import is_stores_fault
 from basisadapt.study.record.trials import Trials
+from basisadapt.training import RunResult
 from basisadapt.training.execution.executor import Ended
-
-if TYPE_CHECKING:
-    from basisadapt.training import RunResult
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -15,12 +14,10 @@ from basisadapt.core.grouping import grouped
 from basisadapt.study.drive.estimate import duration, time_left
 from basisadapt.study.outcome import Outcome
 from basisadapt.study.plan.cells import Cell, Row, Study
+from basisadapt.study.plan.spec import StudySpec
 from basisadapt.study.report.table import build_table
 from basisadapt.study.report.text import standing
-
-if TYPE_CHECKING:
-    from basisadapt.study.plan.spec import StudySpec
-    from basisadapt.training import RunResult
+from basisadapt.training import RunResult
 
 MIN_ENDED = 3  # cells, before an estimate of the remaining time is shown
 

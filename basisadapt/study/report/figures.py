@@ -12,14 +12,13 @@ from basisadapt.diagnostics.figures import verbatim
 from basisadapt.study import statistics
 from basisadapt.study.plan.keys import plain
 from basisadapt.study.report.formats import headline_text
-from basisadapt.study.report.table import by_name
+from basisadapt.study.report.table import Line, Table, by_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from basisadapt.study.report.report import SearchResult
-    from basisadapt.study.report.table import Line, Table
 
 MAX_ROWS = 100  # rows in a figure; of more it shows the leading ones, and says so
 NEAR = 0.12  # the share of a panel's width below which two labels may overlap

@@ -13,13 +13,12 @@ from basisadapt.core.grouping import grouped
 from basisadapt.diagnostics.diagnostic import DIAGNOSTICS
 from basisadapt.study import statistics
 from basisadapt.study.outcome import NOT_RUN, Outcome
-from basisadapt.study.plan.cells import Study
+from basisadapt.study.plan.cells import Row, Study
 from basisadapt.study.plan.claims import COMMON, PLATEAU
 from basisadapt.study.plan.keys import plain
 from basisadapt.study.plan.spec import ALL, Name, published_values
 
 if TYPE_CHECKING:
-    from basisadapt.study.plan.cells import Row
     from basisadapt.study.plan.tuning import Tuned
 
 PERCENT = ("accuracy", "f1", "matthews", "pearson", "spearman", "energy")  # metrics that are shown as percentages
