@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import transformers
+
 from basisadapt.backbones.catalogue import BACKBONES, Backbone
 from basisadapt.core.errors import InputError
 
@@ -101,8 +103,6 @@ def processor_class(form: str) -> Any:
 
 
 def _class(name: str) -> Any:
-    import transformers
-
     from basisadapt.backbones import bert_parts, clip, last_mlp
 
     of_bert = (bert_parts.LastFeedForward, bert_parts.FeedForwardInputs, bert_parts.LastQuery, bert_parts.QueryWeight)

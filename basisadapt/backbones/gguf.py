@@ -5,17 +5,14 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+import transformers
 
 from basisadapt.backbones.files import sha256_of
 from basisadapt.backbones.gguf_header import Header, read_header
 from basisadapt.core.cache import cache_folder
 from basisadapt.core.errors import InputError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"  # ggml's names for the two ends of a language model
 # The precision of float types in bits per weight, where rounding to b bits has a relative error of about 2^(1 - b).
@@ -75,8 +72,6 @@ def _file_type(header: Header) -> str:
 
 
 def _convert(file: Path, folder: Path) -> None:
-    import transformers
-
     header = read_header(file)
     _check_whole(file, header)
     # Without `dequantize` transformers may keep the blocks packed, and such a model cannot be trained or saved.
@@ -105,7 +100,7 @@ def _check_whole(file: Path, header: Header) -> None:
             raise InputError(f"backbone {str(file)!r} is cut short: {name} ends at byte {end:,} of {size:,}")
 
 
-def _tie_head(model: PreTrainedModel, header: Header) -> None:
+def _tie_head(model: transformers.PreTrainedModel, header: Header) -> None:
     """Tie head and embedding again if they differ only by rounding, and keep the more precise copy.
 
     A file may store the shared tensor of a tied model twice, in two types; transformers then treats the model as

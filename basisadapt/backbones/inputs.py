@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import transformers
 from torch import nn
 
 from basisadapt.backbones.catalogue import Backbone
 from basisadapt.backbones.failures import explained
 from basisadapt.backbones.forms import FORMS
 from basisadapt.core.errors import InputError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 POSITIONS = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
 
@@ -32,7 +30,7 @@ def most_tokens(model: nn.Module) -> int | None:
     return min(counts, default=None)
 
 
-def check_inputs(backbone: Backbone, form: str, model: PreTrainedModel, max_length: int | None) -> None:
+def check_inputs(backbone: Backbone, form: str, model: transformers.PreTrainedModel, max_length: int | None) -> None:
     """Raise InputError if a task of that form would give the model more tokens than it has positions, or unknown ones.
 
     model: may be on the meta device. Only the tokenizer of a local folder is checked here; `load` checks all.
@@ -45,14 +43,12 @@ def check_inputs(backbone: Backbone, form: str, model: PreTrainedModel, max_leng
             f"train.max_length must be at most {most}, the positions of backbone {backbone.name!r}, got {max_length}"
         )
     if backbone.package is None and Path(backbone.source).is_dir():
-        import transformers
-
         with explained(backbone):
             tokenizer = transformers.AutoTokenizer.from_pretrained(backbone.source, trust_remote_code=False)
         check_tokenizer(backbone, form, tokenizer, model)
 
 
-def check_tokenizer(backbone: Backbone, form: str, tokenizer: Any, model: PreTrainedModel) -> None:
+def check_tokenizer(backbone: Backbone, form: str, tokenizer: Any, model: transformers.PreTrainedModel) -> None:
     """Raise InputError if there is no vocabulary, a token has no embedding, or no token can pad or end a text."""
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a missing vocabulary
         raise InputError(f"backbone {backbone.name!r} has no tokenizer")

@@ -6,9 +6,10 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from basisadapt.backbones.beside import check_beside
@@ -20,17 +21,12 @@ from basisadapt.backbones.packages import check_installed, place_of
 from basisadapt.backbones.precision import keep_head_exact, loading_options
 from basisadapt.core.errors import InputError
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
 
-
-def shape_only(backbone: Backbone, form: str, num_labels: int) -> PreTrainedModel:
+def shape_only(backbone: Backbone, form: str, num_labels: int) -> transformers.PreTrainedModel:
     """A model of that form with `num_labels` outputs on the meta device: names and shapes, without weights or memory.
 
     Raises InputError if the backbone cannot take the form, or its configuration cannot be loaded.
     """
-    import transformers
-
     if backbone.shapes:
         config = transformers.AutoConfig.for_model(num_labels=num_labels, **backbone.shapes)
     else:
@@ -56,7 +52,7 @@ def check_at_hand(backbone: Backbone) -> None:
 
 def load(
     backbone: Backbone, form: str, num_labels: int, weights: str = "fp32", prompts: Sequence[Sequence[str]] = ()
-) -> tuple[PreTrainedModel, Any]:
+) -> tuple[transformers.PreTrainedModel, Any]:
     """The pretrained model with a new head in float32, and its tokenizer, image processor or frozen rest.
 
     - `form`: one of `FORMS`.
@@ -67,8 +63,6 @@ def load(
     Only safetensors are read, and no code from the hub is run. Raises InputError if the weights cannot be loaded or do
     not fit the backbone.
     """
-    import transformers
-
     config = _config(backbone, num_labels)
     check_form(backbone, form, config.model_type)
     check_beside(backbone, ask=True)
@@ -101,8 +95,6 @@ def load(
 
 
 def _class_embeddings(backbone: Backbone, num_labels: int, prompts: Sequence[Sequence[str]]) -> Tensor:
-    import transformers
-
     from basisadapt.backbones import clip
 
     if len(prompts) != num_labels:
@@ -121,9 +113,7 @@ def _check_shapes(backbone: Backbone) -> None:
             )
 
 
-def _config(backbone: Backbone, num_labels: int) -> PretrainedConfig:
-    import transformers
-
+def _config(backbone: Backbone, num_labels: int) -> transformers.PretrainedConfig:
     return _ask(transformers.AutoConfig, backbone, num_labels=num_labels)
 
 
@@ -138,8 +128,7 @@ def _ask(auto_class: Any, backbone: Backbone, **options: Any) -> Any:
 @contextmanager
 def quietly() -> Iterator[None]:
     """Suppress transformers' progress bars and its warnings, such as that of a new head, which is intended."""
-    from transformers.utils import logging
-
+    logging = transformers.utils.logging
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

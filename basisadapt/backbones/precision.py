@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from basisadapt.backbones.forms import HEADS
 from basisadapt.core.errors import InputError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 QUANTISED = ("int8", "nf4")  # LLM.int8 (Dettmers et al., 2022) and QLoRA's 4-bit NormalFloat (Dettmers et al., 2023)
 WEIGHTS = ("fp32", "bf16", *QUANTISED)
@@ -45,11 +43,9 @@ def loading_options(weights: str) -> dict[str, Any]:
         return {"dtype": torch.float32}
     options: dict[str, Any] = {"dtype": torch.bfloat16}
     if weights in QUANTISED:
-        from transformers import BitsAndBytesConfig
-
         # It warns at every product of LLM.int8 that it converts bfloat16 to float16.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-        options["quantization_config"] = BitsAndBytesConfig(
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_8bit=weights == "int8",
             load_in_4bit=weights == "nf4",
             bnb_4bit_quant_type="nf4",
@@ -59,7 +55,7 @@ def loading_options(weights: str) -> dict[str, Any]:
     return options
 
 
-def keep_head_exact(model: PreTrainedModel) -> None:
+def keep_head_exact(model: transformers.PreTrainedModel) -> None:
     """Convert the task's head, which trains, to float32; its inputs are converted too."""
     for name in HEADS:
         head = getattr(model, name, None)

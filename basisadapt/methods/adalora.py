@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from peft import PeftConfig, PeftModel
+from peft import AdaLoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
 from basisadapt.methods.allocation import AllocationSettings
@@ -64,8 +64,6 @@ class AdaLoRA(Method, name="adalora", settings=AdaLoRASettings, quantisable=Fals
 
 
 def _config(settings: AdaLoRASettings, common: Mapping[str, Any]) -> PeftConfig:
-    from peft import AdaLoraConfig
-
     return AdaLoraConfig(
         init_r=settings.room,
         target_r=settings.r,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from peft import PeftConfig
+from peft import HiraConfig, PeftConfig
 from torch import Tensor
 
 from basisadapt.methods.method import ADAPTER, PeftMethod
@@ -17,8 +17,6 @@ class HiRA(PeftMethod, name="hira", quantisable=False):
 
     def peft_config(self, settings: LowRankSettings, common: Mapping[str, Any]) -> PeftConfig:
         """Peft's HiraConfig with r and dropout."""
-        from peft import HiraConfig
-
         return HiraConfig(r=settings.r, hira_dropout=settings.dropout, **common)
 
     def weight_change(self, layer: Any) -> Tensor | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 
 from basisadapt.methods.method import PeftMethod
 from basisadapt.phi.settings import LowRankSettings
@@ -21,6 +21,4 @@ class LoRA(PeftMethod, name="lora"):
 
 def lora_config(settings: LowRankSettings, common: Mapping[str, Any], **variant: Any) -> PeftConfig:
     """Peft's LoraConfig with r, lora_alpha and dropout of `settings`; `variant`: further arguments of LoraConfig."""
-    from peft import LoraConfig
-
     return LoraConfig(r=settings.r, lora_alpha=settings.lora_alpha, lora_dropout=settings.dropout, **common, **variant)

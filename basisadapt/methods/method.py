@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -173,15 +173,13 @@ def put_into(
 
     Raises InputError as `Method.attach`.
     """
-    import peft
-
     names = [name for name, _ in model.named_modules()]
     targets = settings.target_modules or target_pattern(settings.placement, model)
     common = {"task_type": task_type, "target_modules": targets}
     if task_type is None:  # peft finds a head only by the task's type
         common["modules_to_save"] = [name for name in HEADS if name in names]
     try:
-        return peft.get_peft_model(model, peft_config(settings, common))
+        return get_peft_model(model, peft_config(settings, common))
     except InputError:
         raise
     except (TypeError, ValueError) as error:  # what peft raises for target modules that match nothing, or the head

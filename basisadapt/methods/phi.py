@@ -13,6 +13,7 @@ import torch
 from peft import PeftConfig
 from torch import Tensor
 
+from basisadapt.adapter.config import PhiConfig
 from basisadapt.adapter.layer import PhiLinear
 from basisadapt.diagnostics.linear import linear_fit
 from basisadapt.diagnostics.transfer import active_count
@@ -107,8 +108,6 @@ class Phi(TransferMethod, name="phi", settings=PhiSettings):
 
     def peft_config(self, settings: PhiSettings, common: Mapping[str, Any]) -> PeftConfig:
         """The `PhiConfig` with these settings."""
-        from basisadapt.adapter import PhiConfig
-
         return PhiConfig(**{**asdict(settings), **common})
 
     def parameter_groups(self, model: Any, settings: PhiSettings, lr: float) -> Sequence[ParameterGroup]:

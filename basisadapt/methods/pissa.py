@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,8 +24,6 @@ class PiSSA(Method, name="pissa", quantisable=False):
 
     def attach(self, model: PreTrainedModel, settings: LowRankSettings, task_type: str | None) -> PeftModel:
         """Attach peft's LoRA with the PiSSA start; a model on the meta device has no weights to start from."""
-        from peft.tuners.lora import LoraLayer
-
         start = True if next(model.parameters()).is_meta else "pissa"
         adapted = put_into(model, settings, task_type, functools.partial(lora_config, init_lora_weights=start))
         for layer in adapted.modules():

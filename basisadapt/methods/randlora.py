@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from peft import PeftConfig
+from peft import PeftConfig, RandLoraConfig
 
 from basisadapt.methods.method import PeftMethod, RandomBasisSettings, random_basis_config
 
@@ -20,7 +20,5 @@ class RandLoRA(PeftMethod, name="randlora", settings=RandomBasisSettings, quanti
 
     def peft_config(self, settings: RandomBasisSettings, common: Mapping[str, Any]) -> PeftConfig:
         """Peft's RandLoraConfig, whose bases follow from basis_seed."""
-        from peft import RandLoraConfig
-
         own = {"randlora_alpha": settings.lora_alpha, "randlora_dropout": settings.dropout}
         return random_basis_config(RandLoraConfig, settings, **own, **common)

@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
 from basisadapt import backbones
 from basisadapt.backbones import FORMS, QUANTISED, WEIGHTS
 from basisadapt.core.errors import InputError, one_line, refusing, shown, unknown
@@ -76,9 +79,6 @@ def merge_into(folder: Path, target: Path) -> Requirements:
     Raises InputError if there is no whole saved adapter, its backbone or a plug-in is missing, they do not fit, the
     model is not a class of transformers or its weights are quantized, or `target` is not empty or cannot be created.
     """
-    from peft import PeftModel
-    from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-
     saved = read_requirements(folder)
     if saved.form not in FORMS:
         raise InputError(f"{folder / FILE}: {unknown('form', saved.form, FORMS)}")

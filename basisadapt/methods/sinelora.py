@@ -8,6 +8,7 @@ from typing import Any
 
 from peft import PeftConfig
 
+from basisadapt.adapter.config import PhiConfig
 from basisadapt.methods.phi import TransferMethod
 from basisadapt.phi.notation import LARGEST
 from basisadapt.phi.settings import LowRankSettings, require
@@ -37,8 +38,6 @@ class SineLoRA(TransferMethod, name="sinelora", settings=SineSettings):
 
     def peft_config(self, settings: SineSettings, common: Mapping[str, Any]) -> PeftConfig:
         """The `PhiConfig` of ΔW = s φ(BA) with φ(x) = α sin(ωx), where α = 1 / √n and ω do not train."""
-        from basisadapt.adapter import PhiConfig
-
         shared = {key: value for key, value in asdict(settings).items() if key != "frequency"}
         return PhiConfig(
             **{**shared, **common},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from peft import PeftConfig
+from peft import PeftConfig, VeraConfig
 
 from basisadapt.methods.method import PeftMethod, RandomBasisSettings, random_basis_config
 
@@ -19,6 +19,4 @@ class VeRA(PeftMethod, name="vera", settings=RandomBasisSettings, bounded=False)
 
     def peft_config(self, settings: RandomBasisSettings, common: Mapping[str, Any]) -> PeftConfig:
         """Peft's VeraConfig, whose matrices follow from basis_seed."""
-        from peft import VeraConfig
-
         return random_basis_config(VeraConfig, settings, vera_dropout=settings.dropout, **common)

@@ -14,8 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from basisadapt.adapter.placement import describe
 from basisadapt.backbones import is_head
 from basisadapt.core.errors import InputError
 from basisadapt.core.grouping import grouped
@@ -37,9 +40,6 @@ Curve = dict[str, list[float]]
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The name in the base model and the layer of every adapted module; empty for a model without an adapter."""
-    from peft import PeftModel
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     for name, module in base.named_modules():
         if isinstance(module, BaseTunerLayer):
@@ -181,8 +181,6 @@ def observe(model: nn.Module, method: Method, snapshot: bool = False) -> tuple[d
 
     Raises InputError if two numbers of a module have the same name.
     """
-    from basisadapt.adapter.placement import describe
-
     modules: dict[str, Numbers] = {}
     curves: dict[str, Curve] = {}
     for name, layer in adapted_layers(model):

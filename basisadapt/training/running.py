@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import transformers
+
 from basisadapt import backbones, tasks
 from basisadapt.backbones import Backbone
 from basisadapt.core.environment import environment
@@ -51,7 +53,6 @@ from basisadapt.training.trainer import (
 
 if TYPE_CHECKING:
     import numpy as np
-    from transformers import Trainer
 
 PACKED_ROWS = 6  # rows in the check that a backbone separates packed rows
 SEEN_ROWS = 2 * EVAL_BATCH  # training rows on which the generalization gap is measured
@@ -143,8 +144,6 @@ class _Job:
 
 def _prepare(config: RunConfig, data_dir: Path | None) -> _Job:
     """Read the data, load the backbone and attach the method."""
-    import transformers
-
     task = tasks.find(config.task, config.data)
     data = load_data(config, data_dir)
     transformers.set_seed(config.seed)
@@ -160,10 +159,8 @@ def _prepare(config: RunConfig, data_dir: Path | None) -> _Job:
     return _Job(config, task, data, encoded, backbone, processor, method, model, groups, counts)
 
 
-def _make_trainer(job: _Job, checkpoints: Path, accumulate: int) -> Trainer:
+def _make_trainer(job: _Job, checkpoints: Path, accumulate: int) -> transformers.Trainer:
     """The Trainer, which moves the model to its device. Raises InputError as `_check_packed`."""
-    import transformers
-
     config, task, examples = job.config, job.task, job.encoded.examples
     trainer = distributed_trainer(trainer_for(task), in_step=config.train.parallel == "fsdp")(
         model=job.model,
@@ -183,7 +180,7 @@ def _make_trainer(job: _Job, checkpoints: Path, accumulate: int) -> Trainer:
 
 
 def _train(
-    job: _Job, trainer: Trainer, on_step: Callable[[int, int], None] | None
+    job: _Job, trainer: transformers.Trainer, on_step: Callable[[int, int], None] | None
 ) -> tuple[Observer, str, dict[str, float]]:
     """Train. Returns the observer, the reason for an early end (empty without one), and metrics."""
     observer, cost = Observer(job.model, job.method, job.groups), Cost(job.model)
@@ -205,7 +202,7 @@ def _train(
     return observer, watch.reason, metrics
 
 
-def _evaluate(job: _Job, trainer: Trainer, measured: bool) -> tuple[bool, dict[str, float]]:
+def _evaluate(job: _Job, trainer: transformers.Trainer, measured: bool) -> tuple[bool, dict[str, float]]:
     """Evaluate the trained model on held-out and on training rows. Returns whether its losses are finite, and metrics.
 
     The task's own metrics are among them if `measured` and if the losses are finite.

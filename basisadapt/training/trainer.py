@@ -6,10 +6,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import transformers
+from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from basisadapt.methods import ParameterGroup
 from basisadapt.tasks import Task
@@ -17,10 +20,6 @@ from basisadapt.tasks.completion import IGNORED, batch_loss
 from basisadapt.training.config import RunConfig, TrainSettings
 from basisadapt.training.distributed.group import lowest_in_group, sum_over_group, world_size
 from basisadapt.training.observation import CURVE_POINTS
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 EVAL_BATCH = 64
 
@@ -41,13 +40,12 @@ def arithmetic(precision: str) -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(attention)
 
 
-def trainer_for(task: Task) -> type[Trainer]:
+def trainer_for(task: Task) -> type[transformers.Trainer]:
     """A subclass of transformers' Trainer for the task.
 
     Its loss is that of the whole batch, however the batch is divided among processes and accumulation steps. The task
     scores the answers.
     """
-    import transformers
     from torch.utils.data import SequentialSampler
     from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -105,7 +103,9 @@ class MixedBatches:
         return len(self._sampler)
 
 
-def trainer_arguments(config: RunConfig, rows: int, headline: str, folder: Path, accumulate: int) -> TrainingArguments:
+def trainer_arguments(
+    config: RunConfig, rows: int, headline: str, folder: Path, accumulate: int
+) -> transformers.TrainingArguments:
     """The Trainer's settings.
 
     - `rows`: the number of training rows.
@@ -113,8 +113,6 @@ def trainer_arguments(config: RunConfig, rows: int, headline: str, folder: Path,
     - `folder`: for checkpoints.
     - `accumulate`: the number of smaller batches that make up a batch.
     """
-    from transformers import TrainingArguments
-
     train = config.train
     steps = train.max_steps or math.ceil(rows / train.batch_size) * train.epochs
     every: dict[str, Any] = {"save_strategy": "no"}
@@ -130,12 +128,12 @@ def trainer_arguments(config: RunConfig, rows: int, headline: str, folder: Path,
             "greater_is_better": True,
         }
     if train.gradient_checkpointing:  # its name in earlier releases; the reentrant form needs inputs with gradients
-        recent = hasattr(TrainingArguments, "activation_checkpointing")
+        recent = hasattr(transformers.TrainingArguments, "activation_checkpointing")
         name = "activation_checkpointing" if recent else "gradient_checkpointing"
         every |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
     if train.group_by_length:
         every["train_sampling_strategy"] = "group_by_length"
-    return TrainingArguments(
+    return transformers.TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=train.batch_size // accumulate // train.processes,
         gradient_accumulation_steps=accumulate,
@@ -190,9 +188,8 @@ def make_watch(look: OnStep, on_step: OnStep | None, before: OnStep, after: OnSt
 
     It ends a run whose loss or gradient is not finite; its `reason` is then a sentence that names the step, else empty.
     """
-    from transformers import TrainerCallback
 
-    class Watch(TrainerCallback):  # type: ignore[misc]
+    class Watch(transformers.TrainerCallback):  # type: ignore[misc]
         reason = ""
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -246,11 +243,9 @@ class _Gradients:
         return int(first) if math.isfinite(first) else None
 
 
-def early_stopping(patience: int | None) -> list[TrainerCallback]:
+def early_stopping(patience: int | None) -> list[transformers.TrainerCallback]:
     """Callbacks that end a run after `patience` evaluations without an improvement; none for None."""
-    from transformers import EarlyStoppingCallback
-
-    return [] if patience is None else [EarlyStoppingCallback(patience)]
+    return [] if patience is None else [transformers.EarlyStoppingCallback(patience)]
 
 
 def logged_curves(history: list[dict[str, float]]) -> dict[str, list[tuple[int, float]]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from basisadapt import backbones, tasks, training
 from basisadapt.core.command import tell
 from basisadapt.core.errors import InputError
 from basisadapt.study.drive.book import missing_cells
@@ -21,6 +22,7 @@ from basisadapt.study.record.record import Record
 from basisadapt.study.report.files import report_files
 from basisadapt.study.report.report import Report, make_report
 from basisadapt.study.report.table import tuned_table
+from basisadapt.tasks.hub import is_cached
 from basisadapt.training.execution.executor import Executor
 
 if TYPE_CHECKING:
@@ -78,8 +80,6 @@ def plan_cells(cells: Sequence[Cell], data_dir: Path | None, dry: bool = False) 
 
     Rows that differ in PACE alone share a plan, since each takes a tenth of a second.
     """
-    from basisadapt import training
-
     plans: dict[str, Plan] = {}
     alike: dict[str, Plan] = {}
     for cell in cells:
@@ -93,9 +93,6 @@ def plan_cells(cells: Sequence[Cell], data_dir: Path | None, dry: bool = False) 
 
 def downloads(cells: Iterable[Cell], outcomes: Mapping[str, Outcome], data_dir: Path | None) -> list[str]:
     """What the missing cells would download from the hub, in words. Makes no request."""
-    from basisadapt import backbones, tasks
-    from basisadapt.tasks.hub import is_cached
-
     wanted: dict[str, None] = {}
     for name, task, data in _inputs(missing_cells(cells, outcomes)):
         if source := backbones.missing_weights(backbones.find(name)):
@@ -110,9 +107,6 @@ def _check_hub(cells: Iterable[Cell], data_dir: Path | None) -> None:
 
     Raises InputError if it has not, or cannot be reached.
     """
-    from basisadapt import backbones, tasks, training
-    from basisadapt.tasks.hub import is_cached
-
     inputs = _inputs(cells)
     for name in dict.fromkeys(name for name, _, _ in inputs):
         backbones.check_reachable(backbones.find(name))
@@ -151,8 +145,6 @@ def write_report(report: Report, place: StudyPaths) -> None:
 
 def _check_own_files(cells: Iterable[Cell], outcomes: Mapping[str, Outcome], data_dir: Path | None) -> None:
     """Raise InputError if a user's own data file has changed since a cell ran on it."""
-    from basisadapt import tasks, training
-
     for cell in cells:
         seen = outcomes[cell.key].data.get("fingerprint") if cell.key in outcomes else None
         if seen is None or not any(tasks.stamp(cell.config.task, cell.config.data)):
