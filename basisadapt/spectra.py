@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from basisadapt.core.command import DONE, INTERRUPTED, Parser, guarded, say, tell
+from basisadapt.core.command import DONE, INTERRUPTED, Parser, aligned, guarded, say, tell
 from basisadapt.core.errors import InputError, shown
 
 if TYPE_CHECKING:
@@ -250,9 +250,7 @@ def report(updates: Sequence[Update], rank: int) -> str:
     rows = [HEAD, *(_row(update, rank) for update in updates)]
     if len(fitted) > 1:
         rows.append(_row(_together(fitted), rank))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, "", *_verdict(fitted, rank, len(updates))])
+    return "\n".join([*aligned(rows, left=range(len(HEAD))), "", *_verdict(fitted, rank, len(updates))])
 
 
 def document(updates: Sequence[Update], rank: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from typing import Any, NoReturn, TextIO, cast
 
@@ -86,6 +86,15 @@ def tell(text: str, end: str = "\n") -> None:
 def print_error(error: object) -> None:
     """Print an error to stderr, as "basisadapt: error: ...", in one line."""
     tell(f"basisadapt: error: {error}")
+
+
+def aligned(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> list[str]:
+    """The rows as lines with columns of equal width: those in `left` begin at the left, the others end at the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    pads = [str.ljust if place in left else str.rjust for place in range(len(widths))]
+    return [
+        "  ".join(pad(cell, width) for pad, cell, width in zip(pads, row, widths, strict=True)).rstrip() for row in rows
+    ]
 
 
 def guarded(main: Callable[[list[str]], int]) -> Callable[..., int]:

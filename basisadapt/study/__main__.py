@@ -22,6 +22,7 @@ from basisadapt.core.command import (
     HAS_FAILURES,
     INTERRUPTED,
     Parser,
+    aligned,
     complete,
     guarded,
     print_error,
@@ -422,8 +423,7 @@ def _seeds(text: str | None) -> list[int] | None:
 
 def _studies() -> Answer:
     titles = {name: specs.read_spec(name).title for name in specs.list_studies()}
-    width = max(map(len, titles), default=0)
-    lines = [f"{name.ljust(width)}  {title}" for name, title in titles.items()]
+    lines = aligned(list(titles.items()), left=(0, 1))
     return Answer("\n".join(lines), lambda: [{"study": name, "title": title} for name, title in titles.items()])
 
 

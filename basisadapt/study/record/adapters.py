@@ -8,7 +8,7 @@ from pathlib import Path
 from basisadapt.core.errors import InputError, one_line
 from basisadapt.study.record.client import open_client
 from basisadapt.study.record.record import ADAPTER
-from basisadapt.study.record.stores import check_sound, sqlite_file
+from basisadapt.study.record.stores import check_recorded
 
 
 def with_adapters(tracking_uri: str, run_ids: Sequence[str]) -> list[str]:
@@ -21,10 +21,7 @@ def fetch_adapter(tracking_uri: str, run_id: str, folder: Path) -> Path:
     """Copy the run's adapter below `folder`, and return its folder. Raises InputError if the run has none."""
     from mlflow.exceptions import MlflowException
 
-    path = sqlite_file(tracking_uri)
-    if path is not None and not path.exists():
-        raise InputError(f"nothing is recorded in {tracking_uri!r}")
-    check_sound(tracking_uri, "--tracking-uri")
+    check_recorded(tracking_uri)
     client, _ = open_client(tracking_uri, "")
     try:
         client.get_run(run_id)

@@ -83,6 +83,14 @@ def check_sound(url: str, option: str) -> None:
         raise InputError(f"{option} {url!r} cannot be read: {' '.join(found.split())}")
 
 
+def check_recorded(tracking_uri: str) -> None:
+    """Raise InputError for a sqlite database that does not exist, or that `check_sound` refuses."""
+    path = sqlite_file(tracking_uri)
+    if path is not None and not path.exists():
+        raise InputError(f"nothing is recorded in {tracking_uri!r}")
+    check_sound(tracking_uri, "--tracking-uri")
+
+
 @contextmanager
 def _connection(path: Path) -> Iterator[sqlite3.Connection]:
     """A connection to an existing file, read-write if possible, since only that can roll back a half-written change."""

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import NoReturn
 
 from basisadapt.core.errors import InputError
-from basisadapt.study.record.stores import check_sound, sqlite_file
+from basisadapt.study.record.stores import check_recorded
 
 HOST, FIRST_PORT, PORTS = "127.0.0.1", 5000, 100
 START_SECONDS, STOP_SECONDS = 120, 10
@@ -41,10 +41,7 @@ def serve(tracking_uri: str) -> None:
     """
     if tracking_uri.startswith(("http:", "https:")):
         raise InputError(f"--ui serves a local store; {tracking_uri!r} is a server already")
-    path = sqlite_file(tracking_uri)
-    if path is not None and not path.exists():
-        raise InputError(f"nothing is recorded in {tracking_uri!r}")
-    check_sound(tracking_uri, "--tracking-uri")
+    check_recorded(tracking_uri)
     address = f"http://{HOST}:{(port := _free_port())}"
     command = ["mlflow", "server", "--host", HOST, "--port", str(port)]
     before = {number: signal.signal(number, _interrupt) for number in ENDS}

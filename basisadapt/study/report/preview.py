@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from basisadapt.core.command import aligned
+
 if TYPE_CHECKING:
     from basisadapt.study.plan.cells import Cell
     from basisadapt.study.plan.spec import StudySpec
@@ -50,7 +52,7 @@ def to_preview(preview: Preview) -> str:
             f"Of each: {', '.join(f'{name} {value}' for name, value in shared.items())}",
             f"To download from the hub: {', '.join(preview.downloads) or 'nothing'}",
             "",
-            *_aligned(rows),
+            *aligned(rows, left=(0, len(rows[0]) - 1)),
         ]
     )
 
@@ -73,13 +75,3 @@ def _facts(config: RunConfig) -> dict[str, str]:
 
 def _rows(count: int | None) -> str:
     return "all" if count is None else f"{count:,}"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The rows as lines: the first column left-aligned, the last not padded, the others right-aligned."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *middle, last in rows:
-        padded = (cell.rjust(width) for cell, width in zip(middle, widths[1:-1], strict=True))
-        lines.append("  ".join([first.ljust(widths[0]), *padded, last]))
-    return lines

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from basisadapt.core.command import aligned
 from basisadapt.core.markup import in_markdown
 from basisadapt.study.report.formats import difference_text, number_form, reference_text
 from basisadapt.study.report.records import row_records
@@ -21,7 +21,8 @@ def to_text(report: Report) -> str:
     """The report as plain text with aligned columns."""
     parts = []
     for table in text_tables(report):
-        body = [_aligned(table), ""] if table.rows else []
+        under = ["-" * max(map(len, column)) for column in zip(table.header, *table.rows, strict=True)]
+        body = [*aligned([table.header, under, *table.rows]), ""] if table.rows else []
         parts.append("\n".join([table.title, "", *body, *table.notes]))
     if report.verdicts:
         lines = ["Claims", ""]
@@ -71,17 +72,6 @@ def text_table_to_csv(table: TextTable) -> str:
 def _inert(label: str) -> str:
     """The label, quoted if a spreadsheet would read it as a formula."""
     return f"'{label}" if label.startswith(("=", "+", "-", "@", "\t", "\r")) else label
-
-
-def _aligned(table: TextTable) -> str:
-    rows = [table.header, *table.rows]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(table.header))]
-
-    def line(row: Sequence[str]) -> str:
-        padded = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        return "  ".join([row[0].ljust(widths[0]), *padded[1:]]).rstrip()
-
-    return "\n".join([line(table.header), "  ".join("-" * width for width in widths), *map(line, table.rows)])
 
 
 def standing(table: Table, label: str) -> str:
