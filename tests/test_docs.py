@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from basisadapt.methods import METHODS
-from basisadapt.study import __main__ as command_line
+from basisadapt.study import options as command_line
 from basisadapt.study.plan.changes import split_changes
 from basisadapt.study.plan.spec import list_studies
 
@@ -130,15 +130,15 @@ def commands():
 
 @pytest.mark.parametrize("arguments", commands())
 def test_a_command_shown_is_understood(arguments):
-    options = command_line._parser().parse_args(arguments)
-    command_line._check_together(options)
+    options = command_line.make_parser().parse_args(arguments)
+    command_line.check_together(options)
     split_changes(options.set)
     assert options.name is None or options.name in {*list_studies(), "NAME", "my_study.yaml"}
 
 
 def test_every_option_is_in_a_guide():
     text = "".join(page.read_text(encoding="utf-8") for page in GUIDES)
-    options = {option for action in command_line._parser()._actions for option in action.option_strings} - {"-h"}
+    options = {option for action in command_line.make_parser()._actions for option in action.option_strings} - {"-h"}
     assert sorted(option for option in options if not re.search(rf"{option}\b", text)) == []
 
 

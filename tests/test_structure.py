@@ -47,7 +47,7 @@ WITHIN = {
     "study": [
         {"outcome", "statistics"},  # what became of a cell, and arithmetic
         {"plan"},  # what shall run
-        {"record", "report"},  # what has run, and what is said of it: neither knows the other
+        {"options", "record", "report"},  # what is asked for, what has run, what is said of it: none knows another
         {"drive"},  # what runs it
         {"__main__", "result"},  # from the command line, and from Python
     ],

@@ -14,7 +14,8 @@ import pytest
 
 from basisadapt import training
 from basisadapt.core.errors import InputError
-from basisadapt.study.__main__ import _check_together, _parser, main
+from basisadapt.study.__main__ import main
+from basisadapt.study.options import check_together, make_parser
 from basisadapt.study.plan.spec import read_spec
 from basisadapt.study.record.record import Record
 
@@ -174,6 +175,6 @@ def test_the_examples_of_help_are_command_lines(capsys):
     lines = capsys.readouterr().out.split("\nExamples:\n")[1].split("\n\n")[0].splitlines()
     assert 4 <= len(lines) <= 6
     for line in lines:
-        options = _parser().parse_args(line.split()[3:])
-        _check_together(options)
+        options = make_parser().parse_args(line.split()[3:])
+        check_together(options)
         read_spec(options.name or options.report)

@@ -22,7 +22,7 @@ from basisadapt.study.record.record import Record
 from basisadapt.study.report.files import report_files
 from basisadapt.study.report.report import Report, make_report
 from basisadapt.study.report.table import tuned_table
-from basisadapt.tasks.hub import is_cached
+from basisadapt.tasks import hub
 from basisadapt.training.execution.executor import Executor
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def downloads(cells: Iterable[Cell], outcomes: Mapping[str, Outcome], data_dir: 
         if source := backbones.missing_weights(backbones.find(name)):
             wanted[f"backbone {source}"] = None
         sources = tasks.find(task, data).sources(data_dir)
-        wanted |= dict.fromkeys(f"data {source}" for source in sources if not is_cached(source))
+        wanted |= dict.fromkeys(f"data {source}" for source in sources if not hub.is_cached(source))
     return list(wanted)
 
 
@@ -111,7 +111,7 @@ def _check_hub(cells: Iterable[Cell], data_dir: Path | None) -> None:
     for name in dict.fromkeys(name for name, _, _ in inputs):
         backbones.check_reachable(backbones.find(name))
     for (_, task, data), config in inputs.items():
-        if not all(map(is_cached, tasks.find(task, data).sources(data_dir))):
+        if not all(map(hub.is_cached, tasks.find(task, data).sources(data_dir))):
             training.load_data(config, data_dir)
 
 
