@@ -23,8 +23,8 @@ from basisadapt.core.errors import InputError, refusing, unknown
 from basisadapt.tasks import commonsense_prompts as prompts
 from basisadapt.tasks.choice import ChoiceQuestion, ChoiceTask
 from basisadapt.tasks.commonsense_prompts import Asked, Layout
-from basisadapt.tasks.completion import Instruction, read_instructions, read_json
 from basisadapt.tasks.hub import rows_from_hub
+from basisadapt.tasks.instructions import Instruction, read_instructions, read_json
 from basisadapt.tasks.settings import DataSettings
 from basisadapt.tasks.task import TASKS, Rows, TaskData, readable_folder
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from basisadapt.core.errors import InputError
 from basisadapt.tasks.choice import ChoiceQuestion, Option
-from basisadapt.tasks.completion import alpaca_prompt
+from basisadapt.tasks.instructions import alpaca_prompt
 
 BLANK = "_"  # winogrande's
 

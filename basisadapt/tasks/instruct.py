@@ -18,18 +18,16 @@ from basisadapt.tasks.completion import (
     IGNORED,
     CompletionTask,
     Continuation,
-    Instruction,
     Probe,
     Question,
-    alpaca_prompt,
     generate,
     pad_left,
-    read_instructions,
     response_loss,
     teacher_forced,
     token_ids,
 )
 from basisadapt.tasks.hub import rows_from_hub
+from basisadapt.tasks.instructions import Instruction, alpaca_prompt, read_instructions
 from basisadapt.tasks.settings import DataSettings
 from basisadapt.tasks.task import Example, Rows, Task, TaskData, readable_folder
 

@@ -19,19 +19,17 @@ from basisadapt.tasks.completion import (
     IGNORED,
     CompletionTask,
     Continuation,
-    Instruction,
     Probe,
     Question,
-    alpaca_prompt,
     batch_loss,
     generate,
     packed,
     padded,
-    read_instructions,
     reads_rows_apart,
     response_loss,
     teacher_forced,
 )
+from basisadapt.tasks.instructions import Instruction, alpaca_prompt, read_instructions
 from basisadapt.training.cost import Cost
 
 ROWS = Rows(
