@@ -15,6 +15,7 @@ from torch import Tensor
 
 from basisadapt.adapter.config import PhiConfig
 from basisadapt.adapter.layer import PhiLinear
+from basisadapt.adapter.optimizing import regulate, table_groups
 from basisadapt.diagnostics.linear import linear_fit
 from basisadapt.diagnostics.transfer import active_count
 from basisadapt.methods.method import ADAPTER, Description, ParameterGroup, PeftMethod
@@ -112,8 +113,6 @@ class Phi(TransferMethod, name="phi", settings=PhiSettings):
 
     def parameter_groups(self, model: Any, settings: PhiSettings, lr: float) -> Sequence[ParameterGroup]:
         """α with its own decay, and ω, learned grid points and gains without; all at φ's learning rate."""
-        from basisadapt.adapter.optimizing import table_groups
-
         groups = table_groups(model.base_model.phi_bank[ADAPTER], settings, lr)
         return [ParameterGroup(tables, rate, decay, transfer=True) for tables, rate, decay in groups]
 
@@ -128,6 +127,4 @@ class Phi(TransferMethod, name="phi", settings=PhiSettings):
 
     def before_step(self, model: Any, settings: PhiSettings, step: int, total: int) -> None:
         """Freeze φ for the first `transfer_delay` share of the steps; then add the gradient of the smoothing term."""
-        from basisadapt.adapter.optimizing import regulate
-
         regulate(model.base_model.phi_bank[ADAPTER], settings, step, total)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from basisadapt.core.command import tell
 from basisadapt.core.errors import one_line
 from basisadapt.core.registry import Registry
-
-if TYPE_CHECKING:
-    from basisadapt.study.plan.cells import Cell
-    from basisadapt.training import RunResult
+from basisadapt.study.plan.cells import Cell
+from basisadapt.training import RunResult
 
 CALLBACKS: Registry[Callback] = Registry("callback")
 

@@ -22,11 +22,10 @@ from basisadapt.study.record.record import Record
 from basisadapt.study.report.files import report_files
 from basisadapt.study.report.report import Report, make_report
 from basisadapt.study.report.table import tuned_table
-from basisadapt.tasks import hub
+from basisadapt.tasks import DataSettings, hub
 from basisadapt.training.execution.executor import Executor
 
 if TYPE_CHECKING:
-    from basisadapt.tasks import DataSettings
     from basisadapt.training import Plan
     from basisadapt.training.config import RunConfig
 

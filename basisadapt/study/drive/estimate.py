@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from basisadapt.study.outcome import Outcome
-    from basisadapt.study.plan.cells import Cell
-    from basisadapt.training.execution.executor import Executor
+from basisadapt.study.outcome import Outcome
+from basisadapt.study.plan.cells import Cell
+from basisadapt.training.execution.executor import Executor
 
 SECONDS = ("seconds.train", "seconds.eval", "seconds.observe")  # metrics whose sum is the run time of a cell
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from basisadapt.phi.settings import LowRankSettings, field_names
+from basisadapt.study.plan.cells import Cell
 from basisadapt.study.record.runs import ACCUMULATE, DATA, ENVIRONMENT, HEADLINE, WARNINGS
 from basisadapt.study.record.texts import clean, limited, warnings_text
-
-if TYPE_CHECKING:
-    from basisadapt.study.plan.cells import Cell
-    from basisadapt.training import RunResult
+from basisadapt.training import RunResult
 
 
 def points_of(result: RunResult) -> Iterable[tuple[str, float, int]]:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from basisadapt.core.markup import in_markdown
 from basisadapt.diagnostics.linear import LINEAR
+from basisadapt.study.plan.cells import Cell
+from basisadapt.study.plan.spec import StudySpec
 from basisadapt.study.record.runs import STATUS
-
-if TYPE_CHECKING:
-    from basisadapt.study.plan.cells import Cell
-    from basisadapt.study.plan.spec import StudySpec
-    from basisadapt.training import RunResult
+from basisadapt.training import RunResult
 
 _TUNING = """- Rows called "..., tuning ..." are trials of a setting's values, evaluated on training rows
   (`train.validation`): not to be compared with the others.

@@ -7,16 +7,13 @@ import tempfile
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from basisadapt.core.command import tell
 from basisadapt.core.errors import one_line
 from basisadapt.diagnostics.figures import pictures
+from basisadapt.study.record.client import RedactingClient
 from basisadapt.study.record.runs import ROW, UNDRAWN, Runs
 from basisadapt.study.record.stores import file_of, store_errors
-
-if TYPE_CHECKING:
-    from basisadapt.study.record.client import RedactingClient
 
 
 class Pictures:

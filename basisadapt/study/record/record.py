@@ -10,10 +10,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from basisadapt.core.markup import in_markdown
 from basisadapt.study.outcome import Outcome
+from basisadapt.study.plan.cells import Cell
+from basisadapt.study.plan.spec import StudySpec
 from basisadapt.study.record.bulk import has_tables, write_points
 from basisadapt.study.record.client import open_client
 from basisadapt.study.record.content import parameters_of, points_of, tags_of
@@ -36,12 +38,8 @@ from basisadapt.study.record.runs import (
 )
 from basisadapt.study.record.stores import artifact_folder, check_sound, follow_files, sqlite_file, store_errors
 from basisadapt.study.record.texts import METRICS, PARAMETERS, batches, clean, limited
+from basisadapt.training import RunResult
 from basisadapt.training.execution.json_lines import check_score, is_number
-
-if TYPE_CHECKING:
-    from basisadapt.study.plan.cells import Cell
-    from basisadapt.study.plan.spec import StudySpec
-    from basisadapt.training import RunResult
 
 UNDECIDED, NOTICED = 10.0, 1.0  # seconds that a claim waits for a rival, and until the wait is reported
 ADAPTER = "adapter"  # the folder with the adapter, among the files of a run

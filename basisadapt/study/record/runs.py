@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from basisadapt.study.outcome import Outcome
+from basisadapt.study.plan.cells import Cell
 from basisadapt.study.record.bulk import has_tables, read_runs
+from basisadapt.study.record.client import RedactingClient
 from basisadapt.study.record.owner import Owner
 from basisadapt.study.record.texts import read_warnings
 from basisadapt.training.execution.json_lines import is_number
-
-if TYPE_CHECKING:
-    from basisadapt.study.plan.cells import Cell
-    from basisadapt.study.record.client import RedactingClient
 
 # Status to MLflow's.
 TERMINAL = {"finished": "FINISHED", "diverged": "FINISHED", "failed": "FAILED", "killed": "KILLED"}

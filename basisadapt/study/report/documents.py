@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from basisadapt.core.ranges import Range
 from basisadapt.study import statistics
-
-if TYPE_CHECKING:
-    from basisadapt.study.plan.space import Space
-    from basisadapt.study.plan.spec import StudySpec
-    from basisadapt.study.report.preview import Preview
-    from basisadapt.study.report.report import Report
-    from basisadapt.study.report.table import Across, Line, Table
+from basisadapt.study.plan.space import Space
+from basisadapt.study.plan.spec import StudySpec
+from basisadapt.study.report.preview import Preview
+from basisadapt.study.report.report import Report
+from basisadapt.study.report.table import Across, Line, Table
 
 Document = dict[str, Any]
 

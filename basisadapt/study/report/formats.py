@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from basisadapt.study.plan.spec import Reference
-    from basisadapt.study.report.table import Table
-    from basisadapt.study.statistics import Difference
+from basisadapt.study.plan.spec import Reference
+from basisadapt.study.report.table import Table
+from basisadapt.study.statistics import Difference
 
 DASH = "-"
 NumberForm = Callable[[float | None, str], str]  # a value and its sign option ("" or "+") to text

@@ -5,18 +5,15 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable, Iterable, Mapping
 from html import escape
-from typing import TYPE_CHECKING
 
 from basisadapt.core.grouping import grouped
+from basisadapt.study.plan.cells import Row
 from basisadapt.study.report.footnotes import problems
 from basisadapt.study.report.formats import DASH
+from basisadapt.study.report.report import Report
 from basisadapt.study.report.table import Table, by_name
 from basisadapt.study.report.text_tables import TextTable, text_tables
-
-if TYPE_CHECKING:
-    from basisadapt.study.plan.cells import Row
-    from basisadapt.study.report.report import Report
-    from basisadapt.study.report.verdicts import Verdict
+from basisadapt.study.report.verdicts import Verdict
 
 PAGE = """<!doctype html>
 <html lang="en">

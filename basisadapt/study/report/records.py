@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from basisadapt.study import statistics
 from basisadapt.study.outcome import NOT_RUN
-
-if TYPE_CHECKING:
-    from basisadapt.study.report.table import Table
+from basisadapt.study.report.table import Table
 
 Record = dict[str, Any]
 

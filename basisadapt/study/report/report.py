@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from basisadapt.study.plan.space import Space
+from basisadapt.study.plan.tuning import Tuned
+from basisadapt.study.report.table import Table
 from basisadapt.study.report.verdicts import Verdict, judge
-
-if TYPE_CHECKING:
-    from basisadapt.study.plan.space import Space
-    from basisadapt.study.plan.tuning import Tuned
-    from basisadapt.study.report.table import Table
 
 
 @dataclass(frozen=True)

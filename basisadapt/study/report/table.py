@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from basisadapt.core.grouping import grouped
 from basisadapt.diagnostics.diagnostic import DIAGNOSTICS
@@ -17,9 +17,7 @@ from basisadapt.study.plan.cells import Row, Study
 from basisadapt.study.plan.claims import COMMON, PLATEAU
 from basisadapt.study.plan.keys import plain
 from basisadapt.study.plan.spec import ALL, Name, published_values
-
-if TYPE_CHECKING:
-    from basisadapt.study.plan.tuning import Tuned
+from basisadapt.study.plan.tuning import Tuned
 
 PERCENT = ("accuracy", "f1", "matthews", "pearson", "spearman", "energy")  # metrics that are shown as percentages
 PER = " / "  # between two metrics: their quotient

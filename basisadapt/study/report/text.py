@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-from typing import TYPE_CHECKING
 
 from basisadapt.core.command import aligned
 from basisadapt.core.markup import in_markdown
 from basisadapt.study.report.formats import difference_text, number_form, reference_text
 from basisadapt.study.report.records import row_records
+from basisadapt.study.report.report import Report
+from basisadapt.study.report.table import Table
 from basisadapt.study.report.text_tables import TextTable, text_tables
-
-if TYPE_CHECKING:
-    from basisadapt.study.report.report import Report
-    from basisadapt.study.report.table import Table
 
 
 def to_text(report: Report) -> str:

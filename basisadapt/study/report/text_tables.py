@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from basisadapt.core.ranges import Choices, Range
 from basisadapt.study import statistics
 from basisadapt.study.plan.keys import plain
+from basisadapt.study.plan.spec import Reference
+from basisadapt.study.plan.tuning import RowTuning, Tuned
 from basisadapt.study.report.footnotes import detectable, footnotes
 from basisadapt.study.report.formats import (
     DASH,
@@ -23,12 +24,8 @@ from basisadapt.study.report.formats import (
     setting_text,
     with_std,
 )
-
-if TYPE_CHECKING:
-    from basisadapt.study.plan.spec import Reference
-    from basisadapt.study.plan.tuning import RowTuning, Tuned
-    from basisadapt.study.report.report import Report, SearchResult
-    from basisadapt.study.report.table import Across, Line, Table
+from basisadapt.study.report.report import Report, SearchResult
+from basisadapt.study.report.table import Across, Line, Table
 
 
 @dataclass(frozen=True)

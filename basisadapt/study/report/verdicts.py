@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from basisadapt.study import statistics
 from basisadapt.study.plan.claims import PLATEAU, Claim, listed, summed
-
-if TYPE_CHECKING:
-    from basisadapt.study.report.table import Table
-    from basisadapt.study.statistics import Difference, Equivalence
+from basisadapt.study.report.table import Table
+from basisadapt.study.statistics import Difference, Equivalence
 
 REPRODUCED, NOT_REPRODUCED, UNTESTABLE = "reproduced", "not reproduced", "not testable here"
 LEVEL = 0.05  # of the family of all tests behind a study's claims (paper, section B.2)

@@ -13,15 +13,13 @@ import os
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from basisadapt.core.errors import InputError, one_line, refusing, unknown
 from basisadapt.core.redaction import redacted
 from basisadapt.core.settings import from_mapping, is_object
-
-if TYPE_CHECKING:
-    from basisadapt.training.execution.executor import Ended
-    from basisadapt.training.result import RunResult
+from basisadapt.training.execution.executor import Ended
+from basisadapt.training.result import RunResult
 
 L = TypeVar("L")
 
@@ -85,8 +83,6 @@ def brief(result: RunResult) -> RunResult:
 
 def end_from_mapping(key: str, values: dict[str, Any]) -> Ended:
     """The inverse of `end_to_mapping`; an invalid result becomes an error."""
-    from basisadapt.training.execution.executor import Ended
-
     try:
         result = None if values["result"] is None else parse_result(values["result"])
     except InputError as error:
@@ -107,8 +103,6 @@ def check_score(result: RunResult) -> None:
 
 def parse_result(values: dict[str, Any]) -> RunResult:
     """A RunResult from its fields in JSON types, with secrets redacted. Raises InputError if it is invalid."""
-    from basisadapt.training.result import RunResult
-
     with refusing("not a result", InputError):
         result = from_mapping(RunResult, redacted(values), "result")
     if result.status not in DONE:

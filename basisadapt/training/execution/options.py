@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from basisadapt.core.command import Parser
-
-if TYPE_CHECKING:
-    from basisadapt.training.execution.executor import JobSettings
+from basisadapt.training.execution.executor import JobSettings
 
 
 def add_job_options(parser: Parser) -> None:
@@ -44,8 +41,6 @@ def add_job_options(parser: Parser) -> None:
 
 def job_settings(options: argparse.Namespace, adapters: Path | None) -> JobSettings:
     """The settings of jobs from the parsed options. adapters: see `JobSettings`. Raises InputError out of range."""
-    from basisadapt.training.execution.executor import JobSettings
-
     return JobSettings(
         data_dir=options.data_dir,
         plugins=tuple(options.plugin),
