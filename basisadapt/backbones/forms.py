@@ -86,23 +86,14 @@ FORMS = {
 HEADS = ("classifier", "score")  # transformers' names for a classifier's head; peft trains modules of these names
 
 
-def model_class(form: str) -> Any:
-    """The class that loads a model of that form."""
-    return _class(FORMS[form].model)
-
-
 def new_model(form: str, config: Any) -> Any:
     """A model of that form, without loaded weights."""
-    whole = model_class(form)
+    whole = class_of(FORMS[form].model)
     return getattr(whole, "from_config", whole)(config)  # an Auto class of transformers' cannot be called
 
 
-def processor_class(form: str) -> Any:
-    """The class that loads what a task makes inputs with, in most forms a tokenizer or an image processor."""
-    return _class(FORMS[form].processor)
-
-
-def _class(name: str) -> Any:
+def class_of(name: str) -> Any:
+    """The class of that name in a `Form`: one of ours or of transformers."""
     from basisadapt.backbones import bert_parts, clip, last_mlp
 
     of_bert = (bert_parts.LastFeedForward, bert_parts.FeedForwardInputs, bert_parts.LastQuery, bert_parts.QueryWeight)

@@ -15,7 +15,7 @@ from torch import Tensor
 from basisadapt.backbones.beside import check_beside
 from basisadapt.backbones.catalogue import OWN, Backbone
 from basisadapt.backbones.failures import NO_SAFETENSORS, explained
-from basisadapt.backbones.forms import check_form, is_head, model_class, new_model, processor_class
+from basisadapt.backbones.forms import FORMS, check_form, class_of, is_head, new_model
 from basisadapt.backbones.inputs import check_tokenizer, most_tokens
 from basisadapt.backbones.packages import check_installed, place_of
 from basisadapt.backbones.precision import keep_head_exact, loading_options
@@ -66,9 +66,9 @@ def load(
     config = _config(backbone, num_labels)
     check_form(backbone, form, config.model_type)
     check_beside(backbone, ask=True)
-    processor = _ask(processor_class(form), backbone)
+    processor = _ask(class_of(FORMS[form].processor), backbone)
     model, report = _ask(
-        model_class(form),
+        class_of(FORMS[form].model),
         backbone,
         config=config,
         use_safetensors=True,

@@ -43,10 +43,6 @@ def folder_of(backbone: Backbone, package: Package) -> Path:
     assert found is not None
     assert found.origin is not None
     weights = Path(found.origin).parent / package.weights
-    _check_sha256(weights, package.sha256)
+    if (hashed := sha256_of(weights)) != package.sha256:
+        raise InputError(f"the weights {str(weights)!r} have sha256 {hashed}, expected {package.sha256}")
     return gguf.converted(weights, package.sha256) if weights.suffix == ".gguf" else weights.parent
-
-
-def _check_sha256(path: Path, expected: str) -> None:
-    if (found := sha256_of(path)) != expected:
-        raise InputError(f"the weights {str(path)!r} have sha256 {found}, expected {expected}")

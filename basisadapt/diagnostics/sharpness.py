@@ -31,9 +31,14 @@ def largest_eigenvalue(
     generator = torch.Generator().manual_seed(seed)
     vector = _unit([torch.randn(p.shape, generator=generator).to(p) for p in here])
     value = math.nan
+
+    def gradients_at(distance: float) -> Sequence[Tensor]:
+        _move(parameters, here, vector, distance)
+        return gradients()
+
     try:
         for _ in range(iterations):
-            ahead, behind = (_gradients_at(parameters, here, vector, h, gradients) for h in (step, -step))
+            ahead, behind = map(gradients_at, (step, -step))
             product = [(a - b) / (2 * step) for a, b in zip(ahead, behind, strict=True)]
             value = sum(float((v * p).sum(dtype=torch.float64)) for v, p in zip(vector, product, strict=True))
             if not math.isfinite(value):
@@ -44,14 +49,6 @@ def largest_eigenvalue(
         return value
     finally:
         _move(parameters, here, here, 0.0)
-
-
-def _gradients_at(
-    parameters: Sequence[Tensor], here: Sequence[Tensor], vector: Sequence[Tensor], step: float,
-    gradients: Callable[[], Sequence[Tensor]],
-) -> Sequence[Tensor]:  # fmt: skip
-    _move(parameters, here, vector, step)
-    return gradients()
 
 
 @torch.no_grad()

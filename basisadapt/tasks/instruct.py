@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +203,8 @@ def converse(model: Any, batch: Mapping[str, Tensor], max_new_tokens: int) -> Te
     They are reproducible from the seed of the run (`torch.initial_seed`), and leave its random state unchanged.
     """
     device, temperatures = batch["input_ids"].device, batch["temperature"]
-    with _own_random_numbers(device):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(torch.initial_seed())
         first = generate(model, batch, max_new_tokens, temperatures)
         follow_ups = pad_left(_conversations(model, batch, first), model.config.pad_token_id)
         second = generate(
@@ -224,10 +224,3 @@ def _conversations(model: Any, batch: Mapping[str, Tensor], answers: Tensor) -> 
         asked = [token for token, seen in zip(prompt, mask, strict=True) if seen]
         whole.append([*asked, *answer[:length], *(token for token in second if token != IGNORED)])
     return whole
-
-
-@contextmanager
-def _own_random_numbers(device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(torch.initial_seed())
-        yield

@@ -195,7 +195,8 @@ def observe(model: nn.Module, method: Method, snapshot: bool = False) -> tuple[d
             numbers = {"kind": describe(name).kind, **sizes}
             description = _finite_description(method.describe(layer))
             _add(description.numbers, numbers)
-            _add(_of_diagnostics(delta, layer), numbers)
+            of_diagnostics = {name: float(DIAGNOSTICS[name]().number(delta, layer)) for name in DIAGNOSTICS}
+            _add(_finite_numbers(of_diagnostics), numbers)
             _add({} if snapshot else _finite_numbers(method.measure(layer, delta)), numbers)
         modules[name] = numbers
         if description.curve:
@@ -207,11 +208,6 @@ def _finite_description(description: Description) -> Description:
     """The description, or an empty one if any value is not finite."""
     values = itertools.chain(description.numbers.values(), *description.curve.values())
     return description if all(map(math.isfinite, values)) else Description()
-
-
-def _of_diagnostics(delta: Tensor, layer: Any) -> dict[str, float]:
-    """The numbers of all diagnostics, as far as they are finite."""
-    return _finite_numbers({name: float(DIAGNOSTICS[name]().number(delta, layer)) for name in DIAGNOSTICS})
 
 
 def _finite_numbers(numbers: Mapping[str, float]) -> dict[str, float]:

@@ -43,7 +43,6 @@ from basisadapt.training.result import RunResult
 from basisadapt.training.trainer import (
     EVAL_BATCH,
     arithmetic,
-    early_stopping,
     logged_curves,
     make_optimizer,
     make_watch,
@@ -161,7 +160,7 @@ def _prepare(config: RunConfig, data_dir: Path | None) -> _Job:
 
 def _make_trainer(job: _Job, checkpoints: Path, accumulate: int) -> transformers.Trainer:
     """The Trainer, which moves the model to its device. Raises InputError as `_check_packed`."""
-    config, task, examples = job.config, job.task, job.encoded.examples
+    config, task, examples, patience = job.config, job.task, job.encoded.examples, job.config.train.patience
     trainer = distributed_trainer(trainer_for(task), in_step=config.train.parallel == "fsdp")(
         model=job.model,
         args=trainer_arguments(config, len(examples), task.headline, checkpoints, accumulate),
@@ -171,7 +170,7 @@ def _make_trainer(job: _Job, checkpoints: Path, accumulate: int) -> transformers
         processing_class=job.processor,
         compute_metrics=lambda output: job.measure(output.predictions, job.encoded.held_out),
         optimizers=(make_optimizer(job.model, job.groups, config.train), None),
-        callbacks=early_stopping(config.train.patience),
+        callbacks=[] if patience is None else [transformers.EarlyStoppingCallback(patience)],
     )
     trainer.remove_callback(transformers.PrinterCallback)
     if config.data.packed and task.form == "completion":

@@ -243,11 +243,6 @@ class _Gradients:
         return int(first) if math.isfinite(first) else None
 
 
-def early_stopping(patience: int | None) -> list[transformers.TrainerCallback]:
-    """Callbacks that end a run after `patience` evaluations without an improvement; none for None."""
-    return [] if patience is None else [transformers.EarlyStoppingCallback(patience)]
-
-
 def logged_curves(history: list[dict[str, float]]) -> dict[str, list[tuple[int, float]]]:
     """The finite values that the Trainer has logged, name to [(step, value), ...]: the loss and the evaluations."""
     skipped = ("runtime", "per_second", "model_preparation_time")

@@ -68,6 +68,10 @@ class Row:
         """The label without the task; rows that differ in their task alone share it."""
         return label_of([(axis, value) for axis, value in self.point if axis != "task"], self.beside) or self.label
 
+    def with_cells(self, **fields: Any) -> Row:
+        """The row with other values in these fields of its cells."""
+        return replace(self, cells=tuple(replace(cell, **fields) for cell in self.cells))
+
 
 def label_of(point: Iterable[tuple[str, Any]], beside: str | None = None) -> str:
     """The label of a row at a point; `beside` is the label of an extra row."""
@@ -196,7 +200,7 @@ def resolve(
             raise InputError(f"study {spec.name!r} has two rows called {label!r}")
     if not rows:
         raise InputError(f"study {spec.name!r} has no rows: give it a sweep or rows beside it")
-    rows = [_with_group(_with_names(row, named), spec.reference, sweep) for row in rows]
+    rows = [_with_group(row.with_cells(named=named, point=row.point), spec.reference, sweep) for row in rows]
     if spec.reference is not None and not any(row.is_reference for row in rows):
         raise unknown("reference row", str(spec.reference), labels)
     return Study(on_own_data(spec, rows), tuple(rows))
@@ -232,10 +236,6 @@ def parameter_values(spec: StudySpec, cells: Iterable[Cell]) -> dict[str, list[A
 def _add(found: dict[str, list[Any]], key: str, values: Iterable[Any]) -> None:
     known = found.setdefault(key, [])
     known.extend(value for value in values if value not in known)
-
-
-def _with_names(row: Row, named: tuple[str, ...]) -> Row:
-    return replace(row, cells=tuple(replace(cell, named=named, point=row.point) for cell in row.cells))
 
 
 def _with_group(row: Row, reference: Reference | None, axes: Iterable[str]) -> Row:

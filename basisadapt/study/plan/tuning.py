@@ -217,20 +217,23 @@ def resolve_tuning(
         changed = _changed(changes, point)
         rows = resolve(spec, preset=preset, changes=changed, seeds=seeds).rows
         check_count((len(points) + len(values)) * sum(len(row.cells) for row in rows))
-        trials: Sequence[Row | None] = [None for _ in rows]
+        trials: list[tuple[Cell, ...]] = [() for _ in rows]
         if spec.tune is not None and len(points) > 1:
             _check_seeds(spec.tune.seeds, rows)
             if spec.tune.validation is None:
                 _check_drawn(rows)
             else:
                 changed.append(f"train.validation={spec.tune.validation}")
-            trials = resolve(spec, preset=preset, changes=changed, seeds=spec.tune.seeds).rows
-        by_point.append([_candidate(point, row, trial) for row, trial in zip(rows, trials, strict=True)])
+            tried = resolve(spec, preset=preset, changes=changed, seeds=spec.tune.seeds).rows
+            labels = (f"{row.label}, tuning {_named(point)}" for row in rows)
+            trials = [row.with_cells(row=label).cells for row, label in zip(tried, labels, strict=True)]
+        by_point.append([Candidate(point, cells, row) for row, cells in zip(rows, trials, strict=True)])
     at: dict[float, tuple[Row, ...]] = {}
     for value in values:
         only = [(key, value) for key in grid]
         rows = resolve(spec, preset=preset, changes=_changed(changes, only), seeds=seeds).rows
-        at[value] = tuple(_relabelled(row, f"{row.label}, {_named(only)}") for row in rows)
+        # A label of their own tells these cells apart in the record.
+        at[value] = tuple(row.with_cells(row=f"{row.label}, {_named(only)}") for row in rows)
     _check_values([[one.row for one in of_row] for of_row in zip(*by_point, strict=True)], grid)
     _check_values(list(zip(*at.values(), strict=True)), dict.fromkeys(grid, values))
     spec = on_own_data(spec, [one.row for one in by_point[0]])
@@ -244,11 +247,6 @@ def _changed(changes: Sequence[str], point: Iterable[tuple[str, Any]]) -> list[s
 def _named(point: Iterable[tuple[str, Any]]) -> str:
     """ "train.lr=0.001"."""
     return ", ".join(f"{key.removeprefix('adapter.')}={plain(value)}" for key, value in point)
-
-
-def _relabelled(row: Row, label: str) -> Row:
-    """The row with another label in its cells, to tell them apart in the record."""
-    return replace(row, cells=tuple(replace(cell, row=label) for cell in row.cells))
 
 
 def _rule(spec: StudySpec, preset: str, changes: Sequence[str], seeds: Sequence[int] | None) -> Tune | None:
@@ -274,11 +272,6 @@ def _rule(spec: StudySpec, preset: str, changes: Sequence[str], seeds: Sequence[
         if key in split.overrides:
             raise InputError(f"{key} is tuned; --set {TUNE}{key}={plain(split.overrides[key])} tries that value only")
     return from_mapping(Tune, {**asdict(rule), **own, "grid": grid}, "tune")
-
-
-def _candidate(point: Point, row: Row, trial: Row | None) -> Candidate:
-    trials = () if trial is None else _relabelled(trial, f"{row.label}, tuning {_named(point)}").cells
-    return Candidate(point, trials, row)
 
 
 def _check_seeds(seeds: Sequence[int], rows: Sequence[Row]) -> None:

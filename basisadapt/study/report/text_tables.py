@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from basisadapt.core.ranges import Choices, Range
+from basisadapt.core.ranges import Range
 from basisadapt.study import statistics
 from basisadapt.study.plan.keys import plain
 from basisadapt.study.plan.spec import Reference
@@ -207,12 +207,13 @@ def _trials(found: SearchResult, number: NumberForm) -> TextTable:
         for trial in found.ranked
     ]
     counts = f"{len(found.trials)} of {found.wanted} trials"
+    ranges = (one if isinstance(one, Range) else ", ".join(map(setting_text, one)) for one in found.space.values())
     notes = [
         f"{counts}, sampler {found.sampler}, seeded by {found.seeds[0]}; a trial's value is the mean over the seeds "
         f"{', '.join(map(str, found.seeds))}.",
         "The best of many trials is chosen on the seeds that it is shown with, which flatters it: its difference and "
         "p-value are a lead, to be confirmed on other seeds.",
-        *(f"{name}: {_where(where)}." for name, where in zip(names, found.space.values(), strict=True)),
+        *(f"{name}: {where}." for name, where in zip(names, ranges, strict=True)),
     ]
     return TextTable("Trials", ["trial", "value", "state", *names], rows, notes)
 
@@ -222,7 +223,3 @@ def _importance(found: SearchResult) -> TextTable:
     explained = "Share of the value's variance that a setting explains by itself (fANOVA), scaled to add up to 1; "
     note = found.no_importance or f"{explained}rough for few trials."
     return TextTable("Importance", ["setting", "importance"], rows, [note])
-
-
-def _where(where: Range | Choices) -> str:
-    return str(where) if isinstance(where, Range) else ", ".join(map(setting_text, where))

@@ -83,7 +83,8 @@ class Workers(Executor):
             if worker not in self._workers:
                 continue  # output of a process that was killed
             if line is None:
-                worker.await_end()
+                with suppress(subprocess.TimeoutExpired):  # it has closed its stdout
+                    worker.process.wait(END_SECONDS)
                 self._remove(worker)
                 if worker.job is not None:
                     return Died(worker.job, f"its process {worker.end()}")
@@ -171,11 +172,6 @@ class _Worker:
         """Note that the job has begun, which may take `timeout` seconds."""
         self.at_work = True
         self.deadline = None if timeout is None else time.monotonic() + timeout
-
-    def await_end(self) -> None:
-        """Wait for the process, which has closed its stdout, to end."""
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(END_SECONDS)
 
     def kill(self) -> None:
         """Kill the process and all of its children."""
