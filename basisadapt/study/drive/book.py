@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from traceback import format_exception
@@ -74,9 +73,10 @@ class Book:
         """Write the end of a cell to MLflow. Returns its status, its value, and what `finish` returns."""
         result, error, traceback = ended.result, ended.error, ended.traceback
         if result is not None:
+            folder = None if self._adapters is None else self._adapters / at.cell.key
+            adapter = folder if folder is not None and folder.is_dir() else None
             try:
-                with self._adapter_of(at.cell) as adapter:
-                    self._record.finish(at.run_id, at.cell, result, draw(at.cell, result), adapter=adapter)
+                self._record.finish(at.run_id, at.cell, result, draw(at.cell, result), adapter=adapter)
             except LostRunError:
                 return "killed", None, None
             except Exception as reason:  # a bad result fails its own cell only
@@ -87,21 +87,12 @@ class Book:
                 value = result.metrics[result.headline] if result.status == "finished" else None
                 self._callbacks.on_end(at.cell, result, "")
                 return result.status, value, result.status if value is None else f"{result.headline} {value:.4f}"
+            finally:
+                if adapter is not None:
+                    shutil.rmtree(adapter, ignore_errors=True)
         self._record.fail(at.run_id, error, traceback)
         self._callbacks.on_end(at.cell, None, error)
         return "failed", None, f"failed: {error}"
-
-    @contextmanager
-    def _adapter_of(self, cell: Cell) -> Iterator[Path | None]:
-        """The folder with the cell's adapter, removed afterwards; None if it is not kept."""
-        folder = None if self._adapters is None else self._adapters / cell.key
-        if folder is None or not folder.is_dir():
-            yield None
-            return
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
     def cut_off(self, key: str, reason: str) -> Cell:
         """Record a cell whose process was stopped as killed, and return it."""

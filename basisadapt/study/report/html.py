@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import collections
 from collections.abc import Callable, Iterable, Mapping
 from html import escape
 
@@ -176,10 +177,8 @@ def _section(title: str, *parts: str) -> str:
 
 def _states(table: Table) -> str:
     """ "Cells: 20 finished, 1 failed"."""
-    counts: dict[str, int] = {}
-    for line in table.every_line:
-        for state, seeds in line.seeds_by_state().items():
-            counts[state] = counts.get(state, 0) + len(seeds)
+    states = (line.seeds_by_state().items() for line in table.every_line)
+    counts = collections.Counter(state for of_line in states for state, seeds in of_line for _ in seeds)
     return "Cells: " + ", ".join(f"{count} {state}" for state, count in counts.items()) + "."
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import collections
 import dataclasses
 import socket
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from basisadapt.core.command import tell
 from basisadapt.core.errors import InputError, refusing
 from basisadapt.training import planning
 from basisadapt.training.config import RunConfig
@@ -39,7 +39,7 @@ def run_file(cells: Path, output: Path, executor: Executor, data_dir: Path | Non
             results.append(ResultLine(**cell, **end, host=host, began=began, ended=now))
             states[ended.key] = "failed" if ended.result is None else ended.result.status
             done, shown = len(lines.keys() & states.keys()), f"failed: {ended.error}" if ended.error else "finished"
-            _say(f"[{done}/{len(lines)}] {line.row}, seed {line.config['seed']}: {shown}")
+            tell(f"[{done}/{len(lines)}] {line.row}, seed {line.config['seed']}: {shown}")
     return all(states[key] == "finished" for key in lines)
 
 
@@ -74,8 +74,4 @@ def _run(jobs: Iterable[Job], executor: Executor) -> Iterator[tuple[float, Ended
         else:
             dead.add(job.key)
             waiting.append(job)
-            _say(f"cell {job.key}: {end.reason}; it is tried once more")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+            tell(f"cell {job.key}: {end.reason}; it is tried once more")

@@ -36,7 +36,8 @@ def serve(settings: JobSettings) -> NoReturn:
         out.write(to_line({"event": event, "key": key, **values}))
         out.flush()
 
-    _die_with_the_parent()
+    if sys.platform == "linux":  # the end of stdin has no effect while Python is blocked
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, lambda *_: None)  # the driver's Ctrl-C: only who waits for a judge takes it up
     for plugin in settings.plugins:
         load_plugin(plugin)
@@ -58,9 +59,3 @@ def _listen(told: queue.SimpleQueue[str]) -> None:
     for line in sys.stdin:
         told.put(line)
     os._exit(0)
-
-
-def _die_with_the_parent() -> None:
-    """Have Linux kill this process with its parent: the end of stdin has no effect while Python is blocked."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
