@@ -8,7 +8,10 @@ import json
 import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from basisadapt.core.command import tell
 from basisadapt.core.errors import InputError
@@ -26,10 +29,6 @@ from basisadapt.study.record.trials import RUN, is_orphan, open_study
 from basisadapt.study.report.report import EndedTrial, Report, SearchResult, make_report
 from basisadapt.study.report.table import build_table
 from basisadapt.training.execution.executor import Executor
-
-if TYPE_CHECKING:
-    from optuna.samplers import BaseSampler
-    from optuna.trial import FrozenTrial, Trial
 
 MAX_SHOWN = 5  # trials in the table, in addition to the reference
 MIN_FINISHED = 10  # trials, before importances are estimated
@@ -165,8 +164,6 @@ class SearchDriver:
 
     def close_orphans(self, running: Collection[str]) -> None:
         """Close the open trials of invocations whose runs are not in `running`."""
-        from optuna.trial import TrialState
-
         for trial in self._study.get_trials(states=(TrialState.RUNNING,)):
             if is_orphan(trial, running):
                 self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
@@ -205,16 +202,12 @@ class SearchDriver:
         return trial
 
     def _tell(self, trial: Trial, status: str, value: float | None) -> None:
-        from optuna.trial import TrialState
-
         trial.set_user_attr("status", status)
         # TPE ranks a pruned trial among the worst, as a diverged one is, and ignores a failed one.
         state = {"finished": TrialState.COMPLETE, "diverged": TrialState.PRUNED}.get(status, TrialState.FAIL)
         self._study.tell(trial, value, state=state)
 
     def _sampler(self, number: int) -> BaseSampler:
-        from optuna.samplers import RandomSampler, TPESampler
-
         seed = random.Random(f"{self._seeds[0]} {number}").getrandbits(32)
         if self._search.sampler == "random":
             return RandomSampler(seed=seed)

@@ -7,14 +7,14 @@ import operator
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+
 from basisadapt.core.errors import InputError
 from basisadapt.core.ranges import Choices, Range, parse_range
 from basisadapt.study.plan.keys import full_key, types_of
 from basisadapt.study.plan.spec import StudySpec
 
 if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
-
     from basisadapt.core.registry import Registry
     from basisadapt.training.config import RunConfig
 
@@ -56,8 +56,6 @@ def search_space(spec: StudySpec, axes: Mapping[str, Iterable[Any]], base: RunCo
 
 def distribution(key: str, where: Range | Choices) -> BaseDistribution:
     """The Optuna distribution of a setting; of integers if the setting takes only integers."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
     if not isinstance(where, Range):
         return CategoricalDistribution(where)
     if _is_whole(key):

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from sqlalchemy import BindParameter, Engine, bindparam, create_engine, text
+from sqlalchemy.pool import NullPool
 
 from basisadapt.study.record.stores import absolute
-
-if TYPE_CHECKING:
-    from sqlalchemy import BindParameter, Engine
 
 ACTIVE = "run_uuid IN (SELECT run_uuid FROM runs WHERE experiment_id = :experiment AND lifecycle_stage = 'active')"
 RUNS = f"SELECT run_uuid, status, start_time, end_time FROM runs WHERE {ACTIVE} ORDER BY start_time DESC, run_uuid"
@@ -36,8 +36,6 @@ def read_runs(tracking_uri: str, experiment_id: str, metrics: Collection[str], h
     metrics: names with a slash to include.
     headline: the tag that names one more of them.
     """
-    from sqlalchemy import bindparam, text
-
     engine = _engine(tracking_uri)
     shown: BindParameter[str] = bindparam("wanted", expanding=True)
     numbers = text(f"{NUMBERS} AND (key NOT LIKE '%/%' OR key IN :wanted)").bindparams(shown)
@@ -63,8 +61,6 @@ def write_points(tracking_uri: str, run_id: str, points: Iterable[tuple[str, flo
 
     What MLflow shows of a name is its value at the last step, the largest if there are several.
     """
-    from sqlalchemy import text
-
     rows = {
         point: {"run": run_id, "key": point[0], "value": point[1], "step": point[2], "now": now, "no": False}
         for point in points
@@ -79,9 +75,6 @@ def write_points(tracking_uri: str, run_id: str, points: Iterable[tuple[str, flo
 
 
 def _engine(tracking_uri: str) -> Engine:
-    from sqlalchemy import create_engine
-    from sqlalchemy.pool import NullPool
-
     # Of two drivers that write to one file, one waits for the other.
     patience = {"timeout": 60} if tracking_uri.startswith("sqlite") else {}
     return create_engine(absolute(tracking_uri), poolclass=NullPool, connect_args=patience)

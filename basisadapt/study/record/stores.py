@@ -14,6 +14,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
+from sqlalchemy import event
+from sqlalchemy.engine import Engine, make_url
+from sqlalchemy.exc import ArgumentError, IntegrityError, ProgrammingError, SQLAlchemyError
+
 from basisadapt.core.errors import InputError, RecordError, one_line
 
 T = TypeVar("T")
@@ -26,9 +30,6 @@ def sqlite_file(url: str) -> Path | None:
     """The file behind a sqlite URL; None for other databases. Raises InputError for a URL that names no file."""
     if not url.startswith("sqlite"):
         return None
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError
-
     try:
         database = make_url(url).database
     except ArgumentError:
@@ -40,8 +41,6 @@ def sqlite_file(url: str) -> Path | None:
 
 def sqlite_url(like: str, path: Path) -> str:
     """The URL `like` with another file."""
-    from sqlalchemy.engine import make_url
-
     return make_url(like).set(database=str(path)).render_as_string(hide_password=False)
 
 
@@ -128,8 +127,6 @@ def make_database(url: str, make: Callable[[str], object]) -> None:
 @contextmanager
 def _without_fsync() -> Iterator[None]:
     """SQLite does not wait for the disk, which takes half the time of creating MLflow's tables."""
-    from sqlalchemy import event
-    from sqlalchemy.engine import Engine
 
     def connect(connection: sqlite3.Connection, _: object) -> None:
         connection.execute("PRAGMA synchronous=OFF")
@@ -154,8 +151,6 @@ def _has_tables(path: Path) -> bool:
 
 def with_retries(url: str, opening: Callable[[], T]) -> T:
     """The result of `opening`, retried while another process creates the tables of a server's database."""
-    from sqlalchemy.exc import IntegrityError, ProgrammingError
-
     for _ in range(ATTEMPTS - 1):
         try:
             return opening()
@@ -176,7 +171,6 @@ def store_errors() -> tuple[type[Exception], ...]:
     """The errors of MLflow, Optuna and the disk when a record cannot be read or written."""
     from mlflow.exceptions import MlflowException
     from optuna.exceptions import OptunaError
-    from sqlalchemy.exc import SQLAlchemyError
 
     return OSError, MlflowException, OptunaError, SQLAlchemyError
 

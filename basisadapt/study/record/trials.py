@@ -8,20 +8,20 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import optuna
+from optuna.distributions import CategoricalDistribution
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import BaseStorage, RDBStorage
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from basisadapt.core.errors import InputError, one_line
 from basisadapt.study.outcome import Outcome
+from basisadapt.study.plan.cells import Cell
 from basisadapt.study.record.owner import Owner
 from basisadapt.study.record.stores import make_database, sqlite_file, with_retries
-
-if TYPE_CHECKING:
-    from optuna.distributions import CategoricalDistribution
-    from optuna.storages import BaseStorage
-    from optuna.study import Study
-    from optuna.trial import FrozenTrial, TrialState
-
-    from basisadapt.study.plan.cells import Cell
 
 RUN = "run"  # the user attribute of a trial that names its MLflow run
 
@@ -47,8 +47,6 @@ class Trials:
 
     def ask(self, cell: Cell, run_id: str) -> int:
         """Start the trial of a cell's run, atomically. Returns its number."""
-        from optuna.trial import TrialState
-
         # As optuna.Study.add_trial does, which does not return the number of the trial.
         started = self._trial(cell, TrialState.RUNNING, None, {RUN: run_id})
         trial_id = self._storage.create_new_trial(self._study_id, template_trial=started)
@@ -56,8 +54,6 @@ class Trials:
 
     def tell(self, number: int, status: str, value: float | None = None) -> None:
         """End a trial: complete with a value, failed without. A trial that another process has ended stays as it is."""
-        from optuna.exceptions import UpdateFinishedTrialError
-
         trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
         with suppress(UpdateFinishedTrialError):
             self._storage.set_trial_user_attr(trial_id, "status", status)
@@ -71,8 +67,6 @@ class Trials:
         running: returns the ids of the open runs.
         record: returns the recorded outcomes. Both are called only if there are trials to close.
         """
-        from optuna.trial import TrialState
-
         open_trials = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         alive = running() if open_trials else ()
         orphans = [trial for trial in open_trials if is_orphan(trial, alive)]
@@ -85,8 +79,6 @@ class Trials:
 
     def follow(self, cells: Iterable[Cell], outcomes: Mapping[str, Outcome]) -> None:
         """Add the missing trials of done cells."""
-        from optuna.trial import TrialState
-
         known = {
             trial.user_attrs.get("cell")
             for trial in self._study.get_trials(deepcopy=False)
@@ -100,8 +92,6 @@ class Trials:
 
     def _trial(self, cell: Cell, state: TrialState, value: float | None, attributes: Mapping[str, str]) -> FrozenTrial:
         """The trial of a cell. Values outside the choices, as in a search, are left out of its parameters."""
-        from optuna.trial import create_trial
-
         values = {key: _choice(value) for key, value in cell.parameters.items() if key in self._space}
         params = {key: value for key, value in values.items() if value in self._space[key].choices}
         return create_trial(
@@ -120,8 +110,6 @@ class Trials:
 
 
 def _space(values: Mapping[str, Sequence[Any]]) -> dict[str, CategoricalDistribution]:
-    from optuna.distributions import CategoricalDistribution
-
     return {key: CategoricalDistribution([_choice(value) for value in known]) for key, known in values.items() if known}
 
 
@@ -142,9 +130,6 @@ def _study_of(storage: str, name: str, space: Mapping[str, CategoricalDistributi
 
 def open_study(storage: str, name: str) -> Study:
     """The Optuna study `name`, which maximizes, created if missing. Raises InputError if the store cannot be opened."""
-    import optuna
-    from optuna.storages import RDBStorage
-
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     # Two drivers may write to one file: wait for the lock.
@@ -174,6 +159,4 @@ def is_orphan(trial: FrozenTrial, running: Collection[str]) -> bool:
 
 
 def _state(value: float | None) -> TrialState:
-    from optuna.trial import TrialState
-
     return TrialState.FAIL if value is None else TrialState.COMPLETE
