@@ -49,11 +49,7 @@ class Rows:
 
     def head(self, count: int | None) -> Rows:
         """The first `count` rows, or all rows for None."""
-        return self.between(0, count)
-
-    def between(self, start: int, end: int | None) -> Rows:
-        """The rows from index `start` up to, not including, `end`; None is the end of the rows."""
-        return Rows(self.inputs[start:end], self.labels[start:end])
+        return Rows(self.inputs[:count], self.labels[:count])
 
     def split(self, share: float) -> tuple[Rows, Rows]:
         """All but the last `share` of the rows, and that share, at least one row each.
@@ -63,7 +59,7 @@ class Rows:
         if len(self) < 2:
             raise InputError(f"train.validation splits the training rows, which needs at least 2, got {len(self)}")
         place = min(max(1, round((1 - share) * len(self))), len(self) - 1)
-        return self.between(0, place), self.between(place, None)
+        return self.head(place), Rows(self.inputs[place:], self.labels[place:])
 
 
 @dataclass(frozen=True)
