@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from basisadapt.backbones.catalogue import BACKBONES, Backbone, Package, find, register
-from basisadapt.backbones.forms import FORMS, HEADS, Form, is_head
+from basisadapt.backbones.forms import FORMS, HEADS, ROUNDED, Form, is_head
 from basisadapt.backbones.hub import check_reachable, missing_weights
 from basisadapt.backbones.inputs import check_inputs
 from basisadapt.backbones.loading import check_at_hand, load, quietly, shape_only
@@ -14,6 +14,7 @@ __all__ = [
     "FORMS",
     "HEADS",
     "QUANTISED",
+    "ROUNDED",
     "WEIGHTS",
     "Backbone",
     "Form",

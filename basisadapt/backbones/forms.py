@@ -74,6 +74,20 @@ FORMS = {
         processor="QueryWeight",
         types=("bert",),
     ),
+    "rounded_encoder": Form(
+        does="be rounded to 4 bits and compared by hidden states (task recovery/states)",
+        model="RoundedEncoder",  # ours, like OriginalEncoder
+        models="MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+        processor="OriginalEncoder",
+        types=("bert",),
+    ),
+    "rounded_language_model": Form(
+        does="be rounded to 4 bits and compared by the next token (task recovery/text)",
+        model="RoundedLanguageModel",  # ours, like OriginalLanguageModel
+        models="MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+        processor="OriginalLanguageModel",
+        types=("llama", "qwen2"),
+    ),
     "completion": Form(
         does="complete texts",
         model="AutoModelForCausalLM",
@@ -83,6 +97,7 @@ FORMS = {
     ),
 }
 
+ROUNDED = ("rounded_encoder", "rounded_language_model")  # forms of models whose weights we round
 HEADS = ("classifier", "score")  # transformers' names for a classifier's head; peft trains modules of these names
 
 
@@ -94,10 +109,12 @@ def new_model(form: str, config: Any) -> Any:
 
 def class_of(name: str) -> Any:
     """The class of that name in a `Form`: one of ours or of transformers."""
-    from basisadapt.backbones import bert_parts, clip, last_mlp
+    from basisadapt.backbones import bert_parts, clip, last_mlp, rounded
 
     of_bert = (bert_parts.LastFeedForward, bert_parts.FeedForwardInputs, bert_parts.LastQuery, bert_parts.QueryWeight)
-    ours = (clip.ZeroShotCLIP, *of_bert, last_mlp.LastMLP, last_mlp.MLPInputs)
+    of_rounded = (rounded.RoundedEncoder, rounded.OriginalEncoder)
+    of_rounded += (rounded.RoundedLanguageModel, rounded.OriginalLanguageModel)
+    ours = (clip.ZeroShotCLIP, *of_bert, *of_rounded, last_mlp.LastMLP, last_mlp.MLPInputs)
     return next((one for one in ours if one.__name__ == name), None) or getattr(transformers, name)
 
 

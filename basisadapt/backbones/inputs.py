@@ -10,7 +10,7 @@ from torch import nn
 
 from basisadapt.backbones.catalogue import Backbone
 from basisadapt.backbones.failures import explained
-from basisadapt.backbones.forms import FORMS
+from basisadapt.backbones.forms import FORMS, ROUNDED
 from basisadapt.core.errors import InputError
 
 POSITIONS = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
@@ -35,7 +35,7 @@ def check_inputs(backbone: Backbone, form: str, model: transformers.PreTrainedMo
 
     model: may be on the meta device. Only the tokenizer of a local folder is checked here; `load` checks all.
     """
-    if FORMS[form].processor != "AutoTokenizer":
+    if FORMS[form].processor != "AutoTokenizer" and form not in ROUNDED:
         return
     most = most_tokens(model)
     if max_length is not None and most is not None and max_length > most:

@@ -15,7 +15,7 @@ from torch import Tensor
 from basisadapt.backbones.beside import check_beside
 from basisadapt.backbones.catalogue import OWN, Backbone
 from basisadapt.backbones.failures import NO_SAFETENSORS, explained
-from basisadapt.backbones.forms import FORMS, check_form, class_of, is_head, new_model
+from basisadapt.backbones.forms import FORMS, ROUNDED, check_form, class_of, is_head, new_model
 from basisadapt.backbones.inputs import check_tokenizer, most_tokens
 from basisadapt.backbones.packages import check_installed, place_of
 from basisadapt.backbones.precision import keep_head_exact, loading_options
@@ -83,6 +83,8 @@ def load(
         model.draw_classes()
     if form == "last_mlp":
         model.classes.copy_(processor.classes(num_labels))
+    if form in ROUNDED:
+        model.round_weights()
     if weights != "fp32":
         keep_head_exact(model)
     if isinstance(processor, transformers.PreTrainedTokenizerBase):

@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from basisadapt import backbones, tasks
-from basisadapt.backbones import FORMS, is_head
+from basisadapt.backbones import FORMS, ROUNDED, is_head
 from basisadapt.core.errors import InputError, one_line
 from basisadapt.core.registry import loaded_plugins
 from basisadapt.core.settings import with_seed
@@ -67,6 +67,8 @@ def plan(config: RunConfig, data_dir: Path | None = None, dry: bool = False) -> 
         raise InputError(
             f"task {config.task!r} is a small change of a weight; train.precision and train.weights must be fp32"
         )
+    if task.form in ROUNDED and config.train.weights != "fp32":
+        raise InputError(f"task {config.task!r} rounds the weights itself; train.weights must be fp32")
     task.check(data_dir)
     backbone = backbones.find(config.backbone)
     if not dry:
