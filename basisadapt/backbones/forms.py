@@ -112,8 +112,8 @@ def class_of(name: str) -> Any:
     from basisadapt.backbones import bert_parts, clip, last_mlp, rounded
 
     of_bert = (bert_parts.LastFeedForward, bert_parts.FeedForwardInputs, bert_parts.LastQuery, bert_parts.QueryWeight)
-    of_rounded = (rounded.RoundedEncoder, rounded.OriginalEncoder)
-    of_rounded += (rounded.RoundedLanguageModel, rounded.OriginalLanguageModel)
+    before = (rounded.OriginalEncoder, rounded.OriginalLanguageModel)
+    of_rounded = (rounded.RoundedEncoder, rounded.RoundedLanguageModel, *before)
     ours = (clip.ZeroShotCLIP, *of_bert, *of_rounded, last_mlp.LastMLP, last_mlp.MLPInputs)
     return next((one for one in ours if one.__name__ == name), None) or getattr(transformers, name)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,7 +36,7 @@ def normal_float() -> Tensor:
     end = (1 / (2 * (LEVELS - 1)) + 1 / (2 * LEVELS)) / 2
     below = torch.linspace(end, 0.5, half, dtype=torch.float64)
     above = torch.linspace(0.5, 1 - end, half + 1, dtype=torch.float64)
-    values = torch.special.ndtri(torch.cat([below, above[1:]]))
+    values: Tensor = torch.special.ndtri(torch.cat([below, above[1:]]))
     return values / values.max()
 
 
@@ -149,20 +149,17 @@ class OriginalModel:
 
     model: ClassVar[type[RoundedModel]]
 
-    def __init__(self, tokenizer: Any, exact: RoundedModel) -> None:
-        self.tokenizer, self._exact = tokenizer, exact.eval().requires_grad_(False)
-        self._rounded = copy.deepcopy(self._exact)
-        self._rounded.round_weights()
-        if all(map(torch.equal, self._exact.parameters(), self._rounded.parameters())):
-            raise InputError("rounding its weights to 4 bits changes none of them, so nothing can be recovered")
+    def __init__(self, tokenizer: Any, exact: RoundedModel, rounded: RoundedModel) -> None:
+        self.tokenizer, self._exact, self._rounded = tokenizer, exact, rounded
 
     @classmethod
     def from_pretrained(cls, source: str, **options: Any) -> OriginalModel:
         """Load both, in float32, on a GPU if there is one, from a hub id or a folder.
 
-        The process caches the last one, since it is two whole models, until a file of the folder changes.
+        The process caches the last ones, since they are two whole models, until a file of the folder changes. Raises
+        InputError if rounding changes no weight.
         """
-        return _loaded(cls, source, stamps(source), **options)
+        return cls(*_loaded(cls.model.from_pretrained, source, stamps(source), **options))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Save the tokenizer; the model is not saved, as it is the backbone's."""
@@ -197,11 +194,18 @@ class OriginalLanguageModel(OriginalModel):
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded(cls: type[OriginalModel], source: str, _: tuple[object, ...], **options: Any) -> OriginalModel:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _loaded(
+    load: Callable[..., RoundedModel], source: str, _: tuple[object, ...], **options: Any
+) -> tuple[Any, RoundedModel, RoundedModel]:
+    """The tokenizer, and the model before and after rounding."""
     config = AutoConfig.from_pretrained(source, **options)
-    exact = cls.model.from_pretrained(source, config=config, dtype=torch.float32, use_safetensors=True, **options)
-    return cls(AutoTokenizer.from_pretrained(source, **options), exact.to(device))
+    exact = load(source, config=config, dtype=torch.float32, use_safetensors=True, **options)
+    exact.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval().requires_grad_(False)
+    after = copy.deepcopy(exact)
+    after.round_weights()
+    if all(map(torch.equal, exact.parameters(), after.parameters())):
+        raise InputError("rounding its weights to 4 bits changes none of them, so nothing can be recovered")
+    return AutoTokenizer.from_pretrained(source, **options), exact, after
 
 
 def padded(texts: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -36,7 +36,8 @@ class RecoveryTask(Task):
     def load(self, data_dir: Path | None) -> TaskData:
         """The texts, in the order and the parts of `docstrings`."""
         data = Docstrings(self.settings).load(data_dir)
-        return TaskData(*(Rows(rows.inputs, [0] * len(rows)) for rows in (data.train, data.eval)))
+        train, held_out = (Rows(rows.inputs, [0] * len(rows)) for rows in (data.train, data.eval))
+        return TaskData(train, held_out)
 
     def examples(self, rows: Rows, processor: Any, max_length: int | None, training: bool) -> Sequence[Example]:
         """Token ids and the hidden states of before; to evaluate, also the numbers after and before rounding."""
@@ -54,7 +55,7 @@ class RecoveryTask(Task):
             ragged = {name: [example[name] for example in examples] for name in RAGGED}
             mask = pad_sequence([torch.ones_like(ids) for ids in ragged["input_ids"]], batch_first=True)
             padded = {name: pad_sequence(column, batch_first=True) for name, column in ragged.items()}
-            rest = [{name: value for name, value in one.items() if name not in RAGGED} for one in examples]
+            rest: list[Example] = [{k: v for k, v in one.items() if k not in RAGGED} for one in examples]
             return {**padded, "attention_mask": mask, **stacked(rest)}
 
         return collate

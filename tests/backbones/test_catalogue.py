@@ -42,9 +42,9 @@ LANGUAGE_MODELS = (
 LLAMAS = ("smollm2-135m", "qwen2-0.5b", "qwen2.5-coder-0.5b", "llama3-8b")  # and Qwen2s
 FORMS_OF = {
     **dict.fromkeys(ENCODERS, ("text",)),
-    "minilm": ("text", "feed_forward", "weight"),
+    "minilm": ("text", "feed_forward", "weight", "rounded_encoder"),
     **dict.fromkeys(LANGUAGE_MODELS, ("text", "completion")),
-    **dict.fromkeys(LLAMAS, ("text", "completion", "last_mlp")),
+    **dict.fromkeys(LLAMAS, ("text", "completion", "last_mlp", "rounded_language_model")),
     "clip-vit-b32": ("image", "zero_shot"),
     "dinov2-base": ("image",),
 }

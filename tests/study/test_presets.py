@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from shipped import DRAWN, LANGUAGE, VISION
+from shipped import DRAWN, LANGUAGE, RECOVERY, VISION
 
 from basisadapt.study.plan.cells import resolve
 from basisadapt.study.plan.spec import list_studies, read_spec
 from basisadapt.study.plan.tuning import resolve_tuning
 
 
-@pytest.mark.parametrize("name", sorted(set(list_studies()) - set(VISION) - DRAWN))
+@pytest.mark.parametrize("name", sorted(set(list_studies()) - {*VISION, *DRAWN, RECOVERY}))
 def test_presets(name):
     spec = read_spec(name)
     glue = name == "glue"
@@ -244,7 +244,7 @@ ON_A_LANGUAGE_MODEL = {*CONTROLLED, "commonsense"} - {"ablate_nonlinearity"}
 
 def test_which_studies_have_a_preset_for_a_language_model():
     found = {name for name in list_studies() if "llm" in read_spec(name).presets}
-    assert found == ON_A_LANGUAGE_MODEL | {"ablate_rate", "capacity"}
+    assert found == ON_A_LANGUAGE_MODEL | {"ablate_rate", "capacity", RECOVERY}
 
 
 @pytest.mark.parametrize("name", sorted(ON_A_LANGUAGE_MODEL))

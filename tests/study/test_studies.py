@@ -7,7 +7,7 @@ import math
 import re
 
 import pytest
-from shipped import DRAWN, LANGUAGE, every_study
+from shipped import FULL, LANGUAGE, every_study
 
 from basisadapt.study.plan.cells import resolve
 from basisadapt.study.plan.spec import list_studies, published_values, read_spec, studies_dir
@@ -25,6 +25,7 @@ OURS = {
     "compare_methods",
     "confirm_commonsense",
     "confirm_formulation",
+    "recovery",
     "refine_formulation",
 }
 SAME_VALUES = {"ablate_grid": ["table_16.csv"]}  # further tables that print what a study answers
@@ -110,7 +111,7 @@ def test_further_tables_print_the_same_values(name):
 
 @every_study
 def test_rows_differ_from_one_another(name):
-    for preset in ("quick", "gpu" if name in DRAWN else "paper"):
+    for preset in ("quick", FULL.get(name, "paper")):
         configs = [str(row.cells[0].config) for row in resolve(read_spec(name), preset=preset).rows]
         assert len(set(configs)) == len(configs)
 
@@ -135,6 +136,7 @@ def test_every_study_shows_lora_and_most_the_literal_recipe():
         "compare_methods",
         "confirm_formulation",
         "glue",
+        "recovery",
         "refine_formulation",
     }
 

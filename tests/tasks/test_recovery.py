@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from basisadapt import InputError, backbones
 from basisadapt.backbones import rounded as parts
-from basisadapt.backbones.rounded import OriginalEncoder, RoundedEncoder, RoundedLanguageModel, normal_float, rounded
+from basisadapt.backbones.rounded import RoundedEncoder, RoundedLanguageModel, normal_float, rounded
 from basisadapt.study.plan.cells import resolve
 from basisadapt.study.plan.spec import read_spec
 from basisadapt.study.plan.tuning import resolve_tuning
@@ -197,11 +197,11 @@ def test_some_of_it_is_recovered(task, method, adapter, rate, encoder, language_
 
 def test_a_process_reads_the_model_before_once(encoder, monkeypatch):
     parts._loaded.cache_clear()
-    made, make = [], OriginalEncoder.__init__
-    monkeypatch.setattr(OriginalEncoder, "__init__", lambda *a: made.append(a) or make(*a))
+    copied, rounding = [], RoundedEncoder.round_weights
+    monkeypatch.setattr(RoundedEncoder, "round_weights", lambda model: copied.append(model) or rounding(model))
     for rate in (1e-3, 1e-2):
         run(config(encoder, lr=rate))
-    assert len(made) == 1
+    assert len(copied) == 3, "what is compared with, and the model of each run"
 
 
 @pytest.mark.parametrize(

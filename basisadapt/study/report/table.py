@@ -19,7 +19,8 @@ from basisadapt.study.plan.keys import plain
 from basisadapt.study.plan.spec import ALL, Name, published_values
 from basisadapt.study.plan.tuning import Tuned
 
-PERCENT = ("accuracy", "f1", "matthews", "pearson", "spearman", "energy", "recovered")  # metrics that are shown as percentages
+# Metrics that are shown as percentages.
+PERCENT = ("accuracy", "f1", "matthews", "pearson", "spearman", "energy", "recovered")
 PER = " / "  # between two metrics: their quotient
 COLUMNS = ("stable_rank.mean", "dc_share.mean", "parameters.trainable")  # the first columns of every table
 LINEARITY = ("linear_fit.mean", "nonlinear_share.mean", "nonlinear_share.largest")  # older runs lack these
