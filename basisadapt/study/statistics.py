@@ -135,3 +135,12 @@ def plateau(curve: Mapping[float, float], tolerance: float) -> Plateau | None:
         share = 1.0 if low >= level else 0.0 if high < level or low == -math.inf else (high - level) / (high - low)
         octaves += share * math.log2(right / left)
     return Plateau(octaves, points[0][1] >= level or points[-1][1] >= level)
+
+
+def power_law(curve: Mapping[float, float]) -> tuple[float, float]:
+    """a and log C of y = C x^a, by least squares of log y on log x. curve: x > 0 to y > 0, for two or more x."""
+    points = [(math.log(x), math.log(y)) for x, y in curve.items()]
+    middle, level = (math.fsum(values) / len(points) for values in zip(*points, strict=True))
+    spread = math.fsum((x - middle) ** 2 for x, _ in points)
+    exponent = math.fsum((x - middle) * (y - level) for x, y in points) / spread
+    return exponent, level - exponent * middle

@@ -144,6 +144,19 @@ class Tune:
         return [*values, *(() if self.common is None else (self.common,))]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Law:
+    """A law that the report fits to rows that differ in one axis alone, see `report.law`.
+
+    axis: the axis x, of numbers above 0.
+    full: a metric from 0 to 1, the share of what there is that a row holds. Rows with nearly all are left out. Default
+        None, none is.
+    """
+
+    axis: str
+    full: str | None = None
+
+
 RULE = ("seeds", "validation", "by", "at", "common")  # fields of Tune that tune.NAME may replace
 
 
@@ -169,6 +182,7 @@ class StudySpec:
     against: metrics to plot the headline metric against. Default none.
     claims: the claims of the paper. Default none.
     search: setting to its range in a search, see `search_space`. Default {}.
+    law: see `Law`. Default None, none is fitted.
 
     A file that is `like` a shipped study inherits its base, presets and seeds; a preset that is null there is dropped.
     The values of an axis called `variant` are names: each stands for the settings in `given`, or for the method of that
@@ -193,12 +207,14 @@ class StudySpec:
     against: tuple[str, ...] = ()
     claims: tuple[Claim, ...] = ()
     search: dict[str, Any] = field(default_factory=dict)
+    law: Law | None = None
 
     @property
     def metrics(self) -> tuple[str, ...]:
         """The metrics that its columns, figures and claims name."""
         claimed = (metric for claim in self.claims for metric in (claim.metric, claim.per) if metric is not None)
-        return (*self.columns, *self.against, *claimed)
+        full = () if self.law is None or self.law.full is None else (self.law.full,)
+        return (*self.columns, *self.against, *full, *claimed)
 
 
 # --- reading ---
@@ -347,6 +363,8 @@ def _spec(values: dict[str, Any]) -> StudySpec:
         inside(values["answers"].table, "answers.table")
     if values.get("tune") is not None:
         values["tune"] = _part(Tune, values["tune"], "tune")
+    if values.get("law") is not None:
+        values["law"] = _part(Law, values["law"], "law")
     beside = _parts(ExtraRow, values.get("beside"), "beside")
     values["beside"] = [replace(row, set={k: Factor.parse(v) for k, v in row.set.items()}) for row in beside]
     values["claims"] = _parts(Claim, values.get("claims"), "claims")

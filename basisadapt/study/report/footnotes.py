@@ -10,6 +10,7 @@ from basisadapt.core.grouping import grouped
 from basisadapt.diagnostics.linear import LINEAR
 from basisadapt.study.outcome import NOT_RUN
 from basisadapt.study.report.formats import NumberForm, metric_text, number_form, reference_text, seed_names
+from basisadapt.study.report.law import law_notes
 from basisadapt.study.report.table import LINEARITY, Table
 from basisadapt.study.statistics import Difference
 
@@ -36,6 +37,7 @@ def footnotes(table: Table) -> list[str]:
             f"The first columns have each row at its own {table.setting}, the later ones all rows at {places}, "
             f"corrected for {' and '.join(map(_tests, table.beside.values()))} of their own."
         )
+    notes += law_notes(table)
     notes += _linearity(table)
     notes += _backbones(table)
     notes += problems(table)
