@@ -181,14 +181,14 @@ def test_presets_of_drawn_tasks(name):
         configs = [cell.config for cell in (*study.cells, *tuning.trials)]
         assert {config.backbone for config in configs} == {"minilm"}
         assert {config.train.validation for config in configs} == {None}
-        sizes = {config.data.facts for config in configs} if name == "capacity" else {1}
+        sizes = {1} if name == "approximate" else {config.data.facts for config in configs}
         assert {config.train.batch_size for config in configs} == sizes
         assert len({config.train.max_steps for config in configs}) == 1
         seeds = {cell.seed for cell in study.cells}
         assert len(seeds) == (1 if preset == "smoke" else 5 if name == "capacity" else 3)
         assert not seeds & {cell.seed for cell in tuning.trials}
         rates = {len(of_row) for of_row in tuning.candidates}
-        assert rates == {1 if preset == "smoke" else 5 if name == "capacity" else 3}
+        assert rates == {1 if preset == "smoke" else {"capacity": 5, "approximate": 3}.get(name, 1)}
 
 
 def test_the_first_study_compares_everything_at_one_rate_on_the_facts_of_many_seeds():
@@ -244,7 +244,7 @@ ON_A_LANGUAGE_MODEL = {*CONTROLLED, "commonsense"} - {"ablate_nonlinearity"}
 
 def test_which_studies_have_a_preset_for_a_language_model():
     found = {name for name in list_studies() if "llm" in read_spec(name).presets}
-    assert found == ON_A_LANGUAGE_MODEL | {"ablate_rate", "capacity", RECOVERY}
+    assert found == ON_A_LANGUAGE_MODEL | {"ablate_memory", "ablate_rate", "capacity", RECOVERY}
 
 
 @pytest.mark.parametrize("name", sorted(ON_A_LANGUAGE_MODEL))

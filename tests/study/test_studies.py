@@ -17,6 +17,7 @@ TABLES = {1, 2, 3, 5, 8, 9, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23}
 OURS = {
     "ablate_formulation",
     "ablate_interval",
+    "ablate_memory",
     "ablate_nonlinearity",
     "ablate_remedies",
     "approximate",
@@ -130,6 +131,7 @@ def test_every_study_shows_lora_and_most_the_literal_recipe():
         "ablate_remedies",
         "ablate_scale",
         "ablate_robustness",
+        "ablate_memory",
         "ablate_nonlinearity",
         "approximate",
         "capacity",
@@ -160,3 +162,20 @@ def test_the_formulations_cover_what_the_paper_leaves_open():
         "transfer_lr": {1.0, 0.1, 0.01},
     }
     assert {axis: {getattr(adapter, axis) for adapter in adapters} for axis in axes} == axes
+
+
+def test_the_parts_of_what_stores_facts_are_changed_one_at_a_time():
+    """Every row but LoRA differs from phi in one setting, the last one in two, and phi is that of `capacity`."""
+    configs = {row.label: row.cells[0].config.to_mapping() for row in resolve(read_spec("ablate_memory")).rows}
+    phi = configs.pop("phi")
+    (theirs,) = (row for row in resolve(read_spec("capacity")).rows if row.label == "phi, 1")
+    assert phi["adapter"] == theirs.cells[0].config.to_mapping()["adapter"]
+    assert configs.pop("LoRA")["method"] == "lora"
+    changed = {
+        label: {key for key, value in one["adapter"].items() if value != phi["adapter"][key]}
+        for label, one in configs.items()
+    }
+    assert changed.pop("phi's rate x 0, alpha random") == {"transfer_lr", "amplitude_init"}
+    assert {len(keys) for keys in changed.values()} == {1}
+    axes = {"basis", "num_basis", "omega_init", "learn_omega", "gain", "factor_init", "amplitude_init", "identity_path"}
+    assert set.union(*changed.values()) == axes | {"centre", "sharing", "transfer_lr"}
