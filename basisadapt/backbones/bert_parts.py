@@ -57,6 +57,7 @@ class FeedForwardInputs:
 
     def __init__(self, tokenizer: Any, encoder: Any) -> None:
         last = encoder.encoder.layer[-1]
+        self._above = nn.ModuleList([last.intermediate, last.output]).eval().requires_grad_(False)
         last.intermediate, last.output = nn.Identity(), _Residual()
         self._tokenizer, self._encoder = tokenizer, encoder.eval().requires_grad_(False)
         self._words = sorted(number for token, number in tokenizer.get_vocab().items() if token.isalpha())
@@ -82,6 +83,28 @@ class FeedForwardInputs:
         ids = pad(words, (1, 0), value=self._tokenizer.cls_token_id)
         ids = pad(ids, (0, 1), value=self._tokenizer.sep_token_id)
         return torch.cat([self._encoder(part).last_hidden_state[:, 0] for part in torch.split(ids, BATCH_SIZE)])
+
+    @torch.no_grad()
+    def read(self, texts: Sequence[str], *lengths: int) -> Tensor:
+        """The hidden state of the first token for the first words of every text, shape (texts, hidden).
+
+        lengths: of a key and of a value, in tokens; a text is cut to their sum.
+        """
+        found = []
+        for start in range(0, len(texts), BATCH_SIZE):
+            part = list(texts[start : start + BATCH_SIZE])
+            batch = self._tokenizer(
+                part, truncation=True, max_length=sum(lengths) + 2, padding=True, return_tensors="pt"
+            )
+            found.append(self._encoder(**batch).last_hidden_state[:, 0])
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def above(self, hidden: Tensor) -> Tensor:
+        """y of `LastFeedForward` before training, of hidden states (..., hidden), in their shape."""
+        intermediate, output = self._above
+        y: Tensor = output(intermediate(hidden), hidden)
+        return y
 
 
 @functools.lru_cache(maxsize=1)

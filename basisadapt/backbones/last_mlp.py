@@ -60,7 +60,10 @@ class MLPInputs:
 
     def __init__(self, tokenizer: Any, model: Any) -> None:
         self._tokenizer, self._head = tokenizer, model.get_output_embeddings().weight.detach()
-        model.model.layers[-1].mlp, model.model.norm = _Zero(), nn.Identity()
+        last = model.model.layers[-1]
+        above = nn.ModuleList([last.post_attention_layernorm, last.mlp, model.model.norm])
+        self._above = above.eval().requires_grad_(False)
+        last.mlp, model.model.norm = _Zero(), nn.Identity()
         self._body = model.model.eval().requires_grad_(False)
         vocabulary = tokenizer.get_vocab().items()
         self._words = sorted(n for token, n in vocabulary if token[:1] in SPACES and _is_word(token[1:]))
@@ -96,9 +99,28 @@ class MLPInputs:
         """
         words = torch.tensor(self._words)
         ids = torch.cat([words[torch.tensor(keys) % len(words)], self._class_ids(count)[torch.tensor(values)]], dim=1)
-        first, device = len(keys[0]) - 1, self._head.device
+        return self._states(ids, len(keys[0]))
+
+    @torch.no_grad()
+    def read(self, texts: Sequence[str], key: int, value: int) -> Tensor:
+        """The residual stream from which the tokens after the first `key` tokens of every text are predicted, shape
+        (texts, value, hidden). Texts have at least key + value words."""
+        ids = self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        return self._states(torch.tensor([one[: key + value] for one in ids]), key)
+
+    @torch.no_grad()
+    def above(self, hidden: Tensor) -> Tensor:
+        """y of `LastMLP` before training, C y being its logits, of hidden states (..., hidden), in their shape."""
+        before, mlp, after = self._above
+        h = hidden.to(self._head.device)
+        y: Tensor = after(h + mlp(before(h))).cpu()
+        return y
+
+    def _states(self, ids: Tensor, key: int) -> Tensor:
+        """The residual stream from which the tokens after the first `key` ones of each text (texts, tokens) follow."""
+        device = self._head.device
         parts = torch.split(ids[:, :-1], BATCH_SIZE)
-        return torch.cat([self._body(part.to(device)).last_hidden_state[:, first:].cpu() for part in parts])
+        return torch.cat([self._body(part.to(device)).last_hidden_state[:, key - 1 :].cpu() for part in parts])
 
     def _class_ids(self, count: int) -> Tensor:
         if len(self._words) < count:

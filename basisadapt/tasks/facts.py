@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from basisadapt.core.errors import InputError
+from basisadapt.tasks.completion import IGNORED
+from basisadapt.tasks.docstrings import Docstrings
 from basisadapt.tasks.drawn import DrawnTask
 from basisadapt.tasks.settings import DataSettings
-from basisadapt.tasks.task import Example, Rows
+from basisadapt.tasks.task import Example, Rows, TaskData
 
 KEY = 4  # words of a key
 CLASSES = 256
@@ -31,15 +36,22 @@ class StoredTask(DrawnTask):
       cross-entropy H in bits.
     - "recall": the share of keys whose classes all are the likeliest ones.
 
+    With data.probes, evaluation also reads so many real texts, docstrings of Python's library, and asks what is left of
+    what the model made of them. The distribution over the 256 classes is p* before training, and p after:
+
+    - "forgotten": the mean of KL(p* ‖ p), in bits.
+    - "kept": the share of answers whose likeliest class is still the same.
+
     The states below the part that trains are computed once. Source of the measure: Morris et al. (2025), How Much Do
     Language Models Memorize?
     """
 
     headline, num_labels = "bits", CLASSES
+    unknown: Any  # the label of a text: classes that no loss counts
 
     def __init__(self, settings: DataSettings | None = None) -> None:
         super().__init__(settings)
-        self._known: dict[tuple[int, ...], Tensor] = {}
+        self._known: dict[Any, Tensor] = {}
 
     @abstractmethod
     def hidden(self, inputs: Sequence[Sequence[int]], processor: Any) -> Tensor:
@@ -49,18 +61,55 @@ class StoredTask(DrawnTask):
     def answers(self, label: Any) -> Example:
         """The entries of a row's example that hold its right classes."""
 
+    def of_seed(self, seed: int, data_dir: Path | None = None) -> TaskData:
+        """The facts; to evaluate on, also the texts."""
+        data = super().of_seed(seed, data_dir)
+        if not self.settings.probes:
+            return data
+        texts = _texts(self.settings.probes)
+        digest = hashlib.sha256(repr(texts).encode()).hexdigest()
+        asked = Rows([*data.eval.inputs, *texts], [*data.eval.labels, *[self.unknown] * len(texts)])
+        return TaskData(data.train, asked, mark=f"{data.mark}, texts {digest}")
+
     def examples(self, rows: Rows, processor: Any, max_length: int | None, training: bool) -> Sequence[Example]:
-        """The hidden states, computed once for each input, and the answers."""
-        inputs = [tuple(one) for one in rows.inputs]
-        if new := [one for one in dict.fromkeys(inputs) if one not in self._known]:
-            self._known.update(zip(new, self.hidden(new, processor), strict=True))
+        """The hidden states, computed once for each input, and the answers; to evaluate with texts, also what the part
+        that trains makes of the states before training."""
+        inputs = [one if isinstance(one, str) else tuple(one) for one in rows.inputs]
+        new = [one for one in dict.fromkeys(inputs) if one not in self._known]
+        if keys := [one for one in new if not isinstance(one, str)]:
+            self._known.update(zip(keys, self.hidden(keys, processor), strict=True))
+        if texts := [one for one in new if isinstance(one, str)]:
+            self._known.update(zip(texts, processor.read(texts, KEY, VALUE), strict=True))
         pairs = zip(inputs, rows.labels, strict=True)
-        return [{"hidden": self._known[one], **self.answers(label)} for one, label in pairs]
+        examples = [{"hidden": self._known[one], **self.answers(label)} for one, label in pairs]
+        if training or not self.settings.probes:
+            return examples
+        return [{**example, "before": processor.above(example["hidden"])} for example in examples]
+
+    def score(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The loss and the logits; with texts, the logits after and before training, shape (rows, 2, ..., 256)."""
+        if "before" not in batch:
+            return super().score(model, batch)
+        output = model(**{name: value for name, value in batch.items() if name != "before"})
+        before = batch["before"] @ getattr(model, "module", model).classes.T  # DDP wraps a model
+        return output.loss, torch.stack([output.logits.float(), before], dim=1)
 
     def measure(self, scores: np.ndarray, rows: Rows, processor: Any) -> dict[str, float]:
-        """Bits and recall, from logits of shape (rows, 256) or (rows, answers, 256)."""
-        labels = torch.tensor(rows.labels)
+        """The metrics, from logits of shape (rows, 256) or (rows, answers, 256), or with texts as `score` has them."""
         logits = torch.from_numpy(scores).double()
+        if not self.settings.probes:
+            return self._stored(logits, rows)
+        asked = torch.tensor([isinstance(one, str) for one in rows.inputs])
+        facts = rows.take((~asked).nonzero().flatten().tolist())
+        after, before = logits[asked].log_softmax(dim=-1).unbind(1)
+        divergence = (before.exp() * (before - after)).sum(dim=-1).mean().item() / math.log(2)
+        same = (after.argmax(dim=-1) == before.argmax(dim=-1)).double().mean().item()
+        return {**self._stored(logits[~asked, 0], facts), "forgotten": divergence, "kept": same}
+
+    @staticmethod
+    def _stored(logits: Tensor, rows: Rows) -> dict[str, float]:
+        """Bits and recall."""
+        labels = torch.tensor(rows.labels)
         entropy = cross_entropy(logits.flatten(0, -2), labels.flatten()).item() / math.log(2)
         known = (logits.argmax(dim=-1) == labels).view(len(rows), -1).all(dim=1)
         bits = labels.numel() * (math.log2(CLASSES) - entropy)
@@ -73,7 +122,7 @@ class Facts(StoredTask, name="facts"):
     The model is a BERT's last feed-forward block, read at the first token through a frozen random classifier.
     """
 
-    form = "feed_forward"
+    form, unknown = "feed_forward", IGNORED
 
     @property
     def drawn_as(self) -> str:
@@ -104,7 +153,7 @@ class PhoneBook(StoredTask, name="phone_book"):
     (2026), PhoneBook.
     """
 
-    form = "last_mlp"
+    form, unknown = "last_mlp", [IGNORED] * VALUE
 
     @property
     def drawn_as(self) -> str:
@@ -126,3 +175,11 @@ class PhoneBook(StoredTask, name="phone_book"):
     def answers(self, label: Any) -> Example:
         """The classes of the value, as "words"; "labels", which every row needs, is 0."""
         return {"words": torch.tensor(label), "labels": 0}
+
+
+def _texts(count: int) -> list[str]:
+    """The first `count` held-out texts of `docstrings` with at least as many words as a key and a value."""
+    texts = [text for text in Docstrings().load(None).eval.inputs if len(text.split()) >= KEY + VALUE]
+    if len(texts) < count:
+        raise InputError(f"data.probes must be at most {len(texts)}, the texts that there are, got {count}")
+    return texts[:count]

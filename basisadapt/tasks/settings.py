@@ -42,6 +42,8 @@ class DataSettings:
     For single tasks:
 
     - `facts` (int in [1, 1000000], default 1024): the number of facts in the tasks facts and phone_book.
+    - `probes` (int in [0, 1000000], default 0): the number of real texts on which the tasks facts and phone_book also
+      measure what is forgotten.
     - `packed` (bool, default False): for completion tasks, pack the training rows of a batch end to end into sequences
       of the longest row's length, with little padding; each row attends only to itself.
 
@@ -59,12 +61,15 @@ class DataSettings:
     head: str = "linear"
     facts: int = late(1024)
     packed: bool = late(False)
+    probes: int = late(0)
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise InputError(f"data.max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if not 1 <= self.facts <= MAX_FACTS:
             raise InputError(f"data.facts must be at least 1 and at most {MAX_FACTS:,}, got {self.facts}")
+        if not 0 <= self.probes <= MAX_FACTS:
+            raise InputError(f"data.probes must be at least 0 and at most {MAX_FACTS:,}, got {self.probes}")
         if self.kind is not None and self.kind not in KINDS:
             raise unknown("data.kind", self.kind, KINDS)
         if self.scoring not in SCORINGS:

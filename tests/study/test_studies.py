@@ -26,6 +26,7 @@ OURS = {
     "compare_methods",
     "confirm_commonsense",
     "confirm_formulation",
+    "forgetting",
     "recovery",
     "refine_formulation",
 }
@@ -137,6 +138,7 @@ def test_every_study_shows_lora_and_most_the_literal_recipe():
         "capacity",
         "compare_methods",
         "confirm_formulation",
+        "forgetting",
         "glue",
         "recovery",
         "refine_formulation",

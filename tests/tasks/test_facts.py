@@ -13,7 +13,7 @@ import transformers
 from basisadapt import InputError, backbones
 from basisadapt.backbones import bert_parts
 from basisadapt.backbones.bert_parts import FeedForwardInputs, LastFeedForward
-from basisadapt.tasks import DataSettings
+from basisadapt.tasks import DataSettings, facts
 from basisadapt.tasks.facts import Facts
 from basisadapt.training import load_data, plan, run
 from basisadapt.training.config import RunConfig
@@ -190,3 +190,73 @@ def test_a_run_may_keep_its_best_checkpoint(bert):
 def test_what_has_no_meaning_is_refused(values, message):
     with pytest.raises(InputError, match=message):
         plan(RunConfig.from_mapping({"task": "facts", **values}), dry=True)
+
+
+LETTERS = [f"{a} b c d e f g {b} i j k l m n" for a in "apqr" for b in "hst"]
+
+
+@pytest.fixture
+def texts(monkeypatch):
+    """Texts in the words of the tiny encoder."""
+    monkeypatch.setattr(facts, "_texts", lambda count: LETTERS[:count])
+    return LETTERS
+
+
+def with_texts(backbone, **train):
+    values = config(backbone, **train).to_mapping()
+    return RunConfig.from_mapping({**values, "data": {**values["data"], "probes": 8}})
+
+
+@torch.no_grad()
+def test_a_text_is_what_the_whole_model_makes_of_it(bert):
+    below = FeedForwardInputs.from_pretrained(str(bert))
+    whole, tokenizer = (
+        transformers.AutoModel.from_pretrained(bert).eval(),
+        transformers.AutoTokenizer.from_pretrained(bert),
+    )
+    hidden = below.read(LETTERS, 4, 8)
+    expected = whole(tokenizer([text[: 2 * 12] for text in LETTERS], return_tensors="pt")["input_ids"])
+    torch.testing.assert_close(below.above(hidden), expected.last_hidden_state[:, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_forgotten_is_a_divergence():
+    """Mean KL of after from before over the texts alone, in bits; facts are measured as without texts."""
+    task = Facts(DataSettings(facts=6, probes=3))
+    rows = task.of_seed(2).eval
+    assert [isinstance(one, str) for one in rows.inputs] == [False] * 6 + [True] * 3
+    assert len(task.of_seed(2).train) == 6
+    logits = np.random.default_rng(0).normal(size=(9, 2, 256))
+    after, before = np.exp(logits[6:, 0]), np.exp(logits[6:, 1])
+    p, q = before / before.sum(-1, keepdims=True), after / after.sum(-1, keepdims=True)
+    found = task.measure(logits, rows, None)
+    assert found["forgotten"] == pytest.approx((p * np.log2(p / q)).sum(-1).mean())
+    assert found["kept"] == np.mean(p.argmax(-1) == q.argmax(-1))
+    stored = Facts(DataSettings(facts=6)).measure(logits[:6, 0], rows.head(6), None)
+    assert {name: found[name] for name in stored} == stored
+    same = task.measure(logits[:, [1, 1]], rows, None)
+    assert (same["forgotten"], same["kept"]) == (pytest.approx(0, abs=1e-12), 1)
+
+
+def test_a_run_tells_what_it_forgets_and_stores_what_it_does_without_texts(bert, texts):
+    still = run(with_texts(bert, lr=1e-12, max_steps=1)).metrics
+    assert (still["forgotten"], still["kept"]) == (pytest.approx(0, abs=1e-9), 1)
+    with_, without = (run(one).metrics for one in (with_texts(bert, lr=0.1), config(bert, lr=0.1)))
+    assert with_["forgotten"] > 1e-3
+    assert with_["kept"] <= 1
+    assert with_["bits"] == pytest.approx(without["bits"], rel=1e-6)
+    assert with_["recall"] == without["recall"]
+
+
+def test_the_texts_are_real_and_there_may_be_too_few():
+    first, more = facts._texts(3), facts._texts(200)
+    assert more[:3] == first
+    assert min(len(text.split()) for text in more) >= 12
+    with pytest.raises(InputError, match=r"data.probes must be at most [0-9]+, the texts that there are, got 1000000"):
+        facts._texts(1_000_000)
+    with pytest.raises(InputError, match=r"data\.probes must be at least 0"):
+        DataSettings(probes=-1)
+
+
+def test_other_texts_are_other_data():
+    one, other = (Facts(DataSettings(facts=6, probes=count)).of_seed(1).fingerprint() for count in (3, 4))
+    assert len({one, other, Facts(DataSettings(facts=6)).of_seed(1).fingerprint()}) == 3

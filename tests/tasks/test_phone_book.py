@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import math
@@ -18,7 +19,7 @@ from basisadapt.backbones import last_mlp
 from basisadapt.backbones.last_mlp import LastMLP, MLPInputs
 from basisadapt.study.plan.spec import read_spec
 from basisadapt.study.plan.tuning import resolve_tuning
-from basisadapt.tasks import DataSettings
+from basisadapt.tasks import DataSettings, facts
 from basisadapt.tasks.facts import CLASSES, KEY, VALUE, PhoneBook
 from basisadapt.training import load_data, plan, run
 from basisadapt.training.config import RunConfig
@@ -134,6 +135,47 @@ def test_facts_are_stored(backbone, method, adapter, rate):
     assert result.metrics["parameters.head"] == 0
     if method != "full":
         assert set(result.modules) == {f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")}
+
+
+TEXTS = np.random.default_rng(0).integers(len(WORDS), size=(70, KEY + VALUE + 3)) + len(OTHERS)
+
+
+def tokens_of(numbers, add_special_tokens):
+    """The texts with these numbers, of which no tokenizer knows."""
+    return {"input_ids": [TEXTS[int(number)].tolist() for number in numbers]}
+
+
+@torch.no_grad()
+def test_a_text_is_what_the_whole_model_makes_of_it(backbone):
+    """Read at the tokens before those of a value; the head's rows make its logits."""
+    whole = transformers.AutoModelForCausalLM.from_pretrained(backbone).eval()
+    below = MLPInputs(transformers.AutoTokenizer.from_pretrained(backbone), copy.deepcopy(whole))
+    below._tokenizer = tokens_of
+    hidden = below.read([str(number) for number in range(70)], KEY, VALUE)
+    expected = whole.model(torch.tensor(TEXTS[:, : KEY + VALUE])).last_hidden_state[:, KEY - 1 : -1]
+    torch.testing.assert_close(below.above(hidden), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_run_tells_what_it_forgets(backbone, method, monkeypatch):
+    monkeypatch.setattr(facts, "_texts", lambda count: [str(number) for number in range(count)])
+    read = MLPInputs.read
+
+    def as_numbers(below, *given):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(below, "_tokenizer", tokens_of)
+            return read(below, *given)
+
+    monkeypatch.setattr(MLPInputs, "read", as_numbers)
+
+    def metrics(**train):
+        values = config(backbone, method, **train).to_mapping()
+        return run(RunConfig.from_mapping({**values, "data": {**values["data"], "probes": 70}})).metrics
+
+    still, trained = metrics(lr=1e-12, max_steps=1), metrics(lr=0.01, max_steps=10)
+    assert (still["forgotten"], still["kept"]) == (pytest.approx(0, abs=1e-5), 1)
+    assert trained["forgotten"] > 1e-3
+    assert "eval_loss" not in trained, "a batch of texts alone has none"
 
 
 @pytest.mark.parametrize(
