@@ -85,17 +85,12 @@ class FeedForwardInputs:
         return torch.cat([self._encoder(part).last_hidden_state[:, 0] for part in torch.split(ids, BATCH_SIZE)])
 
     @torch.no_grad()
-    def read(self, texts: Sequence[str], *lengths: int) -> Tensor:
-        """The hidden state of the first token for the first words of every text, shape (texts, hidden).
-
-        lengths: of a key and of a value, in tokens; a text is cut to their sum.
-        """
+    def read(self, texts: Sequence[str], key: int, value: int) -> Tensor:
+        """The hidden state of the first token for the first key + value tokens of every text, shape (texts, hidden)."""
         found = []
         for start in range(0, len(texts), BATCH_SIZE):
-            part = list(texts[start : start + BATCH_SIZE])
-            batch = self._tokenizer(
-                part, truncation=True, max_length=sum(lengths) + 2, padding=True, return_tensors="pt"
-            )
+            part, most = list(texts[start : start + BATCH_SIZE]), key + value + 2
+            batch = self._tokenizer(part, truncation=True, max_length=most, padding=True, return_tensors="pt")
             found.append(self._encoder(**batch).last_hidden_state[:, 0])
         return torch.cat(found)
 

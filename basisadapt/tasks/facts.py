@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from basisadapt.tasks.task import Example, Rows, TaskData
 KEY = 4  # words of a key
 CLASSES = 256
 VALUE = 8  # words of a value in a phone book
+SENTENCES = 4  # in which a made-up word is seen
 WORDS = 2**31  # a word is given by a number below, see `bert_parts.FeedForwardInputs` and `last_mlp.MLPInputs`
 
 
@@ -47,7 +50,8 @@ class StoredTask(DrawnTask):
     """
 
     headline, num_labels = "bits", CLASSES
-    unknown: Any  # the label of a text: classes that no loss counts
+    unknown: Any  # the label of a text that is no fact: classes that no loss counts
+    answer = VALUE  # words of a text of which the model makes something, after as many as a key has
 
     def __init__(self, settings: DataSettings | None = None) -> None:
         super().__init__(settings)
@@ -66,10 +70,9 @@ class StoredTask(DrawnTask):
         data = super().of_seed(seed, data_dir)
         if not self.settings.probes:
             return data
-        texts = _texts(self.settings.probes)
-        digest = hashlib.sha256(repr(texts).encode()).hexdigest()
+        texts = _texts("eval", "probes", self.settings.probes)
         asked = Rows([*data.eval.inputs, *texts], [*data.eval.labels, *[self.unknown] * len(texts)])
-        return TaskData(data.train, asked, mark=f"{data.mark}, texts {digest}")
+        return TaskData(data.train, asked, mark=f"{data.mark}, texts {_digest(texts)}")
 
     def examples(self, rows: Rows, processor: Any, max_length: int | None, training: bool) -> Sequence[Example]:
         """The hidden states, computed once for each input, and the answers; to evaluate with texts, also what the part
@@ -79,7 +82,7 @@ class StoredTask(DrawnTask):
         if keys := [one for one in new if not isinstance(one, str)]:
             self._known.update(zip(keys, self.hidden(keys, processor), strict=True))
         if texts := [one for one in new if isinstance(one, str)]:
-            self._known.update(zip(texts, processor.read(texts, KEY, VALUE), strict=True))
+            self._known.update(zip(texts, processor.read(texts, KEY, self.answer), strict=True))
         pairs = zip(inputs, rows.labels, strict=True)
         examples = [{"hidden": self._known[one], **self.answers(label)} for one, label in pairs]
         if training or not self.settings.probes:
@@ -99,7 +102,7 @@ class StoredTask(DrawnTask):
         logits = torch.from_numpy(scores).double()
         if not self.settings.probes:
             return self._stored(logits, rows)
-        asked = torch.tensor([isinstance(one, str) for one in rows.inputs])
+        asked = torch.tensor([label == self.unknown for label in rows.labels])
         facts = rows.take((~asked).nonzero().flatten().tolist())
         after, before = logits[asked].log_softmax(dim=-1).unbind(1)
         divergence = (before.exp() * (before - after)).sum(dim=-1).mean().item() / math.log(2)
@@ -177,9 +180,85 @@ class PhoneBook(StoredTask, name="phone_book"):
         return {"words": torch.tensor(label), "labels": 0}
 
 
-def _texts(count: int) -> list[str]:
-    """The first `count` held-out texts of `docstrings` with at least as many words as a key and a value."""
-    texts = [text for text in Docstrings().load(None).eval.inputs if len(text.split()) >= KEY + VALUE]
+class TextFacts(Facts, name="facts/texts"):
+    """As `facts`, a class for each of data.facts real texts, docstrings of Python's library, at random."""
+
+    @property
+    def drawn_as(self) -> str:
+        """The number of facts and their form."""
+        return f"{self.settings.facts} facts: {CLASSES} classes of texts {_digest(self._keys())}"
+
+    def draw(self, generator: np.random.Generator) -> Rows:
+        """The texts, the same for every seed, and classes."""
+        return Rows(self._keys(), generator.integers(CLASSES, size=self.settings.facts).tolist())
+
+    def _keys(self) -> list[str]:
+        return _texts("train", "facts", self.settings.facts)
+
+
+class DictionaryTask(StoredTask):
+    """A made-up language of data.facts words, each of two real words, with a translation, one of 256 classes.
+
+    A word is seen in four sentences, after two random words, and asked in another one: between random facts, where
+    nothing follows from anything, and a rule. "bits" are those of the translations that are known in a new sentence.
+    """
+
+    def draw(self, generator: np.random.Generator) -> Rows:
+        """Keys of all sentences, five for each word, and translations."""
+        count, parts = self.settings.facts, KEY // 2
+        words, classes = generator.integers(WORDS, size=(count, parts)), generator.integers(CLASSES, size=count)
+        contexts = generator.integers(WORDS, size=(SENTENCES + 1, count, KEY - parts))
+        keys = np.concatenate([contexts, np.broadcast_to(words, (SENTENCES + 1, count, parts))], axis=2)
+        return self.rows(keys.reshape(-1, KEY), np.tile(classes, SENTENCES + 1))
+
+    @abstractmethod
+    def rows(self, keys: np.ndarray, classes: np.ndarray) -> Rows:
+        """The rows of keys (rows, 4) and classes (rows,), in the task's form."""
+
+    @property
+    def drawn_as(self) -> str:
+        """The number of words and their form."""
+        return f"{self.settings.facts} words in {SENTENCES} sentences of {KEY} words each, {CLASSES} classes"
+
+    def of_seed(self, seed: int, data_dir: Path | None = None) -> TaskData:
+        """The sentences of each word that are seen, and the one that is asked."""
+        data, seen = super().of_seed(seed, data_dir), SENTENCES * self.settings.facts
+        return replace(data, train=data.train.head(seen), eval=data.eval.between(seen, None))
+
+
+class DictionaryStates(DictionaryTask, Facts, name="dictionary/states"):
+    """A made-up language of data.facts words, in the model of `facts`."""
+
+    def rows(self, keys: np.ndarray, classes: np.ndarray) -> Rows:
+        """Keys and classes."""
+        return Rows(keys.tolist(), classes.tolist())
+
+
+class DictionaryText(DictionaryTask, PhoneBook, name="dictionary/text"):
+    """A made-up language of data.facts words, in the model of `phone_book`: a translation is the word that follows."""
+
+    unknown, answer = [IGNORED], 1
+
+    def rows(self, keys: np.ndarray, classes: np.ndarray) -> Rows:
+        """Keys with their translations behind them, and translations."""
+        return Rows(np.column_stack([keys, classes]).tolist(), classes[:, None].tolist())
+
+
+def _texts(part: str, setting: str, count: int) -> list[str]:
+    """The first `count` texts of a part of `docstrings` with as many words as a key and a value, or more.
+
+    part: "train" or "eval". Raises InputError, which names the setting, if there are fewer.
+    """
+    texts = [text for text in getattr(_docstrings(), part).inputs if len(text.split()) >= KEY + VALUE]
     if len(texts) < count:
-        raise InputError(f"data.probes must be at most {len(texts)}, the texts that there are, got {count}")
+        raise InputError(f"data.{setting} must be at most {len(texts)}, the texts that there are, got {count}")
     return texts[:count]
+
+
+@functools.cache
+def _docstrings() -> TaskData:
+    return Docstrings().load(None)
+
+
+def _digest(texts: Sequence[str]) -> str:
+    return hashlib.sha256(repr(list(texts)).encode()).hexdigest()[:16]

@@ -14,7 +14,7 @@ from basisadapt import InputError, backbones
 from basisadapt.backbones import bert_parts
 from basisadapt.backbones.bert_parts import FeedForwardInputs, LastFeedForward
 from basisadapt.tasks import DataSettings, facts
-from basisadapt.tasks.facts import Facts
+from basisadapt.tasks.facts import DictionaryStates, DictionaryText, Facts, TextFacts
 from basisadapt.training import load_data, plan, run
 from basisadapt.training.config import RunConfig
 
@@ -198,7 +198,7 @@ LETTERS = [f"{a} b c d e f g {b} i j k l m n" for a in "apqr" for b in "hst"]
 @pytest.fixture
 def texts(monkeypatch):
     """Texts in the words of the tiny encoder."""
-    monkeypatch.setattr(facts, "_texts", lambda count: LETTERS[:count])
+    monkeypatch.setattr(facts, "_texts", lambda part, setting, count: LETTERS[:count])
     return LETTERS
 
 
@@ -248,11 +248,12 @@ def test_a_run_tells_what_it_forgets_and_stores_what_it_does_without_texts(bert,
 
 
 def test_the_texts_are_real_and_there_may_be_too_few():
-    first, more = facts._texts(3), facts._texts(200)
+    first, more = (facts._texts("eval", "probes", count) for count in (3, 200))
     assert more[:3] == first
     assert min(len(text.split()) for text in more) >= 12
+    assert not set(more) & set(facts._texts("train", "facts", 500)), "texts that are facts tell nothing of forgetting"
     with pytest.raises(InputError, match=r"data.probes must be at most [0-9]+, the texts that there are, got 1000000"):
-        facts._texts(1_000_000)
+        facts._texts("eval", "probes", 1_000_000)
     with pytest.raises(InputError, match=r"data\.probes must be at least 0"):
         DataSettings(probes=-1)
 
@@ -260,3 +261,44 @@ def test_the_texts_are_real_and_there_may_be_too_few():
 def test_other_texts_are_other_data():
     one, other = (Facts(DataSettings(facts=6, probes=count)).of_seed(1).fingerprint() for count in (3, 4))
     assert len({one, other, Facts(DataSettings(facts=6)).of_seed(1).fingerprint()}) == 3
+
+
+def test_facts_may_be_of_real_texts(bert, texts):
+    """The same texts for every seed, with other classes; the model reads them as it does other texts."""
+    task = TextFacts(DataSettings(facts=5, probes=3))
+    first, other = task.of_seed(1), task.of_seed(2)
+    assert first.train.inputs == other.train.inputs == LETTERS[:5]
+    assert first.train.labels != other.train.labels
+    assert len(first.eval) == 8
+    logits = np.zeros((8, 2, 256))
+    logits[np.arange(5), 0, first.train.labels] = 100
+    assert task.measure(logits, first.eval, None)["recall"] == 1
+    values = {**config(bert, task="facts/texts", lr=0.1, max_steps=60).to_mapping(), "data": {"facts": 8}}
+    assert run(RunConfig.from_mapping(values)).metrics["bits"] > 0.2 * 8 * 8
+
+
+@pytest.mark.parametrize("task", [DictionaryStates, DictionaryText])
+def test_a_dictionary_is_asked_in_new_sentences(task):
+    """Every word has one translation in four sentences and in a fifth; only the first two words of a key differ."""
+    made = task(DataSettings(facts=7, probes=2))
+    data, other = made.of_seed(3), made.of_seed(4)
+    seen, asked = data.train, data.eval.head(7)
+    assert (len(seen), len(data.eval)) == (28, 9)
+    assert data.train.inputs != other.train.inputs
+    words = [tuple(key[2:4]) for key in asked.inputs]
+    known = dict(zip(words, map(str, asked.labels), strict=True))
+    assert len(known) == 7
+    assert [tuple(key[2:4]) for key in seen.inputs] == words * 4
+    assert [known[tuple(key[2:4])] for key in seen.inputs] == [str(label) for label in seen.labels]
+    sentences = [tuple(key[:4]) for key in (*seen.inputs, *asked.inputs)]
+    assert len(set(sentences)) == 35
+    assert [isinstance(one, str) for one in data.eval.inputs[7:]] == [True, True]
+    if task is DictionaryText:
+        assert all(key[4:] == label for key, label in zip(seen.inputs, seen.labels, strict=True))
+
+
+def test_a_word_is_known_where_it_was_not_seen(bert):
+    result = run(config(bert, task="dictionary/states", facts=6, lr=0.1, max_steps=150))
+    assert result.metrics["bits"] > 0.1 * 6 * 8
+    assert result.data["train_rows"] == 24
+    assert result.data["eval_rows"] == 6

@@ -156,9 +156,11 @@ def test_a_text_is_what_the_whole_model_makes_of_it(backbone):
     torch.testing.assert_close(below.above(hidden), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_run_tells_what_it_forgets(backbone, method, monkeypatch):
-    monkeypatch.setattr(facts, "_texts", lambda count: [str(number) for number in range(count)])
+@pytest.mark.parametrize(
+    ("method", "task"), [("lora", "phone_book"), ("full", "phone_book"), ("lora", "dictionary/text")]
+)
+def test_a_run_tells_what_it_forgets(backbone, method, task, monkeypatch):
+    monkeypatch.setattr(facts, "_texts", lambda part, setting, count: [str(number) for number in range(count)])
     read = MLPInputs.read
 
     def as_numbers(below, *given):
@@ -169,13 +171,19 @@ def test_a_run_tells_what_it_forgets(backbone, method, monkeypatch):
     monkeypatch.setattr(MLPInputs, "read", as_numbers)
 
     def metrics(**train):
-        values = config(backbone, method, **train).to_mapping()
+        values = config(backbone, method, task=task, **train).to_mapping()
         return run(RunConfig.from_mapping({**values, "data": {**values["data"], "probes": 70}})).metrics
 
     still, trained = metrics(lr=1e-12, max_steps=1), metrics(lr=0.01, max_steps=10)
     assert (still["forgotten"], still["kept"]) == (pytest.approx(0, abs=1e-5), 1)
     assert trained["forgotten"] > 1e-3
     assert "eval_loss" not in trained, "a batch of texts alone has none"
+
+
+def test_a_translation_is_the_word_that_follows(backbone):
+    result = run(config(backbone, task="dictionary/text", lr=0.1, max_steps=60, max_grad_norm=10))
+    assert result.metrics["bits"] > 0.2 * 6 * 8
+    assert result.data["train_rows"] == 24
 
 
 @pytest.mark.parametrize(
