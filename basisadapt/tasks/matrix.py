@@ -147,16 +147,34 @@ class Flat(Power, name="matrix/flat"):
     exponent = 0.0
 
 
+class PowerQuarter(Power, name="matrix/power_quarter"):
+    """σᵢ ∝ i^−0.25."""
+
+    exponent = 0.25
+
+
 class PowerHalf(Power, name="matrix/power_half"):
     """σᵢ ∝ i^−0.5."""
 
     exponent = 0.5
 
 
+class PowerThreeQuarters(Power, name="matrix/power_three_quarters"):
+    """σᵢ ∝ i^−0.75."""
+
+    exponent = 0.75
+
+
 class Power1(Power, name="matrix/power_1"):
     """σᵢ ∝ 1 / i."""
 
     exponent = 1.0
+
+
+class PowerThreeHalves(Power, name="matrix/power_three_halves"):
+    """σᵢ ∝ i^−1.5."""
+
+    exponent = 1.5
 
 
 class Power2(Power, name="matrix/power_2"):

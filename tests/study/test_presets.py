@@ -181,7 +181,7 @@ def test_presets_of_drawn_tasks(name):
         configs = [cell.config for cell in (*study.cells, *tuning.trials)]
         assert {config.backbone for config in configs} == {"minilm"}
         assert {config.train.validation for config in configs} == {None}
-        sizes = {1} if name == "approximate" else {config.data.facts for config in configs}
+        sizes = {1} if name in ("approximate", "phase_diagram") else {config.data.facts for config in configs}
         assert {config.train.batch_size for config in configs} == sizes
         assert len({config.train.max_steps for config in configs}) == 1
         seeds = {cell.seed for cell in study.cells}

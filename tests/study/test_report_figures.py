@@ -7,7 +7,7 @@ from common import SOUND, add, no_pictures, outcome, outcomes, reported
 
 from basisadapt.study.plan.cells import resolve
 from basisadapt.study.plan.spec import read_spec
-from basisadapt.study.report import figures
+from basisadapt.study.report import figures, report
 from basisadapt.study.report.files import report_files
 from basisadapt.study.report.table import build_table
 
@@ -54,3 +54,46 @@ def test_over_several_tasks_it_is_drawn_against_the_means_of_those_that_have_all
     assert axes.get_ylabel().endswith("(mean over 2 tasks)")
     assert {text.get_text() for text in axes.texts} == {"LoRA", "sinc"}
     assert sorted(drawn.lines[0].get_ydata().item() for drawn in axes.containers) == pytest.approx([45.0, 60.0])
+
+
+MAP = """
+title: A map
+question: Where?
+base: {task: matrix/flat, backbone: minilm, train: {batch_size: 1}}
+sweep: {method: [lora, phi, hira], task: [matrix/flat, matrix/power_1], r: [1, 4]}
+beside: [{label: other, set: {method: dora}}]
+reference: method=lora
+seeds: [1, 2, 3]
+map: {x: task, y: r}
+"""
+
+
+def test_a_study_may_be_drawn_over_two_axes(folder):
+    """A panel for each method but the reference; differences in points, in brackets where they may be zero."""
+    (folder / "map.yaml").write_text(MAP)
+    study = resolve(read_spec("map.yaml"))
+
+    def energy(cell):
+        gain = {"phi": 0.1 if cell.config.task == "matrix/flat" else 0.001 * (cell.seed - 2)}.get(cell.config.method, 0)
+        return 0.3 + 0.02 * cell.config.adapter.r * (gain != 0) + gain + 0.01 * cell.seed * (gain > 0.01)
+
+    known = {cell.key: outcome(cell, energy(cell), headline="energy") for cell in study.cells}
+    del known[next(cell.key for cell in study.cells if cell.row == "hira, matrix/flat, 1")]
+    table = build_table(study, known)
+    figure = figures.map_figure(table, "task", "r")
+    phi, hira, _ = figure.axes
+    assert (phi.get_title(), hira.get_title()) == ("phi", "hira")
+    assert [label.get_text() for label in phi.get_xticklabels()] == ["matrix/flat", "matrix/power_1"]
+    assert [label.get_text() for label in phi.get_yticklabels()] == ["1", "4"]
+    drawn = {text.get_position(): text.get_text() for text in phi.texts}
+    expected = {
+        (line.task, line.row.point[-1][1]): line.difference.mean for line in table.lines if line.name[:3] == "phi"
+    }
+    places = {(("matrix/flat", "matrix/power_1").index(task), (1, 4).index(r)): x for (task, r), x in expected.items()}
+    assert {place: float(text.strip("()")) for place, text in drawn.items()} == pytest.approx(
+        {place: 100 * mean for place, mean in places.items()}, abs=0.06
+    )
+    assert not drawn[0, 0].startswith("("), "14 points, whatever the seed"
+    assert {text.get_text() for text in hira.texts} == {"(+0)"}
+    assert report_files(report.make_report(table), no_pictures)["map.png"].startswith(b"\x89PNG")
+    assert "map.png" not in report_files(report.make_report(build_table(study, {})), no_pictures)

@@ -27,6 +27,7 @@ OURS = {
     "confirm_commonsense",
     "confirm_formulation",
     "forgetting",
+    "phase_diagram",
     "recovery",
     "refine_formulation",
 }
@@ -140,6 +141,7 @@ def test_every_study_shows_lora_and_most_the_literal_recipe():
         "confirm_formulation",
         "forgetting",
         "glue",
+        "phase_diagram",
         "recovery",
         "refine_formulation",
     }

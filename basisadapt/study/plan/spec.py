@@ -157,6 +157,14 @@ class Law:
     full: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Map:
+    """Two axes over which the report draws the differences to the reference, see `report.figures.map_figure`."""
+
+    x: str
+    y: str
+
+
 RULE = ("seeds", "validation", "by", "at", "common")  # fields of Tune that tune.NAME may replace
 
 
@@ -183,6 +191,7 @@ class StudySpec:
     claims: the claims of the paper. Default none.
     search: setting to its range in a search, see `search_space`. Default {}.
     law: see `Law`. Default None, none is fitted.
+    map: see `Map`. Default None, none is drawn.
 
     A file that is `like` a shipped study inherits its base, presets and seeds; a preset that is null there is dropped.
     The values of an axis called `variant` are names: each stands for the settings in `given`, or for the method of that
@@ -208,6 +217,7 @@ class StudySpec:
     claims: tuple[Claim, ...] = ()
     search: dict[str, Any] = field(default_factory=dict)
     law: Law | None = None
+    map: Map | None = None
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -365,6 +375,8 @@ def _spec(values: dict[str, Any]) -> StudySpec:
         values["tune"] = _part(Tune, values["tune"], "tune")
     if values.get("law") is not None:
         values["law"] = _part(Law, values["law"], "law")
+    if values.get("map") is not None:
+        values["map"] = _part(Map, values["map"], "map")
     beside = _parts(ExtraRow, values.get("beside"), "beside")
     values["beside"] = [replace(row, set={k: Factor.parse(v) for k, v in row.set.items()}) for row in beside]
     values["claims"] = _parts(Claim, values.get("claims"), "claims")

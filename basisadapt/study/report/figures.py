@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from basisadapt.core.grouping import grouped
 from basisadapt.diagnostics.figures import verbatim
 from basisadapt.study import statistics
+from basisadapt.study.plan.cells import label_of
 from basisadapt.study.plan.keys import plain
 from basisadapt.study.report.formats import headline_text
 from basisadapt.study.report.table import Line, Table, by_name
@@ -206,6 +207,53 @@ def _label(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
         axes.annotate(
             verbatim(name), (x, y), (x * 10 ** (0.02 * width), place), fontsize=7, va="center", arrowprops=way
         )
+
+
+def map_figure(table: Table, x: str, y: str) -> Figure | None:
+    """The mean difference to the reference over the axes x and y: a panel per group of rows that differ in them alone.
+
+    Blue is better than the reference, red worse. A difference is in brackets if its confidence interval includes 0, or
+    if it has none. None if no row has a difference.
+    """
+    from matplotlib.figure import Figure
+
+    scale = 100 if table.percent else 1
+    panels: dict[str, dict[tuple[Any, Any], statistics.Difference]] = {}
+    for line in table.lines:
+        point = dict(line.row.point)
+        if line.difference is not None and {x, y} <= point.keys():
+            rest = label_of((axis, value) for axis, value in line.row.point if axis not in (x, y))
+            panels.setdefault(rest, {})[point[x], point[y]] = line.difference
+    if not panels:
+        return None
+    columns, rows = (_values(panels.values(), part) for part in (0, 1))
+    most = max(abs(found.mean) for panel in panels.values() for found in panel.values()) * scale or 1.0
+    size = 1.5 + (0.6 + 0.75 * len(columns)) * len(panels), 1.8 + 0.45 * len(rows)
+    figure = Figure(figsize=size, layout="constrained")
+    every = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, (name, panel) in zip(every, panels.items(), strict=True):
+        grid = [[scale * panel[c, r].mean if (c, r) in panel else math.nan for c in columns] for r in rows]
+        image = axes.imshow(grid, cmap="RdBu", vmin=-most, vmax=most, aspect="auto", origin="lower")
+        for (column, row), found in panel.items():
+            told = f"{scale * found.mean:+.3g}"
+            sure = found.low is not None and found.high is not None and not found.low <= 0 <= found.high
+            place = columns.index(column), rows.index(row)
+            axes.text(*place, told if sure else f"({told})", ha="center", va="center", fontsize=7)
+        axes.set_xticks(range(len(columns)), [verbatim(plain(c)) for c in columns], rotation=45, ha="right")
+        axes.set_title(verbatim(name), fontsize="medium")
+    every[0].set_yticks(range(len(rows)), [verbatim(plain(r)) for r in rows])
+    every[0].set_ylabel(verbatim(y))
+    reference = table.study.spec.reference
+    figure.colorbar(
+        image, ax=list(every), label=f"{verbatim(headline_text(table))}, difference to {verbatim(str(reference))}"
+    )
+    figure.suptitle(verbatim(table.study.spec.title))
+    return figure
+
+
+def _values(panels: Iterable[Mapping[tuple[Any, Any], Any]], part: int) -> list[Any]:
+    """The values on an axis, in the order of the rows."""
+    return list(dict.fromkeys(point[part] for panel in panels for point in panel))
 
 
 def search_figure(found: SearchResult, headline: str) -> Figure:

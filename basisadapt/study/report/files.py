@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from basisadapt.study.report.figures import against_figure, comparison_figure, curves_figure, search_figure
+from basisadapt.study.report.figures import against_figure, comparison_figure, curves_figure, map_figure, search_figure
 from basisadapt.study.report.html import to_html
 from basisadapt.study.report.text import text_table_to_csv, to_csv, to_markdown, to_text
 from basisadapt.study.report.text_tables import text_tables
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from basisadapt.study.report.report import Report
 
 MARK = "table.md"  # every folder with a report has it, also the shipped ones
-KEPT = ("table.txt", "table.csv", "report.html", "comparison.png", "against.png", "search.png")
+KEPT = ("table.txt", "table.csv", "report.html", "comparison.png", "against.png", "map.png", "search.png")
 
 
 def report_files(report: Report, pictures: Callable[[str], dict[str, bytes]]) -> dict[str, str | bytes]:
@@ -30,6 +30,9 @@ def report_files(report: Report, pictures: Callable[[str], dict[str, bytes]]) ->
         figures["curves.png"] = curves_figure(report.table)
     if report.table.study.spec.against:
         figures["against.png"] = against_figure(report.table)
+    over = report.table.study.spec.map
+    if over is not None and (drawn_map := map_figure(report.table, over.x, over.y)) is not None:
+        figures["map.png"] = drawn_map
     if report.search is not None:
         figures["search.png"] = search_figure(report.search, report.table.headline)
     drawn = {name: _png(figure) for name, figure in figures.items()}
