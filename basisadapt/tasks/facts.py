@@ -51,7 +51,7 @@ class StoredTask(DrawnTask):
 
     headline, num_labels = "bits", CLASSES
     unknown: Any  # the label of a text that is no fact: classes that no loss counts
-    answer = VALUE  # words of a text of which the model makes something, after as many as a key has
+    read = (KEY, VALUE)  # of a text, the tokens that are only read, and those after them that are predicted
 
     def __init__(self, settings: DataSettings | None = None) -> None:
         super().__init__(settings)
@@ -82,7 +82,7 @@ class StoredTask(DrawnTask):
         if keys := [one for one in new if not isinstance(one, str)]:
             self._known.update(zip(keys, self.hidden(keys, processor), strict=True))
         if texts := [one for one in new if isinstance(one, str)]:
-            self._known.update(zip(texts, processor.read(texts, KEY, self.answer), strict=True))
+            self._known.update(zip(texts, processor.read(texts, *self.read), strict=True))
         pairs = zip(inputs, rows.labels, strict=True)
         examples = [{"hidden": self._known[one], **self.answers(label)} for one, label in pairs]
         if training or not self.settings.probes:
@@ -196,6 +196,29 @@ class TextFacts(Facts, name="facts/texts"):
         return _texts("train", "facts", self.settings.facts)
 
 
+class Edits(PhoneBook, name="edits"):
+    """Edits of what a language model says: for each of data.facts real texts, docstrings of Python's library, another
+    next word after their first eleven tokens, one of 256 at random, in the model of `phone_book`.
+
+    With data.probes, "kept" tells how specific the edits are. Source of the question: Meng et al. (2022), Locating and
+    Editing Factual Associations in GPT, whose facts are of people and places.
+    """
+
+    unknown, read = [IGNORED], (KEY + VALUE - 1, 1)
+
+    @property
+    def drawn_as(self) -> str:
+        """The number of edits and their form."""
+        return f"{self.settings.facts} edits: next words of {CLASSES} of texts {_digest(self._keys())}"
+
+    def draw(self, generator: np.random.Generator) -> Rows:
+        """The texts, the same for every seed, and the words."""
+        return Rows(self._keys(), generator.integers(CLASSES, size=(self.settings.facts, 1)).tolist())
+
+    def _keys(self) -> list[str]:
+        return _texts("train", "facts", self.settings.facts)
+
+
 class DictionaryTask(StoredTask):
     """A made-up language of data.facts words, each of two real words, with a translation, one of 256 classes.
 
@@ -237,7 +260,7 @@ class DictionaryStates(DictionaryTask, Facts, name="dictionary/states"):
 class DictionaryText(DictionaryTask, PhoneBook, name="dictionary/text"):
     """A made-up language of data.facts words, in the model of `phone_book`: a translation is the word that follows."""
 
-    unknown, answer = [IGNORED], 1
+    unknown, read = [IGNORED], (KEY, 1)
 
     def rows(self, keys: np.ndarray, classes: np.ndarray) -> Rows:
         """Keys with their translations behind them, and translations."""
@@ -245,14 +268,19 @@ class DictionaryText(DictionaryTask, PhoneBook, name="dictionary/text"):
 
 
 def _texts(part: str, setting: str, count: int) -> list[str]:
-    """The first `count` texts of a part of `docstrings` with as many words as a key and a value, or more.
+    """The first `count` texts of a part of `docstrings` with as many words as a key and a value, or more, that begin
+    with different words, as many as a key has.
 
     part: "train" or "eval". Raises InputError, which names the setting, if there are fewer.
     """
-    texts = [text for text in getattr(_docstrings(), part).inputs if len(text.split()) >= KEY + VALUE]
-    if len(texts) < count:
-        raise InputError(f"data.{setting} must be at most {len(texts)}, the texts that there are, got {count}")
-    return texts[:count]
+    found: dict[tuple[str, ...], str] = {}
+    for text in getattr(_docstrings(), part).inputs:
+        words = text.split()
+        if len(words) >= KEY + VALUE:
+            found.setdefault(tuple(words[:KEY]), text)
+    if len(found) < count:
+        raise InputError(f"data.{setting} must be at most {len(found)}, the texts that there are, got {count}")
+    return list(found.values())[:count]
 
 
 @functools.cache

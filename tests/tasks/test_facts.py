@@ -251,6 +251,7 @@ def test_the_texts_are_real_and_there_may_be_too_few():
     first, more = (facts._texts("eval", "probes", count) for count in (3, 200))
     assert more[:3] == first
     assert min(len(text.split()) for text in more) >= 12
+    assert len({tuple(text.split()[:4]) for text in more}) == 200, "an encoder's first tokens would be the same"
     assert not set(more) & set(facts._texts("train", "facts", 500)), "texts that are facts tell nothing of forgetting"
     with pytest.raises(InputError, match=r"data.probes must be at most [0-9]+, the texts that there are, got 1000000"):
         facts._texts("eval", "probes", 1_000_000)

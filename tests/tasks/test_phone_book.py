@@ -157,7 +157,7 @@ def test_a_text_is_what_the_whole_model_makes_of_it(backbone):
 
 
 @pytest.mark.parametrize(
-    ("method", "task"), [("lora", "phone_book"), ("full", "phone_book"), ("lora", "dictionary/text")]
+    ("method", "task"), [("lora", "phone_book"), ("full", "phone_book"), ("lora", "dictionary/text"), ("lora", "edits")]
 )
 def test_a_run_tells_what_it_forgets(backbone, method, task, monkeypatch):
     monkeypatch.setattr(facts, "_texts", lambda part, setting, count: [str(number) for number in range(count)])
@@ -178,6 +178,20 @@ def test_a_run_tells_what_it_forgets(backbone, method, task, monkeypatch):
     assert (still["forgotten"], still["kept"]) == (pytest.approx(0, abs=1e-5), 1)
     assert trained["forgotten"] > 1e-3
     assert "eval_loss" not in trained, "a batch of texts alone has none"
+
+
+def test_edits_are_of_real_texts(backbone, monkeypatch):
+    """The next word after eleven tokens, of the same texts for every seed; what the model says of them is stored."""
+    numbers = [str(number) for number in range(6)]
+    monkeypatch.setattr(facts, "_texts", lambda part, setting, count: numbers[:count])
+    first, other = (load_data(config(backbone, task="edits", seed=seed)).train for seed in (1, 2))
+    assert first.inputs == other.inputs == numbers
+    assert first.labels != other.labels
+    asked = []
+    monkeypatch.setattr(MLPInputs, "read", lambda below, texts, *read: asked.append(read) or torch.randn(6, 1, 24))
+    result = run(config(backbone, task="edits", lr=0.1, max_steps=60, max_grad_norm=10))
+    assert result.metrics["bits"] > 0.2 * 6 * 8
+    assert set(asked) == {(11, 1)}
 
 
 def test_a_translation_is_the_word_that_follows(backbone):

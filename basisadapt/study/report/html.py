@@ -129,6 +129,7 @@ CAPTIONS = {
     "curves.png": "The headline metric over the tuned setting: mean ± standard deviation over seeds, a ring at "
     "a row's own choice; dashed, the value that all rows have in common",
     "against.png": "Every row against what it costs, on a logarithmic scale",
+    "map.png": "The difference to the reference over two axes; in brackets what may be zero",
     "search.png": "Every trial's value in order with the best so far, and the importance of each setting",
     "phi.png": "What φ has learned to add to an entry of BA, a line per layer",
     "phi_evolution.png": "The same early in training, midway and at the end",
