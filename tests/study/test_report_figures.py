@@ -91,9 +91,9 @@ def test_a_study_may_be_drawn_over_two_axes(folder):
     }
     places = {(("matrix/flat", "matrix/power_1").index(task), (1, 4).index(r)): x for (task, r), x in expected.items()}
     assert {place: float(text.strip("()")) for place, text in drawn.items()} == pytest.approx(
-        {place: 100 * mean for place, mean in places.items()}, abs=0.06
+        {place: 100 * mean for place, mean in places.items()}, abs=0.006
     )
     assert not drawn[0, 0].startswith("("), "14 points, whatever the seed"
-    assert {text.get_text() for text in hira.texts} == {"(+0)"}
+    assert {text.get_text() for text in hira.texts} == {"(+0.00)"}
     assert report_files(report.make_report(table), no_pictures)["map.png"].startswith(b"\x89PNG")
     assert "map.png" not in report_files(report.make_report(build_table(study, {})), no_pictures)

@@ -12,7 +12,7 @@ from basisadapt.diagnostics.figures import verbatim
 from basisadapt.study import statistics
 from basisadapt.study.plan.cells import label_of
 from basisadapt.study.plan.keys import plain
-from basisadapt.study.report.formats import headline_text
+from basisadapt.study.report.formats import headline_text, number_form
 from basisadapt.study.report.table import Line, Table, by_name
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ def map_figure(table: Table, x: str, y: str) -> Figure | None:
     """
     from matplotlib.figure import Figure
 
-    scale = 100 if table.percent else 1
+    scale, number = 100 if table.percent else 1, number_form(table)
     panels: dict[str, dict[tuple[Any, Any], statistics.Difference]] = {}
     for line in table.lines:
         point = dict(line.row.point)
@@ -235,7 +235,7 @@ def map_figure(table: Table, x: str, y: str) -> Figure | None:
         grid = [[scale * panel[c, r].mean if (c, r) in panel else math.nan for c in columns] for r in rows]
         image = axes.imshow(grid, cmap="RdBu", vmin=-most, vmax=most, aspect="auto", origin="lower")
         for (column, row), found in panel.items():
-            told = f"{scale * found.mean:+.3g}"
+            told = number(found.mean, "+")
             sure = found.low is not None and found.high is not None and not found.low <= 0 <= found.high
             place = columns.index(column), rows.index(row)
             axes.text(*place, told if sure else f"({told})", ha="center", va="center", fontsize=7)
