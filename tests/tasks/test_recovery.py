@@ -238,7 +238,7 @@ def test_the_study():
         configs = [cell.config for cell in (*study.cells, *tuning.trials)]
         assert {(one.task, one.backbone) for one in configs} == {(task, backbone)}
         assert {cell.config.train.validation for cell in study.cells} == {None}
-        assert {cell.config.train.validation for cell in tuning.trials} == (set() if preset == "smoke" else {0.2})
+        assert {cell.config.train.validation for cell in tuning.trials} == ({0.2} if preset == "llm" else set())
         assert not {cell.seed for cell in study.cells} & {cell.seed for cell in tuning.trials}
         rates = {tuple(one.row.cells[0].config.train.lr for one in of_row) for of_row in tuning.candidates}
         assert len(rates) == 1
