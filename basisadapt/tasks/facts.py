@@ -246,7 +246,8 @@ class DictionaryTask(StoredTask):
     def of_seed(self, seed: int, data_dir: Path | None = None) -> TaskData:
         """The sentences of each word that are seen, and the one that is asked."""
         data, seen = super().of_seed(seed, data_dir), SENTENCES * self.settings.facts
-        return replace(data, train=data.train.head(seen), eval=data.eval.between(seen, None))
+        asked = Rows(data.eval.inputs[seen:], data.eval.labels[seen:])
+        return replace(data, train=data.train.head(seen), eval=asked)
 
 
 class DictionaryStates(DictionaryTask, Facts, name="dictionary/states"):

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import default_data_collator
 
 from basisadapt.tasks.docstrings import Docstrings
-from basisadapt.tasks.task import Example, Rows, Task, TaskData, stacked
+from basisadapt.tasks.task import Example, Rows, Task, TaskData
 
 RAGGED = ("input_ids", "targets")  # of an example: as long as its text
 
@@ -56,7 +57,7 @@ class RecoveryTask(Task):
             mask = pad_sequence([torch.ones_like(ids) for ids in ragged["input_ids"]], batch_first=True)
             padded = {name: pad_sequence(column, batch_first=True) for name, column in ragged.items()}
             rest: list[Example] = [{k: v for k, v in one.items() if k not in RAGGED} for one in examples]
-            return {**padded, "attention_mask": mask, **stacked(rest)}
+            return {**padded, "attention_mask": mask, **default_data_collator(rest)}
 
         return collate
 
