@@ -16,13 +16,17 @@ import triton.language as tl
 from torch import Tensor
 
 from basisadapt.phi import cubics, kernels_triton
-from basisadapt.phi.cubics import Row
+from basisadapt.phi.cubics import PackedRow, Row
 from basisadapt.phi.kernels_triton import Tiling
 
 # Names of functions for a GPU have to be the module's own.
 _columns_of, _rows_of, _halves = kernels_triton._columns_of, kernels_triton._rows_of, kernels_triton._halves
 _factor_product = kernels_triton._factor_product
 
+# Inductor copies a kernel's constants by their names, with those of the kernels that it calls: no name is used in both.
+AT_SCALE, AT_REACH = tl.constexpr(PackedRow.SCALE), tl.constexpr(PackedRow.REACH)
+AT_PATH, AT_INVERSE = tl.constexpr(PackedRow.PATH), tl.constexpr(PackedRow.INVERSE)
+AT_SLOPE, AT_HALF = tl.constexpr(PackedRow.SLOPE), tl.constexpr(PackedRow.HALF)
 FIXED_POINT = tl.constexpr(float(cubics.FIXED_POINT))  # units of the largest gradient
 TINY = tl.constexpr(1e-27)  # the least size of the largest gradient, whose unit float32 can still represent
 CELLS = 1 << 15  # cells of a table times copies of its sums, at most, unless the table alone has more
@@ -56,7 +60,7 @@ def _form(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BR: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """W + F(BA). AFTER: see `kernels_triton._form`."""
-    scale = tl.load(PACKED)
+    scale = tl.load(PACKED + AT_SCALE)
     cols = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     inside = (rows < m)[:, None] & (cols < n)[None, :]
@@ -64,8 +68,8 @@ def _form(
     a = _halves(_columns_of(A, cols, n, r, 0, BR), PRECISION)
     b = _halves(_rows_of(B, rows, m, r, 0, BR) * scale, PRECISION)
     t = _factor_product(A, B, a, b, rows, cols, m, n, r, scale, BR, ONE_BLOCK, PRECISION)
-    _, s, p0, p1, p2, p3 = _gather(PAIRS, t * tl.load(PACKED + 1), tl.load(PACKED + 5))
-    value = ((p3 * s + p2) * s + p1) * s + p0 + t * tl.load(PACKED + 2)  # t: NaN stays NaN
+    _, s, p0, p1, p2, p3 = _gather(PAIRS, t * tl.load(PACKED + AT_REACH), tl.load(PACKED + AT_HALF))
+    value = ((p3 * s + p2) * s + p1) * s + p0 + t * tl.load(PACKED + AT_PATH)  # t: NaN stays NaN
     if HAS_WEIGHT:
         place = W + row * stride_m + cols[None, :].to(tl.int64) * stride_n
         value += tl.load(place, mask=inside, other=0.0).to(tl.float32)
@@ -78,7 +82,7 @@ def _pull(
     BR: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """G becomes G F'(BA), and the sums receive Σ G s^k of every cell, in units; size: numbers in one of the copies."""
-    scale = tl.load(PACKED)
+    scale = tl.load(PACKED + AT_SCALE)
     cols = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     inside = (rows < m)[:, None] & (cols < n)[None, :]
@@ -87,8 +91,8 @@ def _pull(
     a = _halves(_columns_of(A, cols, n, r, 0, BR), PRECISION)
     b = _halves(_rows_of(B, rows, m, r, 0, BR) * scale, PRECISION)
     t = _factor_product(A, B, a, b, rows, cols, m, n, r, scale, BR, ONE_BLOCK, PRECISION)
-    cell, s, _, p1, p2, p3 = _gather(PAIRS, t * tl.load(PACKED + 1), tl.load(PACKED + 5))
-    slope = ((3.0 * p3 * s + 2.0 * p2) * s + p1) * tl.load(PACKED + 3) + tl.load(PACKED + 4)
+    cell, s, _, p1, p2, p3 = _gather(PAIRS, t * tl.load(PACKED + AT_REACH), tl.load(PACKED + AT_HALF))
+    slope = ((3.0 * p3 * s + 2.0 * p2) * s + p1) * tl.load(PACKED + AT_INVERSE) + tl.load(PACKED + AT_SLOPE)
     pulled = gradient * tl.where(t == t, slope, float("nan"))
     tl.store(place, pulled.to(G.dtype.element_ty), mask=inside)
     unit = FIXED_POINT / tl.maximum(tl.load(LARGEST).to(tl.float32), TINY)

@@ -25,7 +25,6 @@ from basisadapt.phi.sums import Places, evaluations, sums, with_slopes
 
 SLOPE = 8  # the tolerance for F' as a multiple of that for F: its error lies in the few cells where F'' is steep
 FIXED_POINT = 1 << 36  # the largest gradient in units of the sums: 2^26 summands fit into 62 bits
-PACKED = 8  # numbers that a kernel reads for a row, see `Row`
 FINE = 12  # cells between neighboring places at which a smooth function is summed
 NEIGHBOURS = 24  # sums that determine a cell: Lagrange's polynomial through them is more accurate than the cubic
 WIDEST, CLOSER = 1.0, 2**0.25  # the first distance of sums, in widths of the narrowest function; its next reduction
@@ -187,16 +186,26 @@ class Made(Cubics):
         return tuple(torch.zeros_like(p) if g is None else g for g, p in zip(grads, leaves, strict=True))
 
 
+class PackedRow:
+    """The layout of the numbers that belong to a `Row`, in a row of SIZE.
+
+    `SCALE`, `REACH`, `PATH`, `INVERSE`, `SLOPE`, `HALF`: the places of 1 / R, R / step, path · R, 1 / step, the path
+    and C.
+    """
+
+    SCALE, REACH, PATH, INVERSE, SLOPE, HALF = range(6)
+    SIZE = 8  # a power of two keeps every row aligned
+
+
 class Row(Cubics):
     """One module's table of those made at once (see `together`); its gradients are those of the cubics themselves."""
 
     def __init__(self, cubics: Tensor, half: int, packed: Tensor, path: float) -> None:
         """cubics: shape (cells, 4), with gradients.
 
-        packed: shape (PACKED,), in their dtype, what kernels also need: 1 / R, R / step, path · R, 1 / step, the path,
-        `half`.
+        packed: shape (SIZE,), in their dtype, in the layout of `PackedRow`: what kernels also need.
         """
-        super().__init__(half, path, lambda: (cubics.detach(), packed[3], packed[1]))
+        super().__init__(half, path, lambda: (cubics.detach(), packed[PackedRow.INVERSE], packed[PackedRow.REACH]))
         self.parameters, self.packed = (cubics,), packed
 
     @functools.cached_property

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from basisadapt.phi import series
 from basisadapt.phi.bank import Transfer
+from basisadapt.phi.series import Packed
 
 BEYOND = 1 + 1e-4  # the largest |z| / R, which rounding may raise above 1
 
@@ -52,7 +52,7 @@ class Series(Evaluator):
 
     - `coefficients`: shape (P + POWER_COUNT,), float64, with gradients: those of T_d(z / R), of which the first D are
       used, then those of powers (see `series.with_powers`). A gradient may reach either.
-    - `packed`: shape (PACKED,), the same numbers and R in the dtype of the arithmetic, in the layout of `series.pack`,
+    - `packed`: shape (SIZE,), the same numbers and R in the dtype of the arithmetic, in the layout of `series.Packed`,
       on the device of the weights. D is read from it only if this evaluator itself does the work.
     - `expected` (int): the likely D, known without waiting for a GPU.
     """
@@ -67,13 +67,13 @@ class Series(Evaluator):
     def width(self) -> int:
         """D, the number of terms."""
         if self._known_width is None:
-            self._known_width = int(self.packed[0])
+            self._known_width = int(self.packed[Packed.DEGREE])
         return self._known_width
 
     def _rows(self) -> Tensor:
         """The coefficients of F and F' with respect to `_polynomials`, shape (2, D)."""
         if self._signed is None:
-            rows = [self.packed[start : start + self.width] for start in (series.VALUES, series.SLOPES)]
+            rows = [self.packed[start : start + self.width] for start in (Packed.VALUES, Packed.SLOPES)]
             self._signed = torch.stack(rows) * _signs(self.width, self.packed)
         return self._signed
 
@@ -85,11 +85,11 @@ class Series(Evaluator):
 
     def value(self, z: Tensor, room: Tensor) -> Tensor:
         """F(z)."""
-        return (self._rows()[0] @ _polynomials(z, self.packed[1], room)).view_as(z)
+        return (self._rows()[0] @ _polynomials(z, self.packed[Packed.SCALE], room)).view_as(z)
 
     def pullback(self, z: Tensor, gradient: Tensor, room: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """F(z), gradient · F'(z), and the moments Σ gradient · T_d(z / R)."""
-        polynomials = _polynomials(z, self.packed[1], room)
+        polynomials = _polynomials(z, self.packed[Packed.SCALE], room)
         value, slope = (self._rows() @ polynomials).view(2, *z.shape)
         moments = (polynomials @ gradient.flatten()).double() * _signs(self.width, self.parameters[0])
         beyond = len(self.parameters[0]) - self.width

@@ -20,12 +20,14 @@ from torch import Tensor
 
 from basisadapt.phi import series as layout
 from basisadapt.phi.evaluators import Series
+from basisadapt.phi.series import Packed
 
 GROUP = tl.constexpr(8)  # degrees per turn of the loops; the coefficients beyond the degree are zero
 TERMS = tl.constexpr(layout.POINTS[-1])
 POWER_COUNT = tl.constexpr(layout.POWER_COUNT)
-VALUES, SLOPES = tl.constexpr(layout.VALUES), tl.constexpr(layout.SLOPES)
-POWERS, SLOPE_POWERS = tl.constexpr(layout.POWERS), tl.constexpr(layout.SLOPE_POWERS)
+DEGREE, SCALE = tl.constexpr(Packed.DEGREE), tl.constexpr(Packed.SCALE)
+VALUES, SLOPES = tl.constexpr(Packed.VALUES), tl.constexpr(Packed.SLOPES)
+POWERS, SLOPE_POWERS = tl.constexpr(Packed.POWERS), tl.constexpr(Packed.SLOPE_POWERS)
 BEYOND = tl.constexpr(1.001)  # of R, and what rounding may add
 STEP = tl.constexpr(4)  # powers of t that are kept at once
 LANES = tl.constexpr(4)  # threads among which a product's result deals out the columns of a row, in pairs
@@ -128,8 +130,8 @@ def _form_by(
     BR: tl.constexpr, TILES: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """By COUNT powers of t; 0: by Clenshaw's recurrence, which is exact at any length."""
-    degree = tl.load(SERIES).to(tl.int32)
-    scale = tl.load(SERIES + 1)
+    degree = tl.load(SERIES + DEGREE).to(tl.int32)
+    scale = tl.load(SERIES + SCALE)
     c = _coefficients(SERIES + POWERS, COUNT)
     cols = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     a = _halves(_columns_of(A, cols, n, r, 0, BR), PRECISION)
@@ -153,7 +155,7 @@ def _form(
     BR: tl.constexpr, TILES: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """W + F(BA). AFTER is not read: it tells a graph that this is done after that tensor, and not kept until then."""
-    if tl.load(SERIES).to(tl.int32) <= COUNT:
+    if tl.load(SERIES + DEGREE).to(tl.int32) <= COUNT:
         _form_by(
             COUNT, W, OUT, A, B, SERIES, m, n, r, stride_m, stride_n, HAS_WEIGHT,
             ROWS, COLUMNS, BR, TILES, ONE_BLOCK, PRECISION,
@@ -224,8 +226,8 @@ def _pull_by(
     COLUMNS: tl.constexpr, BR: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """By COUNT powers of t; 0: by recurrences."""
-    degree = tl.load(SERIES).to(tl.int32)
-    scale = tl.load(SERIES + 1)
+    degree = tl.load(SERIES + DEGREE).to(tl.int32)
+    scale = tl.load(SERIES + SCALE)
     slopes = _coefficients(SERIES + SLOPE_POWERS, COUNT)
     in_group = tl.arange(0, GROUP)[None, :]
     group = tl.arange(0, TERMS // GROUP)[:, None]
@@ -279,7 +281,7 @@ def _pull(
 ):  # fmt: skip
     """On `each` of the tiles, counted row by row, `tiles` to a row: G becomes G F'(z); the scratch receives the sums
     Σ G T_d(t) or, behind them, Σ G t^k, and, where r fits into one block, the parts of dB = (G F'(z)) Aᵀ."""
-    if tl.load(SERIES).to(tl.int32) <= COUNT:
+    if tl.load(SERIES + DEGREE).to(tl.int32) <= COUNT:
         _pull_by(
             COUNT, G, A, B, SERIES, SCRATCH, m, n, r, tiles, each, programs, ROWS, COLUMNS, BR, ONE_BLOCK, PRECISION
         )  # fmt: skip
@@ -297,7 +299,7 @@ def _collect(
     """Adds up what the programs of `_pull` have left, in a fixed order; size: of dB, SHARE: of a row of tiles in it."""
     index = tl.program_id(0)
     if index < TERMS + POWER_COUNT:
-        degree = tl.load(SERIES).to(tl.int32)
+        degree = tl.load(SERIES + DEGREE).to(tl.int32)
         short = (index >= TERMS) & (index < TERMS + degree)
         made = tl.where(degree <= COUNT, short, (index < TERMS) & (index < degree))
         total = tl.zeros((BLOCK,), tl.float64)

@@ -24,18 +24,27 @@ from basisadapt.phi.basis import width
 from basisadapt.phi.extent import Extent
 
 POINTS = (16, 32, 64, 128)  # numbers of nodes that are tried
-# The layout of a packed series: degree, 1 / R, and from these places on the coefficients of F and of dF/dz as series in
-# T_d(z / R), and of both in powers of z / R.
 POWER_COUNT = 16  # monomials are well conditioned for short series only
-POWERS, SLOPE_POWERS = 2, 2 + POWER_COUNT
-VALUES = SLOPE_POWERS + POWER_COUNT
-SLOPES = VALUES + POINTS[-1]
-PACKED = SLOPES + POINTS[-1]
 LEAST_VARIATION = 1e-3  # of a slope, relative to its size: below, rounding would decide
 PEAKS = 64  # at most so many grid points are check points
 COARSE = 2.0  # nodes further apart than so many widths of a basis function might pass over one
 
 Tables = Callable[..., Transfer]  # the functions of M modules, from three tables and their gains
+
+
+class Packed:
+    """The layout of a packed series, a row of SIZE numbers.
+
+    - `DEGREE`, `SCALE`: the places of D and of 1 / R.
+    - `POWERS`, `SLOPE_POWERS`: the first of POWER_COUNT places, of F and of dF/dz in powers of z / R.
+    - `VALUES`, `SLOPES`: the first place of the coefficients of F and of dF/dz in T_d(z / R).
+    """
+
+    DEGREE, SCALE, POWERS = 0, 1, 2
+    SLOPE_POWERS = POWERS + POWER_COUNT
+    VALUES = SLOPE_POWERS + POWER_COUNT
+    SLOPES = VALUES + POINTS[-1]
+    SIZE = SLOPES + POINTS[-1]
 
 
 @dataclass(frozen=True)
@@ -258,7 +267,7 @@ def _monomials(points: int) -> Tensor:
 
 @torch.no_grad()
 def pack(batch: SeriesBatch) -> Tensor:
-    """All series as rows of numbers, (M, PACKED), float64, zero beyond the degree; powers for short series only."""
+    """All series in the layout of `Packed`, (M, SIZE), float64, zero beyond the degree; powers of short ones only."""
     points = batch.coefficients.shape[1] - POWER_COUNT
     beyond = torch.arange(points, device=batch.radius.device) >= batch.degree.unsqueeze(1)
     coefficients = batch.coefficients[:, :points]
@@ -267,12 +276,15 @@ def pack(batch: SeriesBatch) -> Tensor:
     slopes = coefficients @ _differentiation(points, batch.radius.device).T / batch.radius.unsqueeze(1)
     slopes = slopes.masked_fill(beyond, 0.0)
     to_powers = _monomials(POWER_COUNT, batch.radius.device).T
-    packed = values.new_zeros(len(values), PACKED)
-    packed[:, 0], packed[:, 1] = batch.degree, 1 / batch.radius
-    packed[:, POWERS : POWERS + POWER_COUNT] = values[:, :POWER_COUNT] @ to_powers
-    packed[:, SLOPE_POWERS : SLOPE_POWERS + POWER_COUNT] = slopes[:, :POWER_COUNT] @ to_powers
-    packed[:, VALUES : VALUES + points] = values
-    packed[:, SLOPES : SLOPES + points] = slopes
+    packed = values.new_zeros(len(values), Packed.SIZE)
+    packed[:, Packed.DEGREE], packed[:, Packed.SCALE] = batch.degree, 1 / batch.radius
+    for start, numbers in (
+        (Packed.POWERS, values[:, :POWER_COUNT] @ to_powers),
+        (Packed.SLOPE_POWERS, slopes[:, :POWER_COUNT] @ to_powers),
+        (Packed.VALUES, values),
+        (Packed.SLOPES, slopes),
+    ):
+        packed[:, start : start + numbers.shape[1]] = numbers
     return packed
 
 

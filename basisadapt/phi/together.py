@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from basisadapt.phi.bank import Transfer, index_tensor
-from basisadapt.phi.cubics import FEWEST, FINE, PACKED, Cells, Made, Row, kinds, reach
+from basisadapt.phi.cubics import FEWEST, FINE, Cells, Made, PackedRow, Row, kinds, reach
 from basisadapt.phi.series import Tables
 
 SIZES = tuple(FINE * FEWEST // 2 * number << k for k in range(12) for number in (2, 3))  # cells on either side of zero
@@ -76,11 +76,16 @@ def rows(
             with torch.no_grad():
                 transfer, ends = pick(all_of_them, some), radius[index_tensor(some, radius.device)]
                 cells, path = Cells.of(transfer, ends, half), transfer.scaling if transfer.path else 0.0
-                beside = (
-                    *(1 / ends, ends / cells.step, path * ends, 1 / cells.step),
-                    *(torch.full_like(ends, number) for number in (path, half)),
-                )
-                packed = functional.pad(torch.stack(beside, 1), (0, PACKED - len(beside))).to(dtype)
+                beside = {
+                    PackedRow.SCALE: 1 / ends,
+                    PackedRow.REACH: ends / cells.step,
+                    PackedRow.PATH: path * ends,
+                    PackedRow.INVERSE: 1 / cells.step,
+                    PackedRow.SLOPE: torch.full_like(ends, path),
+                    PackedRow.HALF: torch.full_like(ends, half),
+                }
+                ordered = torch.stack([beside[place] for place in range(len(beside))], 1)
+                packed = functional.pad(ordered, (0, PackedRow.SIZE - len(beside))).to(dtype)
             cubics = _Cubics.apply(tables, some, kind, cells, dtype, *parameters)  # type: ignore[no-untyped-call]
             for index, row, numbers in zip(some, cubics.unbind(), packed.unbind(), strict=True):
                 made[index] = Row(row, half, numbers, path)
