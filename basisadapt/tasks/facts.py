@@ -65,6 +65,11 @@ class StoredTask(DrawnTask):
     def answers(self, label: Any) -> Example:
         """The entries of a row's example that hold its right classes."""
 
+    def check(self, data_dir: Path | None) -> None:
+        """Raise InputError if there are fewer texts than data.probes."""
+        if self.settings.probes:
+            _texts("eval", "probes", self.settings.probes)
+
     def of_seed(self, seed: int, data_dir: Path | None = None) -> TaskData:
         """The facts; to evaluate on, also the texts."""
         data = super().of_seed(seed, data_dir)
@@ -192,6 +197,11 @@ class TextFacts(Facts, name="facts/texts"):
         """The texts, the same for every seed, and classes."""
         return Rows(self._keys(), generator.integers(CLASSES, size=self.settings.facts).tolist())
 
+    def check(self, data_dir: Path | None) -> None:
+        """Raise InputError if there are fewer texts than data.facts or data.probes."""
+        super().check(data_dir)
+        self._keys()
+
     def _keys(self) -> list[str]:
         return _texts("train", "facts", self.settings.facts)
 
@@ -214,6 +224,11 @@ class Edits(PhoneBook, name="edits"):
     def draw(self, generator: np.random.Generator) -> Rows:
         """The texts, the same for every seed, and the words."""
         return Rows(self._keys(), generator.integers(CLASSES, size=(self.settings.facts, 1)).tolist())
+
+    def check(self, data_dir: Path | None) -> None:
+        """Raise InputError if there are fewer texts than data.facts or data.probes."""
+        super().check(data_dir)
+        self._keys()
 
     def _keys(self) -> list[str]:
         return _texts("train", "facts", self.settings.facts)

@@ -255,6 +255,9 @@ def test_the_texts_are_real_and_there_may_be_too_few():
     assert not set(more) & set(facts._texts("train", "facts", 500)), "texts that are facts tell nothing of forgetting"
     with pytest.raises(InputError, match=r"data.probes must be at most [0-9]+, the texts that there are, got 1000000"):
         facts._texts("eval", "probes", 1_000_000)
+    for task, settings in ((Facts, {"facts": 6, "probes": 10**6}), (TextFacts, {"facts": 10**6})):
+        with pytest.raises(InputError, match="the texts that there are, got 1000000"):
+            task(DataSettings(**settings)).check(None)
     with pytest.raises(InputError, match=r"data\.probes must be at least 0"):
         DataSettings(probes=-1)
 
