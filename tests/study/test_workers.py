@@ -227,7 +227,10 @@ def driver(home, faking):
     eventually(lambda: (home / "hanging").exists() or process.poll() is not None)
     yield process
     process.kill()
-    process.communicate()
+    process.wait()
+    for stream in (process.stdout, process.stderr):  # not read to the end: a worker that is left would hold it open
+        if stream is not None:
+            stream.close()
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs signals")
