@@ -21,7 +21,7 @@ from basisadapt.phi.choice import Choice, Work, default_tolerance, evaluator
 from basisadapt.phi.dense_gradient import EXACT, DenseGradient
 from basisadapt.phi.evaluators import Direct, Evaluator, Split
 from basisadapt.phi.kernels import resolve_backend
-from basisadapt.phi.operators import Call, Function, Link, Linked, linked
+from basisadapt.phi.operators import Call, Function, Link, Linked, fill, linked
 from basisadapt.phi.weight import Execution
 
 HALF_ROUNDING = 1 + 2**-7  # under FSDP, A and B may each be rounded to bfloat16 for their layer
@@ -142,8 +142,7 @@ class Compiler:
     def compiled(self) -> Iterator[None]:
         """Compile if anything has changed. Meanwhile layers do not check again, which takes microseconds in each."""
         before: Compiled | None = getattr(self._in_call, "compiled", None)
-        self._in_call.compiled = self._current()
-        self._link(self._in_call.compiled)
+        self._in_call.compiled = self._current_linked()
         self._call.under_way = True
         try:
             yield
@@ -152,13 +151,20 @@ class Compiler:
             if before is not None:
                 self._link(before)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _current_linked(self) -> Compiled:
+        """The functions of the current factors and tables, to which the links point."""
+        current = self._current()
+        self._link(current)
+        return current
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _link(self, compiled: Compiled) -> None:
         if self._linked is not compiled:
             self._linked = compiled
-            for name, of_graph in zip(compiled.functions, compiled.linked, strict=True):
-                link = self.links[name]
-                link.row, link.key, link.traced = of_graph.row, of_graph.key, of_graph.traced
-                link.function = compiled.functions[name]
+            for (name, function), of_graph in zip(compiled.functions.items(), compiled.linked, strict=True):
+                self.links[name].point_to(of_graph, function)
+            fill(compiled.functions.values(), compiled.linked)
 
     def _check(self, module: str, function: Function, A: Tensor, B: Tensor) -> None:
         """Raise InputError if a compiled graph uses a function that does not belong to these factors."""
@@ -174,7 +180,6 @@ class Compiler:
             "peft model, which brings φ up to date, or leave that part uncompiled"
         )
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _current(self) -> Compiled:
         """The functions of the current factors and tables, compiled if there are none."""
         if not any(choice.deferred(A) or hasattr(A, "full_tensor") for A, _ in map(self._pair, self._modules)):
@@ -269,7 +274,7 @@ class Compiler:
         ]
         return Compiled(
             dict(zip(names, functions, strict=True)), wanted, copies, trained, tolerances, kept,
-            linked(functions, alike),
+            linked(functions, [self.links[name] for name in names], alike),
         )  # fmt: skip
 
 

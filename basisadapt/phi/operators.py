@@ -14,7 +14,8 @@ of the model, where nobody has brought the numbers up to date, a graph checks it
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -87,10 +88,29 @@ class Link:
         self.key: Tensor | None = None
         self.traced: tuple[Tensor, Tensor] | None = None
         self.function: Function | None = None
+        self._memory: dict[str, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """The state of a copy or a pickle, without a function."""
-        return {**dict.fromkeys(vars(self)), "call": self.call}
+        return {**dict.fromkeys(vars(self)), "call": self.call, "_memory": {}}
+
+    def memory(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Memory of this shape and of the dtype of `like`, the same in every step.
+
+        A CUDA graph that torch.compile captures reads its inputs, and what a backward pass has kept, where they were
+        when it was captured. Elsewhere it would be captured again, in every step.
+        """
+        held = self._memory.get(name)
+        if held is None or held.shape != shape or held.dtype != like.dtype or held.device != like.device:
+            held = self._memory[name] = like.detach().new_empty(shape)
+        return held
+
+    def point_to(self, linked: Linked, function: Function) -> None:
+        """Take what graphs shall read of this function; `fill` brings its numbers."""
+        self.row, self.key, self.traced, self.function = linked.row, linked.key, linked.traced, function
+        if linked.traced is not None and "torch._dynamo" in sys.modules:
+            for tensor in linked.traced:
+                torch._dynamo.mark_static_address(tensor)
 
 
 _known: WeakValueDictionary[int, Function] = WeakValueDictionary()
@@ -99,15 +119,17 @@ _next_key = itertools.count()
 
 @dataclass(frozen=True)
 class Linked:
-    """What a graph reads of one function, see `Link`."""
+    """What a graph reads of one function, see `Link`; the numbers in `traced` are those of the last `fill`."""
 
     row: Tensor
     key: Tensor
     traced: tuple[Tensor, Tensor] | None
 
 
-def linked(functions: Sequence[Function], alike: Sequence[str]) -> list[Linked]:
-    """What graphs read of these functions. An autograd graph that holds a row keeps its function alive.
+def linked(functions: Sequence[Function], links: Sequence[Link], alike: Sequence[str]) -> list[Linked]:
+    """What graphs read of these functions, in the memory of their links.
+
+    An autograd graph that holds a row keeps its function alive.
 
     alike: a name for each; those of one name are in one graph, if they are in different blocks of a model.
     """
@@ -116,18 +138,40 @@ def linked(functions: Sequence[Function], alike: Sequence[str]) -> list[Linked]:
     traced = _traceable(functions, alike)
     tables = [index for index in traced if isinstance(functions[index].evaluator, Row)]
     parameters = [parameter for function in functions for parameter in function.evaluator.parameters]
-    made = _Rows.apply(functions, tables, *parameters)  # type: ignore[no-untyped-call]
+    made = _Rows.apply(functions, links, set(traced), tables, *parameters)  # type: ignore[no-untyped-call]
     rows, cubics = made[: len(functions)], dict(zip(tables, made[len(functions) :], strict=True))
     packed: dict[int, Tensor] = {}
-    if traced:  # separate tensors, as in `_Rows`
-        evaluators: list[Any] = [functions[index].evaluator for index in traced]
-        packed = dict(zip(traced, torch._foreach_mul([one.packed for one in evaluators], 1), strict=True))
+    for index in traced:
+        evaluator: Any = functions[index].evaluator
+        packed[index] = links[index].memory("packed", evaluator.packed.shape, evaluator.packed)
     # `scalar_tensor` takes a third of the time of `tensor`.
     numbers = [torch.scalar_tensor(key, dtype=torch.int64, device="cpu") for key in keys]
     return [
         Linked(row, numbers[index], (cubics.get(index, row), packed[index]) if index in packed else None)
         for index, row in enumerate(rows)
     ]
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def fill(functions: Iterable[Function], linked: Iterable[Linked]) -> None:
+    """Copy the functions' numbers to where graphs read them.
+
+    A backward pass that would need what was there before is refused by autograd, as after a step of the optimizer.
+    """
+    packed: tuple[list[Tensor], list[Tensor]] = [], []
+    cubics: tuple[list[Tensor], list[Tensor]] = [], []
+    for function, one in zip(functions, linked, strict=True):
+        if one.traced is not None:
+            evaluator: Any = function.evaluator
+            packed[0].append(one.traced[1])
+            packed[1].append(evaluator.packed)
+            if isinstance(evaluator, Row):
+                cubics[0].append(one.traced[0])
+                cubics[1].append(evaluator.parameters[0])
+    for there, here in (packed, cubics):
+        if there:
+            torch._foreach_copy_(there, here)
 
 
 def _traceable(functions: Sequence[Function], alike: Sequence[str]) -> list[int]:
@@ -151,16 +195,27 @@ _FUSED = Execution("triton")
 
 
 class _Rows(torch.autograd.Function):
-    """Rows without values, whose gradients bring those of the parameters; and copies of the cubics of some `tables`."""
+    """Rows without values, whose gradients bring those of the parameters; and room for the cubics of some `tables`.
+
+    Those of `traced` functions lie in the memory of their links. All are separate tensors: with dynamic shapes, a
+    compiler would specialize on their offsets in a common one.
+    """
 
     @staticmethod
-    def forward(ctx: Any, functions: Sequence[Function], tables: Sequence[int], *parameters: Tensor) -> tuple[Any, ...]:
+    def forward(
+        ctx: Any, functions: Sequence[Function], links: Sequence[Link], traced: set[int], tables: Sequence[int],
+        *parameters: Tensor,
+    ) -> tuple[Any, ...]:  # fmt: skip
         ctx.functions, ctx.tables = functions, tables
         ctx.set_materialize_grads(False)
-        # Separate tensors: with dynamic shapes, a compiler would specialize on their offsets in a common one.
-        rows = [parameters[0].new_empty(LENGTH, dtype=torch.float64) for _ in functions]
+        like = parameters[0].new_empty(0, dtype=torch.float64)
+        rows = [
+            link.memory("row", (LENGTH,), like).detach() if index in traced else like.new_empty(LENGTH)
+            for index, link in enumerate(links)
+        ]
         cubics = [functions[index].evaluator.parameters[0] for index in tables]
-        return *rows, *(torch._foreach_mul(cubics, 1) if cubics else ())
+        held = [links[index].memory("cubics", table.shape, table) for index, table in zip(tables, cubics, strict=True)]
+        return *rows, *(memory.detach() for memory in held)
 
     @staticmethod
     @once_differentiable
@@ -171,7 +226,7 @@ class _Rows(torch.autograd.Function):
             if gradient is not None:
                 (found,) = taken[index]
                 taken[index] = [gradient if found is None else found + gradient]
-        return None, None, *itertools.chain.from_iterable(taken)
+        return None, None, None, None, *itertools.chain.from_iterable(taken)
 
 
 def linked_linear(

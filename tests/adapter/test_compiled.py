@@ -400,3 +400,36 @@ def test_on_a_gpu(way, settings, weights, mode, monkeypatch):
     torch.testing.assert_close(ours, losses, rtol=1e-4 if exact else 2e-2, atol=0)
     for gradient, expected in zip(found, truth, strict=True):
         assert (gradient - expected).norm() <= (1e-3 if exact else 0.1) * expected.norm() + 1e-6
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("settings", [FEW, NYQUIST])
+@pytest.mark.parametrize("way", [regional, whole])
+def test_cuda_graphs_are_captured_once(way, settings, monkeypatch):
+    """Not again in every step, for numbers of φ that have moved."""
+    from torch._inductor.cudagraph_trees import CUDAGraphTreeManager
+
+    captured = [0]
+    record = CUDAGraphTreeManager.record_function
+    monkeypatch.setattr(
+        CUDAGraphTreeManager,
+        "record_function",
+        lambda *arguments: (captured.append(captured.pop() + 1), record(*arguments))[1],
+    )
+    adapted = model(**settings).to(torch.bfloat16).cuda()
+    call = adapted
+    if way is whole:
+        call = torch.compile(adapted, mode="reduce-overhead")
+    else:
+        adapted.enable_input_require_grads()
+        for layer in adapted.base_model.model.model.layers:
+            layer.compile(mode="reduce-overhead", fullgraph=True)
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-3)
+    counts = []
+    for _ in range(9):
+        call(input_ids=TOKENS.cuda(), labels=TOKENS.cuda(), use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        counts.append(captured[0])
+    assert counts[-1] > 0
+    assert counts[5:] == counts[-1:] * 4

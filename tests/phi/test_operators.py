@@ -12,7 +12,7 @@ from basisadapt.phi.choice import evaluator
 from basisadapt.phi.cubics import Row
 from basisadapt.phi.dense_gradient import DenseGradient
 from basisadapt.phi.evaluators import Direct, Series, Split
-from basisadapt.phi.operators import Function, linked, linked_linear
+from basisadapt.phi.operators import Call, Function, Link, fill, linked_linear
 from basisadapt.phi.weight import Execution, adapted_linear
 from tests.phi.test_evaluators import factors, make
 
@@ -27,6 +27,13 @@ def function(A, B, kind=Series):
     made = Direct(transfer) if kind is Direct else evaluator(transfer, A.detach(), B.detach(), "torch")
     assert isinstance(made, kind)
     return Function(made, Execution("torch", DenseGradient()), lambda *_: None), leaves
+
+
+def linked(functions, names):
+    """What graphs read of the functions, by links of their own, with their numbers."""
+    found = operators.linked(functions, [Link(Call()) for _ in functions], names)
+    fill(functions, found)
+    return found
 
 
 def inputs(kind=Series, weight=True, bias=True, dtype=torch.float64):
@@ -142,6 +149,29 @@ def test_what_a_graph_gets_of_a_table_brings_the_gradient_to_its_cubics():
     (3 * row).sum().backward(retain_graph=True)
     assert torch.equal(cubics.grad, torch.full_like(cubics, 3))
     assert other.traced[0] is other.row
+
+
+@pytest.mark.usefixtures("_fused_on_a_cpu")
+def test_numbers_stay_where_they_are_from_step_to_step():
+    """As a captured CUDA graph needs it; a backward pass of before is refused, and not given the numbers of after."""
+    A, B = factors(9, 7, 2, 0.3)
+    links, tables = [Link(Call())], [torch.randn(n, 4).double().requires_grad_() for n in (6, 6, 8)]
+    places, packed = [], []
+    for step, cubics in enumerate(tables):
+        one = Function(Row(cubics.float(), 2, torch.full((8,), float(step)), 0.0), Execution("torch"), lambda *_: None)
+        found = operators.linked([one], links, ["q"])
+        before = packed[-1].square().sum() if packed else None
+        fill([one], found)
+        numbers, of_now = found[0].traced
+        assert torch.equal(numbers, cubics.float())
+        assert torch.equal(of_now, torch.full((8,), float(step)))
+        places.append((numbers.data_ptr(), of_now.data_ptr()))
+        if before is not None:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                before.backward()
+        packed.append(of_now.detach().requires_grad_())
+    assert places[0] == places[1]
+    assert places[1][0] != places[2][0]
 
 
 def test_a_graph_asks_whether_its_functions_belong_to_their_factors():
