@@ -402,7 +402,7 @@ def test_on_a_gpu(way, settings, weights, mode, monkeypatch):
         assert (gradient - expected).norm() <= (1e-3 if exact else 0.1) * expected.norm() + 1e-6
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@on_cuda
 @pytest.mark.parametrize("settings", [FEW, NYQUIST])
 @pytest.mark.parametrize("way", [regional, whole])
 def test_cuda_graphs_are_captured_once(way, settings, monkeypatch):

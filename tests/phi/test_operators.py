@@ -154,7 +154,6 @@ def test_what_a_graph_gets_of_a_table_brings_the_gradient_to_its_cubics():
 @pytest.mark.usefixtures("_fused_on_a_cpu")
 def test_numbers_stay_where_they_are_from_step_to_step():
     """As a captured CUDA graph needs it; a backward pass of before is refused, and not given the numbers of after."""
-    A, B = factors(9, 7, 2, 0.3)
     links, tables = [Link(Call())], [torch.randn(n, 4).double().requires_grad_() for n in (6, 6, 8)]
     places, packed = [], []
     for step, cubics in enumerate(tables):

@@ -194,7 +194,7 @@ def test_what_the_fused_kernels_are_asked_for(monkeypatch):
     monkeypatch.setattr(phi, "kernels_triton", fused, raising=False)
     for form in (True, False):
         found, expected = (kernels.pull_back(dense, base, A, B, evaluator, b, form) for b in ("triton", "torch"))
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        torch.testing.assert_close(found, expected)  # to the bit on some processors only
         assert (found[0] is None) == (not form)
     found, expected = (kernels.effective_weight(base, A, B, evaluator, torch.bfloat16, b) for b in ("triton", "torch"))
     assert torch.equal(found, expected)
