@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -95,6 +96,7 @@ class Compiler:
         self._kept: list[Compiled] = []  # at most one with gradients and one without, the newest first
         self._in_call = threading.local()  # what this thread's current call of the model uses
         self._linked: Compiled | None = None  # what the links point to
+        self._may_be_traced = False  # as the links know it
         self._call.under_way = False
         self._one_at_a_time = threading.RLock()
 
@@ -160,10 +162,11 @@ class Compiler:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _link(self, compiled: Compiled) -> None:
-        if self._linked is not compiled:
-            self._linked = compiled
+        may_be_traced = "torch._dynamo" in sys.modules
+        if self._linked is not compiled or self._may_be_traced != may_be_traced:
+            self._linked, self._may_be_traced = compiled, may_be_traced
             for (name, function), of_graph in zip(compiled.functions.items(), compiled.linked, strict=True):
-                self.links[name].point_to(of_graph, function)
+                self.links[name].point_to(of_graph, function, may_be_traced)
             fill(compiled.functions.values(), compiled.linked)
 
     def _check(self, module: str, function: Function, A: Tensor, B: Tensor) -> None:

@@ -14,7 +14,6 @@ of the model, where nobody has brought the numbers up to date, a graph checks it
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -105,12 +104,18 @@ class Link:
             held = self._memory[name] = like.detach().new_empty(shape)
         return held
 
-    def point_to(self, linked: Linked, function: Function) -> None:
-        """Take what graphs shall read of this function; `fill` brings its numbers."""
+    def point_to(self, linked: Linked, function: Function, may_be_traced: bool) -> None:
+        """Take what graphs shall read of this function; `fill` brings its numbers.
+
+        may_be_traced: torch's compiler, which takes long to import, has been.
+        """
         self.row, self.key, self.traced, self.function = linked.row, linked.key, linked.traced, function
-        if linked.traced is not None and "torch._dynamo" in sys.modules:
-            for tensor in linked.traced:
-                torch._dynamo.mark_static_address(tensor)
+        if linked.traced is not None and may_be_traced:
+            numbers, packed = linked.traced
+            torch._dynamo.mark_static_address(numbers)
+            torch._dynamo.mark_static_address(packed)
+            if numbers is not linked.row:  # a table; inductor cannot copy one of unknown size for a kernel (torch 2.11)
+                torch._dynamo.mark_static(numbers)
 
 
 _known: WeakValueDictionary[int, Function] = WeakValueDictionary()

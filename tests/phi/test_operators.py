@@ -173,6 +173,27 @@ def test_numbers_stay_where_they_are_from_step_to_step():
     assert places[1][0] != places[2][0]
 
 
+@pytest.mark.usefixtures("_fused_on_a_cpu")
+def test_the_size_of_a_table_is_a_constant_of_a_graph():
+    """Also of one for all shapes of a batch: inductor copies it for a kernel, and fails if the size is unknown."""
+    one = Function(
+        Row(torch.ones(6, 4, requires_grad=True), 2, torch.ones(8), 0.0), Execution("torch"), lambda *_: None
+    )
+    link, seen = Link(Call()), []
+
+    def keep(graph, inputs):
+        seen.extend(node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder")
+        return graph
+
+    (found,) = operators.linked([one], [link], ["q"])
+    link.point_to(found, one, may_be_traced=True)
+    fill([one], [found])
+    total = torch.compile(lambda x: link.traced[0].sum() + x.sum(), dynamic=True, backend=keep)(torch.ones(5, 3))
+    assert total == 24 + 15
+    constant = [all(isinstance(size, int) for size in v.shape) for v in seen if isinstance(v, torch.Tensor)]
+    assert sorted(constant) == [False, True]  # of x, and of the table
+
+
 def test_a_graph_asks_whether_its_functions_belong_to_their_factors():
     A, B = factors(9, 7, 2, 0.3)
     asked = []
