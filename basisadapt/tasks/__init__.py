@@ -11,6 +11,7 @@ from basisadapt.tasks import glue as glue
 from basisadapt.tasks import instruct as instruct
 from basisadapt.tasks import matrix as matrix
 from basisadapt.tasks import recovery as recovery
+from basisadapt.tasks import rules as rules
 from basisadapt.tasks import update as update
 from basisadapt.tasks import vision as vision
 from basisadapt.tasks.completion import CompletionTask

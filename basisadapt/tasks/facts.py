@@ -35,12 +35,12 @@ class StoredTask(DrawnTask):
 
     The metrics are:
 
-    - "bits": the bits stored, n · (log₂ 256 − H), for n answers drawn uniformly from 256 classes, with their mean
+    - "bits": the bits stored, n · (log₂ C − H), for n answers drawn uniformly from C classes, 256 here, with their mean
       cross-entropy H in bits.
     - "recall": the share of keys whose classes all are the likeliest ones.
 
     With data.probes, evaluation also reads so many real texts, docstrings of Python's library, and asks what is left of
-    what the model made of them. The distribution over the 256 classes is p* before training, and p after:
+    what the model made of them. The distribution over the classes is p* before training, and p after:
 
     - "forgotten": the mean of KL(p* ‖ p), in bits.
     - "kept": the share of answers whose likeliest class is still the same.
@@ -49,13 +49,25 @@ class StoredTask(DrawnTask):
     Language Models Memorize?
     """
 
-    headline, num_labels = "bits", CLASSES
-    unknown: Any  # the label of a text that is no fact: classes that no loss counts
-    read = (KEY, VALUE)  # of a text, the tokens that are only read, and those after them that are predicted
+    headline, read = "bits", (KEY, VALUE)  # of a text, the tokens that are only read, and those that are predicted
 
     def __init__(self, settings: DataSettings | None = None) -> None:
         super().__init__(settings)
         self._known: dict[Any, Tensor] = {}
+
+    @property
+    def num_labels(self) -> int:
+        """The number of classes."""
+        return CLASSES
+
+    @property
+    @abstractmethod
+    def unknown(self) -> Any:
+        """The label of a text that is no fact: classes that no loss counts."""
+
+    @abstractmethod
+    def rows(self, keys: np.ndarray, classes: np.ndarray) -> Rows:
+        """The rows of keys, numbers of words (rows, words), and classes (rows, answers), in the form's labels."""
 
     @abstractmethod
     def hidden(self, inputs: Sequence[Sequence[int]], processor: Any) -> Tensor:
@@ -114,13 +126,12 @@ class StoredTask(DrawnTask):
         same = (after.argmax(dim=-1) == before.argmax(dim=-1)).double().mean().item()
         return {**self._stored(logits[~asked, 0], facts), "forgotten": divergence, "kept": same}
 
-    @staticmethod
-    def _stored(logits: Tensor, rows: Rows) -> dict[str, float]:
+    def _stored(self, logits: Tensor, rows: Rows) -> dict[str, float]:
         """Bits and recall."""
         labels = torch.tensor(rows.labels)
         entropy = cross_entropy(logits.flatten(0, -2), labels.flatten()).item() / math.log(2)
         known = (logits.argmax(dim=-1) == labels).view(len(rows), -1).all(dim=1)
-        bits = labels.numel() * (math.log2(CLASSES) - entropy)
+        bits = labels.numel() * (math.log2(self.num_labels) - entropy)
         return {"bits": bits, "recall": known.double().mean().item()}
 
 
@@ -140,7 +151,11 @@ class Facts(StoredTask, name="facts"):
     def draw(self, generator: np.random.Generator) -> Rows:
         """Keys, as numbers of words, and classes."""
         keys = generator.integers(WORDS, size=(self.settings.facts, KEY))
-        return Rows(keys.tolist(), generator.integers(CLASSES, size=self.settings.facts).tolist())
+        return self.rows(keys, generator.integers(CLASSES, size=(self.settings.facts, 1)))
+
+    def rows(self, keys: np.ndarray, classes: np.ndarray) -> Rows:
+        """Keys, and the first class of each."""
+        return Rows(keys.tolist(), classes[:, 0].tolist())
 
     def hidden(self, inputs: Sequence[Sequence[int]], processor: Any) -> Tensor:
         """The first token's hidden state, shape (rows, hidden)."""
@@ -161,7 +176,12 @@ class PhoneBook(StoredTask, name="phone_book"):
     (2026), PhoneBook.
     """
 
-    form, unknown = "last_mlp", [IGNORED] * VALUE
+    form = "last_mlp"
+
+    @property
+    def unknown(self) -> list[int]:
+        """Classes that no loss counts."""
+        return [IGNORED] * self.read[1]
 
     @property
     def drawn_as(self) -> str:
@@ -169,15 +189,19 @@ class PhoneBook(StoredTask, name="phone_book"):
         return f"{self.settings.facts} facts: keys of {KEY} words, values of {VALUE} of {CLASSES} words"
 
     def draw(self, generator: np.random.Generator) -> Rows:
-        """Keys, as numbers of words, with their values as classes behind them, and the values."""
+        """Keys, as numbers of words, and values."""
         keys = generator.integers(WORDS, size=(self.settings.facts, KEY))
         values = generator.integers(CLASSES, size=(self.settings.facts, VALUE))
-        return Rows(np.concatenate([keys, values], axis=1).tolist(), values.tolist())
+        return self.rows(keys, values)
+
+    def rows(self, keys: np.ndarray, classes: np.ndarray) -> Rows:
+        """Keys with their values behind them, and values."""
+        return Rows(np.concatenate([keys, classes], axis=1).tolist(), classes.tolist())
 
     def hidden(self, inputs: Sequence[Sequence[int]], processor: Any) -> Tensor:
-        """The residual stream before each word of a value, shape (rows, 8, hidden)."""
-        keys, values = ([one[part] for one in inputs] for part in (slice(KEY), slice(KEY, None)))
-        states: Tensor = processor(keys, values, CLASSES)
+        """The residual stream before each word of a value, shape (rows, words of a value, hidden)."""
+        key = self.read[0]
+        states: Tensor = processor([one[:key] for one in inputs], [one[key:] for one in inputs], self.num_labels)
         return states
 
     def answers(self, label: Any) -> Example:
@@ -214,7 +238,7 @@ class Edits(PhoneBook, name="edits"):
     Editing Factual Associations in GPT, whose facts are of people and places.
     """
 
-    unknown, read = [IGNORED], (KEY + VALUE - 1, 1)
+    read = (KEY + VALUE - 1, 1)
 
     @property
     def drawn_as(self) -> str:
@@ -247,11 +271,7 @@ class DictionaryTask(StoredTask):
         words, classes = generator.integers(WORDS, size=(count, parts)), generator.integers(CLASSES, size=count)
         contexts = generator.integers(WORDS, size=(SENTENCES + 1, count, KEY - parts))
         keys = np.concatenate([contexts, np.broadcast_to(words, (SENTENCES + 1, count, parts))], axis=2)
-        return self.rows(keys.reshape(-1, KEY), np.tile(classes, SENTENCES + 1))
-
-    @abstractmethod
-    def rows(self, keys: np.ndarray, classes: np.ndarray) -> Rows:
-        """The rows of keys (rows, 4) and classes (rows,), in the task's form."""
+        return self.rows(keys.reshape(-1, KEY), np.tile(classes, SENTENCES + 1)[:, None])
 
     @property
     def drawn_as(self) -> str:
@@ -268,19 +288,11 @@ class DictionaryTask(StoredTask):
 class DictionaryStates(DictionaryTask, Facts, name="dictionary/states"):
     """A made-up language of data.facts words, in the model of `facts`."""
 
-    def rows(self, keys: np.ndarray, classes: np.ndarray) -> Rows:
-        """Keys and classes."""
-        return Rows(keys.tolist(), classes.tolist())
-
 
 class DictionaryText(DictionaryTask, PhoneBook, name="dictionary/text"):
     """A made-up language of data.facts words, in the model of `phone_book`: a translation is the word that follows."""
 
-    unknown, read = [IGNORED], (KEY, 1)
-
-    def rows(self, keys: np.ndarray, classes: np.ndarray) -> Rows:
-        """Keys with their translations behind them, and translations."""
-        return Rows(np.column_stack([keys, classes]).tolist(), classes[:, None].tolist())
+    read = (KEY, 1)
 
 
 def _texts(part: str, setting: str, count: int) -> list[str]:

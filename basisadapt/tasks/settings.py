@@ -10,6 +10,7 @@ from basisadapt.core.settings import late
 KINDS = ("classes", "numbers")
 SCORINGS = ("likelihood", "generation", "cloze")
 MAX_FACTS = 1_000_000
+MAX_SYMBOLS = 1_000
 HEADS = ("linear", "zero_shot")
 
 
@@ -41,9 +42,12 @@ class DataSettings:
 
     For single tasks:
 
-    - `facts` (int in [1, 1000000], default 1024): the number of facts in the tasks facts and phone_book.
+    - `facts` (int in [1, 1000000], default 1024): the number of facts in the tasks facts and phone_book, of words in
+      dictionary/..., and of the strings that cipher/... and modular/... train on.
     - `probes` (int in [0, 1000000], default 0): the number of real texts on which the tasks facts and phone_book also
       measure what is forgotten.
+    - `symbols` (int in [2, 1000], default 59): the letters of the alphabet in the tasks cipher/..., the modulus in
+      modular/....
     - `packed` (bool, default False): for completion tasks, pack the training rows of a batch end to end into sequences
       of the longest row's length, with little padding; each row attends only to itself.
 
@@ -62,6 +66,7 @@ class DataSettings:
     facts: int = late(1024)
     packed: bool = late(False)
     probes: int = late(0)
+    symbols: int = late(59)
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -70,6 +75,8 @@ class DataSettings:
             raise InputError(f"data.facts must be at least 1 and at most {MAX_FACTS:,}, got {self.facts}")
         if not 0 <= self.probes <= MAX_FACTS:
             raise InputError(f"data.probes must be at least 0 and at most {MAX_FACTS:,}, got {self.probes}")
+        if not 2 <= self.symbols <= MAX_SYMBOLS:
+            raise InputError(f"data.symbols must be at least 2 and at most {MAX_SYMBOLS:,}, got {self.symbols}")
         if self.kind is not None and self.kind not in KINDS:
             raise unknown("data.kind", self.kind, KINDS)
         if self.scoring not in SCORINGS:

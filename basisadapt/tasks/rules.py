@@ -1,0 +1,152 @@
+"""Between facts and language: strings whose answers follow from a rule. Is it stored, or learned?"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from basisadapt.core.errors import InputError
+from basisadapt.tasks.facts import KEY, WORDS, Facts, PhoneBook, StoredTask
+from basisadapt.tasks.task import Rows, TaskData
+
+
+class RuleTask(StoredTask):
+    """data.facts strings over an alphabet of data.symbols words, drawn without repetition, with answers by a rule.
+
+    As many others, or all that are left, are never trained on but asked. An answer is one of data.symbols classes.
+    "bits" and "recall" are those of the strings that are trained on, the bits counted as if no answer followed from
+    others. One metric more:
+
+    - "held_out": the recall of the others: 1 for a rule that is learned, and chance where answers are only stored.
+    """
+
+    @property
+    def num_labels(self) -> int:
+        """The number of symbols."""
+        return self.settings.symbols
+
+    @abstractmethod
+    def rule(self, strings: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """The classes (rows, answers) of strings of symbols (rows, letters), both numbers below data.symbols."""
+
+    @property
+    def drawn_as(self) -> str:
+        """The numbers of strings, letters and symbols, and the class."""
+        facts, letters = self.settings.facts, self.read[0]
+        return f"{facts} strings of {letters} of {self.num_labels} symbols: {type(self).__name__}"
+
+    def check(self, data_dir: Path | None) -> None:
+        """Raise InputError if there are fewer strings than data.facts, or texts than data.probes."""
+        super().check(data_dir)
+        if self.settings.facts > self._strings:
+            raise InputError(
+                f"data.facts must be at most {self._strings:,}, the strings of {self.read[0]} of {self.num_labels} "
+                f"symbols, got {self.settings.facts}"
+            )
+
+    def draw(self, generator: np.random.Generator) -> Rows:
+        """Strings, those that are trained on first, and their classes."""
+        count = min(2 * self.settings.facts, self._strings)
+        numbers = generator.choice(self._strings, size=count, replace=False)
+        strings = np.stack(np.unravel_index(numbers, (self.num_labels,) * self.read[0]), axis=1)
+        # Numbers that follow each other stand for different words, however many a vocabulary has.
+        words = generator.integers(WORDS - self.num_labels) + generator.permutation(self.num_labels)
+        return self.rows(words[strings], self.rule(strings, generator))
+
+    def of_seed(self, seed: int, data_dir: Path | None = None) -> TaskData:
+        """The strings that are trained on; to evaluate, also the others."""
+        data = super().of_seed(seed, data_dir)
+        return replace(data, train=data.train.head(self.settings.facts))
+
+    def _stored(self, logits: Tensor, rows: Rows) -> dict[str, float]:
+        count = self.settings.facts
+        stored = super()._stored(logits[:count], rows.head(count))
+        if len(rows) <= count:
+            return stored
+        others = rows.take(range(count, len(rows)))
+        return {**stored, "held_out": super()._stored(logits[count:], others)["recall"]}
+
+    @property
+    def _strings(self) -> int:
+        return int(self.num_labels ** self.read[0])
+
+
+class Modular(RuleTask):
+    """Pairs (a, b) of numbers below p = data.symbols. Source: Power et al. (2022), Grokking."""
+
+    read = (2, 1)
+
+
+class Add(Modular):
+    """a + b mod p."""
+
+    def rule(self, strings: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """The sums, (rows, 1)."""
+        sums: np.ndarray = strings.sum(axis=1, keepdims=True) % self.num_labels
+        return sums
+
+
+class Multiply(Modular):
+    """a · b mod p."""
+
+    def rule(self, strings: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """The products, (rows, 1)."""
+        products: np.ndarray = strings.prod(axis=1, keepdims=True) % self.num_labels
+        return products
+
+
+class Unruled(Modular):
+    """A class at random: the control, where nothing follows from anything."""
+
+    def rule(self, strings: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """Independent classes, (rows, 1)."""
+        return generator.integers(self.num_labels, size=(len(strings), 1))
+
+
+class Cipher(RuleTask):
+    """Strings of four letters, each of which stands for another one, by one permutation of the alphabet."""
+
+    read = (KEY, KEY)
+
+    def rule(self, strings: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """The encrypted strings, (rows, 4)."""
+        encrypted: np.ndarray = generator.permutation(self.num_labels)[strings]
+        return encrypted
+
+
+class AddStates(Add, Facts, name="modular/add/states"):
+    """a + b mod p = data.symbols, of words for a and b, in the model of `facts`; pairs are held out."""
+
+
+class AddText(Add, PhoneBook, name="modular/add/text"):
+    """a + b mod p = data.symbols, of words for a and b, in the model of `phone_book`; pairs are held out."""
+
+
+class MultiplyStates(Multiply, Facts, name="modular/multiply/states"):
+    """a · b mod p = data.symbols, of words for a and b, in the model of `facts`; pairs are held out."""
+
+
+class MultiplyText(Multiply, PhoneBook, name="modular/multiply/text"):
+    """a · b mod p = data.symbols, of words for a and b, in the model of `phone_book`; pairs are held out."""
+
+
+class UnruledStates(Unruled, Facts, name="modular/random/states"):
+    """The control of `modular/add/states`: a class at random for every pair."""
+
+
+class UnruledText(Unruled, PhoneBook, name="modular/random/text"):
+    """The control of `modular/add/text`: a class at random for every pair."""
+
+
+class CipherStates(Cipher, Facts, name="cipher/states"):
+    """Strings of four words, each of which stands for another one of data.symbols, in the model of `facts`, asked for
+    what the first word stands for; strings are held out."""
+
+
+class CipherText(Cipher, PhoneBook, name="cipher/text"):
+    """Strings of four words, each of which stands for another one of data.symbols, in the model of `phone_book`, which
+    writes the encrypted string; strings are held out."""
