@@ -29,6 +29,15 @@ class RuleTask(StoredTask):
         """The number of symbols."""
         return self.settings.symbols
 
+    @property
+    @abstractmethod
+    def count(self) -> int:
+        """The number of different strings."""
+
+    @abstractmethod
+    def strings(self, numbers: np.ndarray) -> np.ndarray:
+        """The strings with these numbers, which are below `count`: symbols (rows, letters)."""
+
     @abstractmethod
     def rule(self, strings: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         """The classes (rows, answers) of strings of symbols (rows, letters), both numbers below data.symbols."""
@@ -42,17 +51,16 @@ class RuleTask(StoredTask):
     def check(self, data_dir: Path | None) -> None:
         """Raise InputError if there are fewer strings than data.facts, or texts than data.probes."""
         super().check(data_dir)
-        if self.settings.facts > self._strings:
+        if self.settings.facts > self.count:
             raise InputError(
-                f"data.facts must be at most {self._strings:,}, the strings of {self.read[0]} of {self.num_labels} "
-                f"symbols, got {self.settings.facts}"
+                f"data.facts must be at most {self.count}, the strings that there are of {self.num_labels} symbols "
+                f"(data.symbols), got {self.settings.facts}"
             )
 
     def draw(self, generator: np.random.Generator) -> Rows:
         """Strings, those that are trained on first, and their classes."""
-        count = min(2 * self.settings.facts, self._strings)
-        numbers = generator.choice(self._strings, size=count, replace=False)
-        strings = np.stack(np.unravel_index(numbers, (self.num_labels,) * self.read[0]), axis=1)
+        asked = min(2 * self.settings.facts, self.count)
+        strings = self.strings(generator.choice(self.count, size=asked, replace=False))
         # Numbers that follow each other stand for different words, however many a vocabulary has.
         words = generator.integers(WORDS - self.num_labels) + generator.permutation(self.num_labels)
         return self.rows(words[strings], self.rule(strings, generator))
@@ -70,15 +78,22 @@ class RuleTask(StoredTask):
         others = rows.take(range(count, len(rows)))
         return {**stored, "held_out": super()._stored(logits[count:], others)["recall"]}
 
-    @property
-    def _strings(self) -> int:
-        return int(self.num_labels ** self.read[0])
-
 
 class Modular(RuleTask):
-    """Pairs (a, b) of numbers below p = data.symbols. Source: Power et al. (2022), Grokking."""
+    """Pairs of numbers a ≤ b below p = data.symbols: with (b, a), half of what is held out would be known from the other
+    half. Source: Power et al. (2022), Grokking.
+    """
 
     read = (2, 1)
+
+    @property
+    def count(self) -> int:
+        """p (p + 1) / 2."""
+        return self.num_labels * (self.num_labels + 1) // 2
+
+    def strings(self, numbers: np.ndarray) -> np.ndarray:
+        """The pairs with these numbers, (rows, 2)."""
+        return np.stack(np.triu_indices(self.num_labels), axis=1)[numbers]
 
 
 class Add(Modular):
@@ -111,6 +126,15 @@ class Cipher(RuleTask):
     """Strings of four letters, each of which stands for another one, by one permutation of the alphabet."""
 
     read = (KEY, KEY)
+
+    @property
+    def count(self) -> int:
+        """Those of four letters."""
+        return int(self.num_labels**KEY)
+
+    def strings(self, numbers: np.ndarray) -> np.ndarray:
+        """The strings with these numbers, (rows, 4)."""
+        return np.stack(np.unravel_index(numbers, (self.num_labels,) * KEY), axis=1)
 
     def rule(self, strings: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         """The encrypted strings, (rows, 4)."""
