@@ -80,8 +80,9 @@ class RuleTask(StoredTask):
 
 
 class Modular(RuleTask):
-    """Pairs of numbers a ≤ b below p = data.symbols: with (b, a), half of what is held out would be known from the other
-    half. Source: Power et al. (2022), Grokking.
+    """Pairs of numbers a ≤ b below p = data.symbols: else a pair that is held out could be known from its mirror.
+
+    Source: Power et al. (2022), Grokking.
     """
 
     read = (2, 1)
@@ -93,7 +94,8 @@ class Modular(RuleTask):
 
     def strings(self, numbers: np.ndarray) -> np.ndarray:
         """The pairs with these numbers, (rows, 2)."""
-        return np.stack(np.triu_indices(self.num_labels), axis=1)[numbers]
+        pairs: np.ndarray = np.stack(np.triu_indices(self.num_labels), axis=1)[numbers]
+        return pairs
 
 
 class Add(Modular):

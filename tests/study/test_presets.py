@@ -188,7 +188,8 @@ def test_presets_of_drawn_tasks(name):
         assert len(seeds) == (1 if preset == "smoke" else 5 if name == "capacity" else 3)
         assert not seeds & {cell.seed for cell in tuning.trials}
         rates = {len(of_row) for of_row in tuning.candidates}
-        assert rates == {1 if preset == "smoke" else {"capacity": 5, "approximate": 3, "forgetting": 2}.get(name, 1)}
+        of_quick = {"capacity": 5, "approximate": 3, "forgetting": 2, "rules": 3}
+        assert rates == {1 if preset == "smoke" else of_quick.get(name, 1)}
 
 
 def test_the_first_study_compares_everything_at_one_rate_on_the_facts_of_many_seeds():
@@ -244,7 +245,7 @@ ON_A_LANGUAGE_MODEL = {*CONTROLLED, "commonsense"} - {"ablate_nonlinearity"}
 
 def test_which_studies_have_a_preset_for_a_language_model():
     found = {name for name in list_studies() if "llm" in read_spec(name).presets}
-    assert found == ON_A_LANGUAGE_MODEL | {"ablate_memory", "ablate_rate", "capacity", "forgetting", RECOVERY}
+    assert found == ON_A_LANGUAGE_MODEL | {"ablate_memory", "ablate_rate", "capacity", "forgetting", "rules", RECOVERY}
 
 
 @pytest.mark.parametrize("name", sorted(ON_A_LANGUAGE_MODEL))

@@ -157,7 +157,15 @@ def test_a_text_is_what_the_whole_model_makes_of_it(backbone):
 
 
 @pytest.mark.parametrize(
-    ("method", "task"), [("lora", "phone_book"), ("full", "phone_book"), ("lora", "dictionary/text"), ("lora", "edits")]
+    ("method", "task"),
+    [
+        ("lora", "phone_book"),
+        ("full", "phone_book"),
+        ("lora", "dictionary/text"),
+        ("lora", "edits"),
+        ("lora", "cipher/text"),
+        ("lora", "modular/add/text"),
+    ],
 )
 def test_a_run_tells_what_it_forgets(backbone, method, task, monkeypatch):
     monkeypatch.setattr(facts, "_texts", lambda part, setting, count: [str(number) for number in range(count)])
