@@ -61,12 +61,13 @@ class RuleTask(StoredTask):
         """Strings, those that are trained on first, and their classes."""
         asked = min(2 * self.settings.facts, self.count)
         strings = self.strings(generator.choice(self.count, size=asked, replace=False))
-        # Numbers that follow each other stand for different words, however many a vocabulary has.
+        # Numbers that follow each other stand for different words of a vocabulary, whatever its size.
         words = generator.integers(WORDS - self.num_labels) + generator.permutation(self.num_labels)
         return self.rows(words[strings], self.rule(strings, generator))
 
     def of_seed(self, seed: int, data_dir: Path | None = None) -> TaskData:
-        """The strings that are trained on; to evaluate, also the others."""
+        """The strings that are trained on; to evaluate, also the others. Raises InputError as `check`."""
+        self.check(data_dir)
         data = super().of_seed(seed, data_dir)
         return replace(data, train=data.train.head(self.settings.facts))
 

@@ -46,8 +46,8 @@ class DataSettings:
       dictionary/..., and of the strings that cipher/... and modular/... train on.
     - `probes` (int in [0, 1000000], default 0): the number of real texts on which the tasks facts and phone_book also
       measure what is forgotten.
-    - `symbols` (int in [2, 1000], default 59): the letters of the alphabet in the tasks cipher/..., the modulus in
-      modular/....
+    - `symbols` (int in [2, 1000], default 59): the number of letters in the tasks cipher/..., and the modulus in
+      modular/..., a prime for arithmetic in a field.
     - `packed` (bool, default False): for completion tasks, pack the training rows of a batch end to end into sequences
       of the longest row's length, with little padding; each row attends only to itself.
 

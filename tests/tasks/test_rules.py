@@ -159,6 +159,11 @@ def test_what_has_no_meaning_is_refused(data, message):
         plan(RunConfig.from_mapping({"task": "modular/add/states", "data": data}), dry=True)
 
 
+def test_rows_that_cannot_be_drawn_are_never_fewer():
+    with pytest.raises(InputError, match=r"data\.facts must be at most 66"):
+        made("modular/add/states", facts=67).of_seed(1)
+
+
 def test_a_cipher_is_derived_and_random_classes_are_not(bert):
     """Of strings that were never trained on; the model has random weights."""
 
