@@ -66,10 +66,13 @@ def test_one_seed_has_no_deviation_and_no_test(folder):
     assert sinc.split() == ["sinc", "50.00", "61.1", "±", "0.2", "1", "-5.00", "-", "1.50", "0.250", "4,321"]
 
 
-def test_a_metric_that_is_no_fraction_is_not_scaled(two_bases):
-    found = reported(two_bases, [4.2] * 9, headline="score")
+@pytest.mark.parametrize(
+    ("value", "printed"), [(4.2, "4.2000 ± 0.0000"), (9999.5, "9999.5000 ±"), (12345.678, "12345.7 ± 0.0")]
+)
+def test_a_metric_that_is_no_fraction_is_not_scaled(two_bases, value, printed):
+    found = reported(two_bases, [value] * 9, headline="score")
     assert not found.table.percent
-    assert "4.2000 ± 0.0000" in text.to_text(found)
+    assert printed in text.to_text(found)
 
 
 def test_a_study_may_name_further_columns(folder):
