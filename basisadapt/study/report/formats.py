@@ -37,7 +37,7 @@ METRIC_FORMATS = {  # for the metrics that need more than the default
 
 
 def number_form(table: Table) -> NumberForm:
-    """The format of the headline metric: a percentage with two decimals, or a number with four, of 10,000 or more one."""
+    """The format of the headline metric: a percentage with two decimals, or a number with four, from 10,000 one."""
     scale, digits = (100, 2) if table.percent else (1, 4)
     if any(abs(value) >= 10_000 for line in table.lines for value in line.values.values()):
         digits = 1
