@@ -20,6 +20,8 @@ import pytest
 import torch
 from torch import nn
 
+from tests.study import forked
+
 if TYPE_CHECKING:
     from basisadapt.training.config import RunConfig
 
@@ -28,6 +30,12 @@ hypothesis.settings.register_profile("same", derandomize=True)
 hypothesis.settings.load_profile("same")
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # children too are to hear it, whoever started the tests
+
+
+def pytest_configure(config):
+    """Before there are processes of xdist, which share the server of forks."""
+    if forked.ADDRESS not in os.environ:
+        config.add_cleanup(forked.start().communicate)
 
 
 def pytest_collection_finish():

@@ -1,18 +1,14 @@
 from __future__ import annotations
 
-import base64
 import shutil
-import sqlite3
-import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
 import fakes
 import pytest
+import quick
 from common import SEEDS, table_of
-from forked import Forked
+from forked import IN_PLACE
 
-from basisadapt.diagnostics import figures
 from basisadapt.study.__main__ import main
 from basisadapt.study.plan.cells import resolve
 from basisadapt.study.plan.spec import read_spec
@@ -33,56 +29,11 @@ reference: LoRA
 seeds: [1, 2, 3]
 presets: {smoke: {train.max_steps: 2, seeds: [1]}, quick: {train.max_steps: 5}}
 """
-PICTURES = {module: module._png for module in (figures, files)}  # what draws the figures of cells and of reports
-PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
-
-
-FIGURES = figures.figures
-SHOWN = ("modules", "snapshots", "phi", "curves", "landscape")  # of a result, in its figures; of its metrics:
-LOSSES = ("eval_loss", "generalisation_gap")
-_made: dict[str, list[str]] = {}
-
-
-def _made_once(title, result):
-    """The names of a result's figures, which are made once for all results that show the same."""
-    losses = {name: result["metrics"][name] for name in LOSSES if name in result["metrics"]}
-    shown = repr([losses, *(result[part] for part in SHOWN)])
-    if shown not in _made:
-        _made[shown] = [*FIGURES(title, result)]
-    return dict.fromkeys(_made[shown])
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _unhurried():
-    """SQLite leaves to the system when it writes what is committed; a process may be killed all the same."""
-    from sqlalchemy import event
-    from sqlalchemy.engine import Engine
-
-    def connect(connection, _):
-        if isinstance(connection, sqlite3.Connection):
-            connection.execute("PRAGMA synchronous=OFF")
-
-    event.listen(Engine, "connect", connect)
-    yield
-    event.remove(Engine, "connect", connect)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _migrations_read_once():
-    """MLflow and Optuna look up the newest form of their tables whenever they open a file."""
-    from alembic.script import ScriptDirectory
-
-    read = ScriptDirectory.from_config
-    known = {}
-
-    def from_config(config):
-        place = config.get_main_option("script_location")
-        if place not in known:
-            known[place] = read(config)
-        return known[place]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ScriptDirectory, "from_config", from_config)
+    with quick.unhurried():
         yield
 
 
@@ -117,9 +68,8 @@ def home(folder, empty_databases):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Figures are made, those of equal results once, but not drawn, which takes most of a cell's time: see `drawn`."""
-    monkeypatch.setattr(figures, "figures", _made_once)
-    for module in PICTURES:
-        monkeypatch.setattr(module, "_png", lambda figure: PIXEL)
+    for (module, name), replaced in quick.UNDRAWN.items():
+        monkeypatch.setattr(module, name, replaced)
 
 
 @pytest.fixture
@@ -139,23 +89,23 @@ def fake(undrawn, monkeypatch):
 @pytest.fixture
 def drawn_reports(fake, monkeypatch):
     """Has the figures of reports drawn."""
-    monkeypatch.setattr(files, "_png", PICTURES[files])
+    monkeypatch.setattr(files, "_png", quick.DRAWN[files, "_png"])
 
 
 @pytest.fixture
 def drawn(drawn_reports, monkeypatch):
     """Has all figures drawn."""
-    monkeypatch.setattr(figures, "figures", FIGURES)
-    monkeypatch.setattr(figures, "_png", PICTURES[figures])
+    for (module, name), drawn in quick.DRAWN.items():
+        monkeypatch.setattr(module, name, drawn)
 
 
 @pytest.fixture
 def faking(home, fake, monkeypatch):
     """Writes a plug-in that fakes training, here and in workers; returns the options that load it.
 
-    Workers are forks of this process, see `Forked`.
+    Workers are forks, see `Forked`.
     """
-    monkeypatch.setattr(workers, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": Forked}))
+    monkeypatch.setattr(workers, "subprocess", IN_PLACE)
 
     def write(ways=None, seconds=0.0):
         text = f"import sys\n\nsys.path.insert(0, {str(Path(fakes.__file__).parent)!r})\n"

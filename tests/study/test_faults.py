@@ -15,7 +15,7 @@ from forked import Forked
 # Makes the process root of name spaces of its own, in which it may mount file systems that nobody else sees.
 ENTER = """
 import ctypes, os, subprocess, sys
-from forked import Forked
+import fakes, forked, quick
 
 USER, MOUNT = 0x10000000, 0x20000  # CLONE_NEWUSER and CLONE_NEWNS
 user, group = os.getuid(), os.getgid()
@@ -28,9 +28,16 @@ for name, text in {"setgroups": "deny", "uid_map": f"0 {user} 1", "gid_map": f"0
 def shell(script):
     subprocess.run(["sh", "-e", "-c", script], check=True)
 
-def study(*arguments, **streams):
-    return Forked([sys.executable, "-m", "basisadapt.study", *arguments], **streams).wait()
+def study(*arguments, out=1, err=2):
+    # A fork of this process, which has one thread: those of the server see other file systems.
+    if (child := os.fork()) == 0:
+        try:
+            code = forked.be((0, out, err), ["python", "-m", "basisadapt.study", *arguments], ".", dict(os.environ))
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
+fakes.Fakes().install()
 shell("mount --make-rprivate /")
 """
 
@@ -60,8 +67,9 @@ def test_a_full_disk_stops_the_study_and_the_record_stays_readable(home, drawn, 
     out, err = mounted(f"""
         shell("mkdir disk && mount -t tmpfs -o size={size} none disk && cp *.db tiny.yaml disk")
         os.chdir("disk")
+        quick.put(quick.DRAWN)
         print("exit code", study("tiny.yaml"), flush=True)
-        study("--report", "tiny.yaml", stderr=subprocess.STDOUT)  # which may fail, for what was not run
+        study("--report", "tiny.yaml", err=1)  # which may fail, for what was not run
     """)
     assert out.startswith("exit code 1\n")
     assert "\nLoRA " in out.partition("exit code 1")[2], "the report on what is recorded"
@@ -86,8 +94,8 @@ def test_a_full_disk_before_the_work_is_bad_input(home, mounted):
 
 def test_a_read_only_folder_is_bad_input_and_its_record_can_be_reported(home, mounted):
     out, err = mounted("""
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        assert study("tiny.yaml", "--seeds", "1", **quiet) == 0
+        unheard = os.open(os.devnull, os.O_WRONLY)
+        assert study("tiny.yaml", "--seeds", "1", out=unheard, err=unheard) == 0
         assert study("--report", "tiny.yaml", "--seeds", "1") == 0
         print("read-only", flush=True)
         shell("mount --bind . . && mount -o remount,bind,ro .")

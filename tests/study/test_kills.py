@@ -7,19 +7,18 @@ BASISADAPT_KILLS says how many, BASISADAPT_FIRST_KILL from which on: ten process
 from __future__ import annotations
 
 import collections
-import json
 import os
 import random
 import shutil
 import sqlite3
-import subprocess
 import sys
 import time
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 
 import conftest
 import pytest
+from forked import Forked
 from test_bad_content import results_of
 
 KILLS = int(os.environ.get("BASISADAPT_KILLS", "100"))
@@ -37,30 +36,28 @@ COMMANDS = {
 SIGNALS = {"KILL": [9], "TERM": [15], "INT": [2], "INT twice": [2, 2]}
 
 
-class Zygote:
-    """See `zygote.py`."""
+# A driver whose runs take next to no time, and that draws: that is some of what it may be killed at.
+DRIVER = """
+import sys
+import fakes, quick
+from basisadapt.study.__main__ import main
 
-    def __init__(self):
-        program = [sys.executable, str(Path(__file__).with_name("zygote.py"))]
-        self.process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout.readline() == "ready\n"
+fakes.Fakes(seconds=0.05).install()
+quick.put(quick.DRAWN)
+sys.exit(main(sys.argv[1:]))
+"""
 
-    def _ask(self, **values):
-        self.process.stdin.write(json.dumps(values) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
 
-    def start(self, folder, command):
-        return self._ask(folder=str(folder), arguments=COMMANDS[command])
+def start(folder, command):
+    with (folder / "out").open("w") as out, (folder / "err").open("w") as err:
+        return Forked([sys.executable, "-c", DRIVER, *COMMANDS[command]], cwd=folder, stdout=out, stderr=err)
 
-    def wait(self, child):
-        return self._ask(wait=child)
 
-    def call(self, folder, command):
-        """A whole call: exit code, the table, and how long it took."""
-        began = time.monotonic()
-        code = self.wait(self.start(folder, command))
-        return code, (folder / "out").read_text().split("\nRecorded in")[0], time.monotonic() - began
+def call(folder, command):
+    """A whole call: exit code, the table, and how long it took once it was there."""
+    driver, began = start(folder, command), time.monotonic()
+    code = driver.wait()
+    return code, (folder / "out").read_text().split("\nRecorded in")[0], time.monotonic() - began
 
 
 @pytest.fixture
@@ -68,13 +65,6 @@ def plugin(folder):
     """What makes runs take next to no time in workers too."""
     text = f"import sys\n\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
     (folder / "faking.py").write_text(text + "import fakes\n\nfakes.Fakes(seconds=0.5).install()\n")
-
-
-@pytest.fixture
-def zygote():
-    zygote = Zygote()
-    yield zygote
-    zygote.process.communicate()
 
 
 def open_and_doubled(folder):
@@ -92,7 +82,7 @@ def open_and_doubled(folder):
 
 @pytest.mark.slow
 @pytest.mark.timeout(60 * KILLS + 600)
-def test_whatever_a_driver_is_at_when_it_is_killed(folder, plugin, fake, study, zygote, tmp_path_factory):
+def test_whatever_a_driver_is_at_when_it_is_killed(folder, plugin, fake, study, tmp_path_factory):
     (folder / "tuned.yaml").write_text(conftest.STUDY.replace("[sinc, fourier]", "[sinc]") + TUNE)
     (folder / "tiny.yaml").write_text(conftest.STUDY + "search: {adapter.r: [2, 64]}\n")
     results_of(fake, study, COMMANDS["run"])
@@ -100,7 +90,7 @@ def test_whatever_a_driver_is_at_when_it_is_killed(folder, plugin, fake, study, 
     shutil.copytree(folder, fresh, dirs_exist_ok=True)
     shutil.copytree(fresh, existing, dirs_exist_ok=True)
     COMMANDS["before"] = ("tiny.yaml", "--seeds", "1")
-    assert zygote.call(existing, "before")[0] == 0
+    assert call(existing, "before")[0] == 0
     # What each call says undisturbed, and how long it takes.
     states = {"fresh": fresh, "existing": existing}
     kinds = [(state, command) for command in COMMANDS for state in states if command != "before"]
@@ -113,7 +103,7 @@ def test_whatever_a_driver_is_at_when_it_is_killed(folder, plugin, fake, study, 
 
     for state, command in kinds:
         begin(state)
-        expected[state, command] = zygote.call(trial, command)
+        expected[state, command] = call(trial, command)
         assert expected[state, command][0] in (0, 1), (trial / "err").read_text()
 
     tally = collections.Counter()
@@ -123,14 +113,13 @@ def test_whatever_a_driver_is_at_when_it_is_killed(folder, plugin, fake, study, 
         name = draw.choice(list(SIGNALS))
         code, table, seconds = expected[state, command]
         begin(state)
-        driver = zygote.start(trial, command)
+        driver = start(trial, command)
         time.sleep(draw.uniform(0.0, seconds))
         for number in SIGNALS[name]:
-            with suppress(ProcessLookupError):
-                os.kill(driver, number)
+            driver.send_signal(number)
             time.sleep(0.02)
-        tally[f"ended with {zygote.wait(driver)}"] += 1
-        again, found, _ = zygote.call(trial, command)
+        tally[f"ended with {driver.wait()}"] += 1
+        again, found, _ = call(trial, command)
         said = f"kill {n}: {name} in {state} {command}: {(trial / 'err').read_text()}"
         assert again == code, said
         assert found == table, said
@@ -143,19 +132,18 @@ def test_whatever_a_driver_is_at_when_it_is_killed(folder, plugin, fake, study, 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_five_kills_of_a_driver_with_workers_leave_the_table_as_it_is(folder, plugin, zygote, tmp_path_factory):
+def test_five_kills_of_a_driver_with_workers_leave_the_table_as_it_is(folder, plugin, tmp_path_factory):
     undisturbed = tmp_path_factory.mktemp("undisturbed")
     shutil.copytree(folder, undisturbed, dirs_exist_ok=True)
-    code, expected, seconds = zygote.call(undisturbed, "workers")
+    code, expected, seconds = call(undisturbed, "workers")
     assert code == 0, (undisturbed / "err").read_text()
     draw, ended = random.Random(0), []
-    for _ in range(5):
-        driver = zygote.start(folder, "workers")
-        time.sleep(draw.uniform(0.3, 0.95) * seconds)
-        with suppress(ProcessLookupError):
-            os.kill(driver, 9)
-        ended.append(zygote.wait(driver))
-    code, found, _ = zygote.call(folder, "workers")
+    for moment in sorted(draw.uniform(0.3, 0.95) for _ in range(5)):  # the earliest first, which leave work to do
+        driver = start(folder, "workers")
+        time.sleep(moment * seconds)
+        driver.kill()
+        ended.append(driver.wait())
+    code, found, _ = call(folder, "workers")
     assert (code, found) == (0, expected), (folder / "err").read_text()
     assert open_and_doubled(folder) == (0, 0, 0)
     with closing(sqlite3.connect(folder / "mlflow.db")) as mlflow:

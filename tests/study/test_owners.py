@@ -114,14 +114,13 @@ def test_owners():
 
 
 def test_a_killed_driver_is_cleared_up_and_the_table_is_that_of_an_undisturbed_study(
-    home, fake, study, runs, trials, empty_databases, tmp_path_factory
+    home, fake, faking, study, runs, trials, empty_databases, tmp_path_factory
 ):
     import shutil
     import time
 
-    fake.ways = {("fourier", 2): "hang"}
-    driver = Forked([sys.executable, "-m", "basisadapt.study", "tiny.yaml"], stderr=subprocess.PIPE)
-    fake.ways = {}
+    options = faking({("fourier", 2): "hang"})
+    driver = Forked([sys.executable, "-m", "basisadapt.study", "tiny.yaml", *options], stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while not (home / "hanging").exists():
         assert driver.poll() is None, driver.stderr.read()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from forked import Forked
 
 from basisadapt.core.errors import InputError
 from basisadapt.study.record.record import Record
@@ -48,48 +49,60 @@ def test_mlflows_own_variable_says_where_the_record_is(home, fake, study, monkey
     assert "'sqlite:///mlflow.db'" in study("--report", "tiny.yaml", "--seeds", "1")[2]
 
 
+STARTS = """
+import sys
+from test_stores import opened
+
+sys.stdin.readline()
+opened("mlflow")
+opened("optuna")
+"""
+KILLED = """
+import os, sys
+import alembic.command
+import optuna.storages._rdb.models as models
+from test_stores import opened
+
+upgrade = alembic.command.upgrade
+
+def half(config, _):
+    upgrade(config, "+10")
+    os._exit(9)
+
+alembic.command.upgrade = half
+models.VersionInfoModel.find = lambda *_: os._exit(9)
+opened(sys.argv[1])
+"""
+HALF_WRITTEN = """
+import os, sqlite3, sys
+
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("PRAGMA cache_size = 1")  # so that pages are written before the end, which does not come
+connection.execute("BEGIN")
+connection.execute("CREATE TABLE half AS SELECT 1")
+for (table,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+    connection.execute(f"CREATE TABLE half_{table} AS SELECT * FROM {table}")
+connection.execute("CREATE TABLE much AS SELECT randomblob(100000) FROM alembic_version")
+os._exit(9)
+"""
+
+
 @pytest.mark.parametrize("kind", ["mlflow", "optuna"])
-def test_a_first_start_that_is_killed_is_none(folder, monkeypatch, kind):
-    import alembic.command
-    import mlflow  # once, before the processes part  # noqa: F401
-    import optuna.storages._rdb.models as models
-
-    upgrade = alembic.command.upgrade
-
-    def half(config, _):
-        upgrade(config, "+10")
-        os._exit(9)
-
-    monkeypatch.setattr(alembic.command, "upgrade", half)
-    monkeypatch.setattr(models.VersionInfoModel, "find", lambda *_: os._exit(9))
-    killed = multiprocessing.get_context("fork").Process(target=opened, args=(kind,))
-    killed.start()
-    killed.join()
-    assert killed.exitcode == 9
+def test_a_first_start_that_is_killed_is_none(folder, kind):
+    assert Forked([sys.executable, "-c", KILLED, kind]).wait() == 9
     assert not (folder / f"{kind}.db").exists()
-    monkeypatch.undo()
-    monkeypatch.chdir(folder)
     opened(kind)
     assert sorted(path.name for path in folder.iterdir()) == [f"{kind}.db", "tiny.yaml"]
 
 
-def _open_both(barrier):
-    barrier.wait()
-    opened("mlflow")
-    opened("optuna")
-
-
 def test_first_starts_at_once_make_one_database_each(folder):
-    import mlflow  # once, before the processes part  # noqa: F401
-
-    fork = multiprocessing.get_context("fork")
-    barrier = fork.Barrier(2)
-    starts = [fork.Process(target=_open_both, args=(barrier,)) for _ in range(2)]
+    starts = [Forked([sys.executable, "-c", STARTS], stdin=subprocess.PIPE, text=True) for _ in range(2)]
     for start in starts:
-        start.start()
+        start.stdin.write("now\n")
+        start.stdin.flush()
     for start in starts:
-        start.join()
-    assert [start.exitcode for start in starts] == [0, 0]
+        start.communicate()
+    assert [start.returncode for start in starts] == [0, 0]
     assert sorted(path.name for path in folder.iterdir()) == ["mlflow.db", "optuna.db", "tiny.yaml"]
 
 
@@ -126,16 +139,7 @@ def test_a_servers_tables_that_another_process_makes_are_awaited(monkeypatch):
 def test_what_a_kill_left_half_written_is_undone(home, fake, study, name):
     study("tiny.yaml", "--seeds", "1")
     _, expected, _ = study("--report", "tiny.yaml", "--seeds", "1")
-    if not (child := os.fork()):
-        connection = sqlite3.connect(name, isolation_level=None)
-        connection.execute("PRAGMA cache_size = 1")  # so that pages are written before the end, which does not come
-        connection.execute("BEGIN")
-        connection.execute("CREATE TABLE half AS SELECT 1")
-        for (table,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
-            connection.execute(f"CREATE TABLE half_{table} AS SELECT * FROM {table}")
-        connection.execute("CREATE TABLE much AS SELECT randomblob(100000) FROM alembic_version")
-        os._exit(0)
-    os.waitpid(child, 0)
+    assert Forked([sys.executable, "-c", HALF_WRITTEN, name]).wait() == 9
     assert (home / f"{name}-journal").stat().st_size > 0
     code, out, err = study("--report", "tiny.yaml", "--seeds", "1")
     assert (code, err) == (0, "")

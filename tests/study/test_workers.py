@@ -19,12 +19,26 @@ from basisadapt.training.execution.compute import Inline
 from basisadapt.training.execution.executor import JobSettings
 
 SEED = ("tiny.yaml", "--seeds", "1")
+KILLED = """
+import os
+from basisadapt.training.execution.scratch import Scratch
+
+made = Scratch()
+(made.path / "file").touch()
+os._exit(9)  # as after a kill: nothing is cleaned up
+"""
 STUDY = [sys.executable, "-m", "basisadapt.study", "tiny.yaml"]
 
 
 def workers_of(driver):
-    """A driver's children."""
-    return psutil.Process(driver.pid).children()
+    """What else runs in the folder of a driver; a driver is no parent of its workers where they are `Forked`."""
+    others = [process for process in psutil.process_iter() if process.pid not in (driver.pid, os.getpid())]
+    return [process for process in others if folder_of(process) == Path.cwd()]
+
+
+def folder_of(process):
+    with suppress(psutil.Error):
+        return Path(process.cwd())
 
 
 def test_the_table_of_two_workers_is_that_of_none(home, fake, faking, study, runs, trials, tmp_path_factory):
@@ -127,12 +141,7 @@ def test_a_worker_that_is_killed_leaves_no_folder(tmp_path, monkeypatch):
 
 def test_the_folder_of_a_killed_process_is_removed_by_the_next(tmp_path, monkeypatch):
     monkeypatch.setattr(scratch.tempfile, "tempdir", str(tmp_path))
-    if not (child := os.fork()):
-        with suppress(OSError):
-            made = scratch.Scratch()
-            (made.path / "file").touch()
-        os._exit(9)  # as after a kill: nothing is cleaned up
-    os.waitpid(child, 0)
+    assert Forked([sys.executable, "-c", KILLED], env={**os.environ, "TMPDIR": str(tmp_path)}).wait() == 9
     (left,) = tmp_path.iterdir()
     scratch.remove_left()
     assert left.exists(), "so young that its process may not have locked it yet"
@@ -223,6 +232,9 @@ def test_ctrl_c_in_a_search(home, fake, study):
 def driver(home, faking):
     """A driver with two workers, of which one hangs, and the other one's judge in the last cell; killed at the end."""
     options = faking({("sinc", 1): "hang", ("fourier", 3): "judge hangs"})
+    with (home / "faking.py").open("a") as plugin:
+        plugin.write("import forked\nfrom basisadapt.training.execution import workers\n\n")
+        plugin.write("workers.subprocess = forked.IN_PLACE\n")
     process = Forked([*STUDY, "--workers", "2", *options], stderr=subprocess.PIPE, text=True)
     eventually(lambda: (home / "hanging").exists() or process.poll() is not None)
     yield process
@@ -240,8 +252,7 @@ def test_workers_die_with_their_driver(driver):
     assert len({os.getpgid(worker.pid) for worker in left} | {os.getpgid(driver.pid)}) == len(left) + 1
     driver.kill()
     driver.wait()
-    psutil.wait_procs(left, timeout=120)
-    assert not [worker for worker in left if worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE]
+    assert psutil.wait_procs(left, timeout=120)[1] == []
 
 
 def test_a_driver_with_workers_is_interrupted_twice(driver, home, runs):
@@ -254,7 +265,7 @@ def test_a_driver_with_workers_is_interrupted_twice(driver, home, runs):
     assert driver.poll() is None
     driver.send_signal(signal.SIGINT)
     assert driver.wait(300) == 130
-    assert not [worker for worker in left if worker.is_running()]
+    assert psutil.wait_procs(left, timeout=120)[1] == []
     assert sorted(statuses(runs())) == ["finished"] * 7 + ["killed"] * 2
 
 
