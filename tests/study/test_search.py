@@ -8,8 +8,8 @@ from common import add
 
 from basisadapt.core.errors import InputError
 from basisadapt.core.ranges import Range, parse_range
-from basisadapt.study.drive.search import Search
-from basisadapt.study.plan.space import DECLARED, distribution
+from basisadapt.study.drive.search import Search, SearchDriver
+from basisadapt.study.plan.space import DECLARED, suggest
 from basisadapt.study.plan.spec import read_spec
 
 SPACE = """
@@ -196,21 +196,84 @@ def test_trials_that_fail_or_diverge_are_shown_and_the_others_go_on(searched, fa
     assert "Failed: trial" in out
 
 
-def test_a_killed_process_leaves_a_trial_that_is_closed(searched, fake, study):
+def driver_of(name="tiny.yaml", **options):
+    return SearchDriver("sqlite:///optuna.db", search_of(name, **options))
+
+
+class Killed(BaseException):
+    """As a kill: nobody catches it."""
+
+
+@pytest.mark.parametrize("writes", range(5))
+def test_a_process_that_is_killed_while_it_asks_leaves_a_trial_that_is_closed(
+    searched, fake, study, monkeypatch, writes
+):
+    """However many writes to the store it lived for; three are the settings of the trial."""
+    driver, left = driver_of(seeds=[1], trials=1), iter(range(writes))
+
+    def counted(write):
+        def one(*arguments, **options):
+            if next(left, None) is None:
+                raise Killed
+            return write(*arguments, **options)
+
+        return one
+
+    storage = driver._study._storage
+    with monkeypatch.context() as killed:
+        for name in ("create_new_trial", "set_trial_user_attr", "set_trial_param"):
+            killed.setattr(storage, name, counted(getattr(storage, name)))
+        if writes < 4:
+            with pytest.raises(Killed):
+                driver._ask(1, "gone")
+        else:
+            driver._ask(1, "gone")
+    assert study("tiny.yaml", "--search", "tpe", "--trials", "1", "--seeds", "1")[0] == 0
+    assert [trial.state.name for trial in optuna_trials(searched)] == ["FAIL"] * (writes > 0) + ["COMPLETE"]
+    assert len(fake.ran) == 1 + 1
+
+
+def test_a_trial_of_a_live_process_stays_open(searched):
+    driver = driver_of()
+    driver._ask(1, "alive")
+    driver._ask(1, "gone")
+    driver.close_orphans(lambda: {"alive"})
+    assert [trial.state.name for trial in optuna_trials(searched)] == ["RUNNING", "FAIL"]
+    assert driver.ended == []
+
+
+def test_which_runs_are_open_is_asked_after_the_trials_were_read(searched):
+    """Else a trial that another process starts in between would be closed."""
+    driver = driver_of()
+    driver._ask(1, "gone")
+
+    def running():
+        driver._ask(2, "alive")
+        return ()
+
+    driver.close_orphans(running)
+    assert [trial.state.name for trial in optuna_trials(searched)] == ["FAIL", "RUNNING"]
+
+
+@pytest.mark.parametrize(("sampler", "at_once"), [("tpe", 1), ("tpe", 2), ("random", 1)])
+def test_settings_are_chosen_as_optunas_own_ask_chooses_them(searched, sampler, at_once):
+    """Of 14 trials, of which TPE draws the first ten at random."""
     import optuna
 
-    from basisadapt.study.drive.search import SearchDriver
-    from basisadapt.study.record.owner import Owner
-
-    fake.score = hill
-    driver = SearchDriver("sqlite:///optuna.db", search_of(seeds=[1], trials=2))
-    lost = driver._study.ask()
-    lost.set_user_attr("owner", str(Owner(Owner.me().host, Owner.me().pid, "0")))
-    code, _, _ = study("tiny.yaml", "--search", "tpe", "--trials", "2", "--seeds", "1")
-    assert code == 0
-    states = [trial.state for trial in optuna_trials(searched)]
-    complete = optuna.trial.TrialState.COMPLETE
-    assert states == [optuna.trial.TrialState.FAIL, complete, complete]
+    driver = driver_of(sampler=sampler, at_once=at_once)
+    plain = optuna.create_study(direction="maximize")
+    for first in range(1, 15, at_once):
+        numbers, pairs = range(first, first + at_once), []
+        for number in numbers:
+            ours = driver._ask(number, "run")
+            plain.sampler = driver._sampler(number)
+            pairs.append((ours, plain.ask(ours.distributions)))
+        for ours, theirs in pairs:
+            assert ours.params == theirs.params
+            value = -((ours.params["adapter.omega_init"] - 1) ** 2)
+            driver._tell(ours, "finished", value)
+            plain.tell(theirs, value)
+    assert len({tuple(trial.params.items()) for trial in plain.trials}) == 14
 
 
 def test_the_space_of_a_study_without_one(folder):
@@ -265,14 +328,21 @@ def test_every_declared_range_can_be_run(folder):
 
 
 def test_optunas_distributions():
+    import optuna
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-    assert distribution("adapter.num_basis", Range(8, 64, log=True)) == IntDistribution(8, 64, log=True)
-    assert distribution("adapter.omega_init", Range(1, 8)) == FloatDistribution(1, 8)
-    assert distribution("train.lr", Range(1e-4, 1e-2, log=True)) == FloatDistribution(1e-4, 1e-2, log=True)
-    assert distribution("train.max_steps", Range(10, 20)) == IntDistribution(10, 20)
-    assert distribution("data.facts", Range(64, 512)) == IntDistribution(64, 512)
-    assert distribution("adapter.centre", (True, False)) == CategoricalDistribution((True, False))
+    expected = {
+        ("adapter.num_basis", Range(8, 64, log=True)): IntDistribution(8, 64, log=True),
+        ("adapter.omega_init", Range(1, 8)): FloatDistribution(1, 8),
+        ("train.lr", Range(1e-4, 1e-2, log=True)): FloatDistribution(1e-4, 1e-2, log=True),
+        ("train.max_steps", Range(10, 20)): IntDistribution(10, 20),
+        ("data.facts", Range(64, 512)): IntDistribution(64, 512),
+        ("adapter.centre", (True, False)): CategoricalDistribution((True, False)),
+    }
+    trial = optuna.create_study().ask()
+    for key, where in expected:
+        suggest(trial, key, where)
+    assert trial.distributions == {key: distribution for (key, _), distribution in expected.items()}
 
 
 def test_parsed_ranges():

@@ -6,12 +6,13 @@ import dataclasses
 import hashlib
 import json
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from optuna import load_study
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from basisadapt.core.command import tell
 from basisadapt.core.errors import InputError
@@ -22,10 +23,10 @@ from basisadapt.study.drive.paths import StudyPaths, check_paths
 from basisadapt.study.outcome import Outcome
 from basisadapt.study.plan.cells import Row, Study, resolve
 from basisadapt.study.plan.changes import split_changes
-from basisadapt.study.plan.space import Space, distribution, edges, search_space
+from basisadapt.study.plan.space import Space, edges, search_space, suggest
 from basisadapt.study.plan.spec import SWEEP, VARIANT, ExtraRow, StudySpec
 from basisadapt.study.record.record import Record
-from basisadapt.study.record.trials import RUN, is_orphan, open_study
+from basisadapt.study.record.trials import RUN, open_study, orphans_of, start_trial
 from basisadapt.study.report.report import EndedTrial, Report, SearchResult, make_report
 from basisadapt.study.report.table import build_table
 from basisadapt.training.execution.executor import Executor
@@ -112,7 +113,7 @@ def run_search(search: Search, place: StudyPaths, tags: Mapping[str, str], execu
     reference = [cell for row in search.reference() for cell in row.cells]
     with Invocation(search.spec, reference, place, tags, executor) as invocation:
         driver = SearchDriver(place.optuna_url, search)
-        driver.close_orphans(invocation.running())
+        driver.close_orphans(invocation.running)
         invocation.run(reference)
         while len(driver.ended) < search.trials:
             driver.step(invocation)
@@ -162,11 +163,10 @@ class SearchDriver:
         trials = [trial for trial in self._study.get_trials(deepcopy=False) if trial.state.is_finished()]
         return [_ended(trial) for trial in trials if trial.user_attrs.get("status", "killed") != "killed"]
 
-    def close_orphans(self, running: Collection[str]) -> None:
-        """Close the open trials of invocations whose runs are not in `running`."""
-        for trial in self._study.get_trials(states=(TrialState.RUNNING,)):
-            if is_orphan(trial, running):
-                self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+    def close_orphans(self, running: Callable[[], Collection[str]]) -> None:
+        """Close the open trials of dead invocations. running: see `orphans_of`."""
+        for trial in orphans_of(self._study, running):
+            self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
     def step(self, invocation: Invocation) -> None:
         """Run the next trials: ask Optuna, run their cells, tell Optuna."""
@@ -195,10 +195,15 @@ class SearchDriver:
             tell(f"trial {number} of {self._search.trials}: {shown}")
 
     def _ask(self, number: int, run_id: str) -> Trial:
-        self._study.sampler = self._sampler(number)
-        trial = self._study.ask({key: distribution(key, where) for key, where in self._space.items()})
-        for name, value in {RUN: run_id, "number": number, "status": "killed"}.items():
-            trial.set_user_attr(name, value)  # "killed" unless it ends otherwise
+        # Not Study.ask, whose trial would be nobody's at first. A Study reads the trials for its sampler once.
+        study = load_study(
+            study_name=self._study.study_name, storage=self._study._storage, sampler=self._sampler(number)
+        )
+        attributes = {RUN: run_id, "number": number, "status": "killed"}  # unless it ends otherwise
+        started = create_trial(state=TrialState.RUNNING, user_attrs=attributes)
+        trial = Trial(study, start_trial(study, started))
+        for key, where in self._space.items():
+            suggest(trial, key, where)
         return trial
 
     def _tell(self, trial: Trial, status: str, value: float | None) -> None:

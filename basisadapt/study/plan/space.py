@@ -7,7 +7,7 @@ import operator
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import Trial
 
 from basisadapt.core.errors import InputError
 from basisadapt.core.ranges import Choices, Range, parse_range
@@ -54,13 +54,14 @@ def search_space(spec: StudySpec, axes: Mapping[str, Iterable[Any]], base: RunCo
     return {key: where if where is not None else _declared(key, plugins) for key, where in chosen.items()}
 
 
-def distribution(key: str, where: Range | Choices) -> BaseDistribution:
-    """The Optuna distribution of a setting; of integers if the setting takes only integers."""
+def suggest(trial: Trial, key: str, where: Range | Choices) -> None:
+    """Have Optuna choose a setting of a trial; an integer if the setting takes only integers."""
     if not isinstance(where, Range):
-        return CategoricalDistribution(where)
-    if _is_whole(key):
-        return IntDistribution(round(where.low), round(where.high), log=where.log)
-    return FloatDistribution(where.low, where.high, log=where.log)
+        trial.suggest_categorical(key, where)
+    elif _is_whole(key):
+        trial.suggest_int(key, round(where.low), round(where.high), log=where.log)
+    else:
+        trial.suggest_float(key, where.low, where.high, log=where.log)
 
 
 def edges(space: Space) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ import json
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from datetime import datetime, timedelta
 from typing import Any
 
 import optuna
@@ -20,7 +19,6 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from basisadapt.core.errors import InputError, one_line
 from basisadapt.study.outcome import Outcome
 from basisadapt.study.plan.cells import Cell
-from basisadapt.study.record.owner import Owner
 from basisadapt.study.record.stores import make_database, sqlite_file, with_retries
 
 RUN = "run"  # the user attribute of a trial that names its MLflow run
@@ -47,9 +45,7 @@ class Trials:
 
     def ask(self, cell: Cell, run_id: str) -> int:
         """Start the trial of a cell's run, atomically. Returns its number."""
-        # As optuna.Study.add_trial does, which does not return the number of the trial.
-        started = self._trial(cell, TrialState.RUNNING, None, {RUN: run_id})
-        trial_id = self._storage.create_new_trial(self._study_id, template_trial=started)
+        trial_id = start_trial(self._study, self._trial(cell, TrialState.RUNNING, None, {RUN: run_id}))
         return self._storage.get_trial_number_from_id(trial_id)
 
     def tell(self, number: int, status: str, value: float | None = None) -> None:
@@ -64,12 +60,10 @@ class Trials:
     ) -> None:
         """Close the trials whose runs are dead, with the value of the cell if it is from their run.
 
-        running: returns the ids of the open runs.
-        record: returns the recorded outcomes. Both are called only if there are trials to close.
+        running: see `orphans_of`.
+        record: returns the recorded outcomes; called only if there are trials to close.
         """
-        open_trials = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        alive = running() if open_trials else ()
-        orphans = [trial for trial in open_trials if is_orphan(trial, alive)]
+        orphans = orphans_of(self._study, running)
         outcomes = record() if orphans else {}
         for orphan in orphans:
             outcome = outcomes.get(orphan.user_attrs.get("cell", ""))
@@ -148,14 +142,21 @@ def open_study(storage: str, name: str) -> Study:
         raise InputError(f"--storage {storage!r} cannot be opened: {one_line(error)}") from error
 
 
-def is_orphan(trial: FrozenTrial, running: Collection[str]) -> bool:
-    """Whether the driver of an open trial is dead: its MLflow run is not in `running`."""
-    if RUN in trial.user_attrs:
-        return trial.user_attrs[RUN] not in running
-    if "owner" in trial.user_attrs:  # in older records
-        return Owner.parse(trial.user_attrs["owner"]).is_dead
-    # Killed while asking; a trial that is just being asked for is younger.
-    return trial.datetime_start is None or datetime.now() - trial.datetime_start > timedelta(minutes=1)
+def start_trial(study: Study, trial: FrozenTrial) -> int:
+    """Write a trial that runs, whole: a process that is killed leaves all of it or nothing. Returns its id."""
+    # As optuna.Study.add_trial does, which does not return the id.
+    return study._storage.create_new_trial(study._study_id, template_trial=trial)
+
+
+def orphans_of(study: Study, running: Callable[[], Collection[str]]) -> list[FrozenTrial]:
+    """The open trials whose drivers are dead: their MLflow runs are not open.
+
+    running: returns the ids of the open runs; called only if there are open trials, and after these were read, since a
+    run begins before its trials.
+    """
+    trials = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    alive = running() if trials else ()
+    return [trial for trial in trials if trial.user_attrs.get(RUN) not in alive]
 
 
 def _state(value: float | None) -> TrialState:
