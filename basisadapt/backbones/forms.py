@@ -17,19 +17,17 @@ class Form:
 
     - `does` (str): in words, for messages.
     - `model` (str): the class, of transformers or ours, that loads the model.
-    - `models` (str): transformers' mapping of the model types that can take the form.
+    - `models` (str or tuple of str): the model types that can take the form, or transformers' mapping of them.
     - `processor` (str): the class that loads what a task makes inputs with: a tokenizer, an image processor, or for
       parts of a model (`bert_parts`) its frozen rest.
     - `peft` (str or None, default None): peft's name for the type of task, if it has one.
-    - `types` (default empty): the only model types that can take it; if empty, all of `models` can.
     """
 
     does: str
     model: str
-    models: str
+    models: str | tuple[str, ...]
     processor: str
     peft: str | None = None
-    types: tuple[str, ...] = ()
 
 
 FORMS = {
@@ -49,44 +47,38 @@ FORMS = {
     "zero_shot": Form(
         does="classify images by sentences about the classes (data.head zero_shot)",
         model="ZeroShotCLIP",  # ours
-        models="MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+        models=("clip",),
         processor="AutoImageProcessor",
-        types=("clip",),
     ),
     "feed_forward": Form(
         does="store facts in a feed-forward block (task facts)",
         model="LastFeedForward",  # ours, like FeedForwardInputs
-        models="MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+        models=("bert",),
         processor="FeedForwardInputs",
-        types=("bert",),
     ),
     "last_mlp": Form(
         does="store words in its last MLP (task phone_book)",
         model="LastMLP",  # ours, as is what is below it
-        models="MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+        models=("llama", "qwen2"),
         processor="MLPInputs",
-        types=("llama", "qwen2"),
     ),
     "weight": Form(
         does="be fitted to a given matrix (tasks matrix/...)",
         model="LastQuery",  # ours, like QueryWeight
-        models="MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+        models=("bert",),
         processor="QueryWeight",
-        types=("bert",),
     ),
     "rounded_encoder": Form(
         does="be rounded to 4 bits and compared by hidden states (task recovery/states)",
         model="RoundedEncoder",  # ours, like OriginalEncoder
-        models="MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+        models=("bert",),
         processor="OriginalEncoder",
-        types=("bert",),
     ),
     "rounded_language_model": Form(
         does="be rounded to 4 bits and compared by the next token (task recovery/text)",
         model="RoundedLanguageModel",  # ours, like OriginalLanguageModel
-        models="MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+        models=("llama", "qwen2"),
         processor="OriginalLanguageModel",
-        types=("llama", "qwen2"),
     ),
     "completion": Form(
         does="complete texts",
@@ -134,8 +126,9 @@ def check_form(backbone: Backbone, form: str, model_type: str) -> None:
 def _can(form: str, model_type: str) -> bool:
     from transformers.models.auto import modeling_auto
 
+    models = FORMS[form].models
+    if isinstance(models, tuple):
+        return model_type in models
     # transformers also offers encoders as causal language models, which they were not trained to be.
     encoder = model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if (form == "completion" and encoder) or model_type not in (FORMS[form].types or (model_type,)):
-        return False
-    return model_type in getattr(modeling_auto, FORMS[form].models)
+    return model_type in getattr(modeling_auto, models) and not (form == "completion" and encoder)
