@@ -33,8 +33,9 @@ IMPORTED = (
 
 def start():
     """Start the server of the tests."""
-    # The allocator of pyarrow would have a thread.
-    environment = {**os.environ, "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+    # The allocator of pyarrow would have a thread, and OpenBLAS one for each core.
+    single = {"JE_ARROW_MALLOC_CONF": "background_thread:false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    environment = {**os.environ, **single}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     server = subprocess.Popen([sys.executable, __file__], env=environment, text=True, start_new_session=True, **pipes)
     os.environ[ADDRESS] = server.stdout.readline().strip()
