@@ -36,8 +36,8 @@ class RandomMLP(PreTrainedModel):  # type: ignore[misc]
     - x: (rows, width), from `RandomVectors`.
     - Wᵢ (width, width): drawn from N(0, 2 / width), which keeps the scale of x through the layers. Source: He et al.
       (2015).
-    - C: `classes`, (num_labels, width), drawn from N(0, 1 / width²), so that all classes are nearly alike at the start and
-      there is nothing to unlearn; a buffer, which no method trains and no adapter saves.
+    - C: `classes`, (num_labels, width), drawn from N(0, 1 / width²), so that all classes are nearly alike at the start
+      and there is nothing to unlearn; a buffer, which no method trains and no adapter saves.
 
     All are drawn from torch's global generator.
     """

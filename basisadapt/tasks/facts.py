@@ -170,8 +170,7 @@ class Facts(StoredTask, name="facts"):
 class VectorFacts(Facts, name="facts/vectors"):
     """As `facts`, a class for each of data.facts random vectors.
 
-    The model is an MLP with random weights, of as many layers as the backbone says, all of them adapted: is it depth, or
-    is it the number of parameters, that decides what a nonlinearity is worth?
+    The model is an MLP with random weights, of as many layers as the backbone says, all of them adapted.
     """
 
     form = "random_mlp"
