@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from basisadapt.study.report.report import SearchResult
 
 MAX_ROWS = 100  # rows in a figure; of more it shows the leading ones, and says so
+MARKERS = "os^Dv"
 NEAR = 0.12  # the share of a panel's width below which two labels may overlap
 
 
@@ -83,7 +84,7 @@ def curves_figure(table: Table) -> Figure:
     for axes, lines in zip(every, panels.values(), strict=True):
         for line in lines:
             name = _curve_name(table, line)
-            _curve(axes, table, line, name, f"C{names.index(name)}")
+            _curve(axes, table, line, name, names.index(name))
         common = table.study.spec.tune.common if table.study.spec.tune else None
         if common is not None:
             axes.axvline(common, color="0.5", linestyle="--", linewidth=1)
@@ -123,16 +124,20 @@ def _name_axes(figure: Figure, table: Table, horizontal: str) -> None:
     figure.supylabel(f"{verbatim(headline_text(table))} (mean ± std over seeds)", fontsize="medium")
 
 
-def _curve(axes: Axes, table: Table, line: Line, name: str, color: str) -> None:
+def _curve(axes: Axes, table: Table, line: Line, name: str, number: int) -> None:
     rule = table.study.spec.tune
-    means = _draw(axes, table, table.curve(line).items(), name, color)
+    means = _draw(axes, table, table.curve(line).items(), name, number)
     chosen = line.row.cells[0].settings.get(rule.setting) if rule else None
     if line.values and chosen in means:
-        axes.plot(chosen, means[chosen], "o", color=color, markersize=9, fillstyle="none")
+        axes.plot(chosen, means[chosen], "o", color=f"C{number}", markersize=9, fillstyle="none")
 
 
-def _draw(axes: Axes, table: Table, at: Iterable[tuple[float, Line]], name: str, color: str) -> dict[float, float]:
-    """Draw the means of lines at their places, with a band of one standard deviation. Returns the means by place."""
+def _draw(axes: Axes, table: Table, at: Iterable[tuple[float, Line]], name: str, number: int) -> dict[float, float]:
+    """Draw the means of lines at their places, with a band of one standard deviation. Returns the means by place.
+
+    number: which line of the figure it is; colors repeat after ten, with another marker.
+    """
+    color, marker = f"C{number}", MARKERS[number // 10 % len(MARKERS)]
     scale = 100 if table.percent else 1
     points = []
     for place, line in at:
@@ -144,7 +149,7 @@ def _draw(axes: Axes, table: Table, at: Iterable[tuple[float, Line]], name: str,
     if not points:
         return {}
     x, y, low, high = zip(*points, strict=True)
-    axes.plot(x, y, "o-", color=color, markersize=3, label=verbatim(name))
+    axes.plot(x, y, f"{marker}-", color=color, markersize=3, label=verbatim(name))
     axes.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
     return dict(zip(x, y, strict=True))
 
@@ -156,6 +161,8 @@ def lines_figure(table: Table, along: str, against: str | None) -> Figure | None
     values on the axis, evenly spaced, or the means of the metric `against`, on a logarithmic scale; there a row that is
     not on the axis is a point. None if no row has a place.
     """
+    from matplotlib.ticker import LogLocator
+
     values = _values_on(table, along)
     panels: dict[str, dict[str, list[tuple[float, Line]]]] = {}
     for line in (shown := table.leading(MAX_ROWS)):
@@ -170,12 +177,16 @@ def lines_figure(table: Table, along: str, against: str | None) -> Figure | None
     figure, every = _panels(len(panels), sharey=len({line.task for line in table.lines}) == 1)
     for axes, (panel, lines) in zip(every, panels.items(), strict=True):
         for name, places in lines.items():
-            _draw(axes, table, sorted(places, key=lambda at: at[0]), name, f"C{names.index(name) % 10}")
+            _draw(axes, table, sorted(places, key=lambda at: at[0]), name, names.index(name))
         axes.set_title(verbatim(panel), fontsize="medium")
         if against is None:
             axes.set_xticks(range(len(values)), [verbatim(plain(value)) for value in values], rotation=45, ha="right")
         else:
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:,g}")
+            axes.tick_params(axis="x", labelrotation=45, labelbottom=True)
+            axes.minorticks_off()
     _name_axes(figure, table, against or along)
     figure.suptitle(_title(table, by_name(shown)))
     return figure
