@@ -61,7 +61,8 @@ class RandomMLP(PreTrainedModel):  # type: ignore[misc]
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
         """Logits (rows, num_labels) of x (rows, width); with labels (rows,) also the cross-entropy."""
-        first, *others = (layer["fc1"] for layer in self.layers)
+        layers: Any = self.layers
+        first, *others = (layer["fc1"] for layer in layers)
         y = first(hidden)
         for layer in others:
             y = layer(y.relu())
