@@ -165,6 +165,12 @@ def test_lines_against_a_metric_also_have_the_rows_beside_them(folder):
     assert figure.get_supxlabel() == "parameters.trainable"
 
 
+def test_panels_are_named_by_what_their_rows_share(folder):
+    figure, _ = drawn_along(folder, "lines: {along: task}\n")
+    assert [axes.get_title() for axes in figure.axes] == ["r = 1", "r = 4", ""], "a row beside them has no r"
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["matrix/flat", "matrix/power_1"]
+
+
 def test_without_a_compared_axis_a_line_is_what_the_other_axes_say(folder):
     (folder / "lines.yaml").write_text(LINES.replace("reference: method=lora", "lines: {along: r}"))
     study = resolve(read_spec("lines.yaml"))

@@ -202,7 +202,9 @@ def _panel_and_line(line: Line, along: str, compared: str | None) -> tuple[str, 
     """The labels of a row's panel and of its line there: the line's is what the compared axis says, if there is one."""
     rest = [(axis, value) for axis, value in line.row.point if axis != along]
     of_line = [pair for pair in rest if (pair[0] != "task" if compared is None else pair[0] == compared)]
-    return label_of(pair for pair in rest if pair not in of_line), label_of(of_line, line.row.beside)
+    shared = (pair for pair in rest if pair not in of_line)
+    panel = ", ".join(plain(value) if axis == "task" else f"{axis} = {plain(value)}" for axis, value in shared)
+    return panel, label_of(of_line, line.row.beside)
 
 
 def _panel_name(table: Table, line: Line) -> str:
