@@ -1,4 +1,7 @@
-"""Where a nonlinearity helps, by the update between two checkpoints: `python -m basisadapt.spectra BASE TUNED`."""
+"""Where a nonlinearity helps, by the update between two checkpoints: `python -m basisadapt.spectra BASE TUNED`.
+
+A third one, with a trained adapter merged into it, tells how much of that update the adapter found.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,19 @@ if TYPE_CHECKING:
     from basisadapt.backbones.checkpoint import Checkpoint
     from basisadapt.phi.settings import PhiSettings
 
-HEAD = ("module", "shape", "norm", "stable rank", "exponent", "BA", "sine", "phi", "best as BA of", "verdict")
+HEAD = (
+    "module",
+    "shape",
+    "norm",
+    "stable rank",
+    "exponent",
+    "BA",
+    "sine",
+    "phi",
+    "adapted",
+    "best as BA of",
+    "verdict",
+)
 ALIKE = 1e-4  # shares of an update that differ by less count as equal: a fit is no more precise
 GOLDEN = (math.sqrt(5) - 1) / 2  # the fractional parts of its multiples are spread most evenly
 LISTED = 32  # ranks whose shares the JSON document has
@@ -38,6 +53,7 @@ class Update:
     captured: the shares of ‖ΔW‖² that the best BA of rank 1, 2, ... captures.
     rounding: the expected share of ‖ΔW‖² from rounding the tuned weight to its dtype.
     phi, sine: the shares that a fitted BA + φ(BA) and BA + sine capture; None if not fitted.
+    adapted: the share that the best multiple of an adapter's update captures, see `aligned_energy`; None without one.
     """
 
     module: str
@@ -49,6 +65,7 @@ class Update:
     rounding: float
     phi: float | None
     sine: float | None
+    adapted: float | None = None
 
     @property
     def energy(self) -> float:
@@ -64,6 +81,16 @@ class Update:
 def rank_of(captured: Sequence[float], share: float) -> int:
     """The least rank at which BA captures `share`. captured: see `Update`."""
     return 1 + sum(one < share - ALIKE for one in captured)
+
+
+def aligned_energy(update: Tensor, other: Tensor) -> float:
+    """The share of ‖T‖² that the best multiple of D captures, ⟨T, D⟩² / (‖T‖² ‖D‖²); 0 where T or D is 0.
+
+    update, other: T and D, of one shape. It says whether D has T's direction, whatever its size.
+    """
+    T, D = update.double().flatten(), other.double().flatten()
+    energies = (T @ T).item() * (D @ D).item()
+    return (T @ D).item() ** 2 / energies if energies else 0.0
 
 
 def formulations(rank: int) -> tuple[PhiSettings, PhiSettings]:
@@ -83,7 +110,8 @@ def main(arguments: list[str]) -> int:
     """Run the command line; returns the exit code."""
     try:
         options = _parser().parse_args(arguments)
-        updates = updates_between(options.base, options.tuned, options.rank, options.modules, options.fit)
+        names = options.base, options.tuned
+        updates = updates_between(*names, options.rank, options.modules, options.fit, options.adapted)
         say(json.dumps(document(updates, options.rank), indent=1) if options.json else report(updates, options.rank))
     except KeyboardInterrupt:
         tell("\nInterrupted.")
@@ -100,6 +128,11 @@ def _parser() -> Parser:
     )
     parser.add_argument("base", metavar="BASE", help="the pretrained model: a folder, a hub id or a backbone's name")
     parser.add_argument("tuned", metavar="TUNED", help="the same model, fine-tuned")
+    parser.add_argument(
+        "--adapted",
+        metavar="MODEL",
+        help="the same model with a trained adapter merged into it: how much of the update has the adapter found?",
+    )
     parser.add_argument("--rank", type=int, default=4, metavar="R", help="the rank of BA and phi(BA) (default: 4)")
     parser.add_argument(
         "--modules",
@@ -118,13 +151,16 @@ def _parser() -> Parser:
     return parser
 
 
-def updates_between(base_name: str, tuned_name: str, rank: int, pattern: str | None, fits: int) -> list[Update]:
+def updates_between(
+    base_name: str, tuned_name: str, rank: int, pattern: str | None, fits: int, adapted_name: str | None = None
+) -> list[Update]:
     """The updates of modules, in the order of the base's names.
 
     base_name, tuned_name: a folder, a hub id or a backbone's name.
     rank: the rank of BA and φ(BA), at least 1 and below every side of the matrices.
     pattern: a regular expression for the modules. None takes the projections of the blocks.
     fits: the number of modules, evenly spread, that φ and the sine are fitted to, at least 1.
+    adapted_name: as the others, a model with a trained adapter merged into it. Default None, there is none.
 
     Raises InputError for bad numbers, for missing checkpoints, and for checkpoints of different models.
     """
@@ -137,6 +173,8 @@ def updates_between(base_name: str, tuned_name: str, rank: int, pattern: str | N
         raise InputError(f"--rank and --fit must be at least 1, got {rank} and {fits}")
     base, tuned = (Checkpoint(backbones.find(name)) for name in (base_name, tuned_name))
     pairs = pairs_of(base, tuned, pattern)
+    adapted = None if adapted_name is None else Checkpoint(backbones.find(adapted_name))
+    of_adapted = {} if adapted is None else dict(pairs_of(base, adapted, pattern))
     for module, _ in pairs:
         if rank >= (smaller := min(base.shapes[module])):
             raise InputError(f"--rank must be below {smaller}, the smaller side of {module!r}, got {rank}")
@@ -146,9 +184,12 @@ def updates_between(base_name: str, tuned_name: str, rank: int, pattern: str | N
     for place, (module, other) in enumerate(pairs):
         tell(f"[{place + 1}/{len(pairs)}] {module}")
         matrices = base.read(module).to(device), tuned.read(other).to(device)
-        updates.append(_update(module, *matrices, rank, place in places))
+        third = None if adapted is None else adapted.read(of_adapted[module]).to(device)
+        updates.append(_update(module, *matrices, third, rank, place in places))
     if not any(update.energy for update in updates):
         raise InputError(f"{base_name!r} and {tuned_name!r} do not differ in any of {len(updates)} matrices")
+    if adapted is not None and not any(update.adapted for update in updates):
+        raise InputError(f"{adapted_name!r} has nothing of that update in any of {len(updates)} matrices")
     return updates
 
 
@@ -209,12 +250,13 @@ def _names_in(other: Checkpoint, base: Checkpoint) -> dict[str, str]:
     return names
 
 
-def _update(module: str, base: Tensor, tuned: Tensor, rank: int, fit: bool) -> Update:
+def _update(module: str, base: Tensor, tuned: Tensor, adapted: Tensor | None, rank: int, fit: bool) -> Update:
     from basisadapt.adapter.fit import fitted_energy
     from basisadapt.diagnostics.spectrum import captured, power_exponent, singular_values, stable_rank
 
     change = tuned.double() - base.double()
-    if not change.isfinite().all():
+    other = None if adapted is None else adapted.double() - base.double()
+    if not all(one.isfinite().all() for one in (change, other) if one is not None):
         raise InputError(f"{module!r} has weights that are not finite")
     sigma = singular_values(change)
     energy = change.square().sum().item()
@@ -229,6 +271,7 @@ def _update(module: str, base: Tensor, tuned: Tensor, rank: int, fit: bool) -> U
         rounding=min(1.0, _rounding(tuned) / energy) if energy else 0.0,
         phi=phi,
         sine=sine,
+        adapted=None if other is None else aligned_energy(change, other),
     )
 
 
@@ -250,7 +293,9 @@ def report(updates: Sequence[Update], rank: int) -> str:
     rows = [HEAD, *(_row(update, rank) for update in updates)]
     if len(fitted) > 1:
         rows.append(_row(_together(fitted), rank))
-    return "\n".join([*aligned(rows, left=range(len(HEAD))), "", *_verdict(fitted, rank, len(updates))])
+    kept = [n for n, head in enumerate(HEAD) if head != "adapted" or updates[0].adapted is not None]
+    shown = [tuple(row[n] for n in kept) for row in rows]
+    return "\n".join([*aligned(shown, left=range(len(kept))), "", *_verdict(fitted, rank, len(updates))])
 
 
 def document(updates: Sequence[Update], rank: int) -> dict[str, Any]:
@@ -288,13 +333,14 @@ def _together(updates: Sequence[Update]) -> Update:
         rounding=mean(u.rounding for u in updates),
         phi=mean(u.phi or 0.0 for u in updates),
         sine=mean(u.sine or 0.0 for u in updates),
+        adapted=None if any(u.adapted is None for u in updates) else mean(u.adapted or 0.0 for u in updates),
     )
 
 
 def _row(update: Update, rank: int) -> tuple[str, ...]:
     shape = " x ".join(map(str, update.shape)) if any(update.shape) else ""
     told = ["" if math.isnan(x) else f"{x:.2f}" for x in (update.stable_rank, update.exponent)]
-    shares = [update.captured[rank - 1], update.sine, update.phi]
+    shares = [update.captured[rank - 1], update.sine, update.phi, update.adapted]
     percent = ["" if share is None else f"{100 * share:.1f} %" for share in shares]
     rest = ("", "") if update.best is None else (f"rank {rank_of(update.captured, update.best)}", _word(update, rank))
     return (update.module, shape, f"{update.norm:.3g}", *told, *percent, *rest)
@@ -326,6 +372,11 @@ def _verdict(fitted: Sequence[Update], rank: int, count: int) -> list[str]:
             "Learning the function pays."
             if rank_of(whole.captured, whole.phi) > rank_of(whole.captured, whole.sine)
             else "A fixed sine is enough."
+        )
+    if whole.adapted is not None:
+        said.append(
+            f"Of those matrices the best multiple of the adapted model's update captures {100 * whole.adapted:.1f} %, "
+            f"where phi(BA) of rank {rank} could capture {phi}."
         )
     if whole.rounding > ROUNDING_SHARE:
         said.append(

@@ -225,11 +225,64 @@ def test_nothing_but_what_is_asked_for_is_fitted(folders, monkeypatch, capsys):
     assert fitted == [(32, 32)] * 4, "phi and the sine, to two matrices"
 
 
+def adapted(part, scale=1e-2):
+    """The body with `part` of the update that `tuned` has, and with as much energy of another one."""
+    before, after = body(), tuned(scale).bert
+    torch.manual_seed(9)
+    with torch.no_grad():
+        for name, weight in before.named_parameters():
+            if FLAT in name and weight.dim() == 2:
+                update = after.get_parameter(name) - weight
+                other = torch.randn_like(update)
+                other -= (other * update).sum() / update.square().sum() * update
+                weight += part**0.5 * update + (1 - part) ** 0.5 * other / other.norm() * update.norm()
+    return before
+
+
+@pytest.mark.parametrize("size", [0.1, 1.0, 5.0])
+def test_the_share_of_an_update_that_another_has_is_that_of_its_best_multiple(size):
+    generator = torch.Generator().manual_seed(0)
+    T, D = (torch.randn(5, 7, generator=generator, dtype=torch.float64) for _ in range(2))
+    (multiple,) = torch.linalg.lstsq(D.reshape(-1, 1), T.reshape(-1, 1)).solution.flatten()
+    expected = 1 - (T - multiple * D).square().sum() / T.square().sum()
+    assert spectra.aligned_energy(T, size * D) == pytest.approx(expected.item())
+    assert spectra.aligned_energy(T, -size * T) == pytest.approx(1)
+    assert spectra.aligned_energy(T, 0 * D) == spectra.aligned_energy(0 * T, D) == 0
+
+
+def test_a_trained_adapter_is_held_against_the_best_fit(folders, tmp_path, capsys):
+    adapted(0.3).save_pretrained(tmp_path / "adapted")
+    arguments = (folders / "base", folders / "tuned", "--rank", 2, "--modules", rf".*{FLAT}")
+    without = told(capsys, *arguments)
+    text = told(capsys, *arguments, "--adapted", tmp_path / "adapted")
+    assert "adapted" not in without
+    assert "adapted" in text.splitlines()[0]
+    assert "the best multiple of the adapted model's update captures 30.0 %, where phi(BA) of rank 2 could" in text
+    found = json.loads(told(capsys, *arguments, "--adapted", tmp_path / "adapted", "--json"))
+    assert [one["adapted"] for one in found["modules"]] == [pytest.approx(0.3, rel=1e-4)] * 2
+    assert found["verdict"] == text.splitlines()[-len(found["verdict"]) :]
+    assert {one["adapted"] for one in json.loads(told(capsys, *arguments, "--json"))["modules"]} == {None}
+
+
+def test_an_adapted_model_that_cannot_be_compared_is_refused(folders, tmp_path, capsys):
+    make("other", tmp_path)
+    for other, message in (
+        (folders / "base", "has nothing of that update in any of 2 matrices"),
+        (tmp_path, "another model"),
+    ):
+        arguments = [folders / "base", folders / "tuned", "--adapted", other, "--fit", 1]
+        if other != tmp_path:
+            arguments += ["--modules", f".*{FLAT}"]
+        assert main([str(one) for one in arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_the_page_for_practitioners_shows_the_command_as_it_is(monkeypatch):
     """Its command parses, its program trains the model that the command looks at, and it names every column."""
     page = (Path(__file__).parents[1] / "docs" / "where-a-nonlinearity-pays.md").read_text(encoding="utf-8")
-    (command,) = re.findall(r"^python -m basisadapt.spectra (.+)$", page, re.MULTILINE)
+    command, third = re.findall(r"^python -m basisadapt.spectra (.+)$", page, re.MULTILINE)
     options = spectra._parser().parse_args(command.split())
+    assert spectra._parser().parse_args(third.split()).adapted == "merged"
     assert options.base == "minilm"
     (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     ran = []

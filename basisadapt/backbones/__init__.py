@@ -1,7 +1,11 @@
-"""Pretrained models: a catalog by name, the forms that models take for a task, and loading."""
+"""Pretrained models and random ones: a catalog by name, the forms that models take for a task, and loading.
+
+Importing this package registers the model types that are ours.
+"""
 
 from __future__ import annotations
 
+from basisadapt.backbones import random_mlp as random_mlp
 from basisadapt.backbones.catalogue import BACKBONES, Backbone, Package, find, register
 from basisadapt.backbones.forms import FORMS, HEADS, ROUNDED, Form, is_head
 from basisadapt.backbones.hub import check_reachable, missing_weights

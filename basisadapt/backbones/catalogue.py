@@ -1,4 +1,4 @@
-"""Pretrained models by name: the source of their weights, and the shapes that counting needs."""
+"""Models by name: the source of their weights, and the shapes that counting needs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from basisadapt.backbones import gguf
 from basisadapt.core.errors import InputError, unknown
 from basisadapt.core.registry import load_entry_points
 
+DRAWN = "random weights"  # the source of a backbone that is not pretrained; no folder or hub id has a space
 OWN = "BASISADAPT_BACKBONES"  # a folder of the user's; NAME/ or NAME.gguf in it holds the weights of backbone NAME
 
 
@@ -31,9 +32,10 @@ class Package:
 
 @dataclass(frozen=True)
 class Backbone:
-    """A pretrained model.
+    """A pretrained model, or one with random weights.
 
-    - `source` (str): a hub id, a local folder or GGUF file, or the import name of its `package`.
+    - `source` (str): a hub id, a local folder or GGUF file, or the import name of its `package`; DRAWN for weights that
+      follow from the seed of a run.
     - `shapes` (dict, default empty): the transformers configuration, so that counting needs no download; if it is
       empty, the source is asked.
     - `package` (default None): the installed package with the weights.
@@ -51,6 +53,11 @@ class Backbone:
     def name(self) -> str:
         """The name that users give: its name in BACKBONES, or the source."""
         return self.called or next((name for name, backbone in BACKBONES.items() if backbone == self), self.source)
+
+    @property
+    def drawn(self) -> bool:
+        """Whether its weights are random."""
+        return self.source == DRAWN
 
     @property
     def file(self) -> Path | None:
@@ -170,6 +177,13 @@ BACKBONES = {
     # Both have transformers' default shapes, except for what is given.
     "clip-vit-b32": Backbone(source="openai/clip-vit-base-patch32", shapes={"model_type": "clip"}),
     "dinov2-base": Backbone(source="facebook/dinov2-base", shapes={"model_type": "dinov2", "image_size": 518}),
+    # Random layers, by their number.
+    **{
+        f"random-mlp-{depth}": Backbone(
+            source=DRAWN, shapes={"model_type": "random_mlp", "hidden_size": 128, "num_hidden_layers": depth}
+        )
+        for depth in (1, 2, 3, 4, 6, 8)
+    },
 }
 
 

@@ -31,6 +31,8 @@ class Checkpoint:
 
     def __init__(self, backbone: Backbone) -> None:
         self._backbone, self.name = backbone, backbone.name
+        if backbone.drawn:
+            raise InputError(f"backbone {backbone.name!r} has random weights, which no file holds")
         with explained(backbone):
             check_beside(backbone, ask=True)
             self._files = _files(backbone)

@@ -56,6 +56,12 @@ FORMS = {
         models=("bert",),
         processor="FeedForwardInputs",
     ),
+    "random_mlp": Form(
+        does="store facts in random layers (task facts/vectors)",
+        model="RandomMLP",  # ours, like RandomVectors
+        models=("random_mlp",),
+        processor="RandomVectors",
+    ),
     "last_mlp": Form(
         does="store words in its last MLP (task phone_book)",
         model="LastMLP",  # ours, as is what is below it
@@ -101,12 +107,13 @@ def new_model(form: str, config: Any) -> Any:
 
 def class_of(name: str) -> Any:
     """The class of that name in a `Form`: one of ours or of transformers."""
-    from basisadapt.backbones import bert_parts, clip, last_mlp, rounded
+    from basisadapt.backbones import bert_parts, clip, last_mlp, random_mlp, rounded
 
     of_bert = (bert_parts.LastFeedForward, bert_parts.FeedForwardInputs, bert_parts.LastQuery, bert_parts.QueryWeight)
     before = (rounded.OriginalEncoder, rounded.OriginalLanguageModel)
     of_rounded = (rounded.RoundedEncoder, rounded.RoundedLanguageModel, *before)
-    ours = (clip.ZeroShotCLIP, *of_bert, *of_rounded, last_mlp.LastMLP, last_mlp.MLPInputs)
+    of_layers = (last_mlp.LastMLP, last_mlp.MLPInputs, random_mlp.RandomMLP, random_mlp.RandomVectors)
+    ours = (clip.ZeroShotCLIP, *of_bert, *of_rounded, *of_layers)
     return next((one for one in ours if one.__name__ == name), None) or getattr(transformers, name)
 
 

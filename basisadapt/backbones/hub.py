@@ -15,7 +15,8 @@ def missing_weights(backbone: Backbone) -> str | None:
     """The id of the repository whose weights `load` would download; None where they are on this machine."""
     from huggingface_hub import try_to_load_from_cache
 
-    if backbone.package is not None or backbone.file is not None or Path(backbone.source).is_dir():
+    local = backbone.package is not None or backbone.file is not None or Path(backbone.source).is_dir()
+    if local or backbone.drawn:
         return None
     cached = any(isinstance(try_to_load_from_cache(backbone.source, name), str) for name in WEIGHTS)
     return None if cached else backbone.source

@@ -27,12 +27,18 @@ def shape_only(backbone: Backbone, form: str, num_labels: int) -> transformers.P
 
     Raises InputError if the backbone cannot take the form, or its configuration cannot be loaded.
     """
+    with torch.device("meta"):
+        return _shaped(backbone, form, num_labels)
+
+
+def _shaped(backbone: Backbone, form: str, num_labels: int) -> transformers.PreTrainedModel:
+    """A model of that form without loaded weights."""
     if backbone.shapes:
         config = transformers.AutoConfig.for_model(num_labels=num_labels, **backbone.shapes)
     else:
         config = _config(backbone, num_labels)
     check_form(backbone, form, config.model_type)
-    with torch.device("meta"), explained(backbone):
+    with explained(backbone):
         return new_model(form, config)
 
 
@@ -55,6 +61,8 @@ def load(
 ) -> tuple[transformers.PreTrainedModel, Any]:
     """The pretrained model with a new head in float32, and its tokenizer, image processor or frozen rest.
 
+    One with random weights is drawn from torch's global generator, in float32.
+
     - `form`: one of `FORMS`.
     - `num_labels`: outputs of the head.
     - `weights`: the storage of the backbone, one of `WEIGHTS`, default "fp32".
@@ -63,6 +71,9 @@ def load(
     Only safetensors are read, and no code from the hub is run. Raises InputError if the weights cannot be loaded or do
     not fit the backbone.
     """
+    if backbone.drawn:
+        model = _shaped(backbone, form, num_labels)
+        return model, class_of(FORMS[form].processor)(model.config)
     config = _config(backbone, num_labels)
     check_form(backbone, form, config.model_type)
     check_beside(backbone, ask=True)

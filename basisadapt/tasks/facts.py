@@ -167,6 +167,25 @@ class Facts(StoredTask, name="facts"):
         return {"labels": label}
 
 
+class VectorFacts(Facts, name="facts/vectors"):
+    """As `facts`, a class for each of data.facts random vectors.
+
+    The model is an MLP with random weights, of as many layers as the backbone says, all of them adapted.
+    """
+
+    form = "random_mlp"
+
+    @property
+    def drawn_as(self) -> str:
+        """The number of facts and their form."""
+        return f"{self.settings.facts} facts: {CLASSES} classes of random vectors"
+
+    def check(self, data_dir: Path | None) -> None:
+        """Raise InputError for data.probes, which are texts."""
+        if self.settings.probes:
+            raise InputError(f"task 'facts/vectors' reads no texts: data.probes must be 0, got {self.settings.probes}")
+
+
 class PhoneBook(StoredTask, name="phone_book"):
     """A value of eight words for each key: a number in a phone book whose digits are 256 words.
 

@@ -71,6 +71,8 @@ def plan(config: RunConfig, data_dir: Path | None = None, dry: bool = False) -> 
         raise InputError(f"task {config.task!r} rounds the weights itself; train.weights must be fp32")
     task.check(data_dir)
     backbone = backbones.find(config.backbone)
+    if backbone.drawn and config.train.weights != "fp32":
+        raise InputError(f"backbone {config.backbone!r} has random weights, in float32; train.weights must be fp32")
     if not dry:
         backbones.check_weights(config.train.weights)
         backbones.check_at_hand(backbone)

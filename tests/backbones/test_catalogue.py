@@ -47,6 +47,7 @@ FORMS_OF = {
     **dict.fromkeys(LLAMAS, ("text", "completion", "last_mlp", "rounded_language_model")),
     "clip-vit-b32": ("image", "zero_shot"),
     "dinov2-base": ("image",),
+    **{name: ("random_mlp",) for name, backbone in BACKBONES.items() if backbone.drawn},
 }
 
 
@@ -66,7 +67,7 @@ def test_a_backbone_takes_a_form_with_projections_to_adapt_or_names_those_that_c
     layers = getattr(model.config, "vision_config", model.config).num_hidden_layers
     part = {"feed_forward": {"mlp"}, "last_mlp": {"mlp"}, "weight": {"attention"}}.get(form)  # of the last block alone
     assert {p.layer for p in found} == ({layers - 1} if part else set(range(layers)))
-    assert {p.kind for p in found} == (part or {"attention", "mlp"})
+    assert {p.kind for p in found} == (part or ({"mlp"} if form == "random_mlp" else {"attention", "mlp"}))
     assert (form in ("text", "image")) == any(map(backbones.is_head, (name for name, _ in model.named_parameters())))
 
 

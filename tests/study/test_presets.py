@@ -10,6 +10,7 @@ from shipped import DRAWN, LANGUAGE, RECOVERY, VISION
 from basisadapt.study.plan.cells import resolve
 from basisadapt.study.plan.spec import list_studies, read_spec
 from basisadapt.study.plan.tuning import resolve_tuning
+from basisadapt.training import plan
 
 
 @pytest.mark.parametrize("name", sorted(set(list_studies()) - {*VISION, *DRAWN, RECOVERY}))
@@ -179,7 +180,9 @@ def test_presets_of_drawn_tasks(name):
         tuning = resolve_tuning(spec, preset=preset)
         study = resolve(spec, preset=preset)
         configs = [cell.config for cell in (*study.cells, *tuning.trials)]
-        assert {config.backbone for config in configs} == {"minilm"}
+        deepest = {"smoke": 2, "quick": 4}[preset]
+        layers = {f"random-mlp-{depth}" for depth in range(1, deepest + 1)}
+        assert {config.backbone for config in configs} == (layers if name == "depth" else {"minilm"})
         assert {config.train.validation for config in configs} == {None}
         sizes = {1} if name in ("approximate", "phase_diagram") else {config.data.facts for config in configs}
         assert {config.train.batch_size for config in configs} == sizes
@@ -188,8 +191,20 @@ def test_presets_of_drawn_tasks(name):
         assert len(seeds) == (1 if preset == "smoke" else 5 if name == "capacity" else 3)
         assert not seeds & {cell.seed for cell in tuning.trials}
         rates = {len(of_row) for of_row in tuning.candidates}
-        of_quick = {"capacity": 5, "approximate": 3, "forgetting": 2, "rules": 2}
+        of_quick = {"capacity": 5, "approximate": 3, "depth": 2, "forgetting": 2, "rules": 2}
         assert rates == {1 if preset == "smoke" else of_quick.get(name, 1)}
+
+
+def test_rank_in_one_layer_has_the_parameters_of_depth():
+    """The comparison that tells depth from the number of parameters; and a first layer alone does not grow."""
+    rows = {row.label: row.cells[0].config for row in resolve(read_spec("depth"), preset="gpu").rows}
+
+    def count(label):
+        return plan(rows[label], dry=True).trainable
+
+    assert count("lora, 4, random-mlp-1") == count("lora, 1, random-mlp-4") == 4 * count("lora, 1, random-mlp-1")
+    for row in ("lora in the first layer, 1", "phi in the first layer, 1"):
+        assert count(f"{row}, random-mlp-1") == count(f"{row}, random-mlp-8")
 
 
 def test_the_first_study_compares_everything_at_one_rate_on_the_facts_of_many_seeds():

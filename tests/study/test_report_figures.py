@@ -97,3 +97,83 @@ def test_a_study_may_be_drawn_over_two_axes(folder):
     assert {text.get_text() for text in hira.texts} == {"(+0.00)"}
     assert report_files(report.make_report(table), no_pictures)["map.png"].startswith(b"\x89PNG")
     assert "map.png" not in report_files(report.make_report(build_table(study, {})), no_pictures)
+
+
+LINES = """
+title: Lines
+question: Along what?
+base: {task: matrix/flat, backbone: minilm, train: {batch_size: 1}}
+sweep: {method: [lora, phi], task: [matrix/flat, matrix/power_1], r: [1, 4]}
+beside: [{label: other, set: {method: kradapter}}]
+reference: method=lora
+seeds: [1, 2, 3]
+"""
+
+
+def drawn_along(folder, rule, left_out=(), **metrics):
+    """The figure of lines of a study in which energy grows with rank, more for phi, and with the seed."""
+    (folder / "lines.yaml").write_text(LINES + rule)
+    study = resolve(read_spec("lines.yaml"))
+    known = {
+        cell.key: outcome(
+            cell,
+            0.1 * (1 + (cell.config.method == "phi")) + 0.01 * cell.config.adapter.r + 0.001 * cell.seed,
+            headline="energy",
+            **{name: value(cell.config) for name, value in metrics.items()},
+        )
+        for cell in study.cells
+        if cell.row not in left_out
+    }
+    table = build_table(study, known)
+    return figures.lines_figure(table, study.spec.lines.along, study.spec.lines.against), table
+
+
+def lines_in(axes):
+    return {one.get_label(): dict(zip(*map(list, one.get_data()), strict=True)) for one in axes.get_lines()}
+
+
+def test_lines_along_an_axis_have_its_values_as_places(folder):
+    """A panel for each task, a line for each method, in percent; rows beside the axis have no place on it."""
+    figure, table = drawn_along(folder, "lines: {along: r}\n", left_out=("phi, matrix/power_1, 4",))
+    flat, power = figure.axes
+    assert [flat.get_title(), power.get_title()] == ["matrix/flat", "matrix/power_1"]
+    assert [label.get_text() for label in flat.get_xticklabels()] == ["1", "4"]
+    assert lines_in(flat) == {
+        "lora": {0: pytest.approx(11.2), 1: pytest.approx(14.2)},
+        "phi": {0: pytest.approx(21.2), 1: pytest.approx(24.2)},
+    }
+    assert lines_in(power)["phi"] == {0: pytest.approx(21.2)}
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["lora", "phi"]
+    assert figure.get_supxlabel() == "r"
+    assert report_files(report.make_report(table), no_pictures)["lines.png"].startswith(b"\x89PNG")
+    nothing = build_table(table.study, {})
+    assert "lines.png" not in report_files(report.make_report(nothing), no_pictures)
+
+
+def test_lines_against_a_metric_also_have_the_rows_beside_them(folder):
+    figure, _ = drawn_along(
+        folder,
+        "lines: {along: r, against: parameters.trainable}\n",
+        **{"parameters.trainable": lambda config: 100.0 * config.adapter.r + (config.method == "kradapter")},
+    )
+    for axes in figure.axes:
+        lines = lines_in(axes)
+        assert [list(lines[name]) for name in ("lora", "phi")] == [[100, 400]] * 2
+        assert len(lines["other"]) == 1
+        assert axes.get_xscale() == "log"
+    assert figure.get_supxlabel() == "parameters.trainable"
+
+
+def test_panels_are_named_by_what_their_rows_share(folder):
+    figure, _ = drawn_along(folder, "lines: {along: task}\n")
+    assert [axes.get_title() for axes in figure.axes] == ["r = 1", "r = 4", ""], "a row beside them has no r"
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["matrix/flat", "matrix/power_1"]
+
+
+def test_without_a_compared_axis_a_line_is_what_the_other_axes_say(folder):
+    (folder / "lines.yaml").write_text(LINES.replace("reference: method=lora", "lines: {along: r}"))
+    study = resolve(read_spec("lines.yaml"))
+    table = build_table(study, {cell.key: outcome(cell, 0.5, headline="energy") for cell in study.cells})
+    flat, _ = figures.lines_figure(table, "r", None).axes
+    assert lines_in(flat).keys() == {"lora", "phi"}

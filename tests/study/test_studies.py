@@ -26,6 +26,7 @@ OURS = {
     "compare_methods",
     "confirm_commonsense",
     "confirm_formulation",
+    "depth",
     "forgetting",
     "phase_diagram",
     "recovery",
@@ -140,6 +141,7 @@ def test_every_study_shows_lora_and_most_the_literal_recipe():
         "capacity",
         "compare_methods",
         "confirm_formulation",
+        "depth",
         "forgetting",
         "glue",
         "phase_diagram",
@@ -185,3 +187,16 @@ def test_the_parts_of_what_stores_facts_are_changed_one_at_a_time():
     assert {len(keys) for keys in changed.values()} == {1}
     axes = {"basis", "num_basis", "omega_init", "learn_omega", "gain", "factor_init", "amplitude_init", "identity_path"}
     assert set.union(*changed.values()) == axes | {"centre", "sharing", "transfer_lr"}
+
+
+@pytest.mark.parametrize("name", ["approximate", "phase_diagram"])
+def test_energy_is_drawn_against_parameters(name):
+    """A line of every method, as the question of `approximate` has it set."""
+    spec = read_spec(name)
+    assert (spec.lines.along, spec.lines.against) == ("r", "parameters.trainable")
+    shown = re.findall(r"--set \"?(sweep\.\w+=[^\"]*?)(?:\"|(?= --))", spec.question)
+    changes = [one for one in shown if "matrix/update" not in one] or ["sweep.r=2,4,8,16"]
+    rows = resolve(spec, changes=changes).rows
+    assert {dict(row.point)["r"] for row in rows} == {2, 4, 8, 16}
+    assert {dict(row.point)["variant"] for row in rows} >= {"lora", "phi"}
+    assert name != "approximate" or len(changes) == 2

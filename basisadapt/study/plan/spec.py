@@ -165,6 +165,18 @@ class Map:
     y: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Lines:
+    """A figure of lines along an axis of the study, see `report.figures.lines_figure`.
+
+    along: the axis. Rows that differ in it alone are one line.
+    against: the metric on the horizontal axis. Default None, the values of `along`.
+    """
+
+    along: str
+    against: str | None = None
+
+
 RULE = ("seeds", "validation", "by", "at", "common")  # fields of Tune that tune.NAME may replace
 
 
@@ -192,6 +204,7 @@ class StudySpec:
     search: setting to its range in a search, see `search_space`. Default {}.
     law: see `Law`. Default None, none is fitted.
     map: see `Map`. Default None, none is drawn.
+    lines: see `Lines`. Default None, none are drawn.
 
     A file that is `like` a shipped study inherits its base, presets and seeds; a preset that is null there is dropped.
     The values of an axis called `variant` are names: each stands for the settings in `given`, or for the method of that
@@ -218,13 +231,15 @@ class StudySpec:
     search: dict[str, Any] = field(default_factory=dict)
     law: Law | None = None
     map: Map | None = None
+    lines: Lines | None = None
 
     @property
     def metrics(self) -> tuple[str, ...]:
         """The metrics that its columns, figures and claims name."""
         claimed = (metric for claim in self.claims for metric in (claim.metric, claim.per) if metric is not None)
         full = () if self.law is None or self.law.full is None else (self.law.full,)
-        return (*self.columns, *self.against, *full, *claimed)
+        horizontal = () if self.lines is None or self.lines.against is None else (self.lines.against,)
+        return (*self.columns, *self.against, *full, *horizontal, *claimed)
 
 
 # --- reading ---
@@ -377,6 +392,8 @@ def _spec(values: dict[str, Any]) -> StudySpec:
         values["law"] = _part(Law, values["law"], "law")
     if values.get("map") is not None:
         values["map"] = _part(Map, values["map"], "map")
+    if values.get("lines") is not None:
+        values["lines"] = _part(Lines, values["lines"], "lines")
     beside = _parts(ExtraRow, values.get("beside"), "beside")
     values["beside"] = [replace(row, set={k: Factor.parse(v) for k, v in row.set.items()}) for row in beside]
     values["claims"] = _parts(Claim, values.get("claims"), "claims")

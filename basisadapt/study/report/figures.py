@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from basisadapt.study.report.report import SearchResult
 
 MAX_ROWS = 100  # rows in a figure; of more it shows the leading ones, and says so
+MARKERS = "os^Dv"
 NEAR = 0.12  # the share of a panel's width below which two labels may overlap
 
 
@@ -74,23 +75,16 @@ def curves_figure(table: Table) -> Figure:
     not set the scale of all. A ring marks the row's own choice, the dashed line `tune.common`. Values at which no seed
     has finished are left out.
     """
-    from matplotlib.figure import Figure
 
     shown = table.leading(MAX_ROWS)
     panels = grouped((line.row.group, line) for line in shown)
     names = list(dict.fromkeys(_curve_name(table, line) for line in shown))
-    columns = min(len(panels), 4)
-    rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(1.6 + 3.4 * columns, 0.8 + 3.2 * rows), layout="constrained")
     shared = len({line.task for line in table.lines}) == 1
-    every = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=shared).flat
-    for axes, lines in itertools.zip_longest(every, panels.values()):
-        if lines is None:
-            axes.set_axis_off()
-            continue
+    figure, every = _panels(len(panels), shared)
+    for axes, lines in zip(every, panels.values(), strict=True):
         for line in lines:
             name = _curve_name(table, line)
-            _curve(axes, table, line, name, f"C{names.index(name)}")
+            _curve(axes, table, line, name, names.index(name))
         common = table.study.spec.tune.common if table.study.spec.tune else None
         if common is not None:
             axes.axvline(common, color="0.5", linestyle="--", linewidth=1)
@@ -98,36 +92,119 @@ def curves_figure(table: Table) -> Figure:
         axes.set_xscale("log")
         axes.set_xticks(list(table.at), [f"{value:g}" for value in table.at], rotation=45, fontsize="small")
         axes.minorticks_off()
-        axes.tick_params(labelbottom=True)  # shared axes hide them above an empty panel
         axes.set_title(verbatim(_panel_name(table, lines[0])), fontsize="medium")
-        axes.grid(alpha=0.3)
-    drawn = {
-        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(drawn.values(), drawn.keys(), loc="outside right upper", fontsize="small")
-    figure.supxlabel(verbatim(table.setting), fontsize="medium")
-    figure.supylabel(f"{verbatim(headline_text(table))} (mean ± std over seeds)", fontsize="medium")
+    _name_axes(figure, table, table.setting)
     figure.suptitle(_title(table, by_name(shown)))
     return figure
 
 
-def _curve(axes: Axes, table: Table, line: Line, name: str, color: str) -> None:
-    scale, rule = 100 if table.percent else 1, table.study.spec.tune
+def _panels(count: int, sharey: bool) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels, at most four in a row, with one horizontal scale."""
+    from matplotlib.figure import Figure
+
+    columns = min(count, 4)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(1.6 + 3.4 * columns, 0.8 + 3.2 * rows), layout="constrained")
+    every = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=sharey).flat)
+    for axes in every[count:]:
+        axes.set_axis_off()
+    for axes in every[:count]:
+        axes.tick_params(labelbottom=True)  # shared axes hide them above an empty panel
+        axes.grid(alpha=0.3)
+    return figure, every[:count]
+
+
+def _name_axes(figure: Figure, table: Table, horizontal: str) -> None:
+    """One legend and one pair of labels for all panels."""
+    drawn = {
+        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(drawn.values(), drawn.keys(), loc="outside right upper", fontsize="small")
+    figure.supxlabel(verbatim(horizontal), fontsize="medium")
+    figure.supylabel(f"{verbatim(headline_text(table))} (mean ± std over seeds)", fontsize="medium")
+
+
+def _curve(axes: Axes, table: Table, line: Line, name: str, number: int) -> None:
+    rule = table.study.spec.tune
+    means = _draw(axes, table, table.curve(line).items(), name, number)
+    chosen = line.row.cells[0].settings.get(rule.setting) if rule else None
+    if line.values and chosen in means:
+        axes.plot(chosen, means[chosen], "o", color=f"C{number}", markersize=9, fillstyle="none")
+
+
+def _draw(axes: Axes, table: Table, at: Iterable[tuple[float, Line]], name: str, number: int) -> dict[float, float]:
+    """Draw the means of lines at their places, with a band of one standard deviation. Returns the means by place.
+
+    number: which line of the figure it is; colors repeat after ten, with another marker.
+    """
+    color, marker = f"C{number}", MARKERS[number // 10 % len(MARKERS)]
+    scale = 100 if table.percent else 1
     points = []
-    for value, same in table.curve(line).items():
-        values = [score * scale for score in same.values.values()]
+    for place, line in at:
+        values = [score * scale for score in line.values.values()]
         center = statistics.mean(values)
         if center is not None:
             spread = statistics.std(values) or 0.0
-            points.append((value, center, center - spread, center + spread))
+            points.append((place, center, center - spread, center + spread))
     if not points:
-        return
+        return {}
     x, y, low, high = zip(*points, strict=True)
-    axes.plot(x, y, "o-", color=color, markersize=3, label=verbatim(name))
+    axes.plot(x, y, f"{marker}-", color=color, markersize=3, label=verbatim(name))
     axes.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
-    chosen = line.row.cells[0].settings.get(rule.setting) if rule else None
-    if line.values and chosen is not None and chosen in x:
-        axes.plot(chosen, y[x.index(chosen)], "o", color=color, markersize=9, fillstyle="none")
+    return dict(zip(x, y, strict=True))
+
+
+def lines_figure(table: Table, along: str, against: str | None) -> Figure | None:
+    """The headline metric along an axis: a panel per group of rows that differ in `along` and the compared axis alone.
+
+    A line is of rows that differ in `along` alone, with means and deviations as in `curves_figure`. Its places are the
+    values on the axis, evenly spaced, or the means of the metric `against`, on a logarithmic scale; there a row that is
+    not on the axis is a point. None if no row has a place.
+    """
+    from matplotlib.ticker import LogLocator
+
+    values = _values_on(table, along)
+    panels: dict[str, dict[str, list[tuple[float, Line]]]] = {}
+    for line in (shown := table.leading(MAX_ROWS)):
+        point = dict(line.row.point)
+        place = line.mean_of(against) if against is not None else values.get(point.get(along))
+        if place is not None and line.values:
+            panel, name = _panel_and_line(line, along, _compared_axis(table))
+            panels.setdefault(panel, {}).setdefault(name, []).append((place, line))
+    if not panels:
+        return None
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    figure, every = _panels(len(panels), sharey=len({line.task for line in table.lines}) == 1)
+    for axes, (panel, lines) in zip(every, panels.items(), strict=True):
+        for name, places in lines.items():
+            _draw(axes, table, sorted(places, key=lambda at: at[0]), name, names.index(name))
+        axes.set_title(verbatim(panel), fontsize="medium")
+        if against is None:
+            axes.set_xticks(range(len(values)), [verbatim(plain(value)) for value in values], rotation=45, ha="right")
+        else:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:,g}")
+            axes.tick_params(axis="x", labelrotation=45, labelbottom=True)
+            axes.minorticks_off()
+    _name_axes(figure, table, against or along)
+    figure.suptitle(_title(table, by_name(shown)))
+    return figure
+
+
+def _values_on(table: Table, along: str) -> dict[Any, int]:
+    """The values on an axis, in the order of the rows, each with its place."""
+    points = (dict(line.row.point) for line in table.lines)
+    return {value: n for n, value in enumerate(dict.fromkeys(point[along] for point in points if along in point))}
+
+
+def _panel_and_line(line: Line, along: str, compared: str | None) -> tuple[str, str]:
+    """The labels of a row's panel and of its line there: the line's is what the compared axis says, if there is one."""
+    rest = [(axis, value) for axis, value in line.row.point if axis != along]
+    of_line = [pair for pair in rest if (pair[0] != "task" if compared is None else pair[0] == compared)]
+    shared = (pair for pair in rest if pair not in of_line)
+    panel = ", ".join(plain(value) if axis == "task" else f"{axis} = {plain(value)}" for axis, value in shared)
+    return panel, label_of(of_line, line.row.beside)
 
 
 def _panel_name(table: Table, line: Line) -> str:

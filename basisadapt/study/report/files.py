@@ -6,7 +6,14 @@ import io
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from basisadapt.study.report.figures import against_figure, comparison_figure, curves_figure, map_figure, search_figure
+from basisadapt.study.report.figures import (
+    against_figure,
+    comparison_figure,
+    curves_figure,
+    lines_figure,
+    map_figure,
+    search_figure,
+)
 from basisadapt.study.report.html import to_html
 from basisadapt.study.report.text import text_table_to_csv, to_csv, to_markdown, to_text
 from basisadapt.study.report.text_tables import text_tables
@@ -17,7 +24,7 @@ if TYPE_CHECKING:
     from basisadapt.study.report.report import Report
 
 MARK = "table.md"  # every folder with a report has it, also the shipped ones
-KEPT = ("table.txt", "table.csv", "report.html", "comparison.png", "against.png", "map.png", "search.png")
+KEPT = ("table.txt", "table.csv", "report.html", "comparison.png", "against.png", "map.png", "lines.png", "search.png")
 
 
 def report_files(report: Report, pictures: Callable[[str], dict[str, bytes]]) -> dict[str, str | bytes]:
@@ -33,6 +40,9 @@ def report_files(report: Report, pictures: Callable[[str], dict[str, bytes]]) ->
     over = report.table.study.spec.map
     if over is not None and (drawn_map := map_figure(report.table, over.x, over.y)) is not None:
         figures["map.png"] = drawn_map
+    lines = report.table.study.spec.lines
+    if lines is not None and (drawn_lines := lines_figure(report.table, lines.along, lines.against)) is not None:
+        figures["lines.png"] = drawn_lines
     if report.search is not None:
         figures["search.png"] = search_figure(report.search, report.table.headline)
     drawn = {name: _png(figure) for name, figure in figures.items()}

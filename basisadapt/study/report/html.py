@@ -130,6 +130,7 @@ CAPTIONS = {
     "a row's own choice; dashed, the value that all rows have in common",
     "against.png": "Every row against what it costs, on a logarithmic scale",
     "map.png": "The difference to the reference over two axes; in brackets what may be zero",
+    "lines.png": "The headline metric along one axis, with one standard deviation to each side",
     "search.png": "Every trial's value in order with the best so far, and the importance of each setting",
     "phi.png": "What φ has learned to add to an entry of BA, a line per layer",
     "phi_evolution.png": "The same early in training, midway and at the end",
