@@ -75,7 +75,6 @@ def curves_figure(table: Table) -> Figure:
     not set the scale of all. A ring marks the row's own choice, the dashed line `tune.common`. Values at which no seed
     has finished are left out.
     """
-
     shown = table.leading(MAX_ROWS)
     panels = grouped((line.row.group, line) for line in shown)
     names = list(dict.fromkeys(_curve_name(table, line) for line in shown))
@@ -119,7 +118,7 @@ def _name_axes(figure: Figure, table: Table, horizontal: str) -> None:
     drawn = {
         label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(drawn.values(), drawn.keys(), loc="outside right upper", fontsize="small")
+    figure.legend(drawn.values(), drawn.keys(), loc="outside right center", fontsize="small")
     figure.supxlabel(verbatim(horizontal), fontsize="medium")
     figure.supylabel(f"{verbatim(headline_text(table))} (mean ± std over seeds)", fontsize="medium")
 
