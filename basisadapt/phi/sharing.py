@@ -99,6 +99,14 @@ class ShareKind(SharingPolicy, name="kind"):
         return module.kind
 
 
+class ShareLayer(SharingPolicy, name="layer"):
+    """The modules of one layer share one φ; a module outside the layers has one of its own."""
+
+    def group(self, parameter: str, module: AdaptedModule) -> Hashable:
+        """The index of the module's layer, or else its name, for every parameter."""
+        return module.name if module.layer is None else module.layer
+
+
 def rows(policy: SharingPolicy, parameter: str, modules: Sequence[AdaptedModule]) -> list[int]:
     """The row of `parameter`'s table that each module uses. Rows are numbered in the order in which groups appear."""
     numbers: dict[Hashable, int] = {}
