@@ -67,7 +67,7 @@ class Compiled:
             return False
         if A.is_cuda and torch.cuda.is_current_stream_capturing():
             return True
-        return self.history[module] == _history(A, B, tables) and all(map(torch.equal, now, then))
+        return self.history[module] == _history(A, B, *tables) and all(map(torch.equal, now, then))
 
 
 class Compiler:
@@ -247,14 +247,13 @@ class Compiler:
 
     def _compile(self, wanted: bool) -> Compiled:
         pairs, sharded = self._gathered()
-        tables = self.bank.tables
-        history = {} if sharded else {name: _history(*self._pair(name), tables) for name in self._modules}
+        history = {} if sharded else {name: _history(*self._pair(name), *self.bank.tables) for name in self._modules}
         if not sharded:
             with torch.no_grad():
                 # A product with 1 copies many tensors in one kernel launch.
                 held = iter(torch._foreach_mul([factor for pair in pairs for factor in pair], 1))
             pairs = list(zip(held, held, strict=True))
-        names = list(self._modules)
+        tables, names = self.bank.tables, list(self._modules)
         copies = tuple(table.detach().clone() for table in tables)
         device = pairs[0][0].device
         of_now = device, self.bank.loaded, *(A.dtype for A, _ in pairs)
@@ -287,9 +286,9 @@ class Compiler:
         )  # fmt: skip
 
 
-def _history(A: Tensor, B: Tensor, tables: tuple[Tensor, ...]) -> tuple[int, ...]:
+def _history(*tensors: Tensor) -> tuple[int, ...]:
     """How often optimizers have made a step, and the tensors' versions, which a fused optimizer does not raise."""
-    return _steps()[0], *[0 if tensor.is_inference() else tensor._version for tensor in (A, B, *tables)]
+    return _steps()[0], *(0 if tensor.is_inference() else tensor._version for tensor in tensors)
 
 
 @functools.cache
