@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from basisadapt.core.errors import InputError
 from basisadapt.phi import choice
@@ -39,7 +38,6 @@ class Compiled:
     - `tables`, `trained`: copies of the bank's tables, and whether each trained.
     - `tolerances`: of every module.
     - `factors`: copies of A and B by module; None if FSDP shards them.
-    - `history`: what was known of changes then, by module, see `_history`.
     - `linked`: what torch.compile reads of the functions, see `operators`.
     """
 
@@ -49,14 +47,12 @@ class Compiled:
     trained: tuple[bool, ...]
     tolerances: tuple[float, ...]
     factors: Mapping[str, tuple[Tensor, Tensor]] | None
-    history: Mapping[str, tuple[int, ...]]
     linked: Sequence[Linked]
 
     def made_of(self, module: str, A: Tensor, B: Tensor, tables: tuple[Tensor, ...]) -> bool:
         """Whether the functions were compiled from these factors and tables.
 
-        Where nothing is known to have changed, values are compared, for which the host waits for a GPU: an assignment
-        through `.data` keeps a tensor's version.
+        Values are compared: an assignment through `.data` and a fused optimizer step keep a tensor's version.
         """
         if self.factors is None:
             return True
@@ -67,7 +63,7 @@ class Compiled:
             return False
         if A.is_cuda and torch.cuda.is_current_stream_capturing():
             return True
-        return self.history[module] == _history(A, B, *tables) and all(map(torch.equal, now, then))
+        return all(map(torch.equal, now, then))
 
 
 class Compiler:
@@ -247,7 +243,6 @@ class Compiler:
 
     def _compile(self, wanted: bool) -> Compiled:
         pairs, sharded = self._gathered()
-        history = {} if sharded else {name: _history(*self._pair(name), *self.bank.tables) for name in self._modules}
         if not sharded:
             with torch.no_grad():
                 # A product with 1 copies many tensors in one kernel launch.
@@ -282,25 +277,8 @@ class Compiler:
         ]
         return Compiled(
             dict(zip(names, functions, strict=True)), wanted, copies, trained, tolerances, kept,
-            history, linked(functions, [self.links[name] for name in names], alike),
+            linked(functions, [self.links[name] for name in names], alike),
         )  # fmt: skip
-
-
-def _history(*tensors: Tensor) -> tuple[int, ...]:
-    """How often optimizers have made a step, and the tensors' versions, which a fused optimizer does not raise."""
-    return _steps()[0], *(0 if tensor.is_inference() else tensor._version for tensor in tensors)
-
-
-@functools.cache
-def _steps() -> list[int]:
-    """The steps that all optimizers have made since the first call of this function, in a list of one."""
-    count = [0]
-
-    def stepped(*_: Any) -> None:
-        count[0] += 1
-
-    register_optimizer_step_post_hook(stepped)
-    return count
 
 
 def _check(compiler: weakref.ref[Compiler], module: str, function: Function, A: Tensor, B: Tensor) -> None:
