@@ -22,7 +22,7 @@ from basisadapt.phi.choice import Choice, Work, default_tolerance, evaluator
 from basisadapt.phi.dense_gradient import EXACT, DenseGradient
 from basisadapt.phi.evaluators import Direct, Evaluator, Split
 from basisadapt.phi.kernels import resolve_backend
-from basisadapt.phi.operators import Call, Function, Link, Linked, fill, linked
+from basisadapt.phi.operators import Call, Function, Link, Linked, Memory, fill, linked
 from basisadapt.phi.weight import Execution
 
 HALF_ROUNDING = 1 + 2**-7  # under FSDP, A and B may each be rounded to bfloat16 for their layer
@@ -97,6 +97,7 @@ class Compiler:
         self._in_call = threading.local()  # what this thread's current call of the model uses
         self._linked: Compiled | None = None  # what the links point to
         self._may_be_traced = False  # as the links know it
+        self._memory = Memory()
         self._call.under_way = False
         self._one_at_a_time = threading.RLock()
 
@@ -277,7 +278,7 @@ class Compiler:
         ]
         return Compiled(
             dict(zip(names, functions, strict=True)), wanted, copies, trained, tolerances, kept,
-            linked(functions, [self.links[name] for name in names], alike),
+            linked(functions, self._memory, alike),
         )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, ref
 
 import torch
 from torch import Tensor
@@ -87,22 +87,10 @@ class Link:
         self.key: Tensor | None = None
         self.traced: tuple[Tensor, Tensor] | None = None
         self.function: Function | None = None
-        self._memory: dict[str, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """The state of a copy or a pickle, without a function."""
-        return {**dict.fromkeys(vars(self)), "call": self.call, "_memory": {}}
-
-    def memory(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Memory of this shape and of the dtype of `like`, the same in every step.
-
-        A CUDA graph that torch.compile captures reads its inputs, and what a backward pass has kept, where they were
-        when it was captured. Elsewhere it would be captured again, in every step.
-        """
-        held = self._memory.get(name)
-        if held is None or held.shape != shape or held.dtype != like.dtype or held.device != like.device:
-            held = self._memory[name] = like.detach().new_empty(shape)
-        return held
+        return {**dict.fromkeys(vars(self)), "call": self.call}
 
     def point_to(self, linked: Linked, function: Function, may_be_traced: bool) -> None:
         """Take what graphs shall read of this function; `fill` brings its numbers.
@@ -118,6 +106,49 @@ class Link:
                 torch._dynamo.mark_static(numbers)
 
 
+class Pass:
+    """A pass through a model. ended: its backward pass has been."""
+
+    ended = False
+
+
+class Room(dict[tuple[str, int], Tensor]):
+    """Memory by name and function; reserved: for the backward pass of this pass, if that is still to come."""
+
+    reserved: ref[Pass] | None = None
+
+    def take(self, name: str, index: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Memory of this shape and of the dtype of `like`, the same as before where these are."""
+        held = self.get((name, index))
+        if held is None or held.shape != shape or held.dtype != like.dtype or held.device != like.device:
+            held = self[name, index] = like.detach().new_empty(shape)
+        return held
+
+
+class Memory:
+    """What graphs read of a model's functions lies in the same places in every step.
+
+    A CUDA graph that torch.compile captures reads its inputs, and what a backward pass has kept, where they were when
+    it was captured. Elsewhere it would be captured again, in every step. Several passes may come before the first of
+    their backward passes: each has a room.
+    """
+
+    def __init__(self) -> None:
+        self._rooms: list[Room] = []
+
+    def room(self, of: Pass) -> Room:
+        """The first room that no backward pass needs any more."""
+        for room in self._rooms:
+            needs = None if room.reserved is None else room.reserved()
+            if needs is None or needs.ended:
+                break
+        else:
+            room = Room()
+            self._rooms.append(room)
+        room.reserved = ref(of)
+        return room
+
+
 _known: WeakValueDictionary[int, Function] = WeakValueDictionary()
 _next_key = itertools.count()
 
@@ -131,8 +162,8 @@ class Linked:
     traced: tuple[Tensor, Tensor] | None
 
 
-def linked(functions: Sequence[Function], links: Sequence[Link], alike: Sequence[str]) -> list[Linked]:
-    """What graphs read of these functions, in the memory of their links.
+def linked(functions: Sequence[Function], memory: Memory, alike: Sequence[str]) -> list[Linked]:
+    """What graphs read of these functions, in this memory.
 
     An autograd graph that holds a row keeps its function alive.
 
@@ -143,12 +174,14 @@ def linked(functions: Sequence[Function], links: Sequence[Link], alike: Sequence
     traced = _traceable(functions, alike)
     tables = [index for index in traced if isinstance(functions[index].evaluator, Row)]
     parameters = [parameter for function in functions for parameter in function.evaluator.parameters]
-    made = _Rows.apply(functions, links, set(traced), tables, *parameters)  # type: ignore[no-untyped-call]
+    this = Pass()
+    room = memory.room(this)
+    made = _Rows.apply(functions, this, room, set(traced), tables, *parameters)  # type: ignore[no-untyped-call]
     rows, cubics = made[: len(functions)], dict(zip(tables, made[len(functions) :], strict=True))
     packed: dict[int, Tensor] = {}
     for index in traced:
         evaluator: Any = functions[index].evaluator
-        packed[index] = links[index].memory("packed", evaluator.packed.shape, evaluator.packed)
+        packed[index] = room.take("packed", index, evaluator.packed.shape, evaluator.packed)
     # `scalar_tensor` takes a third of the time of `tensor`.
     numbers = [torch.scalar_tensor(key, dtype=torch.int64, device="cpu") for key in keys]
     return [
@@ -162,7 +195,7 @@ def linked(functions: Sequence[Function], links: Sequence[Link], alike: Sequence
 def fill(functions: Iterable[Function], linked: Iterable[Linked]) -> None:
     """Copy the functions' numbers to where graphs read them.
 
-    A backward pass that would need what was there before is refused by autograd, as after a step of the optimizer.
+    Autograd refuses a backward pass that would need what was there before, as after a step of the optimizer.
     """
     packed: tuple[list[Tensor], list[Tensor]] = [], []
     cubics: tuple[list[Tensor], list[Tensor]] = [], []
@@ -202,36 +235,37 @@ _FUSED = Execution("triton")
 class _Rows(torch.autograd.Function):
     """Rows without values, whose gradients bring those of the parameters; and room for the cubics of some `tables`.
 
-    Those of `traced` functions lie in the memory of their links. All are separate tensors: with dynamic shapes, a
-    compiler would specialize on their offsets in a common one.
+    Those of `traced` functions lie in the room. All are separate tensors: with dynamic shapes, a compiler would
+    specialize on their offsets in a common one.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, functions: Sequence[Function], links: Sequence[Link], traced: set[int], tables: Sequence[int],
+        ctx: Any, functions: Sequence[Function], this: Pass, room: Room, traced: set[int], tables: Sequence[int],
         *parameters: Tensor,
     ) -> tuple[Any, ...]:  # fmt: skip
-        ctx.functions, ctx.tables = functions, tables
+        ctx.functions, ctx.this, ctx.tables = functions, this, tables
         ctx.set_materialize_grads(False)
         like = parameters[0].new_empty(0, dtype=torch.float64)
         rows = [
-            link.memory("row", (LENGTH,), like).detach() if index in traced else like.new_empty(LENGTH)
-            for index, link in enumerate(links)
+            room.take("row", index, (LENGTH,), like).detach() if index in traced else like.new_empty(LENGTH)
+            for index in range(len(functions))
         ]
         cubics = [functions[index].evaluator.parameters[0] for index in tables]
-        held = [links[index].memory("cubics", table.shape, table) for index, table in zip(tables, cubics, strict=True)]
+        held = [room.take("cubics", index, table.shape, table) for index, table in zip(tables, cubics, strict=True)]
         return *rows, *(memory.detach() for memory in held)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.this.ended = True
         rows, cubics = gradients[: len(ctx.functions)], gradients[len(ctx.functions) :]
         taken = [list(function.take(row)) for function, row in zip(ctx.functions, rows, strict=True)]
         for index, gradient in zip(ctx.tables, cubics, strict=True):
             if gradient is not None:
                 (found,) = taken[index]
                 taken[index] = [gradient if found is None else found + gradient]
-        return None, None, None, None, *itertools.chain.from_iterable(taken)
+        return None, None, None, None, None, *itertools.chain.from_iterable(taken)
 
 
 def linked_linear(

@@ -133,6 +133,20 @@ def gradients(adapted):
     return {name: p.grad.clone() for name, p in adapted.named_parameters() if p.grad is not None}
 
 
+def test_two_passes_before_a_backward_pass():
+    found = []
+    for adapted in (toy(), compiled(toy())):
+        draw(adapted, 3)
+        (adapted(X).square().sum() + adapted(2 * X).square().sum()).backward()
+        with torch.no_grad():
+            adapted(X)
+        found.append({name: p.grad for name, p in adapted.named_parameters() if p.grad is not None})
+    eager, ours = found
+    assert eager.keys() == ours.keys()
+    for name, gradient in eager.items():
+        torch.testing.assert_close(ours[name], gradient)
+
+
 def step(adapted, seed):
     draw(adapted, seed)
 

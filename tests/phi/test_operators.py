@@ -12,7 +12,7 @@ from basisadapt.phi.choice import evaluator
 from basisadapt.phi.cubics import Row
 from basisadapt.phi.dense_gradient import DenseGradient
 from basisadapt.phi.evaluators import Direct, Series, Split
-from basisadapt.phi.operators import Call, Function, Link, fill, linked_linear
+from basisadapt.phi.operators import Call, Function, Link, Memory, fill, linked_linear
 from basisadapt.phi.weight import Execution, adapted_linear
 from tests.phi.test_evaluators import factors, make
 
@@ -30,8 +30,8 @@ def function(A, B, kind=Series):
 
 
 def linked(functions, names):
-    """What graphs read of the functions, by links of their own, with their numbers."""
-    found = operators.linked(functions, [Link(Call()) for _ in functions], names)
+    """What graphs read of the functions, in memory of their own, with their numbers."""
+    found = operators.linked(functions, Memory(), names)
     fill(functions, found)
     return found
 
@@ -151,26 +151,69 @@ def test_what_a_graph_gets_of_a_table_brings_the_gradient_to_its_cubics():
     assert other.traced[0] is other.row
 
 
+class Steps:
+    """Passes with the numbers of a table of so many cells."""
+
+    def __init__(self):
+        self.memory, self.count = Memory(), 0
+
+    def forward(self, cells=6):
+        """What a graph reads in the next pass, a sum that keeps it for its backward pass, and where it is."""
+        self.count += 1
+        cubics = torch.full((cells, 4), float(self.count), requires_grad=True)
+        one = Function(Row(cubics, 2, torch.full((8,), float(self.count)), 0.0), Execution("torch"), lambda *_: None)
+        (found,) = operators.linked([one], self.memory, ["q"])
+        fill([one], [found])
+        numbers, packed = found.traced
+        assert torch.equal(numbers, cubics)
+        assert torch.equal(packed, torch.full((8,), float(self.count)))
+        return cubics, numbers.square().sum() * packed.detach().sum(), (numbers.data_ptr(), packed.data_ptr())
+
+
 @pytest.mark.usefixtures("_fused_on_a_cpu")
 def test_numbers_stay_where_they_are_from_step_to_step():
-    """As a captured CUDA graph needs it; a backward pass of before is refused, and not given the numbers of after."""
-    links, tables = [Link(Call())], [torch.randn(n, 4).double().requires_grad_() for n in (6, 6, 8)]
-    places, packed = [], []
-    for step, cubics in enumerate(tables):
-        one = Function(Row(cubics.float(), 2, torch.full((8,), float(step)), 0.0), Execution("torch"), lambda *_: None)
-        found = operators.linked([one], links, ["q"])
-        before = packed[-1].square().sum() if packed else None
-        fill([one], found)
-        numbers, of_now = found[0].traced
-        assert torch.equal(numbers, cubics.float())
-        assert torch.equal(of_now, torch.full((8,), float(step)))
-        places.append((numbers.data_ptr(), of_now.data_ptr()))
-        if before is not None:
-            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-                before.backward()
-        packed.append(of_now.detach().requires_grad_())
+    """As a captured CUDA graph needs it; a table of another size lies elsewhere."""
+    steps, places = Steps(), []
+    for cells in (6, 6, 6, 8):
+        _, total, place = steps.forward(cells)
+        total.backward()
+        places.append(place)
+    assert places[0] == places[1] == places[2]
+    assert places[3][0] != places[0][0]
+
+
+@pytest.mark.usefixtures("_fused_on_a_cpu")
+def test_every_pass_has_its_own_numbers_until_its_backward_pass():
+    """Two losses before a backward pass; again in the next step, at the same places."""
+    steps, places = Steps(), []
+    for _ in range(2):
+        passes = [steps.forward() for _ in range(3)]
+        places.append([place for _, _, place in passes])
+        sum(total for _, total, _ in passes).backward()
+        for cubics, _, _ in passes:
+            assert torch.equal(cubics.grad, 2 * cubics * 8 * cubics[0, 0])
+    assert len(set(places[0])) == 3
     assert places[0] == places[1]
-    assert places[1][0] != places[2][0]
+
+
+@pytest.mark.usefixtures("_fused_on_a_cpu")
+def test_passes_without_a_backward_pass_do_not_pile_up():
+    steps = Steps()
+    found = [steps.forward() for _ in range(3)]
+    del found
+    assert len({steps.forward()[2] for _ in range(9)}) <= 3
+    with torch.no_grad():
+        assert len({steps.forward()[2] for _ in range(4)}) == 1
+
+
+@pytest.mark.usefixtures("_fused_on_a_cpu")
+def test_a_second_backward_pass_is_refused_where_its_numbers_are_gone():
+    steps = Steps()
+    _, total, _ = steps.forward()
+    total.backward(retain_graph=True)
+    steps.forward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
 
 
 @pytest.mark.usefixtures("_fused_on_a_cpu")
@@ -185,7 +228,7 @@ def test_the_size_of_a_table_is_a_constant_of_a_graph():
         seen.extend(node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder")
         return graph
 
-    (found,) = operators.linked([one], [link], ["q"])
+    (found,) = operators.linked([one], Memory(), ["q"])
     link.point_to(found, one, may_be_traced=True)
     fill([one], [found])
     total = torch.compile(lambda x: link.traced[0].sum() + x.sum(), dynamic=True, backend=keep)(torch.ones(5, 3))
