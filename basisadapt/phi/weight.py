@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,7 +93,8 @@ def product(
         return F.linear(x, effective, None if bias is None else _as(bias, x.dtype))
 
 
-class Gradients(NamedTuple):
+@dataclass(frozen=True)
+class Gradients:
     """The gradients of `product`, each in the dtype of its tensor; None for one that is not needed."""
 
     x: Tensor | None
