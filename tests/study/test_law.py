@@ -89,6 +89,15 @@ def test_a_study_without_a_law_fits_none(study, tmp_path):
         read_spec(str(tmp_path / "wrong.yaml"))
 
 
+@pytest.mark.parametrize(
+    "drawn", ["law: {axis: rank}", "lines: {along: rank}", "map: {x: rank, y: r}", "map: {x: r, y: rank}"]
+)
+def test_an_axis_that_is_no_setting_is_refused(study, tmp_path, drawn):
+    (tmp_path / "wrong.yaml").write_text(STUDY.replace("law: {axis: r, full: recall}", drawn))
+    with pytest.raises(InputError, match=r"unknown key 'rank'; did you mean 'adapter.r'"):
+        resolve(read_spec(str(tmp_path / "wrong.yaml")))
+
+
 def test_capacity_asks_for_the_law_of_memory():
     law = read_spec("capacity").law
     assert (law.axis, law.full) == ("r", "recall")

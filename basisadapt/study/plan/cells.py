@@ -176,6 +176,8 @@ def resolve(
     for name, points in (*spec.sweep.items(), *preset_axes.items(), *split.sweep.items()):
         sweep[axis_key(name)] = (name, points)
     _check_variants(spec, sweep)
+    for name in spec.drawn_along:
+        axis_key(name)  # raises for what is no axis; an axis that is not swept draws nothing
 
     given = (values for of_axis in spec.given.values() for values in of_axis.values())
     own = (name for values in (*given, *(beside.set for beside in spec.beside)) for name in values)

@@ -241,6 +241,13 @@ class StudySpec:
         horizontal = () if self.lines is None or self.lines.against is None else (self.lines.against,)
         return (*self.columns, *self.against, *full, *horizontal, *claimed)
 
+    @property
+    def drawn_along(self) -> tuple[str, ...]:
+        """The axes that its law, map and lines name."""
+        law = () if self.law is None else (self.law.axis,)
+        over = () if self.map is None else (self.map.x, self.map.y)
+        return (*law, *over, *(() if self.lines is None else (self.lines.along,)))
+
 
 # --- reading ---
 
