@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from basisadapt import backbones, training
+from basisadapt.study.plan.cells import cell_key
 from basisadapt.training.config import RunConfig
+from basisadapt.training.execution import workers
 from basisadapt.training.execution.compute import Inline
 from basisadapt.training.execution.executor import Ended, Job, JobSettings
-from basisadapt.training.execution.json_lines import brief, to_line
+from basisadapt.training.execution.file import run_file
+from basisadapt.training.execution.json_lines import CellLine, brief, to_line
 from basisadapt.training.execution.workers import Workers
 
 SHORT = {"max_steps": 3, "eval_rows": 24, "train_rows": 64, "batch_size": 8}
@@ -100,3 +105,35 @@ def test_accumulated_batches_are_one_batch(method, encoder, monkeypatch):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert whole.metrics["eval_loss"] == pytest.approx(halved.metrics["eval_loss"], rel=1e-4)
     assert whole.metrics["update_smoothness"] == pytest.approx(halved.metrics["update_smoothness"], rel=1e-2)
+
+
+REFUSES = """
+import json, sys
+for line in sys.stdin:
+    ended = {"event": "ended", "key": json.loads(line)["key"], "result": None, "error": "refused", "traceback": ""}
+    print(json.dumps(ended), flush=True)
+"""
+
+
+def test_a_process_that_no_cell_waits_for_ends(monkeypatch, tmp_path):
+    started, alive = [], []
+
+    def start(*_):
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "encoding": "utf-8", "start_new_session": True}
+        started.append(subprocess.Popen([sys.executable, "-c", REFUSES], **pipes))
+        return started[-1]
+
+    class Seen(Workers):
+        def wait(self, on_step):
+            alive.append(sum(process.poll() is None for process in started))
+            return super().wait(on_step)
+
+    monkeypatch.setattr(workers, "_start_process", start)
+    monkeypatch.setattr("basisadapt.training.planning.plan", lambda *_: type("Plan", (), {"total": 1}))
+    cells = tmp_path / "cells.jsonl"
+    made = {key: job(key, seed=number).config.to_mapping() for number, key in enumerate("abcd")}
+    lines = [CellLine(study="s", row=key, key=cell_key("s", config), config=config) for key, config in made.items()]
+    cells.write_text("".join(map(to_line, lines)))
+    assert not run_file(cells, tmp_path / "results.jsonl", Seen(2, JobSettings()), None, without_arrays=True)
+    assert len(started) == 2
+    assert alive == [2, 2, 2, 1]  # the last cell has the machine to itself

@@ -240,6 +240,11 @@ def test_where_a_run_diverged_or_is_missing_there_is_no_plateau(write):
     table = tuned_table(tuning.choose(known), known)
     assert set(table.plateau(table.lines[0]).by_seed) == {1, 2}
     assert "Not run: 4 of 48 cells." in text.to_text(make_report(table))
+    untuned = {
+        c.key: outcome(c, score(c.config)) for c in tuning.possible_cells if c.config.train.lr == 1e-3 and c.seed != 7
+    }
+    counted = text.to_text(make_report(tuned_table(tuning.choose(untuned), untuned)))
+    assert "Not run: 36 of 48 cells." in counted, "a row without a choice runs at the common rate all the same"
     nothing = tuned_table(tuning.choose({}), {})
     assert nothing.plateau(nothing.lines[0]) is None
 

@@ -143,10 +143,14 @@ class Table:
 
     @functools.cached_property
     def every_line(self) -> list[Line]:
-        """The lines, and the lines in `at` that share no cell with them."""
-        own = {cell.key for line in self.lines for cell in line.row.cells}
-        at = (line for table in self.at.values() for line in table.lines)
-        return [*self.lines, *(line for line in at if line.row.cells[0].key not in own)]
+        """The lines, and the lines in `at`, each cell once.
+
+        A line that has chosen no value yet stands for its first one, whose cells a line in `at` may have run.
+        """
+        at = {line.row.cells[0].key: line for table in self.at.values() for line in table.lines}
+        known = [line for line in self.lines if line.outcomes or line.row.cells[0].key not in at]
+        own = {cell.key for line in known for cell in line.row.cells}
+        return [*known, *(line for key, line in at.items() if key not in own)]
 
     @property
     def has_failures(self) -> bool:

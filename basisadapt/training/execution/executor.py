@@ -110,6 +110,10 @@ class Executor(ABC):
         After a KeyboardInterrupt, which passes through, the caller stops the jobs.
         """
 
+    def release(self) -> None:
+        """Hear that no job waits: processes that are idle may end, and give back their memory."""
+        return
+
     def finish(self) -> None:
         """Hear, from a signal handler too, that the user wants no further job: one that hangs at work may die."""
         return

@@ -65,6 +65,8 @@ def _run(jobs: Iterable[Job], executor: Executor) -> Iterator[tuple[float, Ended
             job = waiting.popleft()
             running[job.key] = job, time.time()
             executor.submit(job)
+        if not waiting:
+            executor.release()
         end = executor.wait(lambda *_: None)
         job, began = running.pop(end.key)
         if isinstance(end, Ended):

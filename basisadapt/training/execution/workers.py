@@ -101,6 +101,11 @@ class Workers(Executor):
                 worker.job = worker.deadline = None
                 return end_from_mapping(said["key"], said)
 
+    def release(self) -> None:
+        """End the idle processes, which keep their models and a GPU's memory as long as they live."""
+        for worker in [worker for worker in self._workers if worker.job is None]:
+            self._remove(worker)
+
     def finish(self) -> None:
         """Pass a Ctrl-C on to the processes at work, which end where a judge hangs (`tasks.asking`)."""
         for worker in self._workers:
