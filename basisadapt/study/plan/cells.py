@@ -15,17 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from basisadapt.core.errors import InputError, shown, unknown
 from basisadapt.study.plan.changes import hint_at_axes, split_changes
 from basisadapt.study.plan.keys import axis_key, flatten, full_key, nest, plain, with_full_keys
-from basisadapt.study.plan.spec import (
-    SWEEP,
-    TUNE,
-    VARIANT,
-    Factor,
-    Name,
-    Reference,
-    StudySpec,
-    axes_in,
-    list_studies,
-)
+from basisadapt.study.plan.published import Name
+from basisadapt.study.plan.shipped import list_studies
+from basisadapt.study.plan.spec import SWEEP, TUNE, VARIANT, Factor, Reference, StudySpec, axes_in
 
 if TYPE_CHECKING:  # run configurations need torch, which --help and --list must not wait for
     from basisadapt.training.config import RunConfig

@@ -16,7 +16,8 @@ from basisadapt.study.outcome import NOT_RUN, Outcome
 from basisadapt.study.plan.cells import Row, Study
 from basisadapt.study.plan.claims import COMMON, PLATEAU
 from basisadapt.study.plan.keys import plain
-from basisadapt.study.plan.spec import ALL, Name, published_values
+from basisadapt.study.plan.published import Name, published_values
+from basisadapt.study.plan.spec import ALL
 from basisadapt.study.plan.tuning import Tuned
 
 # Metrics that are shown as percentages.
