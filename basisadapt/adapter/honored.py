@@ -63,10 +63,7 @@ def _look(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _idle(
-    bank: TransferBank,
-    settings: PhiSettings,
-    holding: Mapping[str, Mapping[str, Any]],
-    others: list[Mapping[str, Any]],
+    bank: TransferBank, settings: PhiSettings, holding: Mapping[str, Mapping[str, Any]], others: list[Mapping[str, Any]]
 ) -> dict[str, str]:
     """The settings without effect, and for each what gives it one."""
     idle = {}

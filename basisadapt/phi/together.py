@@ -57,12 +57,7 @@ def fit(
     return found
 
 
-def rows(
-    tables: Tables,
-    parameters: tuple[Tensor, ...],
-    radius: Tensor,
-    fitted: Mapping[int, Key],
-) -> dict[int, Row]:
+def rows(tables: Tables, parameters: tuple[Tensor, ...], radius: Tensor, fitted: Mapping[int, Key]) -> dict[int, Row]:
     """The tables of the modules in `fitted`, by index; radius: R, shape (M,). The host does not wait for a GPU."""
     groups: dict[Key, list[int]] = {}
     sizes = _shared(set(fitted.values()))
