@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
-from basisadapt.core.errors import InputError, shown, unknown
-from basisadapt.core.registry import Registry
+from basisadapt.core.errors import InputError, refusing, shown, unknown
+from basisadapt.core.registry import Registered, Registry
 from basisadapt.phi.sharing import AdaptedModule
 
 PLACEMENTS: Registry[Placement] = Registry("placement")
@@ -140,20 +140,19 @@ class Blocks:
     others: list[str]
 
 
-class Placement(ABC):
+class Placement(Registered, ABC):
     """A choice among a transformer's projections. Subclass it with a name, and with the roles it `needs`, if any.
 
     What follows a colon in a setting ("first_last:8") is the argument of the class.
     """
 
+    registry = PLACEMENTS
     needs: ClassVar[frozenset[str]]
 
-    def __init_subclass__(cls, *, name: str | None = None, needs: Iterable[str] = (), **kwargs: Any) -> None:
-        """Register the class under `name`. Raises InputError if it is taken."""
-        super().__init_subclass__(**kwargs)
+    def __init_subclass__(cls, *, needs: Iterable[str] = (), **kwargs: Any) -> None:
+        """Register the class as `Registered` does, with the roles that it needs."""
         cls.needs = frozenset(needs)
-        if name is not None:
-            PLACEMENTS.add(name, cls)
+        super().__init_subclass__(**kwargs)
 
     @abstractmethod
     def covers(self, projection: Projection) -> bool:
@@ -388,10 +387,9 @@ def _parse(placement: str) -> Placement:
             return make(argument) if colon else make()
         except TypeError as error:
             raise InputError(f"placement {name!r} takes no argument, got {shown(placement)}") from error
-    try:
+    what = f"placement {shown(placement)} is neither a name nor a regular expression"
+    with refusing(what, re.error, OverflowError, RecursionError):
         return Named(placement)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise InputError(f"placement {shown(placement)} is neither a name nor a regular expression: {error}") from error
 
 
 def _pattern(chosen: Sequence[Projection]) -> str:

@@ -11,9 +11,10 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from basisadapt.adapter.saved import Shape
+from basisadapt.core.errors import require
 from basisadapt.methods.method import RandomBasisSettings
 from basisadapt.methods.product import ProductConfig, ProductLinear, ProductMethod, kaiming
-from basisadapt.phi.settings import MAX_RANK, require
+from basisadapt.phi.settings import MAX_RANK
 
 
 @dataclass(kw_only=True)

@@ -133,6 +133,11 @@ class Power(MatrixTask):
 
     exponent: ClassVar[float]
 
+    def __init_subclass__(cls, *, exponent: float, **kwargs: Any) -> None:
+        """Register the class as `Task` does, with its exponent."""
+        super().__init_subclass__(**kwargs)
+        cls.exponent = exponent
+
     def target(self, generator: np.random.Generator, weight: np.ndarray) -> np.ndarray:
         """T for a weight of shape (m, n)."""
         U, V = (np.linalg.qr(generator.normal(size=(size, min(weight.shape))))[0] for size in weight.shape)
@@ -141,43 +146,29 @@ class Power(MatrixTask):
         return scaled
 
 
-class Flat(Power, name="matrix/flat"):
+class Flat(Power, name="matrix/flat", exponent=0.0):
     """All σᵢ equal."""
 
-    exponent = 0.0
 
-
-class PowerQuarter(Power, name="matrix/power_quarter"):
+class PowerQuarter(Power, name="matrix/power_quarter", exponent=0.25):
     """σᵢ ∝ i^−0.25."""
 
-    exponent = 0.25
 
-
-class PowerHalf(Power, name="matrix/power_half"):
+class PowerHalf(Power, name="matrix/power_half", exponent=0.5):
     """σᵢ ∝ i^−0.5."""
 
-    exponent = 0.5
 
-
-class PowerThreeQuarters(Power, name="matrix/power_three_quarters"):
+class PowerThreeQuarters(Power, name="matrix/power_three_quarters", exponent=0.75):
     """σᵢ ∝ i^−0.75."""
 
-    exponent = 0.75
 
-
-class Power1(Power, name="matrix/power_1"):
+class Power1(Power, name="matrix/power_1", exponent=1.0):
     """σᵢ ∝ 1 / i."""
 
-    exponent = 1.0
 
-
-class PowerThreeHalves(Power, name="matrix/power_three_halves"):
+class PowerThreeHalves(Power, name="matrix/power_three_halves", exponent=1.5):
     """σᵢ ∝ i^−1.5."""
 
-    exponent = 1.5
 
-
-class Power2(Power, name="matrix/power_2"):
+class Power2(Power, name="matrix/power_2", exponent=2.0):
     """σᵢ ∝ 1 / i²."""
-
-    exponent = 2.0

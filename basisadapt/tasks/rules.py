@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from basisadapt.core.errors import InputError
+from basisadapt.core.errors import require
 from basisadapt.tasks.facts import KEY, WORDS, Facts, PhoneBook, StoredTask
 from basisadapt.tasks.task import Rows, TaskData
 
@@ -53,11 +53,8 @@ class RuleTask(StoredTask):
     def check(self, data_dir: Path | None) -> None:
         """Raise InputError if there are fewer strings than data.facts, or texts than data.probes."""
         super().check(data_dir)
-        if self.settings.facts > self.count:
-            raise InputError(
-                f"data.facts must be at most {self.count}, the strings that there are of {self.num_labels} symbols "
-                f"(data.symbols), got {self.settings.facts}"
-            )
+        facts, there = self.settings.facts, f"the strings that there are of {self.num_labels} symbols (data.symbols)"
+        require(facts <= self.count, "data.facts", facts, f"at most {self.count}, {there}")
 
     def draw(self, generator: np.random.Generator) -> Rows:
         """Strings, those that are trained on first, and their classes."""

@@ -10,10 +10,10 @@ from typing import Any
 
 from basisadapt import backbones, tasks
 from basisadapt.backbones import QUANTISED, WEIGHTS
-from basisadapt.core.errors import InputError, unknown
-from basisadapt.core.settings import from_mapping, late, unknown_key, without_late
+from basisadapt.core.errors import InputError, require, unknown
+from basisadapt.core.settings import field_names, from_mapping, late, unknown_key, without_late
 from basisadapt.methods import METHODS
-from basisadapt.phi.settings import LowRankSettings, field_names, require
+from basisadapt.phi.settings import LowRankSettings
 from basisadapt.tasks import DataSettings
 from basisadapt.training.distributed import PARALLEL
 

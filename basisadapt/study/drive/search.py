@@ -15,7 +15,7 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from basisadapt.core.command import tell
-from basisadapt.core.errors import InputError
+from basisadapt.core.errors import InputError, require
 from basisadapt.study import statistics
 from basisadapt.study.drive.engine import make_ready, write_report
 from basisadapt.study.drive.invocation import Invocation
@@ -60,10 +60,8 @@ class Search:
     at_once: int = 1
 
     def __post_init__(self) -> None:
-        if self.trials < 1:
-            raise InputError(f"--trials must be at least 1, got {self.trials}")
-        if self.at_once < 1:
-            raise InputError(f"--at-once must be at least 1, got {self.at_once}")
+        require(self.trials >= 1, "--trials", self.trials, "at least 1")
+        require(self.at_once >= 1, "--at-once", self.at_once, "at least 1")
 
     def rows(self, label: str, settings: Mapping[str, Any]) -> tuple[Row, ...]:
         """The rows of a trial, one per task: the study's base with `settings` over it. Raises InputError."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any
 
-from basisadapt.core.errors import InputError, one_line, refusing, shown, unknown
+from basisadapt.core.errors import InputError, one_line, refusing, require, shown, unknown
 from basisadapt.core.settings import from_mapping
 from basisadapt.study.plan.claims import COMMON, PLATEAU, Claim
 from basisadapt.study.plan.published import PublishedTable
@@ -91,8 +91,8 @@ def _like(name: Any, path: Path) -> Path:
 
 def _inside(name: str, where: str) -> str:
     """The name of a file in the study's folder, checked. Raises InputError for a path that leads out of it."""
-    if PurePath(name).name != name or name == ".." or "\\" in name or "\0" in name:
-        raise InputError(f"{where} must be the name of a file in the same folder, got {shown(name)}")
+    inside = PurePath(name).name == name and name != ".." and "\\" not in name and "\0" not in name
+    require(inside, where, name, "the name of a file in the same folder")
     return name
 
 
@@ -149,8 +149,7 @@ def _axes(values: Mapping[str, Any]) -> list[str]:
 
 def _reference(text: Any, axes: Sequence[str]) -> Reference:
     """The reference of a text: AXIS=VALUE if the axis exists, else a label, which may contain "=" too."""
-    if not isinstance(text, str):
-        raise InputError(f"reference must be text or null, got {shown(text)}")
+    require(isinstance(text, str), "reference", text, "text or null")
     axis, equals, value = text.partition("=")
     known = {str(name).removeprefix("adapter.") for name in axes}
     return Reference(value, axis) if equals and axis.removeprefix("adapter.") in known else Reference(text)
@@ -186,6 +185,5 @@ def _part(cls: type[Any], values: Any, where: str) -> Any:
 
 
 def _parts(cls: type[Any], values: Any, where: str) -> list[Any]:
-    if not isinstance(values, list | None):
-        raise InputError(f"{where} must be a list, got {shown(values)}")
+    require(isinstance(values, list | None), where, values, "a list")
     return [_part(cls, part, f"{where}[{index}]") for index, part in enumerate(values or ())]

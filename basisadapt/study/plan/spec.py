@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from basisadapt.core.errors import InputError, shown
+from basisadapt.core.errors import InputError, require
 from basisadapt.study.plan.claims import Claim
 from basisadapt.study.plan.published import PublishedTable
 
@@ -83,17 +83,15 @@ class Tune:
 
     def __post_init__(self) -> None:
         check_axes(self.grid, TUNE)
-        if self.by not in ("score", "loss"):
-            raise InputError(f"tune.by must be score or loss, got {shown(self.by)}")
+        require(self.by in ("score", "loss"), "tune.by", self.by, "score or loss")
         if self.at is None and self.common is None:
             return
-        if isinstance(self.at, str) and self.at != ALL:
-            raise InputError(f"tune.at must be a list of numbers or {ALL}, got {shown(self.at)}")
+        require(not isinstance(self.at, str) or self.at == ALL, "tune.at", self.at, f"a list of numbers or {ALL}")
         if len(self.grid) != 1:
             raise InputError(f"tune.at and tune.common need one tuned setting, got {', '.join(self.grid) or 'none'}")
         for value in self._listed:
-            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-                raise InputError(f"tune.at and tune.common must be numbers above 0, got {shown(value)}")
+            sound = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+            require(sound, "tune.at and tune.common", value, "numbers above 0")
 
     @property
     def setting(self) -> str:
@@ -219,8 +217,7 @@ class StudySpec:
 def check_axes(axes: Mapping[str, Any], kind: str) -> None:
     """Raise InputError unless every axis, or tuned setting, has a list of values."""
     for axis, points in axes.items():
-        if not isinstance(points, list) or not points:
-            raise InputError(f"{kind}{axis} must be a list of values, got {shown(points)}")
+        require(isinstance(points, list) and bool(points), f"{kind}{axis}", points, "a list of values")
 
 
 def axes_in(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
