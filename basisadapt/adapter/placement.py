@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from basisadapt.core.errors import InputError, refusing, shown, unknown
+from basisadapt.core.grouping import grouped
 from basisadapt.core.registry import Registered, Registry
 from basisadapt.phi.sharing import AdaptedModule
 
@@ -394,12 +395,8 @@ def _parse(placement: str) -> Placement:
 
 def _pattern(chosen: Sequence[Projection]) -> str:
     """The regular expression of the chosen names; paths that are chosen in the same blocks share one alternative."""
-    layers: dict[tuple[str, str], list[str]] = {}
-    for projection in chosen:
-        layers.setdefault((projection.stack, projection.path), []).append(str(projection.layer))
-    paths: dict[tuple[str, str], list[str]] = {}
-    for (stack, path), blocks in layers.items():
-        paths.setdefault((stack, "|".join(blocks)), []).append(re.escape(path))
+    layers = grouped(((projection.stack, projection.path), str(projection.layer)) for projection in chosen)
+    paths = grouped(((stack, "|".join(blocks)), re.escape(path)) for (stack, path), blocks in layers.items())
     return "|".join(rf"{re.escape(stack)}\.(?:{blocks})\.(?:{'|'.join(p)})" for (stack, blocks), p in paths.items())
 
 

@@ -6,7 +6,7 @@ import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -85,8 +85,7 @@ class MLPInputs:
 
         Raises InputError if the vocabulary has fewer.
         """
-        rows: Tensor = self._head[self._class_ids(count).to(self._head.device)]
-        return rows
+        return cast(Tensor, self._head[self._class_ids(count).to(self._head.device)])
 
     @torch.no_grad()
     def __call__(self, keys: Sequence[Sequence[int]], values: Sequence[Sequence[int]], count: int) -> Tensor:
@@ -113,8 +112,7 @@ class MLPInputs:
         """y of `LastMLP` before training, C y being its logits, of hidden states (..., hidden), in their shape."""
         before, mlp, after = self._above
         h = hidden.to(self._head.device)
-        y: Tensor = after(h + mlp(before(h))).cpu()
-        return y
+        return cast(Tensor, after(h + mlp(before(h))).cpu())
 
     def _states(self, ids: Tensor, key: int) -> Tensor:
         """The residual stream from which the tokens after the first `key` ones of each text (texts, tokens) follow."""

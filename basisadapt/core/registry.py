@@ -60,9 +60,6 @@ class Registry(Generic[T]):
         load_entry_points()
         return iter(sorted(self._classes))
 
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
 
 class Registered:
     """A base of classes that have names: a subclass that is given a `name` is added to the `registry` of its base."""

@@ -6,7 +6,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -112,8 +112,7 @@ class Method(Registered, ABC):
 
     def weight_change(self, layer: Any) -> Tensor | None:
         """ΔW of an adapted layer, in the shape of its weight; None if the method has no such matrix."""
-        delta: Tensor = layer.get_delta_weight(ADAPTER)
-        return delta
+        return cast(Tensor, layer.get_delta_weight(ADAPTER))
 
     def describe(self, layer: Any) -> Description:
         """The method's own measurements of an adapted layer, besides those of ΔW.

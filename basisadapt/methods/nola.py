@@ -30,8 +30,7 @@ class NoLASettings(RandomBasisSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = f"at least 1 and at most {MAX_RANK}"
-        require(1 <= self.num_random <= MAX_RANK, "num_random", self.num_random, known)
+        require(1 <= self.num_random <= MAX_RANK, "num_random", self.num_random, f"at least 1 and at most {MAX_RANK}")
 
 
 class NoLALinear(ProductLinear):

@@ -137,9 +137,17 @@ def _answer(
         else:
             report = engine.run_study(tuning, place, tags, executor)
     else:
-        from basisadapt.study.drive.search import read_search, run_search
+        from basisadapt.study.drive.search import Search, read_search, run_search
 
-        search = _search(study_spec, options)
+        search = Search(
+            spec=study_spec,
+            preset=options.preset,
+            changes=options.set,
+            seeds=seeds_of(options.seeds),
+            sampler=options.search,
+            trials=options.trials,
+            at_once=1 if options.at_once is None else options.at_once,
+        )
         if options.dry_run:
             return _space(search)
         report = read_search(search, place) if options.report else run_search(search, place, tags, executor)
@@ -201,20 +209,6 @@ def _executor(options: argparse.Namespace, adapters: Path | None) -> Executor:
     needs = {"cpus": options.cpus_per_cell, "gpus": options.gpus_per_cell}
     given = {name: value for name, value in needs.items() if value is not None}
     return RayExecutor(RaySettings(address=options.ray, **given), settings)
-
-
-def _search(study_spec: StudySpec, options: argparse.Namespace) -> Search:
-    from basisadapt.study.drive.search import Search
-
-    return Search(
-        spec=study_spec,
-        preset=options.preset,
-        changes=options.set,
-        seeds=seeds_of(options.seeds),
-        sampler=options.search,
-        trials=options.trials,
-        at_once=1 if options.at_once is None else options.at_once,
-    )
 
 
 def _studies() -> Answer:

@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -159,8 +159,7 @@ class Facts(StoredTask, name="facts"):
 
     def hidden(self, inputs: Sequence[Sequence[int]], processor: Any) -> Tensor:
         """The first token's hidden state, shape (rows, hidden)."""
-        states: Tensor = processor(inputs)
-        return states
+        return cast(Tensor, processor(inputs))
 
     def answers(self, label: Any) -> Example:
         """The class, as "labels"."""
@@ -220,8 +219,7 @@ class PhoneBook(StoredTask, name="phone_book"):
     def hidden(self, inputs: Sequence[Sequence[int]], processor: Any) -> Tensor:
         """The residual stream before each word of a value, shape (rows, words of a value, hidden)."""
         key = self.read[0]
-        states: Tensor = processor([one[:key] for one in inputs], [one[key:] for one in inputs], self.num_labels)
-        return states
+        return cast(Tensor, processor([one[:key] for one in inputs], [one[key:] for one in inputs], self.num_labels))
 
     def answers(self, label: Any) -> Example:
         """The classes of the value, as "words"; "labels", which every row needs, is 0."""

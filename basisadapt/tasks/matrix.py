@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -48,8 +48,7 @@ class FittedMatrix(SeededTask):
 
     def _target(self, row: Any, processor: Any) -> np.ndarray:
         target = self.given(row, processor.weight.double().numpy())
-        scaled: np.ndarray = target / np.linalg.norm(target)
-        return scaled
+        return cast(np.ndarray, target / np.linalg.norm(target))
 
 
 class MatrixTask(FittedMatrix, DrawnTask):
@@ -106,8 +105,7 @@ class Sign(MatrixTask, name="matrix/sign"):
     def target(self, generator: np.random.Generator, weight: np.ndarray) -> np.ndarray:
         """T for a weight of shape (m, n)."""
         B, A = (generator.normal(size=(size, LOW_RANK)) for size in weight.shape)
-        signs: np.ndarray = np.sign(B @ A.T)
-        return signs
+        return np.sign(B @ A.T)
 
 
 class Rounding(MatrixTask, name="matrix/rounding"):
@@ -142,8 +140,7 @@ class Power(MatrixTask):
         """T for a weight of shape (m, n)."""
         U, V = (np.linalg.qr(generator.normal(size=(size, min(weight.shape))))[0] for size in weight.shape)
         sigma: np.ndarray = np.arange(1, U.shape[1] + 1) ** -self.exponent
-        scaled: np.ndarray = U * sigma @ V.T
-        return scaled
+        return cast(np.ndarray, U * sigma @ V.T)
 
 
 class Flat(Power, name="matrix/flat", exponent=0.0):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -94,8 +95,7 @@ class Modular(RuleTask):
 
     def strings(self, numbers: np.ndarray) -> np.ndarray:
         """The pairs with these numbers, (rows, 2)."""
-        pairs: np.ndarray = np.stack(np.triu_indices(self.num_labels), axis=1)[numbers]
-        return pairs
+        return cast(np.ndarray, np.stack(np.triu_indices(self.num_labels), axis=1)[numbers])
 
 
 class Add(Modular):
@@ -103,8 +103,7 @@ class Add(Modular):
 
     def rule(self, strings: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         """The sums, (rows, 1)."""
-        sums: np.ndarray = strings.sum(axis=1, keepdims=True) % self.num_labels
-        return sums
+        return cast(np.ndarray, strings.sum(axis=1, keepdims=True) % self.num_labels)
 
 
 class Multiply(Modular):
@@ -112,8 +111,7 @@ class Multiply(Modular):
 
     def rule(self, strings: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         """The products, (rows, 1)."""
-        products: np.ndarray = strings.prod(axis=1, keepdims=True) % self.num_labels
-        return products
+        return cast(np.ndarray, strings.prod(axis=1, keepdims=True) % self.num_labels)
 
 
 class Unruled(Modular):
@@ -140,8 +138,7 @@ class Cipher(RuleTask):
 
     def rule(self, strings: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         """The encrypted strings, (rows, 4)."""
-        encrypted: np.ndarray = generator.permutation(self.num_labels)[strings]
-        return encrypted
+        return cast(np.ndarray, generator.permutation(self.num_labels)[strings])
 
 
 class AddStates(Add, Facts, name="modular/add/states"):

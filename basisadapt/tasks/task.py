@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 from torch import Tensor
@@ -157,8 +157,7 @@ class Task(Registered, ABC):
         """
         from transformers import default_data_collator
 
-        collate: Callable[[list[Example]], dict[str, Tensor]] = default_data_collator
-        return collate
+        return cast(Callable[[list[Example]], dict[str, Tensor]], default_data_collator)
 
     def score(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The model's loss on a batch, a scalar, and its answers as `measure` needs them, shape (rows, ...).

@@ -12,7 +12,7 @@ from typing import Any
 
 from optuna import load_study
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
-from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
+from optuna.trial import Trial, TrialState, create_trial
 
 from basisadapt.core.command import tell
 from basisadapt.core.errors import InputError, require
@@ -159,7 +159,11 @@ class SearchDriver:
     def ended(self) -> list[EndedTrial]:
         """The trials that have ended, without the killed ones."""
         trials = [trial for trial in self._study.get_trials(deepcopy=False) if trial.state.is_finished()]
-        return [_ended(trial) for trial in trials if trial.user_attrs.get("status", "killed") != "killed"]
+        return [
+            EndedTrial(trial.user_attrs["number"], trial.user_attrs["status"], trial.value, trial.params)
+            for trial in trials
+            if trial.user_attrs.get("status", "killed") != "killed"
+        ]
 
     def close_orphans(self, running: Callable[[], Collection[str]]) -> None:
         """Close the open trials of dead invocations. running: see `orphans_of`."""
@@ -226,16 +230,10 @@ class SearchDriver:
         """Setting to its importance by fANOVA; if there is none, the reason as the second value."""
         values = [trial.value for trial in self.ended if trial.value is not None]
         if len(values) < MIN_FINISHED:
-            return (
-                {},
-                f"No importances: they need at least {MIN_FINISHED} finished trials, and there are {len(values)}.",
-            )
+            needs = f"they need at least {MIN_FINISHED} finished trials, and there are {len(values)}"
+            return {}, f"No importances: {needs}."
         if len(set(values)) < 2:
             return {}, "No importances: every trial has the same value."
         from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
         return get_param_importances(self._study, evaluator=FanovaImportanceEvaluator(seed=self._seeds[0])), ""
-
-
-def _ended(trial: FrozenTrial) -> EndedTrial:
-    return EndedTrial(trial.user_attrs["number"], trial.user_attrs["status"], trial.value, trial.params)

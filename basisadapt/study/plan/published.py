@@ -6,7 +6,7 @@ import csv
 from dataclasses import dataclass, field
 from typing import Any
 
-from basisadapt.core.errors import InputError
+from basisadapt.core.errors import InputError, refusing
 from basisadapt.study.plan.shipped import studies_dir
 
 Name = tuple[str, ...]  # a row of a published table: its parts, then the method if methods have columns
@@ -45,9 +45,9 @@ def published_values(answers: PublishedTable | None) -> dict[Name, tuple[str, st
     if answers is None:
         return {}
     path = studies_dir() / "paper" / answers.table
+    with refusing(f"published table {str(path)!r} cannot be read"), path.open(encoding="utf-8", newline="") as file:
+        table = list(csv.DictReader(file))
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            table = list(csv.DictReader(file))
         rows = [row for row in table if all(row[name] == value for name, value in answers.where.items())]
         keys = answers.key if isinstance(answers.key, list) else [answers.key]
         columns, stds = _by_method(answers.column), _by_method(answers.std)
@@ -56,8 +56,6 @@ def published_values(answers: PublishedTable | None) -> dict[Name, tuple[str, st
             for method, column in columns.items()
             for row in rows
         }
-    except OSError as error:
-        raise InputError(f"published table {str(path)!r} cannot be read: {error.strerror}") from error
     except KeyError as error:
         raise InputError(f"published table {answers.table} has no column {error}") from error
 

@@ -9,7 +9,6 @@ from html import escape
 from pathlib import Path
 
 from basisadapt.core.grouping import grouped
-from basisadapt.study.plan.cells import Row
 from basisadapt.study.report.footnotes import problems
 from basisadapt.study.report.formats import DASH
 from basisadapt.study.report.report import Report
@@ -157,7 +156,8 @@ def _diagnostics(table: Table, pictures: Callable[[str], dict[str, bytes]]) -> s
 
 def _configurations(table: Table, reference: str | None) -> str:
     """The settings that differ between rows as a table, and the others as a list."""
-    flat = [(row.label, _settings(row)) for row in table.study.rows]
+    every = [(row.label, row.cells[0].settings) for row in table.study.rows]
+    flat = [(label, {key: str(value) for key, value in own.items() if key != "seed"}) for label, own in every]
     keys = dict.fromkeys(key for _, settings in flat for key in settings)
     values = {key: {settings[key] for _, settings in flat if key in settings} for key in keys}
     varying = [key for key, found in values.items() if len(found) > 1]
@@ -169,11 +169,6 @@ def _configurations(table: Table, reference: str | None) -> str:
         _table("Settings that differ between rows", heads, rows, reference)
         + f"\n<details><summary>Settings that every row with them shares</summary><dl>{shared}</dl></details>"
     )
-
-
-def _settings(row: Row) -> dict[str, str]:
-    """Full key to value as text, without the seed."""
-    return {key: str(value) for key, value in row.cells[0].settings.items() if key != "seed"}
 
 
 def _versions(table: Table) -> str:
