@@ -88,8 +88,8 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 f"module {name!r} has a weight of dtype {weight.dtype}; of the quantized ones "
                 f"{self.title} adapts those of bitsandbytes"
             )
-        plain = self.base_layer
-        sides = (plain.nf, plain.nx) if isinstance(plain, Conv1D) else (plain.out_features, plain.in_features)
+        layer = self.base_layer
+        sides = (layer.nf, layer.nx) if isinstance(layer, Conv1D) else (layer.out_features, layer.in_features)
         if not self._quantised and self._matrix(weight).shape != sides:
             raise InputError(
                 f"module {name!r} is a {type(base_layer).__name__} with a weight of shape {tuple(weight.shape)}; "

@@ -86,14 +86,15 @@ ALL_ON_HUB = tuple(dict.fromkeys(source.hub for source in SOURCES.values()))
 
 
 class CommonsenseTask(ChoiceTask):
-    """One of the eight tasks, trained on its own training rows. What follows PREFIX in its name is a key of SOURCES."""
+    """One of the eight tasks, trained on its own training rows. Its name is PREFIX and a key of SOURCES."""
 
     source: ClassVar[str]
 
-    def __init_subclass__(cls, *, name: str) -> None:
-        """Register the class as `Task` does, with its source."""
-        super().__init_subclass__(name=name)
-        cls.source = name.removeprefix(PREFIX)
+    def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
+        """Register the class as `Task` does. One with another name has the source of its base."""
+        super().__init_subclass__(name=name, **kwargs)
+        if name is not None and name.removeprefix(PREFIX) in SOURCES:
+            cls.source = name.removeprefix(PREFIX)
 
     def check(self, data_dir: Path | None) -> None:
         """Raise InputError unless both files exist, or the hub is used (data_dir is None)."""

@@ -131,10 +131,11 @@ class Power(MatrixTask):
 
     exponent: ClassVar[float]
 
-    def __init_subclass__(cls, *, exponent: float, **kwargs: Any) -> None:
-        """Register the class as `Task` does, with its exponent."""
+    def __init_subclass__(cls, *, exponent: float | None = None, **kwargs: Any) -> None:
+        """Register the class as `Task` does, with its exponent if it is another than its base's."""
         super().__init_subclass__(**kwargs)
-        cls.exponent = exponent
+        if exponent is not None:
+            cls.exponent = exponent
 
     def target(self, generator: np.random.Generator, weight: np.ndarray) -> np.ndarray:
         """T for a weight of shape (m, n)."""
