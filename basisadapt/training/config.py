@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -88,34 +87,34 @@ class TrainSettings:
     sharpness: int | None = late(None)
 
     def __post_init__(self) -> None:
-        def need(holds: bool, name: str, expected: str) -> None:
-            require(holds, f"train.{name}", getattr(self, name), expected)
-
-        need(0 < self.lr < math.inf, "lr", "above 0")
-        need(0 < self.epochs < math.inf, "epochs", "above 0")
-        need(self.schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}")
-        need(0 <= self.warmup_ratio < 1, "warmup_ratio", "in [0, 1)")
-        need(0 <= self.weight_decay < math.inf, "weight_decay", "at least 0")
-        need(self.max_grad_norm > 0, "max_grad_norm", "above 0")
-        need(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}")
-        need(self.weights in WEIGHTS, "weights", f"one of {', '.join(WEIGHTS)}")
+        require(0 < self.lr < math.inf, "train.lr", self.lr, "above 0")
+        require(0 < self.epochs < math.inf, "train.epochs", self.epochs, "above 0")
+        require(self.schedule in SCHEDULES, "train.schedule", self.schedule, f"one of {', '.join(SCHEDULES)}")
+        require(0 <= self.warmup_ratio < 1, "train.warmup_ratio", self.warmup_ratio, "in [0, 1)")
+        require(0 <= self.weight_decay < math.inf, "train.weight_decay", self.weight_decay, "at least 0")
+        require(self.max_grad_norm > 0, "train.max_grad_norm", self.max_grad_norm, "above 0")
+        require(self.precision in PRECISIONS, "train.precision", self.precision, f"one of {', '.join(PRECISIONS)}")
+        require(self.weights in WEIGHTS, "train.weights", self.weights, f"one of {', '.join(WEIGHTS)}")
         optional = ("max_steps", "max_length", "eval_steps", "patience", "train_rows", "eval_rows", "sharpness")
         for name in ("batch_size", *optional):
             value = getattr(self, name)
-            need(value is None or value >= 1, name, "at least 1")
-        need(self.validation is None or 0 < self.validation < 1, "validation", "between 0 and 1")
+            require(value is None or value >= 1, f"train.{name}", value, "at least 1")
+        share = self.validation is None or 0 < self.validation < 1
+        require(share, "train.validation", self.validation, "between 0 and 1")
         odd = self.landscape is None or (self.landscape >= 3 and self.landscape % 2 == 1)
-        need(odd, "landscape", "an odd number of at least 3, whose middle is the solution")
-        need(self.patience is None or self.eval_steps is not None, "patience", "used together with train.eval_steps")
+        require(odd, "train.landscape", self.landscape, "an odd number of at least 3, whose middle is the solution")
+        paired = self.patience is None or self.eval_steps is not None
+        require(paired, "train.patience", self.patience, "used together with train.eval_steps")
         divides = self.processes >= 1 and self.batch_size % self.processes == 0
-        need(divides, "processes", f"a divisor of train.batch_size, {self.batch_size}")
-        need(self.parallel in PARALLEL, "parallel", f"one of {', '.join(PARALLEL)}")
-        alone, whole = self.processes == 1, self.parallel == "ddp"
-        need(alone or not self.group_by_length, "group_by_length", "false with several train.processes")
-        need(alone or self.sharpness is None, "sharpness", "null with several train.processes")
-        need(whole or not alone, "parallel", "used together with train.processes of at least 2")
+        require(divides, "train.processes", self.processes, f"a divisor of train.batch_size, {self.batch_size}")
+        require(self.parallel in PARALLEL, "train.parallel", self.parallel, f"one of {', '.join(PARALLEL)}")
+        alone, whole, mixed = self.processes == 1, self.parallel == "ddp", self.group_by_length
+        require(alone or not mixed, "train.group_by_length", mixed, "false with several train.processes")
+        require(alone or self.sharpness is None, "train.sharpness", self.sharpness, "null with several train.processes")
+        several = "used together with train.processes of at least 2"
+        require(whole or not alone, "train.parallel", self.parallel, several)
         no_shards = f"ddp with train.weights {self.weights}, which has no shards"
-        need(whole or self.weights not in QUANTISED, "parallel", no_shards)
+        require(whole or self.weights not in QUANTISED, "train.parallel", self.parallel, no_shards)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,9 +155,9 @@ class RunConfig:
             _check_foreign(foreign)
         data = from_mapping(DataSettings, keys.data, "data")
         task, _ = tasks.find(keys.task, data), backbones.find(keys.backbone)
-        train = from_mapping(TrainSettings, keys.train, "train")
-        if train.max_length is None:
-            train = dataclasses.replace(train, max_length=task.max_length)
+        max_length = keys.train.get("max_length")
+        given = {**keys.train, "max_length": task.max_length if max_length is None else max_length}
+        train = from_mapping(TrainSettings, given, "train")
         if train.weights in QUANTISED and not METHODS[keys.method].quantisable:
             raise InputError(
                 f"method {keys.method!r} cannot work on quantized weights; set train.weights to fp32 or bf16"

@@ -67,7 +67,7 @@ class Line:
     @property
     def values(self) -> dict[int, float]:
         """Seed to headline metric, for finished cells."""
-        return {seed: o.value for seed, o in self.outcomes.items() if o.value is not None}
+        return {seed: value for seed, o in self.outcomes.items() if (value := o.value) is not None}
 
     def values_of(self, metric: str | None) -> dict[int, float]:
         """Seed to a metric, or a quotient of two, for finished cells that have it. None is the headline metric."""
