@@ -14,7 +14,8 @@ from basisadapt.phi.basis import BASES
 from basisadapt.phi.grids import GRIDS
 from basisadapt.phi.settings import PRESETS
 from basisadapt.phi.sharing import SHARING
-from basisadapt.study.plan.spec import list_studies, read_spec
+from basisadapt.study.plan.reading import read_spec
+from basisadapt.study.plan.shipped import list_studies
 from basisadapt.tasks import TASKS
 
 HEAD = """\

@@ -26,8 +26,7 @@ def main(arguments: list[str]) -> int:
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="python -m basisadapt.gallery",
-        description=f"Draw the functions b(u) of bases for |u| up to {FURTHEST:g}.",
+        prog="python -m basisadapt.gallery", description=f"Draw the functions b(u) of bases for |u| up to {FURTHEST:g}."
     )
     parser.add_argument("file", type=Path, metavar="FILE", help=f"the picture: {', '.join(FORMATS)}")
     parser.add_argument("bases", nargs="*", metavar="BASIS", help="a registered basis (default: all)")

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from basisadapt.core.command import DONE, INTERRUPTED, Parser, aligned, guarded, say, tell
-from basisadapt.core.errors import InputError, shown
+from basisadapt.core.errors import InputError, refusing, require, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -176,8 +176,8 @@ def updates_between(
     adapted = None if adapted_name is None else Checkpoint(backbones.find(adapted_name))
     of_adapted = {} if adapted is None else dict(pairs_of(base, adapted, pattern))
     for module, _ in pairs:
-        if rank >= (smaller := min(base.shapes[module])):
-            raise InputError(f"--rank must be below {smaller}, the smaller side of {module!r}, got {rank}")
+        smaller = min(base.shapes[module])
+        require(rank < smaller, "--rank", rank, f"below {smaller}, the smaller side of {module!r}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     places = spread_places(len(pairs), fits)
     updates = []
@@ -228,10 +228,8 @@ def _chosen(base: Checkpoint, pattern: str | None) -> list[str]:
     if pattern is None:
         names = [projection.name for projection in find_projections(base.shapes)]
     else:
-        try:
+        with refusing(f"--modules {shown(pattern)} is not a regular expression", re.error):
             names = list(filter(re.compile(pattern).fullmatch, base.shapes))
-        except re.error as error:
-            raise InputError(f"--modules {shown(pattern)} is not a regular expression: {error}") from error
     if not names:
         known = f"it has {', '.join(list(base.shapes)[:3])}, ..." if base.shapes else "it has no matrices"
         raise InputError(f"no module of {base.name!r} is chosen; --modules names some: {known}")
@@ -357,9 +355,7 @@ def _word(update: Update, rank: int) -> str:
 
 def _verdict(fitted: Sequence[Update], rank: int, count: int) -> list[str]:
     whole = _together(fitted)
-    assert whole.phi is not None
-    assert whole.sine is not None
-    assert whole.best is not None
+    assert whole.phi is not None and whole.sine is not None and whole.best is not None
     phi, sine, ba = (f"{100 * share:.1f} %" for share in (whole.phi, whole.sine, whole.captured[rank - 1]))
     said = [
         f"Here {_word(whole, rank)}: of the update BA of rank {rank} captures {ba}, phi(BA) of that rank {phi} and a "

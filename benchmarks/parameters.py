@@ -19,7 +19,7 @@ import pandas as pd
 
 from basisadapt import backbones
 from basisadapt.methods import METHODS
-from basisadapt.study.plan.spec import studies_dir
+from basisadapt.study.plan.shipped import studies_dir
 from basisadapt.training import Plan, attach, count_parameters
 from basisadapt.training.config import RunConfig
 

@@ -26,7 +26,7 @@ import numpy as np
 from basisadapt.core.environment import environment
 from basisadapt.study.__main__ import main as study
 from basisadapt.study.plan.cells import resolve
-from basisadapt.study.plan.spec import read_spec
+from basisadapt.study.plan.reading import read_spec
 from basisadapt.study.record.record import Record
 from basisadapt.training import RunResult, running
 

@@ -30,7 +30,7 @@ from study_engine import drawn_result
 from basisadapt.core.environment import environment
 from basisadapt.diagnostics.figures import pictures
 from basisadapt.study.plan.cells import Cell, resolve
-from basisadapt.study.plan.spec import read_spec
+from basisadapt.study.plan.reading import read_spec
 from basisadapt.study.record.record import Record
 from basisadapt.study.record.runs import CELL, ROW
 

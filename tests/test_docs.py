@@ -20,7 +20,7 @@ import pytest
 from basisadapt.methods import METHODS
 from basisadapt.study import options as command_line
 from basisadapt.study.plan.changes import split_changes
-from basisadapt.study.plan.spec import list_studies
+from basisadapt.study.plan.shipped import list_studies
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ["docs", "studies", "benchmarks"]

@@ -27,8 +27,12 @@ from basisadapt.methods.elalora import ElaLoRAConfig
 from basisadapt.methods.nola import NoLAConfig
 from basisadapt.study.plan.cells import resolve
 from basisadapt.study.plan.keys import known_keys
-from basisadapt.study.plan.spec import PRESETS, list_studies, parse_yaml, published_values, read_spec, studies_dir
+from basisadapt.study.plan.published import published_values
+from basisadapt.study.plan.reading import read_spec
+from basisadapt.study.plan.shipped import list_studies, studies_dir
+from basisadapt.study.plan.spec import PRESETS
 from basisadapt.study.plan.tuning import resolve_tuning
+from basisadapt.study.plan.yaml_text import parse_yaml
 from basisadapt.training.config import RunConfig
 from basisadapt.training.execution.json_lines import CellLine, ResultLine, parse_result, read_lines
 from tests.conftest import model_of

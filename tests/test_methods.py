@@ -21,7 +21,7 @@ from basisadapt.core.registry import load_plugin
 from basisadapt.diagnostics.figures import figures
 from basisadapt.methods import METHODS
 from basisadapt.study.plan.cells import resolve
-from basisadapt.study.plan.spec import read_spec
+from basisadapt.study.plan.reading import read_spec
 from basisadapt.training import count_parameters, plan, run
 from basisadapt.training.config import RunConfig
 from basisadapt.training.observation import adapted_layers, adapter_parameters, observe

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from basisadapt.study.plan.spec import studies_dir
+from basisadapt.study.plan.shipped import studies_dir
 from basisadapt.training import plan
 from basisadapt.training.config import RunConfig
 

@@ -56,17 +56,16 @@ def _look(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
                 others.append(group)
         if holding:
             del _unseen[bank]
-            _warn(_idle(bank, settings, holding, others))
+            if idle := _idle(bank, settings, holding, others):
+                what, ways = " and ".join(idle), "; ".join(dict.fromkeys(idle.values()))
+                warnings.warn(f"this training ignores {what} of the adapter's settings: {ways}", stacklevel=1)
     if not _unseen:
         while _handles:
             _handles.pop().remove()
 
 
 def _idle(
-    bank: TransferBank,
-    settings: PhiSettings,
-    holding: Mapping[str, Mapping[str, Any]],
-    others: list[Mapping[str, Any]],
+    bank: TransferBank, settings: PhiSettings, holding: Mapping[str, Mapping[str, Any]], others: list[Mapping[str, Any]]
 ) -> dict[str, str]:
     """The settings without effect, and for each what gives it one."""
     idle = {}
@@ -86,10 +85,3 @@ def _rate(group: Mapping[str, Any]) -> float:
     """A group's learning rate before any schedule; NaN for an optimizer that has none."""
     rate = group.get("initial_lr", group.get("lr"))
     return math.nan if rate is None else float(rate)
-
-
-def _warn(idle: Mapping[str, str]) -> None:
-    if idle:
-        what = " and ".join(idle)
-        ways = "; ".join(dict.fromkeys(idle.values()))
-        warnings.warn(f"this training ignores {what} of the adapter's settings: {ways}", stacklevel=2)

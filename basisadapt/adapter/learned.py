@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from basisadapt.adapter.layer import PhiLinear
-from basisadapt.core.errors import InputError, unknown
+from basisadapt.core.errors import InputError, require, unknown
 from basisadapt.diagnostics.linear import LINEAR, linear_fit
-from basisadapt.phi.settings import require
 
 if TYPE_CHECKING:
     import pandas as pd

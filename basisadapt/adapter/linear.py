@@ -16,7 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 from transformers.pytorch_utils import Conv1D
 
-from basisadapt.core.errors import InputError
+from basisadapt.core.errors import InputError, require
 from basisadapt.phi.compiler import onload
 
 DEQUANTISED = ("Params4bit", "Int8Params")  # classes of weights that peft can dequantize
@@ -88,7 +88,8 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 f"module {name!r} has a weight of dtype {weight.dtype}; of the quantized ones "
                 f"{self.title} adapts those of bitsandbytes"
             )
-        sides = (base_layer.nf, base_layer.nx) if isinstance(base_layer, Conv1D) else _sides(self.base_layer)
+        layer = self.base_layer
+        sides = (layer.nf, layer.nx) if isinstance(layer, Conv1D) else (layer.out_features, layer.in_features)
         if not self._quantised and self._matrix(weight).shape != sides:
             raise InputError(
                 f"module {name!r} is a {type(base_layer).__name__} with a weight of shape {tuple(weight.shape)}; "
@@ -142,11 +143,8 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return y
 
     def _check_rank(self, r: int) -> None:
-        if r > min(self.in_features, self.out_features):
-            raise InputError(
-                f"r must be at most {min(self.in_features, self.out_features)}, the smaller side of {self.name!r} "
-                f"({self.out_features} × {self.in_features}), got {r}"
-            )
+        m, n = self.out_features, self.in_features
+        require(r <= min(m, n), "r", r, f"at most {min(m, n)}, the smaller side of {self.name!r} ({m} × {n})")
 
     def _holds(self, adapter: str) -> bool:
         """Whether this layer has the adapter."""
@@ -233,10 +231,6 @@ def _only_moves(layer: nn.Module) -> bool:
     """Whether only accelerate has replaced its forward, to move weights and inputs to one device."""
     hook = getattr(layer, "_hf_hook", None)
     return all(isinstance(part, AlignDevicesHook) for part in getattr(hook, "hooks", [hook]))
-
-
-def _sides(layer: nn.Linear) -> tuple[int, int]:
-    return layer.out_features, layer.in_features
 
 
 class AdaptedModel(BaseTuner):  # type: ignore[misc]

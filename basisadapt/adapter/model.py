@@ -18,7 +18,7 @@ from basisadapt.adapter.honored import watch
 from basisadapt.adapter.layer import PhiLinear, refuse_export
 from basisadapt.adapter.linear import AdaptedModel
 from basisadapt.adapter.placement import describe, target_pattern
-from basisadapt.core.errors import InputError, unknown
+from basisadapt.core.errors import InputError, refusing, unknown
 from basisadapt.phi.bank import TransferBank
 from basisadapt.phi.compiler import Compiler
 
@@ -45,7 +45,8 @@ class PhiModel(AdaptedModel):
             config.target_modules = target_pattern(config.placement, model)
         _check_targets(config.target_modules, model)
         if config.rest == "lora":
-            self._projections = re.compile(_all_projections(model))
+            with refusing('rest "lora" is put into all projections', InputError):
+                self._projections = re.compile(target_pattern("all", model))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if "phi_bank" not in self._modules:  # the layers of a model that was adapted before have their banks
             known = {name: source.bank for layer in self._layers() for name, source in layer.phi_source.items()}
@@ -131,10 +132,3 @@ def _check_targets(targets: str | Collection[str], model: nn.Module) -> None:
     if len(absent) == len(targets):
         raise error
     warnings.warn(f"{error}; it is left out", stacklevel=2)
-
-
-def _all_projections(model: nn.Module) -> str:
-    try:
-        return target_pattern("all", model)
-    except InputError as error:
-        raise InputError(f'rest "lora" is put into all projections: {error}') from error

@@ -18,9 +18,9 @@ from transformers import TrainerCallback
 from basisadapt.adapter.honored import mark_served
 from basisadapt.adapter.layer import PhiLinear
 from basisadapt.adapter.model import PhiModel
-from basisadapt.core.errors import InputError
+from basisadapt.core.errors import InputError, require
 from basisadapt.phi.bank import TransferBank
-from basisadapt.phi.settings import PhiSettings, require
+from basisadapt.phi.settings import PhiSettings
 
 
 def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:

@@ -13,8 +13,9 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
-from basisadapt.core.errors import InputError, shown, unknown
-from basisadapt.core.registry import Registry
+from basisadapt.core.errors import InputError, refusing, shown, unknown
+from basisadapt.core.grouping import grouped
+from basisadapt.core.registry import Registered, Registry
 from basisadapt.phi.sharing import AdaptedModule
 
 PLACEMENTS: Registry[Placement] = Registry("placement")
@@ -140,20 +141,19 @@ class Blocks:
     others: list[str]
 
 
-class Placement(ABC):
+class Placement(Registered, ABC):
     """A choice among a transformer's projections. Subclass it with a name, and with the roles it `needs`, if any.
 
     What follows a colon in a setting ("first_last:8") is the argument of the class.
     """
 
+    registry = PLACEMENTS
     needs: ClassVar[frozenset[str]]
 
-    def __init_subclass__(cls, *, name: str | None = None, needs: Iterable[str] = (), **kwargs: Any) -> None:
-        """Register the class under `name`. Raises InputError if it is taken."""
-        super().__init_subclass__(**kwargs)
+    def __init_subclass__(cls, *, needs: Iterable[str] = (), **kwargs: Any) -> None:
+        """Register the class as `Registered` does, with the roles that it needs."""
         cls.needs = frozenset(needs)
-        if name is not None:
-            PLACEMENTS.add(name, cls)
+        super().__init_subclass__(**kwargs)
 
     @abstractmethod
     def covers(self, projection: Projection) -> bool:
@@ -388,20 +388,15 @@ def _parse(placement: str) -> Placement:
             return make(argument) if colon else make()
         except TypeError as error:
             raise InputError(f"placement {name!r} takes no argument, got {shown(placement)}") from error
-    try:
+    what = f"placement {shown(placement)} is neither a name nor a regular expression"
+    with refusing(what, re.error, OverflowError, RecursionError):
         return Named(placement)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise InputError(f"placement {shown(placement)} is neither a name nor a regular expression: {error}") from error
 
 
 def _pattern(chosen: Sequence[Projection]) -> str:
     """The regular expression of the chosen names; paths that are chosen in the same blocks share one alternative."""
-    layers: dict[tuple[str, str], list[str]] = {}
-    for projection in chosen:
-        layers.setdefault((projection.stack, projection.path), []).append(str(projection.layer))
-    paths: dict[tuple[str, str], list[str]] = {}
-    for (stack, path), blocks in layers.items():
-        paths.setdefault((stack, "|".join(blocks)), []).append(re.escape(path))
+    layers = grouped(((projection.stack, projection.path), str(projection.layer)) for projection in chosen)
+    paths = grouped(((stack, "|".join(blocks)), re.escape(path)) for (stack, path), blocks in layers.items())
     return "|".join(rf"{re.escape(stack)}\.(?:{blocks})\.(?:{'|'.join(p)})" for (stack, blocks), p in paths.items())
 
 

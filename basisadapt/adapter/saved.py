@@ -16,7 +16,7 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from basisadapt.core.errors import InputError, nearest, one_line, shown, unknown
+from basisadapt.core.errors import InputError, nearest, one_line, refusing, shown, unknown
 from basisadapt.core.settings import checked
 from basisadapt.core.synonyms import meant
 
@@ -69,7 +69,10 @@ class CheckedConfig(PeftConfig, ABC):  # type: ignore[misc]
         for name, value in checked(type(self), own).items():
             setattr(self, name, value)
         for name in ("target_modules", "exclude_modules"):
-            _check_pattern(name, getattr(self, name))
+            if isinstance(value := getattr(self, name), str):
+                what = f"{name} {shown(value)} is not a regular expression"
+                with refusing(what, re.error, OverflowError, RecursionError):
+                    re.compile(value)
         if self.layers_to_transform is not None and not isinstance(self.target_modules, list):
             raise InputError("layers_to_transform needs a list of target_modules; anything else chooses blocks itself")
         if self.layers_pattern is not None and self.layers_to_transform is None:
@@ -114,14 +117,6 @@ def _plugins_of(folder: Path) -> str:
         if plugins and isinstance(plugins, list) and all(isinstance(plugin, str) for plugin in plugins):
             return f"; the adapter needs {', '.join(plugins)}: import it first, or give it as --plugin"
     return ""
-
-
-def _check_pattern(name: str, value: Any) -> None:
-    """Raise InputError for a text that is not a regular expression, as which peft would use it."""
-    try:
-        re.compile(value if isinstance(value, str) else "")
-    except (re.error, OverflowError, RecursionError) as error:
-        raise InputError(f"{name} {shown(value)} is not a regular expression: {error}") from error
 
 
 def check_weights(folder: Path, shapes: Mapping[str, Shape], modules: Sequence[str]) -> None:

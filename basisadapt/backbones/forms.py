@@ -109,12 +109,9 @@ def class_of(name: str) -> Any:
     """The class of that name in a `Form`: one of ours or of transformers."""
     from basisadapt.backbones import bert_parts, clip, last_mlp, random_mlp, rounded
 
-    of_bert = (bert_parts.LastFeedForward, bert_parts.FeedForwardInputs, bert_parts.LastQuery, bert_parts.QueryWeight)
-    before = (rounded.OriginalEncoder, rounded.OriginalLanguageModel)
-    of_rounded = (rounded.RoundedEncoder, rounded.RoundedLanguageModel, *before)
-    of_layers = (last_mlp.LastMLP, last_mlp.MLPInputs, random_mlp.RandomMLP, random_mlp.RandomVectors)
-    ours = (clip.ZeroShotCLIP, *of_bert, *of_rounded, *of_layers)
-    return next((one for one in ours if one.__name__ == name), None) or getattr(transformers, name)
+    if hasattr(transformers, name):
+        return getattr(transformers, name)
+    return next(vars(ours)[name] for ours in (bert_parts, clip, last_mlp, random_mlp, rounded) if name in vars(ours))
 
 
 def is_head(parameter: str) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from basisadapt.backbones.files import stamp
-from basisadapt.core.errors import InputError, one_line
+from basisadapt.core.errors import InputError, one_line, refusing
 
 # struct's formats of GGUF's numeric metadata types; texts and lists are read separately.
 NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -59,18 +59,14 @@ def read_header(file: Path) -> Header:
 
 @functools.lru_cache(maxsize=8)
 def _read_once(file: Path, stamp: tuple[int, ...]) -> Header:
-    try:
-        with file.open("rb") as opened:
-            if opened.read(4) != b"GGUF":
-                raise InputError(f"backbone {str(file)!r} is not a GGUF file: it does not begin with these letters")
+    with refusing(f"backbone {str(file)!r} cannot be read"), file.open("rb") as opened:
+        if opened.read(4) != b"GGUF":
+            raise InputError(f"backbone {str(file)!r} is not a GGUF file: it does not begin with these letters")
+        try:
             with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 return _Reader(content).header()
-    except OSError as error:
-        raise InputError(f"backbone {str(file)!r} cannot be read: {error.strerror}") from error
-    except InputError:
-        raise
-    except (struct.error, ValueError, KeyError) as error:
-        raise InputError(f"backbone {str(file)!r} is a damaged GGUF file: {one_line(error)}") from error
+        except (struct.error, ValueError, KeyError) as error:
+            raise InputError(f"backbone {str(file)!r} is a damaged GGUF file: {one_line(error)}") from error
 
 
 class _Reader:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from basisadapt.core.errors import InputError
 
 MLPS = {"llama": LlamaMLP, "qwen2": Qwen2MLP}  # by model type; their norms are the same
 BATCH_SIZE = 64  # texts that are embedded at once
-SPACES = "Ġ▁"  # the marks of a token that begins a word, in vocabularies of BPE and SentencePiece
+WORD = re.compile("[Ġ▁][A-Za-z]+")  # a token that is a word, with the mark of its beginning: BPE's or SentencePiece's
 
 
 class LastMLP(PreTrainedModel):  # type: ignore[misc]
@@ -65,8 +66,7 @@ class MLPInputs:
         self._above = above.eval().requires_grad_(False)
         last.mlp, model.model.norm = _Zero(), nn.Identity()
         self._body = model.model.eval().requires_grad_(False)
-        vocabulary = tokenizer.get_vocab().items()
-        self._words = sorted(n for token, n in vocabulary if token[:1] in SPACES and _is_word(token[1:]))
+        self._words = sorted(number for token, number in tokenizer.get_vocab().items() if WORD.fullmatch(token))
 
     @classmethod
     def from_pretrained(cls, source: str, **options: Any) -> MLPInputs:
@@ -85,8 +85,7 @@ class MLPInputs:
 
         Raises InputError if the vocabulary has fewer.
         """
-        rows: Tensor = self._head[self._class_ids(count).to(self._head.device)]
-        return rows
+        return cast(Tensor, self._head[self._class_ids(count).to(self._head.device)])
 
     @torch.no_grad()
     def __call__(self, keys: Sequence[Sequence[int]], values: Sequence[Sequence[int]], count: int) -> Tensor:
@@ -113,8 +112,7 @@ class MLPInputs:
         """y of `LastMLP` before training, C y being its logits, of hidden states (..., hidden), in their shape."""
         before, mlp, after = self._above
         h = hidden.to(self._head.device)
-        y: Tensor = after(h + mlp(before(h))).cpu()
-        return y
+        return cast(Tensor, after(h + mlp(before(h))).cpu())
 
     def _states(self, ids: Tensor, key: int) -> Tensor:
         """The residual stream from which the tokens after the first `key` ones of each text (texts, tokens) follow."""
@@ -133,10 +131,6 @@ def _loaded(source: str, _: tuple[object, ...], **options: Any) -> MLPInputs:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True, **options)
     return MLPInputs(AutoTokenizer.from_pretrained(source, **options), model.to(device))
-
-
-def _is_word(text: str) -> bool:
-    return text.isascii() and text.isalpha()
 
 
 class _Zero(nn.Module):

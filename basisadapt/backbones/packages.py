@@ -40,8 +40,7 @@ def folder_of(backbone: Backbone, package: Package) -> Path:
     """The folder of a package's weights, checked by their hash. Raises InputError if they are missing or changed."""
     check_installed(backbone)
     found = importlib.util.find_spec(backbone.source)
-    assert found is not None
-    assert found.origin is not None
+    assert found is not None and found.origin is not None
     weights = Path(found.origin).parent / package.weights
     if (hashed := sha256_of(weights)) != package.sha256:
         raise InputError(f"the weights {str(weights)!r} have sha256 {hashed}, expected {package.sha256}")

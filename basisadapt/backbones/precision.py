@@ -60,8 +60,4 @@ def keep_head_exact(model: transformers.PreTrainedModel) -> None:
     for name in HEADS:
         head = getattr(model, name, None)
         if isinstance(head, nn.Module):
-            head.float().register_forward_pre_hook(_to_float)
-
-
-def _to_float(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    return tuple(x.float() for x in inputs)
+            head.float().register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))

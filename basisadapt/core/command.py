@@ -113,7 +113,8 @@ def guarded(main: Callable[[list[str]], int]) -> Callable[..., int]:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")  # a terminal without ± or φ still gets its table
-        with redirect_stdout(_Guarded.over(sys.stdout)), redirect_stderr(_Guarded.over(sys.stderr)):
+        out, err = (cast(TextIO, _Guarded(stream)) for stream in (sys.stdout, sys.stderr))
+        with redirect_stdout(out), redirect_stderr(err):
             try:
                 return main(arguments)
             except InputError as error:
@@ -137,10 +138,6 @@ class _Guarded:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-
-    @classmethod
-    def over(cls, stream: TextIO) -> TextIO:
-        return cast(TextIO, cls(stream))
 
     def write(self, text: str) -> int:
         self._stream.write(_inert(redacted(text)))

@@ -57,12 +57,19 @@ def refused(name: str, value: object, expected: str) -> InputError:
     return InputError(f"{name} must be {expected}, got {shown(value)}")
 
 
+def require(holds: bool, name: str, value: object, expected: str) -> None:
+    """Raise InputError, with the message of `refused`, unless `holds`."""
+    if not holds:
+        raise refused(name, value, expected)
+
+
 @contextmanager
-def refusing(what: str, kind: type[Exception] = OSError) -> Iterator[None]:
-    """Turn an OSError, or an error of another `kind`, into an InputError: "`what`: its message"."""
+def refusing(what: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turn an OSError, or an error of one of other `kinds`, into an InputError: "`what`: its message"."""
+    kinds = kinds or (OSError,)
     try:
         yield
-    except kind as error:
+    except kinds as error:
         raise InputError(f"{what}: {getattr(error, 'strerror', None) or error}") from error
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from basisadapt.core.errors import InputError, one_line, unknown
 
@@ -60,8 +60,17 @@ class Registry(Generic[T]):
         load_entry_points()
         return iter(sorted(self._classes))
 
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
+
+class Registered:
+    """A base of classes that have names: a subclass that is given a `name` is added to the `registry` of its base."""
+
+    registry: ClassVar[Registry[Any]]
+
+    def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
+        """Register the class under `name`. Raises InputError if it is taken."""
+        super().__init_subclass__(**kwargs)
+        if name is not None:
+            cls.registry.add(name, cls)
 
 
 FILE = "basisadapt_plugin_"  # what the module of a plug-in's file is called, before the file's own name

@@ -32,7 +32,7 @@ def from_mapping(cls: type[S], values: Mapping[str, Any], where: str = "") -> S:
     assert dataclasses.is_dataclass(cls)
     if not isinstance(values, Mapping):
         raise refused(where or cls.__name__.strip("_"), values, "keys and values")
-    names = _names(cls)
+    names = field_names(cls)
     prefix = f"{where}." if where else ""
     for key in values:
         if key not in names:
@@ -41,6 +41,16 @@ def from_mapping(cls: type[S], values: Mapping[str, Any], where: str = "") -> S:
         if field.name not in values and field.default is field.default_factory is dataclasses.MISSING:
             raise InputError(f"key {prefix + field.name!r} is missing")
     return cls(**checked(cls, values, where))
+
+
+def field_names(cls: type) -> tuple[str, ...]:
+    """The names of the fields that a settings dataclass is made from, in order."""
+    return _field_names(cls)
+
+
+@functools.cache
+def _field_names(cls: Any) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(cls) if field.init)
 
 
 def unknown_key(key: str, known: Iterable[str]) -> InputError:
@@ -94,11 +104,6 @@ def is_object(text: str | bytes) -> bool:
         return isinstance(json.loads(text), dict)
     except (ValueError, RecursionError):
         return False
-
-
-@functools.cache
-def _names(cls: Any) -> tuple[str, ...]:
-    return tuple(field.name for field in dataclasses.fields(cls) if field.init)
 
 
 @functools.cache

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from basisadapt.core.registry import Registry
+from basisadapt.core.registry import Registered, Registry
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 DIAGNOSTICS: Registry[Diagnostic] = Registry("diagnostic")
 
 
-class Diagnostic(ABC):
+class Diagnostic(Registered, ABC):
     """A number for every adapted module that has a ΔW. Subclass it with a name and define `number`.
 
     It is measured at the start of a run, at its snapshots and at its end. The result keeps the last value, if it is
@@ -23,11 +23,7 @@ class Diagnostic(ABC):
     every table shows.
     """
 
-    def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
-        """Register the class under `name`. Raises InputError if it is taken."""
-        super().__init_subclass__(**kwargs)
-        if name is not None:
-            DIAGNOSTICS.add(name, cls)
+    registry = DIAGNOSTICS
 
     @abstractmethod
     def number(self, change: Tensor, layer: Any) -> float:

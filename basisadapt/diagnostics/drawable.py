@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 LARGEST = 1e100  # size of a number that axes take
 
@@ -41,8 +41,7 @@ def _check_phi(curves: Mapping[str, Any], where: str) -> None:
 
 def _mapping(value: Any, where: str) -> Mapping[str, Any]:
     _need(isinstance(value, Mapping), where, "keys and values")
-    found: Mapping[str, Any] = value
-    return found
+    return cast(Mapping[str, Any], value)
 
 
 def _length(value: Any) -> int:

@@ -30,6 +30,7 @@ NUMBERS = {  # numbers of a module that are drawn against depth, and their label
     "omega_std": "std of ω",
 }
 ELSEWHERE = ("stable_rank", "active_n", "alpha_mean", "alpha_std")  # numbers with a figure of their own, or with none
+OF_PHI = ("entry of BA", "what φ adds to it")  # the labels of axes
 
 Curve = Mapping[str, Sequence[float]]
 
@@ -87,15 +88,13 @@ def phi_figure(title: str, phi: Mapping[str, Curve]) -> Figure | None:
     panels = _by_name(phi)
     deepest = max(depth for lines in panels.values() for depth, _ in lines)
     norm, colors = matplotlib.colors.Normalize(0, max(deepest, 1) / PALEST), matplotlib.colormaps["viridis"]
-    figure, grid = _panels(title, len(panels), right=1.1)
+    figure, grid = _panels(title, len(panels), *OF_PHI, right=1.1)
     for axes, (name, lines) in zip(grid, panels.items(), strict=False):
         for depth, curve in lines:
             axes.plot(curve["z"], curve["phi"], color=colors(norm(depth)), linewidth=1.2)
         _name(axes, name)
         axes.locator_params(nbins=FEW_TICKS)
         axes.ticklabel_format(scilimits=(-2, 3))
-    figure.supxlabel("entry of BA", fontsize=9)
-    figure.supylabel("what φ adds to it", fontsize=9)
     place = figure.add_axes((1 - 0.8 / figure.get_figwidth(), 0.2, 0.15 / figure.get_figwidth(), 0.6))
     bar = figure.colorbar(matplotlib.cm.ScalarMappable(norm, colors), cax=place, label="layer")
     bar.ax.set_ylim(0, max(deepest, 1))
@@ -129,8 +128,7 @@ def evolution_figure(title: str, snapshots: Sequence[Mapping[str, Any]], phi: Ma
             _name(axes, f"layer {depth}, {name}", fontsize=7)
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="center right", fontsize=8, frameon=False)
-    figure.supxlabel("entry of BA", fontsize=9)
-    figure.supylabel("what φ adds to it", fontsize=9)
+    _label(figure, *OF_PHI)
     figure.suptitle(title)
     return figure
 
@@ -147,7 +145,7 @@ def stable_rank_figure(
     stages = {_stage(s): s["stable_rank"] for s in snapshots if any(s["stable_rank"].values())}
     stages["end"] = {name: numbers["stable_rank"] for name, numbers in modules.items()}
     kinds = list(dict.fromkeys(numbers["kind"] for numbers in modules.values()))
-    figure, grid = _panels(title, len(kinds))
+    figure, grid = _panels(title, len(kinds), "layer", "stable rank of ΔW")
     for axes, kind in zip(grid, kinds, strict=False):
         members = [name for name, numbers in modules.items() if numbers["kind"] == kind]
         axes.plot(
@@ -163,8 +161,6 @@ def stable_rank_figure(
         axes.locator_params(axis="x", integer=True)
         axes.set_ylim(bottom=min(1.0, axes.get_ylim()[0]))
     grid[0].legend(fontsize=7)
-    figure.supxlabel("layer", fontsize=9)
-    figure.supylabel("stable rank of ΔW", fontsize=9)
     return figure
 
 
@@ -173,7 +169,7 @@ def spectrum_figure(title: str, modules: Mapping[str, Mapping[str, Any]]) -> Fig
     kinds = grouped((one["kind"], one["spectrum"]) for one in modules.values() if one.get("spectrum"))
     if not kinds:
         return None
-    figure, grid = _panels(title, len(kinds))
+    figure, grid = _panels(title, len(kinds), "i", "σᵢ / σ₁ of ΔW")
     shown = 1
     for axes, (kind, spectra) in zip(grid, kinds.items(), strict=False):
         for spectrum in spectra:
@@ -188,8 +184,6 @@ def spectrum_figure(title: str, modules: Mapping[str, Mapping[str, Any]]) -> Fig
         axes.set_xlim(0.5, shown + 1.5)
         axes.locator_params(axis="x", integer=True)
     grid[0].legend(fontsize=7)
-    figure.supxlabel("i", fontsize=9)
-    figure.supylabel("σᵢ / σ₁ of ΔW", fontsize=9)
     return figure
 
 
@@ -200,7 +194,7 @@ def modules_figure(title: str, modules: Mapping[str, Mapping[str, Any]]) -> Figu
     found = {key: key for numbers in modules.values() for key, value in numbers.items() if isinstance(value, float)}
     known = {**NUMBERS, **{key: key for key in found if key not in (*NUMBERS, *ELSEWHERE)}}
     shown = {key: label for key, label in known.items() if key in found}
-    figure, grid = _panels(title, len(shown), right=1.6)
+    figure, grid = _panels(title, len(shown), "layer", right=1.6)
     for axes, (key, label) in zip(grid, shown.items(), strict=False):
         for name, members in _by_name(modules).items():
             points = sorted((depth, numbers[key]) for depth, numbers in members if key in numbers)
@@ -215,7 +209,6 @@ def modules_figure(title: str, modules: Mapping[str, Mapping[str, Any]]) -> Figu
             axes.set_ylim(min(0.0, low), max(1.05, high))
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="center right", fontsize=7, frameon=False)
-    figure.supxlabel("layer", fontsize=9)
     return figure
 
 
@@ -225,7 +218,7 @@ def training_figure(
     """The loss with its power law and the evaluations, and the smoothness of the adapter's path up to each step."""
     if not curves.get("loss"):
         return None
-    figure, (left, right, *_) = _panels(title, 2)
+    figure, (left, right, *_) = _panels(title, 2, "step")
     steps, losses = zip(*curves["loss"], strict=True)
     left.plot(steps, losses, color="0.6", linewidth=1, label="training loss")
     law = fit_power_law(curves["loss"])
@@ -246,7 +239,6 @@ def training_figure(
         right.legend(fontsize=7)
     right.set_ylim(0, 1.05)
     _name(right, "distance from the start / length of the way")
-    figure.supxlabel("step", fontsize=9)
     return figure
 
 
@@ -275,17 +267,18 @@ def landscape_figure(title: str, landscape: Mapping[str, Any]) -> Figure | None:
 
 def bases_figure(curves: Mapping[str, Curve]) -> Figure:
     """b(u) of bases, a panel for each. curves: names to {"u": arguments, "b": values}."""
-    figure, grid = _panels("", len(curves))
+    figure, grid = _panels("", len(curves), "u", "b(u)")
     for axes, (name, curve) in zip(grid, curves.items(), strict=False):
         axes.plot(curve["u"], curve["b"], linewidth=1.5)
         _name(axes, name)
-    figure.supxlabel("u", fontsize=9)
-    figure.supylabel("b(u)", fontsize=9)
     return figure
 
 
-def _panels(title: str, count: int, right: float = 0.2) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels, three per row, with a right margin in inches; panels left over are blank."""
+def _panels(title: str, count: int, x: str, y: str = "", right: float = 0.2) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels, three per row, with a right margin in inches; panels left over are blank.
+
+    x, y: the labels of all axes.
+    """
     from matplotlib.figure import Figure
 
     columns = min(3, count)
@@ -298,7 +291,14 @@ def _panels(title: str, count: int, right: float = 0.2) -> tuple[Figure, list[Ax
     for axes in grid[count:]:
         axes.set_axis_off()
     figure.suptitle(title)
+    _label(figure, x, y)
     return figure, grid
+
+
+def _label(figure: Figure, x: str, y: str) -> None:
+    figure.supxlabel(x, fontsize=9)
+    if y:
+        figure.supylabel(y, fontsize=9)
 
 
 def _set_margins(figure: Figure, right: float) -> None:

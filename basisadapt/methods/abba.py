@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from basisadapt.adapter.saved import Shape
-from basisadapt.core.errors import InputError
+from basisadapt.core.errors import InputError, require
 from basisadapt.methods.product import ProductConfig, ProductLinear, ProductMethod, kaiming
-from basisadapt.phi.settings import LowRankSettings, require
+from basisadapt.phi.settings import LowRankSettings
 
 
 @dataclass(kw_only=True)

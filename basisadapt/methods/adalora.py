@@ -10,9 +10,9 @@ from typing import Any
 from peft import AdaLoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
+from basisadapt.core.errors import require
 from basisadapt.methods.allocation import AllocationSettings
 from basisadapt.methods.method import ADAPTER, Method, put_into
-from basisadapt.phi.settings import require
 
 
 @dataclass(kw_only=True)

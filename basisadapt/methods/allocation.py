@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from basisadapt.phi.settings import LowRankSettings, require
+from basisadapt.core.errors import require
+from basisadapt.phi.settings import LowRankSettings
 
 
 @dataclass(kw_only=True)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from basisadapt.adapter.saved import Shape
+from basisadapt.core.errors import require
 from basisadapt.methods.product import ProductConfig, ProductLinear, ProductMethod, kaiming
 from basisadapt.phi.basis import BASES
-from basisadapt.phi.settings import MAX_FUNCTIONS, LowRankSettings, require
+from basisadapt.phi.settings import MAX_FUNCTIONS, LowRankSettings
 
 REACH = 3.0  # ours: the knots are evenly spaced on ±REACH; at the start |x Aᵀ| is about 0.6 for a normalized x
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from peft import HiraConfig, PeftConfig
 from torch import Tensor
@@ -21,5 +21,4 @@ class HiRA(PeftMethod, name="hira", quantisable=False):
 
     def weight_change(self, layer: Any) -> Tensor | None:
         """ΔW = W ∘ (BA), shape of the weight."""
-        change: Tensor = layer.get_base_layer().weight * layer.get_delta_weight(ADAPTER)
-        return change
+        return cast(Tensor, layer.get_base_layer().weight * layer.get_delta_weight(ADAPTER))

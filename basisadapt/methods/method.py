@@ -6,7 +6,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from basisadapt.adapter.placement import target_pattern
 from basisadapt.backbones import HEADS
 from basisadapt.core.errors import InputError
-from basisadapt.core.registry import Registry
+from basisadapt.core.registry import Registered, Registry
 from basisadapt.core.settings import seed
 from basisadapt.diagnostics.diagnostic import means
 from basisadapt.phi.settings import LowRankSettings
@@ -73,7 +73,7 @@ class Description:
     curve: dict[str, list[float]] = field(default_factory=dict)
 
 
-class Method(ABC):
+class Method(Registered, ABC):
     """A way to fine-tune a model. Subclass it with a name and the class of its `settings`; an instance serves one run.
 
     - `settings`: the dataclass of its settings, `LowRankSettings` by default.
@@ -81,6 +81,7 @@ class Method(ABC):
     - `quantisable` (default True): the method can train on a backbone with quantized weights.
     """
 
+    registry = METHODS
     settings: ClassVar[type[LowRankSettings]]
     bounded: ClassVar[bool]
     quantisable: ClassVar[bool]
@@ -88,17 +89,14 @@ class Method(ABC):
     def __init_subclass__(
         cls,
         *,
-        name: str | None = None,
         settings: type[LowRankSettings] = LowRankSettings,
         bounded: bool = True,
         quantisable: bool = True,
         **kwargs: Any,
     ) -> None:
-        """Register the class under `name`. Raises InputError if it is taken."""
-        super().__init_subclass__(**kwargs)
+        """Register the class as `Registered` does, with what the class says of a method."""
         cls.settings, cls.bounded, cls.quantisable = settings, bounded, quantisable
-        if name is not None:
-            METHODS.add(name, cls)
+        super().__init_subclass__(**kwargs)
 
     @abstractmethod
     def attach(self, model: PreTrainedModel, settings: Any, task_type: str | None) -> PreTrainedModel | PeftModel:
@@ -114,8 +112,7 @@ class Method(ABC):
 
     def weight_change(self, layer: Any) -> Tensor | None:
         """ΔW of an adapted layer, in the shape of its weight; None if the method has no such matrix."""
-        delta: Tensor = layer.get_delta_weight(ADAPTER)
-        return delta
+        return cast(Tensor, layer.get_delta_weight(ADAPTER))
 
     def describe(self, layer: Any) -> Description:
         """The method's own measurements of an adapted layer, besides those of ΔW.

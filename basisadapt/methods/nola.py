@@ -11,9 +11,10 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from basisadapt.adapter.saved import Shape
+from basisadapt.core.errors import require
 from basisadapt.methods.method import RandomBasisSettings
 from basisadapt.methods.product import ProductConfig, ProductLinear, ProductMethod, kaiming
-from basisadapt.phi.settings import MAX_RANK, require
+from basisadapt.phi.settings import MAX_RANK
 
 
 @dataclass(kw_only=True)
@@ -29,8 +30,7 @@ class NoLASettings(RandomBasisSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = f"at least 1 and at most {MAX_RANK}"
-        require(1 <= self.num_random <= MAX_RANK, "num_random", self.num_random, known)
+        require(1 <= self.num_random <= MAX_RANK, "num_random", self.num_random, f"at least 1 and at most {MAX_RANK}")
 
 
 class NoLALinear(ProductLinear):

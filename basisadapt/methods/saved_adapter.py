@@ -46,13 +46,12 @@ def write_requirements(
 ) -> None:
     """Write `basisadapt.json` beside the adapter that a run has saved. config: the run's canonical mapping."""
     plugins = tuple(Path(one).name if one.endswith(".py") else one for one in loaded_plugins())
-    backbone, weights = config["backbone"], config["train"]["weights"]
     saved = Requirements(
-        backbone=backbone,
+        backbone=config["backbone"],
         form=form,
         num_labels=num_labels,
         classes=classes,
-        weights=weights,
+        weights=config["train"]["weights"],
         plugins=plugins,
         config=config,
     )

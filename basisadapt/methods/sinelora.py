@@ -9,9 +9,10 @@ from typing import Any
 from peft import PeftConfig
 
 from basisadapt.adapter.config import PhiConfig
+from basisadapt.core.errors import require
 from basisadapt.methods.phi import TransferMethod
 from basisadapt.phi.notation import LARGEST
-from basisadapt.phi.settings import LowRankSettings, require
+from basisadapt.phi.settings import LowRankSettings
 
 
 @dataclass(kw_only=True)

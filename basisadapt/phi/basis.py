@@ -13,7 +13,7 @@ from torch import Tensor
 
 from basisadapt.core.errors import InputError, one_line, refused, unknown
 from basisadapt.core.ranges import Range
-from basisadapt.core.registry import Registry
+from basisadapt.core.registry import Registered, Registry
 
 BASES: Registry[TransferBasis] = Registry("basis")
 
@@ -26,7 +26,7 @@ ARGUMENTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-class TransferBasis(ABC):
+class TransferBasis(Registered, ABC):
     """The function b of a basis {b(uᵢ(x))}, from which φ(x) = Σᵢ αᵢ b(uᵢ(x)) is built (paper, section 3.3).
 
     Subclass it with a name and define `forward`:
@@ -46,22 +46,21 @@ class TransferBasis(ABC):
     `basisadapt.testing.check_basis` checks a basis against this contract.
     """
 
+    registry = BASES
     argument: ClassVar[str]
     support: ClassVar[float] = math.inf
     jumps: ClassVar[Mapping[float, float]] = {}
     search: ClassVar[Mapping[str, Range]] = {}
 
-    def __init_subclass__(cls, *, name: str | None = None, argument: str = "shifted", **kwargs: Any) -> None:
-        """Register the class under `name`. Raises InputError for a name that is taken or an unknown argument."""
-        super().__init_subclass__(**kwargs)
+    def __init_subclass__(cls, *, argument: str = "shifted", **kwargs: Any) -> None:
+        """Register the class as `Registered` does. Raises InputError for an unknown argument, too."""
         if argument not in ARGUMENTS:
             raise unknown("argument of a basis", argument, ARGUMENTS)
         cls.argument = argument
         if "forward" in vars(cls):  # what is known of an inherited b does not hold for this one
             for known in {"support", "jumps", "values"} - vars(cls).keys():
                 setattr(cls, known, vars(TransferBasis)[known])
-        if name is not None:
-            BASES.add(name, cls)
+        super().__init_subclass__(**kwargs)
 
     @abstractmethod
     def forward(self, u: Tensor) -> Tensor:

@@ -26,16 +26,7 @@ from basisadapt.phi import series, together
 from basisadapt.phi.bank import Transfer, index_tensor
 from basisadapt.phi.cubics import FINE, Made, Row, fit, reach
 from basisadapt.phi.evaluators import Direct, Evaluator, Series, Split
-from basisadapt.phi.extent import (
-    MEASURED_ROUNDING,
-    ROUNDING,
-    SMALLEST,
-    Extent,
-    bounds,
-    largest,
-    towering,
-    without,
-)
+from basisadapt.phi.extent import MEASURED_ROUNDING, ROUNDING, SMALLEST, Extent, bounds, largest, towering, without
 
 VERIFY_EVERY = 16  # compilations
 MOVED = 1.25  # R has moved if it has grown or shrunk by this factor

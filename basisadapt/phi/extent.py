@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from basisadapt.core.grouping import grouped
 from basisadapt.phi.bank import index_tensor
 
 ROUNDING = 1 + 1e-6
@@ -50,9 +51,7 @@ def bounds(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 def _largest_norm(matrices: list[Tensor], transposed: bool = False) -> Tensor:
     """The largest norm of a row of each matrix, or of a column, float64."""
-    groups: dict[tuple[tuple[int, ...], torch.dtype], list[int]] = {}
-    for index, matrix in enumerate(matrices):
-        groups.setdefault((tuple(matrix.shape), matrix.dtype), []).append(index)
+    groups = grouped(((tuple(matrix.shape), matrix.dtype), index) for index, matrix in enumerate(matrices))
     found = torch.empty(len(matrices), dtype=torch.float64, device=matrices[0].device)
     for (_, dtype), members in groups.items():
         stacked = torch.stack([matrices[i] for i in members])
@@ -74,9 +73,7 @@ def largest(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 def _at_once(pairs: Sequence[tuple[Tensor, Tensor]], entries: int) -> Tensor:
     """`largest` with equal shapes stacked, for up to `entries` entries of BA at a time."""
-    groups: dict[tuple[object, ...], list[int]] = {}
-    for index, (A, B) in enumerate(pairs):
-        groups.setdefault((A.shape, B.shape, A.dtype), []).append(index)
+    groups = grouped(((A.shape, B.shape, A.dtype), index) for index, (A, B) in enumerate(pairs))
     found = torch.empty(len(pairs), dtype=torch.float64, device=pairs[0][0].device)
     for members in groups.values():
         A, B = pairs[members[0]]
@@ -104,9 +101,7 @@ def towering(factors: Sequence[Tensor]) -> list[Tensor | None]:
     for the device, once for all of a shape.
     """
     found: list[Tensor | None] = [None] * len(factors)
-    groups: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
-    for index, B in enumerate(factors):
-        groups.setdefault((B.shape, B.dtype), []).append(index)
+    groups = grouped(((B.shape, B.dtype), index) for index, B in enumerate(factors))
     for (shape, _), members in groups.items():
         if shape[0] > (few := max(1, shape[0] // TOWERS)):
             sizes = torch.linalg.vector_norm(torch.stack([factors[i] for i in members]).double(), dim=2)

@@ -11,27 +11,26 @@ import torch
 from torch import Tensor
 
 from basisadapt.core.ranges import Range
-from basisadapt.core.registry import Registry
+from basisadapt.core.registry import Registered, Registry
 
 GRIDS: Registry[GridStrategy] = Registry("grid")
 
 
-class GridStrategy(ABC):
+class GridStrategy(Registered, ABC):
     """Places N points on [−I, I]. Subclass it with a name and define `points`.
 
     - `trainable` (default False): the points are trained parameters that start there.
     - `search` (default empty): search ranges of settings with this grid, as in `TransferBasis`.
     """
 
+    registry = GRIDS
     trainable: ClassVar[bool]
     search: ClassVar[Mapping[str, Range]] = {}
 
-    def __init_subclass__(cls, *, name: str | None = None, trainable: bool = False, **kwargs: Any) -> None:
-        """Register the class under `name`. Raises InputError if it is taken."""
-        super().__init_subclass__(**kwargs)
+    def __init_subclass__(cls, *, trainable: bool = False, **kwargs: Any) -> None:
+        """Register the class as `Registered` does, and whether its points train."""
         cls.trainable = trainable
-        if name is not None:
-            GRIDS.add(name, cls)
+        super().__init_subclass__(**kwargs)
 
     @abstractmethod
     def points(self, num: int, interval: float, generator: torch.Generator) -> Tensor:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import math
 from dataclasses import dataclass
 from typing import Any
 
-from basisadapt.core.errors import refused, unknown
+from basisadapt.core.errors import require, unknown
 from basisadapt.core.settings import late, seed
 from basisadapt.phi.dense_gradient import DenseGradient
 from basisadapt.phi.notation import LARGEST, MODERATE, Amplitudes, Bandwidth, Gain, Rate, moderate
@@ -214,19 +212,3 @@ class PhiSettings(LowRankSettings):
     def dense(self) -> DenseGradient:
         """The parsed dense_gradient. Raises InputError."""
         return DenseGradient.parse(self.dense_gradient)
-
-
-def require(holds: bool, name: str, value: object, expected: str) -> None:
-    """Raise InputError, with the message of `refused`, unless `holds`."""
-    if not holds:
-        raise refused(name, value, expected)
-
-
-def field_names(cls: type) -> tuple[str, ...]:
-    """The field names of a settings dataclass, in order."""
-    return _field_names(cls)
-
-
-@functools.cache
-def _field_names(cls: Any) -> tuple[str, ...]:
-    return tuple(field.name for field in dataclasses.fields(cls))

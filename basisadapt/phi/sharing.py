@@ -5,10 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from basisadapt.core.ranges import Range
-from basisadapt.core.registry import Registry
+from basisadapt.core.registry import Registered, Registry
 
 SHARING: Registry[SharingPolicy] = Registry("sharing")
 
@@ -29,19 +29,14 @@ class AdaptedModule:
     in_features: int | None = None
 
 
-class SharingPolicy(ABC):
+class SharingPolicy(Registered, ABC):
     """Groups modules; the modules of one group share one row of a parameter's table. Subclass it with a name.
 
     search (default empty): search ranges of settings with this policy, as in `TransferBasis`.
     """
 
+    registry = SHARING
     search: ClassVar[Mapping[str, Range]] = {}
-
-    def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
-        """Register the class under `name`. Raises InputError if it is taken."""
-        super().__init_subclass__(**kwargs)
-        if name is not None:
-            SHARING.add(name, cls)
 
     @abstractmethod
     def group(self, parameter: str, module: AdaptedModule) -> Hashable:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from basisadapt.core.grouping import grouped
 from basisadapt.phi.bank import Transfer, index_tensor
 from basisadapt.phi.cubics import FEWEST, FINE, Cells, Made, PackedRow, Row, kinds, reach
 from basisadapt.phi.series import Tables
@@ -57,17 +58,10 @@ def fit(
     return found
 
 
-def rows(
-    tables: Tables,
-    parameters: tuple[Tensor, ...],
-    radius: Tensor,
-    fitted: Mapping[int, Key],
-) -> dict[int, Row]:
+def rows(tables: Tables, parameters: tuple[Tensor, ...], radius: Tensor, fitted: Mapping[int, Key]) -> dict[int, Row]:
     """The tables of the modules in `fitted`, by index; radius: R, shape (M,). The host does not wait for a GPU."""
-    groups: dict[Key, list[int]] = {}
     sizes = _shared(set(fitted.values()))
-    for index, key in fitted.items():
-        groups.setdefault(sizes[key], []).append(index)
+    groups = grouped((sizes[key], index) for index, key in fitted.items())
     made: dict[int, Row] = {}
     with torch.no_grad():
         all_of_them = tables(*(p.double() for p in parameters))

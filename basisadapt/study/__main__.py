@@ -19,12 +19,14 @@ from basisadapt.core.command import DONE, HAS_FAILURES, INTERRUPTED, aligned, co
 from basisadapt.core.errors import InputError, RecordError
 from basisadapt.core.registry import load_plugin
 from basisadapt.study.options import check_together, make_parser, seeds_of
-from basisadapt.study.plan import spec as specs
+from basisadapt.study.plan.reading import read_spec
+from basisadapt.study.plan.shipped import list_studies
 from basisadapt.training.execution.options import job_settings
 
 if TYPE_CHECKING:
     from basisadapt.study.drive.paths import StudyPaths
     from basisadapt.study.drive.search import Search
+    from basisadapt.study.plan.spec import StudySpec
     from basisadapt.study.plan.tuning import Tuning
     from basisadapt.study.report.report import Report
     from basisadapt.study.report.table import Table
@@ -90,7 +92,7 @@ def _run(options: argparse.Namespace, command: str) -> Answer:
         return _studies()
     if options.merge is not None:
         return _merge(options)
-    study_spec = specs.read_spec(options.name or options.report)
+    study_spec = read_spec(options.name or options.report)
     for plugin in options.plugin:
         load_plugin(plugin)
 
@@ -113,7 +115,7 @@ def _run(options: argparse.Namespace, command: str) -> Answer:
 
 
 def _answer(
-    study_spec: specs.StudySpec, place: StudyPaths, executor: Executor, options: argparse.Namespace, command: str
+    study_spec: StudySpec, place: StudyPaths, executor: Executor, options: argparse.Namespace, command: str
 ) -> Answer:
     """Do what the options ask of a study."""
     from basisadapt.study.drive import engine
@@ -135,9 +137,17 @@ def _answer(
         else:
             report = engine.run_study(tuning, place, tags, executor)
     else:
-        from basisadapt.study.drive.search import read_search, run_search
+        from basisadapt.study.drive.search import Search, read_search, run_search
 
-        search = _search(study_spec, options)
+        search = Search(
+            spec=study_spec,
+            preset=options.preset,
+            changes=options.set,
+            seeds=seeds_of(options.seeds),
+            sampler=options.search,
+            trials=options.trials,
+            at_once=1 if options.at_once is None else options.at_once,
+        )
         if options.dry_run:
             return _space(search)
         report = read_search(search, place) if options.report else run_search(search, place, tags, executor)
@@ -201,22 +211,8 @@ def _executor(options: argparse.Namespace, adapters: Path | None) -> Executor:
     return RayExecutor(RaySettings(address=options.ray, **given), settings)
 
 
-def _search(study_spec: specs.StudySpec, options: argparse.Namespace) -> Search:
-    from basisadapt.study.drive.search import Search
-
-    return Search(
-        spec=study_spec,
-        preset=options.preset,
-        changes=options.set,
-        seeds=seeds_of(options.seeds),
-        sampler=options.search,
-        trials=options.trials,
-        at_once=1 if options.at_once is None else options.at_once,
-    )
-
-
 def _studies() -> Answer:
-    titles = {name: specs.read_spec(name).title for name in specs.list_studies()}
+    titles = {name: read_spec(name).title for name in list_studies()}
     lines = aligned(list(titles.items()), left=(0, 1))
     return Answer("\n".join(lines), lambda: [{"study": name, "title": title} for name, title in titles.items()])
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from basisadapt import __version__
 from basisadapt.core.command import Parser
 from basisadapt.core.errors import InputError, shown
-from basisadapt.study.plan import spec as specs
 from basisadapt.study.plan.changes import setting_meant
+from basisadapt.study.plan.shipped import list_studies
+from basisadapt.study.plan.spec import PRESETS
 from basisadapt.training.execution.options import add_job_options
 
 SAMPLERS = ("tpe", "random")
@@ -57,7 +58,7 @@ def _add_actions(parser: Parser) -> None:
     name = parser.add_argument(
         "name", nargs="?", metavar="NAME", help="a study that --list shows, or the path of a YAML file"
     )
-    name.completer = lambda **_: specs.list_studies()  # type: ignore[attr-defined]  # argcomplete's
+    name.completer = lambda **_: list_studies()  # type: ignore[attr-defined]  # argcomplete's
     parser.add_argument("--list", action="store_true", help="list the studies")
     parser.add_argument(
         "--report",
@@ -83,9 +84,7 @@ def _add_settings(parser: Parser) -> None:
         help="change a setting, such as adapter.r=8 or train.lr=1e-3; an axis, such as sweep.basis=sinc,fourier; or "
         "the values that are tuned, such as tune.train.lr=1e-3,1e-2",
     )
-    parser.add_argument(
-        "--preset", choices=specs.PRESETS, default="quick", help="the size of the runs (default: quick)"
-    )
+    parser.add_argument("--preset", choices=PRESETS, default="quick", help="the size of the runs (default: quick)")
     parser.add_argument("--seeds", metavar="N,N,...", help="seeds to use instead of the study's")
 
 

@@ -11,7 +11,7 @@ from basisadapt.study.drive import engine
 from basisadapt.study.drive.adapters import place_for_adapters
 from basisadapt.study.drive.callback import Callback
 from basisadapt.study.drive.paths import StudyPaths
-from basisadapt.study.plan.spec import read_spec
+from basisadapt.study.plan.reading import read_spec
 from basisadapt.study.plan.tuning import Tuning, resolve_tuning
 from basisadapt.study.report.figures import comparison_figure
 from basisadapt.study.report.records import cell_records, row_records

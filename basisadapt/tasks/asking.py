@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from basisadapt.tasks.judge import Judge, Message
@@ -38,7 +38,9 @@ def ask_all(judge: Judge, asked: Sequence[Sequence[Message]]) -> list[str]:
             try:
                 said.put((place, judge.ask(asked[place])))
             except BaseException as error:
-                _empty(todo)
+                with suppress(queue.Empty):
+                    while True:
+                        todo.get_nowait()
                 said.put((place, error))
 
     # Daemon threads, for which the interpreter does not wait at exit; it would wait for the threads of a pool.
@@ -62,14 +64,6 @@ def ask_all(judge: Judge, asked: Sequence[Sequence[Message]]) -> list[str]:
             texts[place] = text
             last, longest = time.monotonic(), max(longest, time.monotonic() - last)
     return [texts[place] for place in range(len(asked))]
-
-
-def _empty(todo: queue.SimpleQueue[int]) -> None:
-    try:
-        while True:
-            todo.get_nowait()
-    except queue.Empty:
-        return
 
 
 @contextmanager

@@ -86,9 +86,15 @@ ALL_ON_HUB = tuple(dict.fromkeys(source.hub for source in SOURCES.values()))
 
 
 class CommonsenseTask(ChoiceTask):
-    """One of the eight tasks, trained on its own training rows. The subclasses only name a key of SOURCES."""
+    """One of the eight tasks, trained on its own training rows. Its name is PREFIX and a key of SOURCES."""
 
     source: ClassVar[str]
+
+    def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
+        """Register the class as `Task` does. One with another name has the source of its base."""
+        super().__init_subclass__(name=name, **kwargs)
+        if name is not None and name.removeprefix(PREFIX) in SOURCES:
+            cls.source = name.removeprefix(PREFIX)
 
     def check(self, data_dir: Path | None) -> None:
         """Raise InputError unless both files exist, or the hub is used (data_dir is None)."""
@@ -117,49 +123,33 @@ class CommonsenseTask(ChoiceTask):
 class BoolQ(CommonsenseTask, name="commonsense/boolq"):
     """Yes-or-no questions, answered true or false. Source: Clark et al. (2019)."""
 
-    source = "boolq"
-
 
 class PIQA(CommonsenseTask, name="commonsense/piqa"):
     """Which of two solutions works in the physical world?"""
-
-    source = "piqa"
 
 
 class SocialIQA(CommonsenseTask, name="commonsense/social_i_qa"):
     """What do people do, want and feel? Three answers."""
 
-    source = "social_i_qa"
-
 
 class HellaSwag(CommonsenseTask, name="commonsense/hellaswag"):
     """How does the situation continue? Four endings."""
-
-    source = "hellaswag"
 
 
 class WinoGrande(CommonsenseTask, name="commonsense/winogrande"):
     """Which of two options fills the blank?"""
 
-    source = "winogrande"
-
 
 class ARCEasy(CommonsenseTask, name="commonsense/arc_easy"):
     """School science, three to five answers."""
-
-    source = "arc_easy"
 
 
 class ARCChallenge(CommonsenseTask, name="commonsense/arc_challenge"):
     """School science that retrieval does not answer, three to five answers."""
 
-    source = "arc_challenge"
-
 
 class OpenBookQA(CommonsenseTask, name="commonsense/openbookqa"):
     """Elementary science, four answers."""
-
-    source = "openbookqa"
 
 
 class CommonsenseSuite(ChoiceTask, name="commonsense/all"):

@@ -9,14 +9,14 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from basisadapt.core.errors import InputError
+from basisadapt.core.errors import require
 from basisadapt.tasks.completion import IGNORED
 from basisadapt.tasks.docstrings import Docstrings
 from basisadapt.tasks.drawn import DrawnTask
@@ -159,8 +159,7 @@ class Facts(StoredTask, name="facts"):
 
     def hidden(self, inputs: Sequence[Sequence[int]], processor: Any) -> Tensor:
         """The first token's hidden state, shape (rows, hidden)."""
-        states: Tensor = processor(inputs)
-        return states
+        return cast(Tensor, processor(inputs))
 
     def answers(self, label: Any) -> Example:
         """The class, as "labels"."""
@@ -182,8 +181,8 @@ class VectorFacts(Facts, name="facts/vectors"):
 
     def check(self, data_dir: Path | None) -> None:
         """Raise InputError for data.probes, which are texts."""
-        if self.settings.probes:
-            raise InputError(f"task 'facts/vectors' reads no texts: data.probes must be 0, got {self.settings.probes}")
+        probes = self.settings.probes
+        require(not probes, "task 'facts/vectors' reads no texts: data.probes", probes, "0")
 
 
 class PhoneBook(StoredTask, name="phone_book"):
@@ -220,36 +219,40 @@ class PhoneBook(StoredTask, name="phone_book"):
     def hidden(self, inputs: Sequence[Sequence[int]], processor: Any) -> Tensor:
         """The residual stream before each word of a value, shape (rows, words of a value, hidden)."""
         key = self.read[0]
-        states: Tensor = processor([one[:key] for one in inputs], [one[key:] for one in inputs], self.num_labels)
-        return states
+        return cast(Tensor, processor([one[:key] for one in inputs], [one[key:] for one in inputs], self.num_labels))
 
     def answers(self, label: Any) -> Example:
         """The classes of the value, as "words"; "labels", which every row needs, is 0."""
         return {"words": torch.tensor(label), "labels": 0}
 
 
-class TextFacts(Facts, name="facts/texts"):
+class OfTexts(StoredTask):
+    """Facts about data.facts real texts, docstrings of Python's library."""
+
+    def texts(self) -> list[str]:
+        """The texts. Raises InputError if there are fewer."""
+        return _texts("train", "facts", self.settings.facts)
+
+    def check(self, data_dir: Path | None) -> None:
+        """Raise InputError if there are fewer texts than data.facts or data.probes."""
+        super().check(data_dir)
+        self.texts()
+
+
+class TextFacts(OfTexts, Facts, name="facts/texts"):
     """As `facts`, a class for each of data.facts real texts, docstrings of Python's library, at random."""
 
     @property
     def drawn_as(self) -> str:
         """The number of facts and their form."""
-        return f"{self.settings.facts} facts: {CLASSES} classes of texts {_digest(self._keys())}"
+        return f"{self.settings.facts} facts: {CLASSES} classes of texts {_digest(self.texts())}"
 
     def draw(self, generator: np.random.Generator) -> Rows:
         """The texts, the same for every seed, and classes."""
-        return Rows(self._keys(), generator.integers(CLASSES, size=self.settings.facts).tolist())
-
-    def check(self, data_dir: Path | None) -> None:
-        """Raise InputError if there are fewer texts than data.facts or data.probes."""
-        super().check(data_dir)
-        self._keys()
-
-    def _keys(self) -> list[str]:
-        return _texts("train", "facts", self.settings.facts)
+        return Rows(self.texts(), generator.integers(CLASSES, size=self.settings.facts).tolist())
 
 
-class Edits(PhoneBook, name="edits"):
+class Edits(OfTexts, PhoneBook, name="edits"):
     """Edits of what a language model says: for each of data.facts real texts, docstrings of Python's library, another
     next word after their first eleven tokens, one of 256 at random, in the model of `phone_book`.
 
@@ -262,19 +265,11 @@ class Edits(PhoneBook, name="edits"):
     @property
     def drawn_as(self) -> str:
         """The number of edits and their form."""
-        return f"{self.settings.facts} edits: next words of {CLASSES} of texts {_digest(self._keys())}"
+        return f"{self.settings.facts} edits: next words of {CLASSES} of texts {_digest(self.texts())}"
 
     def draw(self, generator: np.random.Generator) -> Rows:
         """The texts, the same for every seed, and the words."""
-        return Rows(self._keys(), generator.integers(CLASSES, size=(self.settings.facts, 1)).tolist())
-
-    def check(self, data_dir: Path | None) -> None:
-        """Raise InputError if there are fewer texts than data.facts or data.probes."""
-        super().check(data_dir)
-        self._keys()
-
-    def _keys(self) -> list[str]:
-        return _texts("train", "facts", self.settings.facts)
+        return Rows(self.texts(), generator.integers(CLASSES, size=(self.settings.facts, 1)).tolist())
 
 
 class DictionaryTask(StoredTask):
@@ -325,8 +320,7 @@ def _texts(part: str, setting: str, count: int) -> list[str]:
         words = text.split()
         if len(words) >= KEY + VALUE:
             found.setdefault(tuple(words[:KEY]), text)
-    if len(found) < count:
-        raise InputError(f"data.{setting} must be at most {len(found)}, the texts that there are, got {count}")
+    require(count <= len(found), f"data.{setting}", count, f"at most {len(found)}, the texts that there are")
     return list(found.values())[:count]
 
 

@@ -206,10 +206,9 @@ def converse(model: Any, batch: Mapping[str, Tensor], max_new_tokens: int) -> Te
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(torch.initial_seed())
         first = generate(model, batch, max_new_tokens, temperatures)
-        follow_ups = pad_left(_conversations(model, batch, first), model.config.pad_token_id)
-        second = generate(
-            model, {name: ids.to(device) for name, ids in follow_ups.items()}, max_new_tokens, temperatures
-        )
+        padded = pad_left(_conversations(model, batch, first), model.config.pad_token_id)
+        follow_ups = {name: ids.to(device) for name, ids in padded.items()}
+        second = generate(model, follow_ups, max_new_tokens, temperatures)
     return torch.stack([first, second], dim=1)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -48,8 +48,7 @@ class FittedMatrix(SeededTask):
 
     def _target(self, row: Any, processor: Any) -> np.ndarray:
         target = self.given(row, processor.weight.double().numpy())
-        scaled: np.ndarray = target / np.linalg.norm(target)
-        return scaled
+        return cast(np.ndarray, target / np.linalg.norm(target))
 
 
 class MatrixTask(FittedMatrix, DrawnTask):
@@ -106,8 +105,7 @@ class Sign(MatrixTask, name="matrix/sign"):
     def target(self, generator: np.random.Generator, weight: np.ndarray) -> np.ndarray:
         """T for a weight of shape (m, n)."""
         B, A = (generator.normal(size=(size, LOW_RANK)) for size in weight.shape)
-        signs: np.ndarray = np.sign(B @ A.T)
-        return signs
+        return np.sign(B @ A.T)
 
 
 class Rounding(MatrixTask, name="matrix/rounding"):
@@ -133,51 +131,42 @@ class Power(MatrixTask):
 
     exponent: ClassVar[float]
 
+    def __init_subclass__(cls, *, exponent: float | None = None, **kwargs: Any) -> None:
+        """Register the class as `Task` does, with its exponent if it is another than its base's."""
+        super().__init_subclass__(**kwargs)
+        if exponent is not None:
+            cls.exponent = exponent
+
     def target(self, generator: np.random.Generator, weight: np.ndarray) -> np.ndarray:
         """T for a weight of shape (m, n)."""
         U, V = (np.linalg.qr(generator.normal(size=(size, min(weight.shape))))[0] for size in weight.shape)
         sigma: np.ndarray = np.arange(1, U.shape[1] + 1) ** -self.exponent
-        scaled: np.ndarray = U * sigma @ V.T
-        return scaled
+        return cast(np.ndarray, U * sigma @ V.T)
 
 
-class Flat(Power, name="matrix/flat"):
+class Flat(Power, name="matrix/flat", exponent=0.0):
     """All σᵢ equal."""
 
-    exponent = 0.0
 
-
-class PowerQuarter(Power, name="matrix/power_quarter"):
+class PowerQuarter(Power, name="matrix/power_quarter", exponent=0.25):
     """σᵢ ∝ i^−0.25."""
 
-    exponent = 0.25
 
-
-class PowerHalf(Power, name="matrix/power_half"):
+class PowerHalf(Power, name="matrix/power_half", exponent=0.5):
     """σᵢ ∝ i^−0.5."""
 
-    exponent = 0.5
 
-
-class PowerThreeQuarters(Power, name="matrix/power_three_quarters"):
+class PowerThreeQuarters(Power, name="matrix/power_three_quarters", exponent=0.75):
     """σᵢ ∝ i^−0.75."""
 
-    exponent = 0.75
 
-
-class Power1(Power, name="matrix/power_1"):
+class Power1(Power, name="matrix/power_1", exponent=1.0):
     """σᵢ ∝ 1 / i."""
 
-    exponent = 1.0
 
-
-class PowerThreeHalves(Power, name="matrix/power_three_halves"):
+class PowerThreeHalves(Power, name="matrix/power_three_halves", exponent=1.5):
     """σᵢ ∝ i^−1.5."""
 
-    exponent = 1.5
 
-
-class Power2(Power, name="matrix/power_2"):
+class Power2(Power, name="matrix/power_2", exponent=2.0):
     """σᵢ ∝ 1 / i²."""
-
-    exponent = 2.0

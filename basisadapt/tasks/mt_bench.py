@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -225,16 +225,9 @@ def _named_prompt(entry: Any) -> tuple[str, JudgePrompt]:
 
 def _parsed(path: Path, parse: Callable[[Any], T]) -> list[T]:
     """Every line of a JSONL file, parsed by `parse`. Raises InputError naming file and line."""
-    return [_named(f"{path}, line {number}", line, parse) for number, line in _lines(path)]
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise InputError(f"{path} cannot be read: {reason}") from error
-    yield from ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+    with refusing(f"{path} cannot be read", OSError, UnicodeDecodeError):
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    return [_named(f"{path}, line {number}", line, parse) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def _named(where: str, line: str, parse: Callable[[Any], T]) -> T:

@@ -93,7 +93,10 @@ class OwnData(TextTask):
     def _written(self, table: DataColumns) -> Rows:
         """The rows, with their labels as texts. Raises InputError naming the row."""
         _check_truths(table, self.settings.label)
-        *texts, labels = (_values(table, column) for column in self.columns)
+        *texts, labels = (
+            [_value(table, row, column, value) for row, value in enumerate(table.columns[column])]
+            for column in self.columns
+        )
         if self.settings.kind is None:
             _check_present(table, labels)
         inputs: list[Any] = texts[0] if len(texts) == 1 else list(zip(*texts, strict=True))
@@ -103,12 +106,8 @@ class OwnData(TextTask):
 # --- values ---
 
 
-def _values(table: DataColumns, column: str) -> list[str]:
-    """A column as texts. Raises InputError naming a row without a text."""
-    return [_value(table, row, column, value) for row, value in enumerate(table.columns[column])]
-
-
 def _value(table: DataColumns, row: int, column: str, value: Any) -> str:
+    """A value as text. Raises InputError, naming the row, if there is none."""
     missing = value is None or (isinstance(value, float) and math.isnan(value))
     text = str(value).lower() if isinstance(value, bool) else str(value)
     if missing or not text.strip():

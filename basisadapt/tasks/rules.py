@@ -5,12 +5,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from basisadapt.core.errors import InputError
+from basisadapt.core.errors import require
 from basisadapt.tasks.facts import KEY, WORDS, Facts, PhoneBook, StoredTask
 from basisadapt.tasks.task import Rows, TaskData
 
@@ -53,11 +54,8 @@ class RuleTask(StoredTask):
     def check(self, data_dir: Path | None) -> None:
         """Raise InputError if there are fewer strings than data.facts, or texts than data.probes."""
         super().check(data_dir)
-        if self.settings.facts > self.count:
-            raise InputError(
-                f"data.facts must be at most {self.count}, the strings that there are of {self.num_labels} symbols "
-                f"(data.symbols), got {self.settings.facts}"
-            )
+        facts, there = self.settings.facts, f"the strings that there are of {self.num_labels} symbols (data.symbols)"
+        require(facts <= self.count, "data.facts", facts, f"at most {self.count}, {there}")
 
     def draw(self, generator: np.random.Generator) -> Rows:
         """Strings, those that are trained on first, and their classes."""
@@ -97,8 +95,7 @@ class Modular(RuleTask):
 
     def strings(self, numbers: np.ndarray) -> np.ndarray:
         """The pairs with these numbers, (rows, 2)."""
-        pairs: np.ndarray = np.stack(np.triu_indices(self.num_labels), axis=1)[numbers]
-        return pairs
+        return cast(np.ndarray, np.stack(np.triu_indices(self.num_labels), axis=1)[numbers])
 
 
 class Add(Modular):
@@ -106,8 +103,7 @@ class Add(Modular):
 
     def rule(self, strings: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         """The sums, (rows, 1)."""
-        sums: np.ndarray = strings.sum(axis=1, keepdims=True) % self.num_labels
-        return sums
+        return cast(np.ndarray, strings.sum(axis=1, keepdims=True) % self.num_labels)
 
 
 class Multiply(Modular):
@@ -115,8 +111,7 @@ class Multiply(Modular):
 
     def rule(self, strings: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         """The products, (rows, 1)."""
-        products: np.ndarray = strings.prod(axis=1, keepdims=True) % self.num_labels
-        return products
+        return cast(np.ndarray, strings.prod(axis=1, keepdims=True) % self.num_labels)
 
 
 class Unruled(Modular):
@@ -143,8 +138,7 @@ class Cipher(RuleTask):
 
     def rule(self, strings: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         """The encrypted strings, (rows, 4)."""
-        encrypted: np.ndarray = generator.permutation(self.num_labels)[strings]
-        return encrypted
+        return cast(np.ndarray, generator.permutation(self.num_labels)[strings])
 
 
 class AddStates(Add, Facts, name="modular/add/states"):

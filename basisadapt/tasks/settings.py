@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from basisadapt.core.errors import InputError, unknown
+from basisadapt.core.errors import InputError, require, unknown
 from basisadapt.core.settings import late
 
 KINDS = ("classes", "numbers")
@@ -69,14 +69,10 @@ class DataSettings:
     symbols: int = late(59)
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise InputError(f"data.max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if not 1 <= self.facts <= MAX_FACTS:
-            raise InputError(f"data.facts must be at least 1 and at most {MAX_FACTS:,}, got {self.facts}")
-        if not 0 <= self.probes <= MAX_FACTS:
-            raise InputError(f"data.probes must be at least 0 and at most {MAX_FACTS:,}, got {self.probes}")
-        if not 2 <= self.symbols <= MAX_SYMBOLS:
-            raise InputError(f"data.symbols must be at least 2 and at most {MAX_SYMBOLS:,}, got {self.symbols}")
+        require(self.max_new_tokens >= 1, "data.max_new_tokens", self.max_new_tokens, "at least 1")
+        for name, least, most in (("facts", 1, MAX_FACTS), ("probes", 0, MAX_FACTS), ("symbols", 2, MAX_SYMBOLS)):
+            value = getattr(self, name)
+            require(least <= value <= most, f"data.{name}", value, f"at least {least} and at most {most:,}")
         if self.kind is not None and self.kind not in KINDS:
             raise unknown("data.kind", self.kind, KINDS)
         if self.scoring not in SCORINGS:

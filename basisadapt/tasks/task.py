@@ -9,13 +9,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 from torch import Tensor
 
 from basisadapt.core.errors import InputError, refusing
-from basisadapt.core.registry import Registry
+from basisadapt.core.registry import Registered, Registry
 from basisadapt.tasks.settings import DataSettings
 
 TASKS: Registry[Task] = Registry("task")
@@ -92,7 +92,7 @@ class TaskData:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
-class Task(ABC):
+class Task(Registered, ABC):
     """The data and the metrics that a model is trained and evaluated with.
 
     Subclass one of its forms with a name: `TextTask`, `ImageTask` or `CompletionTask`.
@@ -104,15 +104,10 @@ class Task(ABC):
     - `notes`: texts for the record of the run, such as the name of the judge.
     """
 
+    registry = TASKS
     form: str
     max_length: ClassVar[int | None] = None
     comparable: ClassVar[bool] = True
-
-    def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
-        """Register the class under `name`. Raises InputError if it is taken."""
-        super().__init_subclass__(**kwargs)
-        if name is not None:
-            TASKS.add(name, cls)
 
     def __init__(self, settings: DataSettings | None = None) -> None:
         self.settings = settings or DataSettings()
@@ -162,8 +157,7 @@ class Task(ABC):
         """
         from transformers import default_data_collator
 
-        collate: Callable[[list[Example]], dict[str, Tensor]] = default_data_collator
-        return collate
+        return cast(Callable[[list[Example]], dict[str, Tensor]], default_data_collator)
 
     def score(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The model's loss on a batch, a scalar, and its answers as `measure` needs them, shape (rows, ...).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor
@@ -34,8 +34,7 @@ class TextTask(Task):
         """Pads token ids to the longest row of the batch, shape (rows, length)."""
         from transformers import DataCollatorWithPadding
 
-        collate: Callable[[list[Example]], dict[str, Tensor]] = DataCollatorWithPadding(processor)
-        return collate
+        return cast(Callable[[list[Example]], dict[str, Tensor]], DataCollatorWithPadding(processor))
 
     def measure(self, scores: np.ndarray, rows: Rows, processor: Any) -> dict[str, float]:
         """The task's `metrics` of scores (rows, num_labels) against the labels of `rows`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,10 +9,10 @@ from typing import Any
 
 from basisadapt import backbones, tasks
 from basisadapt.backbones import QUANTISED, WEIGHTS
-from basisadapt.core.errors import InputError, unknown
-from basisadapt.core.settings import from_mapping, late, unknown_key, without_late
+from basisadapt.core.errors import InputError, require, unknown
+from basisadapt.core.settings import field_names, from_mapping, late, unknown_key, without_late
 from basisadapt.methods import METHODS
-from basisadapt.phi.settings import LowRankSettings, field_names, require
+from basisadapt.phi.settings import LowRankSettings
 from basisadapt.tasks import DataSettings
 from basisadapt.training.distributed import PARALLEL
 
@@ -109,14 +108,13 @@ class TrainSettings:
         divides = self.processes >= 1 and self.batch_size % self.processes == 0
         require(divides, "train.processes", self.processes, f"a divisor of train.batch_size, {self.batch_size}")
         require(self.parallel in PARALLEL, "train.parallel", self.parallel, f"one of {', '.join(PARALLEL)}")
-        alone = not self.group_by_length or self.processes == 1
-        require(alone, "train.group_by_length", self.group_by_length, "false with several train.processes")
-        alone = self.sharpness is None or self.processes == 1
-        require(alone, "train.sharpness", self.sharpness, "null with several train.processes")
-        shared = self.parallel == "ddp" or self.processes > 1
-        require(shared, "train.parallel", self.parallel, "used together with train.processes of at least 2")
-        plain = self.parallel == "ddp" or self.weights not in QUANTISED
-        require(plain, "train.parallel", self.parallel, f"ddp with train.weights {self.weights}, which has no shards")
+        alone, whole, mixed = self.processes == 1, self.parallel == "ddp", self.group_by_length
+        require(alone or not mixed, "train.group_by_length", mixed, "false with several train.processes")
+        require(alone or self.sharpness is None, "train.sharpness", self.sharpness, "null with several train.processes")
+        several = "used together with train.processes of at least 2"
+        require(whole or not alone, "train.parallel", self.parallel, several)
+        no_shards = f"ddp with train.weights {self.weights}, which has no shards"
+        require(whole or self.weights not in QUANTISED, "train.parallel", self.parallel, no_shards)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,9 +155,9 @@ class RunConfig:
             _check_foreign(foreign)
         data = from_mapping(DataSettings, keys.data, "data")
         task, _ = tasks.find(keys.task, data), backbones.find(keys.backbone)
-        train = from_mapping(TrainSettings, keys.train, "train")
-        if train.max_length is None:
-            train = dataclasses.replace(train, max_length=task.max_length)
+        max_length = keys.train.get("max_length")
+        given = {**keys.train, "max_length": task.max_length if max_length is None else max_length}
+        train = from_mapping(TrainSettings, given, "train")
         if train.weights in QUANTISED and not METHODS[keys.method].quantisable:
             raise InputError(
                 f"method {keys.method!r} cannot work on quantized weights; set train.weights to fp32 or bf16"

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from basisadapt import backbones, tasks
 from basisadapt.backbones import FORMS, ROUNDED, is_head
-from basisadapt.core.errors import InputError, one_line
+from basisadapt.core.errors import InputError, one_line, require
 from basisadapt.core.registry import loaded_plugins
 from basisadapt.core.settings import with_seed
 from basisadapt.methods import METHODS, Method, ParameterGroup
@@ -98,8 +98,7 @@ def attach(model: PreTrainedModel, method: Method, config: RunConfig, form: str)
         adapted = method.attach(model, adapter_settings(config), FORMS[form].peft)
     for name, layer in adapted_layers(adapted):
         smaller = min(layer.in_features, layer.out_features)
-        if method.bounded and r > smaller:
-            raise InputError(f"adapter.r must be at most {smaller}, the smaller side of {name!r}, got {r}")
+        require(not method.bounded or r <= smaller, "adapter.r", r, f"at most {smaller}, the smaller side of {name!r}")
     if config.train.parallel == "fsdp" and not hasattr(adapted, "peft_config"):
         raise InputError(
             f"train.parallel fsdp shards the weights below an adapter, but method {config.method!r} has none"

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import transformers
 
@@ -82,8 +82,10 @@ def run(
     if not isinstance(config, RunConfig):
         raise refused("config", config, "a RunConfig, such as RunConfig.from_mapping makes of keys and values")
     if config.train.processes > 1 and not in_group():
+        check_processes(config.train.processes)
         arguments = (config.to_mapping(), data_dir, save_to, accumulate, compiled)
-        return _run_in_group(arguments, config.train.processes, on_step)
+        report = None if on_step is None else lambda step: on_step(*step)
+        return cast(RunResult, run_in_processes(_in_group, arguments, config.train.processes, report))
     job = _prepare(config, data_dir)
     with shared_folder() as checkpoints, arithmetic(config.train.precision):
         trainer = _make_trainer(job, checkpoints, accumulate)
@@ -262,14 +264,6 @@ def _about(job: _Job) -> dict[str, Any]:
         **job.data.about,
         **({"backbone": job.backbone.note} if job.backbone.note else {}),
     }
-
-
-def _run_in_group(arguments: tuple[Any, ...], processes: int, on_step: Callable[[int, int], None] | None) -> RunResult:
-    """The run in a new group of processes. arguments: of `_in_group`."""
-    check_processes(processes)
-    report = None if on_step is None else lambda step: on_step(*step)
-    result: RunResult = run_in_processes(_in_group, arguments, processes, report)
-    return result
 
 
 def _in_group(

@@ -11,7 +11,7 @@ from forked import IN_PLACE
 
 from basisadapt.study.__main__ import main
 from basisadapt.study.plan.cells import resolve
-from basisadapt.study.plan.spec import read_spec
+from basisadapt.study.plan.reading import read_spec
 from basisadapt.study.report import files
 from basisadapt.tasks import hub
 from basisadapt.training import planning, running

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from basisadapt.study.plan.spec import list_studies
+from basisadapt.study.plan.shipped import list_studies
 
 # Of a language model, on data that do not come with Python.
 LANGUAGE = {

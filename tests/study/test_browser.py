@@ -14,7 +14,7 @@ from common import SOUND, outcome, outcomes
 from matplotlib.figure import Figure
 
 from basisadapt.study.plan.cells import resolve
-from basisadapt.study.plan.spec import read_spec
+from basisadapt.study.plan.reading import read_spec
 from basisadapt.study.report.files import report_files
 from basisadapt.study.report.report import make_report
 from basisadapt.study.report.table import build_table

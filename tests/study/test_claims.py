@@ -6,7 +6,8 @@ from common import SOUND, add, outcomes
 from basisadapt.core.errors import InputError
 from basisadapt.study.plan.cells import resolve
 from basisadapt.study.plan.claims import Claim
-from basisadapt.study.plan.spec import list_studies, read_spec
+from basisadapt.study.plan.reading import read_spec
+from basisadapt.study.plan.shipped import list_studies
 from basisadapt.study.report.table import build_table
 from basisadapt.study.report.verdicts import NOT_REPRODUCED, REPRODUCED, UNTESTABLE, judge
 

@@ -16,7 +16,7 @@ from basisadapt import training
 from basisadapt.core.errors import InputError
 from basisadapt.study.__main__ import main
 from basisadapt.study.options import check_together, make_parser
-from basisadapt.study.plan.spec import read_spec
+from basisadapt.study.plan.reading import read_spec
 from basisadapt.study.record.record import Record
 
 

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from basisadapt.study.plan.cells import resolve
-from basisadapt.study.plan.spec import list_studies, read_spec
+from basisadapt.study.plan.reading import read_spec
+from basisadapt.study.plan.shipped import list_studies
 
 SPACE = "search: {adapter.gain: [1, 100, log], adapter.basis: [sinc, fourier]}\n"
 CLAIM = "claims: [{text: Sinc is better, better: sinc, than: fourier}]\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 from common import ALL, states, table_of
 
 from basisadapt.study.plan.cells import resolve
-from basisadapt.study.plan.spec import read_spec
+from basisadapt.study.plan.reading import read_spec
 from basisadapt.study.record.content import parameters_of
 from basisadapt.study.record.record import Record
 

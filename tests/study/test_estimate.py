@@ -7,7 +7,7 @@ import pytest
 from basisadapt.study.drive.estimate import Estimate, estimate_time
 from basisadapt.study.outcome import Outcome
 from basisadapt.study.plan.cells import resolve
-from basisadapt.study.plan.spec import read_spec
+from basisadapt.study.plan.reading import read_spec
 from basisadapt.training.execution.compute import Inline
 from basisadapt.training.execution.executor import JobSettings
 from basisadapt.training.execution.workers import Workers

@@ -14,7 +14,7 @@ from basisadapt.core.synonyms import SYNONYMS
 from basisadapt.study.drive.callback import CALLBACKS
 from basisadapt.study.plan.cells import resolve
 from basisadapt.study.plan.keys import full_key, known_keys
-from basisadapt.study.plan.spec import read_spec
+from basisadapt.study.plan.reading import read_spec
 from basisadapt.study.plan.tuning import resolve_tuning
 
 

@@ -11,7 +11,7 @@ from common import outcome
 from basisadapt import InputError
 from basisadapt.study import statistics
 from basisadapt.study.plan.cells import resolve
-from basisadapt.study.plan.spec import read_spec
+from basisadapt.study.plan.reading import read_spec
 from basisadapt.study.report import report, text
 from basisadapt.study.report.table import build_table
 

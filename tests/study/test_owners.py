@@ -16,7 +16,7 @@ from common import ALL, states, table_of
 from forked import Forked
 
 from basisadapt.study.plan.cells import resolve
-from basisadapt.study.plan.spec import read_spec
+from basisadapt.study.plan.reading import read_spec
 from basisadapt.study.record.owner import Owner
 from basisadapt.study.record.record import Record
 from basisadapt.study.record.runs import SILENCE

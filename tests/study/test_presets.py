@@ -8,7 +8,8 @@ import pytest
 from shipped import DRAWN, LANGUAGE, RECOVERY, VISION
 
 from basisadapt.study.plan.cells import resolve
-from basisadapt.study.plan.spec import list_studies, read_spec
+from basisadapt.study.plan.reading import read_spec
+from basisadapt.study.plan.shipped import list_studies
 from basisadapt.study.plan.tuning import resolve_tuning
 from basisadapt.training import plan
 

@@ -12,7 +12,7 @@ from test_loop import Book
 
 from basisadapt.study.drive import loop, progress
 from basisadapt.study.plan.cells import resolve
-from basisadapt.study.plan.spec import read_spec
+from basisadapt.study.plan.reading import read_spec
 from basisadapt.training.execution.executor import Ended
 
 # Seconds that a cell of the main job's rows trains on two cores.

@@ -15,7 +15,7 @@ from common import no_pictures, outcome
 
 from basisadapt.core.errors import InputError
 from basisadapt.study.plan.cells import Cell, resolve
-from basisadapt.study.plan.spec import read_spec
+from basisadapt.study.plan.reading import read_spec
 from basisadapt.study.plan.tuning import resolve_tuning
 from basisadapt.study.report import figures, text
 from basisadapt.study.report.files import report_files

@@ -11,7 +11,7 @@ from common import SOUND, add, no_pictures, outcome, outcomes, reported
 
 from basisadapt.diagnostics.diagnostic import DIAGNOSTICS, Diagnostic
 from basisadapt.study.plan.cells import resolve
-from basisadapt.study.plan.spec import read_spec
+from basisadapt.study.plan.reading import read_spec
 from basisadapt.study.record.notes import cell_note
 from basisadapt.study.report import report, text
 from basisadapt.study.report.files import report_files

@@ -6,7 +6,7 @@ import pytest
 from common import SOUND, add, no_pictures, outcome, outcomes, reported
 
 from basisadapt.study.plan.cells import resolve
-from basisadapt.study.plan.spec import read_spec
+from basisadapt.study.plan.reading import read_spec
 from basisadapt.study.report import figures, report
 from basisadapt.study.report.files import report_files
 from basisadapt.study.report.table import build_table

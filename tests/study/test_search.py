@@ -9,8 +9,8 @@ from common import add
 from basisadapt.core.errors import InputError
 from basisadapt.core.ranges import Range, parse_range
 from basisadapt.study.drive.search import Search, SearchDriver
+from basisadapt.study.plan.reading import read_spec
 from basisadapt.study.plan.space import DECLARED, suggest
-from basisadapt.study.plan.spec import read_spec
 
 SPACE = """
 search:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from basisadapt.study.drive import engine
 from basisadapt.study.outcome import Outcome
 from basisadapt.study.plan.cells import resolve
-from basisadapt.study.plan.spec import read_spec
+from basisadapt.study.plan.reading import read_spec
 from basisadapt.study.plan.tuning import resolve_tuning
 from basisadapt.study.record import record as writing
 from basisadapt.study.record import runs as reading

@@ -12,7 +12,9 @@ import basisadapt
 from basisadapt.core.errors import InputError
 from basisadapt.study.plan.cells import resolve
 from basisadapt.study.plan.changes import Changes, split_changes
-from basisadapt.study.plan.spec import list_studies, published_values, read_spec
+from basisadapt.study.plan.published import published_values
+from basisadapt.study.plan.reading import read_spec
+from basisadapt.study.plan.shipped import list_studies
 
 
 @pytest.fixture

@@ -10,7 +10,9 @@ import pytest
 from shipped import FULL, LANGUAGE, every_study
 
 from basisadapt.study.plan.cells import resolve
-from basisadapt.study.plan.spec import list_studies, published_values, read_spec, studies_dir
+from basisadapt.study.plan.published import published_values
+from basisadapt.study.plan.reading import read_spec
+from basisadapt.study.plan.shipped import list_studies, studies_dir
 
 TABLES = {1, 2, 3, 5, 8, 9, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23}
 # What no one table has.

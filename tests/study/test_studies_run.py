@@ -10,7 +10,8 @@ from shipped import FULL, LANGUAGE, VISION, every_study
 
 from basisadapt.backbones import find, loading
 from basisadapt.study.plan.cells import resolve
-from basisadapt.study.plan.spec import list_studies, read_spec
+from basisadapt.study.plan.reading import read_spec
+from basisadapt.study.plan.shipped import list_studies
 from tests.tasks.endpoint import Endpoint, says
 from tests.tasks.files import write_alpaca, write_bench
 

@@ -7,7 +7,8 @@ from common import SOUND, add, no_pictures, outcome, outcomes
 
 from basisadapt.core.errors import InputError
 from basisadapt.study.plan.cells import resolve
-from basisadapt.study.plan.spec import published_values, read_spec
+from basisadapt.study.plan.published import published_values
+from basisadapt.study.plan.reading import read_spec
 from basisadapt.study.report import report, text
 from basisadapt.study.report.files import report_files
 from basisadapt.study.report.table import build_table

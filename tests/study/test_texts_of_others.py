@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from basisadapt.study.plan.cells import resolve
-from basisadapt.study.plan.spec import read_spec
+from basisadapt.study.plan.reading import read_spec
 from basisadapt.study.record.notes import cell_note
 from basisadapt.training import RunResult
 

@@ -9,7 +9,7 @@ import pytest
 from common import add, outcome, table_of
 
 from basisadapt.study.plan.cells import resolve
-from basisadapt.study.plan.spec import read_spec
+from basisadapt.study.plan.reading import read_spec
 from basisadapt.study.plan.tuning import resolve_tuning
 from basisadapt.study.report.table import tuned_table
 from basisadapt.study.report.text_tables import _tuning

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models
 from basisadapt import InputError, backbones
 from basisadapt.backbones import last_mlp
 from basisadapt.backbones.last_mlp import LastMLP, MLPInputs
-from basisadapt.study.plan.spec import read_spec
+from basisadapt.study.plan.reading import read_spec
 from basisadapt.study.plan.tuning import resolve_tuning
 from basisadapt.tasks import DataSettings, facts
 from basisadapt.tasks.facts import CLASSES, KEY, VALUE, PhoneBook

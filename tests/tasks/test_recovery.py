@@ -15,7 +15,7 @@ from basisadapt import InputError, backbones
 from basisadapt.backbones import rounded as parts
 from basisadapt.backbones.rounded import RoundedEncoder, RoundedLanguageModel, normal_float, rounded
 from basisadapt.study.plan.cells import resolve
-from basisadapt.study.plan.spec import read_spec
+from basisadapt.study.plan.reading import read_spec
 from basisadapt.study.plan.tuning import resolve_tuning
 from basisadapt.tasks import TASKS, Rows
 from basisadapt.tasks.docstrings import Docstrings

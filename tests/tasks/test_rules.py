@@ -9,7 +9,7 @@ import pytest
 
 from basisadapt import InputError
 from basisadapt.study.plan.cells import resolve
-from basisadapt.study.plan.spec import read_spec
+from basisadapt.study.plan.reading import read_spec
 from basisadapt.tasks import TASKS, DataSettings
 from basisadapt.tasks.facts import PhoneBook
 from basisadapt.tasks.rules import RuleTask

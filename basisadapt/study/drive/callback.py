@@ -4,29 +4,24 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
 
 from basisadapt.core.command import tell
 from basisadapt.core.errors import one_line
-from basisadapt.core.registry import Registry
+from basisadapt.core.registry import Registered, Registry
 from basisadapt.study.plan.cells import Cell
 from basisadapt.training import RunResult
 
 CALLBACKS: Registry[Callback] = Registry("callback")
 
 
-class Callback(ABC):
+class Callback(Registered, ABC):
     """Called as each cell ends, in the process that drives the study. Subclass it and define `on_end`.
 
     Pass an object to `study.run(callbacks=[...])`, or give the class a name in a plug-in: every invocation then makes
     one. The study continues without a callback that raises.
     """
 
-    def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
-        """Register the class under `name`. Raises InputError if it is taken."""
-        super().__init_subclass__(**kwargs)
-        if name is not None:
-            CALLBACKS.add(name, cls)
+    registry = CALLBACKS
 
     @abstractmethod
     def on_end(self, cell: Cell, result: RunResult | None, error: str) -> None:

@@ -34,11 +34,7 @@ PACE = [f"train.{name}" for name in ("lr", "epochs", "max_steps", "schedule", "w
 
 
 def run_study(
-    tuning: Tuning,
-    place: StudyPaths,
-    tags: Mapping[str, str],
-    executor: Executor,
-    callbacks: Sequence[Callback] = (),
+    tuning: Tuning, place: StudyPaths, tags: Mapping[str, str], executor: Executor, callbacks: Sequence[Callback] = ()
 ) -> Report:
     """Run the missing cells, trials first, and report.
 

@@ -90,10 +90,8 @@ def import_results(
     recorded = Record.read(place.tracking_uri, tuning.spec.name, tuning.spec.metrics)
     new = [one for key, one in results.items() if key not in recorded or not recorded[key].done]
     for one in new:
-        try:
+        with refusing(f"the result of cell {one.cell.key} cannot be drawn", ValueError):
             check_drawable(vars(one.result))
-        except ValueError as error:
-            raise InputError(f"the result of cell {one.cell.key} cannot be drawn: {error}") from error
     with Invocation(tuning.spec, cells.values(), place, tags, executor) as invocation:
         invocation.enter(new)
         outcomes = invocation.outcomes

@@ -8,13 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from basisadapt.core.errors import InputError, RecordError, refusing
-from basisadapt.study.record.stores import (
-    artifact_folder,
-    check_database,
-    same_database,
-    sqlite_file,
-    sqlite_url,
-)
+from basisadapt.study.record.stores import artifact_folder, check_database, same_database, sqlite_file, sqlite_url
 from basisadapt.study.record.texts import write_into
 from basisadapt.study.report.files import KEPT, MARK
 

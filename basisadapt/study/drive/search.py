@@ -12,10 +12,10 @@ from typing import Any
 
 from optuna import load_study
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
-from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
+from optuna.trial import Trial, TrialState, create_trial
 
 from basisadapt.core.command import tell
-from basisadapt.core.errors import InputError
+from basisadapt.core.errors import InputError, require
 from basisadapt.study import statistics
 from basisadapt.study.drive.engine import make_ready, write_report
 from basisadapt.study.drive.invocation import Invocation
@@ -60,10 +60,8 @@ class Search:
     at_once: int = 1
 
     def __post_init__(self) -> None:
-        if self.trials < 1:
-            raise InputError(f"--trials must be at least 1, got {self.trials}")
-        if self.at_once < 1:
-            raise InputError(f"--at-once must be at least 1, got {self.at_once}")
+        require(self.trials >= 1, "--trials", self.trials, "at least 1")
+        require(self.at_once >= 1, "--at-once", self.at_once, "at least 1")
 
     def rows(self, label: str, settings: Mapping[str, Any]) -> tuple[Row, ...]:
         """The rows of a trial, one per task: the study's base with `settings` over it. Raises InputError."""
@@ -161,7 +159,11 @@ class SearchDriver:
     def ended(self) -> list[EndedTrial]:
         """The trials that have ended, without the killed ones."""
         trials = [trial for trial in self._study.get_trials(deepcopy=False) if trial.state.is_finished()]
-        return [_ended(trial) for trial in trials if trial.user_attrs.get("status", "killed") != "killed"]
+        return [
+            EndedTrial(trial.user_attrs["number"], trial.user_attrs["status"], trial.value, trial.params)
+            for trial in trials
+            if trial.user_attrs.get("status", "killed") != "killed"
+        ]
 
     def close_orphans(self, running: Callable[[], Collection[str]]) -> None:
         """Close the open trials of dead invocations. running: see `orphans_of`."""
@@ -228,16 +230,10 @@ class SearchDriver:
         """Setting to its importance by fANOVA; if there is none, the reason as the second value."""
         values = [trial.value for trial in self.ended if trial.value is not None]
         if len(values) < MIN_FINISHED:
-            return (
-                {},
-                f"No importances: they need at least {MIN_FINISHED} finished trials, and there are {len(values)}.",
-            )
+            needs = f"they need at least {MIN_FINISHED} finished trials, and there are {len(values)}"
+            return {}, f"No importances: {needs}."
         if len(set(values)) < 2:
             return {}, "No importances: every trial has the same value."
         from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
         return get_param_importances(self._study, evaluator=FanovaImportanceEvaluator(seed=self._seeds[0])), ""
-
-
-def _ended(trial: FrozenTrial) -> EndedTrial:
-    return EndedTrial(trial.user_attrs["number"], trial.user_attrs["status"], trial.value, trial.params)

@@ -12,20 +12,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from basisadapt.core.errors import InputError, shown, unknown
+from basisadapt.core.errors import InputError, require, shown, unknown
 from basisadapt.study.plan.changes import hint_at_axes, split_changes
 from basisadapt.study.plan.keys import axis_key, flatten, full_key, nest, plain, with_full_keys
-from basisadapt.study.plan.spec import (
-    SWEEP,
-    TUNE,
-    VARIANT,
-    Factor,
-    Name,
-    Reference,
-    StudySpec,
-    axes_in,
-    list_studies,
-)
+from basisadapt.study.plan.published import Name
+from basisadapt.study.plan.shipped import list_studies
+from basisadapt.study.plan.spec import SWEEP, TUNE, VARIANT, Factor, Reference, StudySpec, axes_in
 
 if TYPE_CHECKING:  # run configurations need torch, which --help and --list must not wait for
     from basisadapt.training.config import RunConfig
@@ -353,6 +345,6 @@ def _scaled(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any
 
 
 def _checked_seeds(seeds: Any) -> tuple[int, ...]:
-    if not isinstance(seeds, list | tuple) or not all(type(seed) is int and seed >= 0 for seed in seeds):
-        raise InputError(f"seeds must be whole numbers of at least 0, got {shown(seeds)}")
+    sound = isinstance(seeds, list | tuple) and all(type(seed) is int and seed >= 0 for seed in seeds)
+    require(sound, "seeds", seeds, "whole numbers of at least 0")
     return tuple(dict.fromkeys(seeds))

@@ -11,7 +11,8 @@ from typing import Any
 from basisadapt.core.errors import InputError, shown
 from basisadapt.core.synonyms import meant
 from basisadapt.study.plan.keys import axis_key, full_key, types_of
-from basisadapt.study.plan.spec import RULE, SWEEP, TUNE, parse_yaml
+from basisadapt.study.plan.spec import RULE, SWEEP, TUNE
+from basisadapt.study.plan.yaml_text import parse_yaml
 
 OPTIONS = {  # what could be a setting, and is an option of the command line
     **dict.fromkeys(("seed", "seeds", "random_seed"), "--seeds"),

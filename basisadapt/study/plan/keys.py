@@ -8,7 +8,7 @@ from functools import lru_cache
 from types import UnionType
 from typing import Any, get_args, get_type_hints
 
-from basisadapt.core.settings import unknown_key
+from basisadapt.core.settings import field_names, unknown_key
 from basisadapt.study.plan.spec import VARIANT
 
 
@@ -22,7 +22,6 @@ def known_keys() -> tuple[str, ...]:
 @lru_cache(maxsize=2)
 def _keys_with(settings: tuple[type, ...]) -> tuple[str, ...]:
     """known_keys() while methods have these settings. Cached, since a large study asks tens of thousands of times."""
-    from basisadapt.phi.settings import field_names
     from basisadapt.tasks import DataSettings
     from basisadapt.training.config import TrainSettings, adapter_keys
 

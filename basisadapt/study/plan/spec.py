@@ -1,54 +1,21 @@
-"""A study as its YAML file states it, and the published table that it answers."""
+"""A study as its YAML file states it."""
 
 from __future__ import annotations
 
-import collections
-import csv
 import math
 import re
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePath
-from typing import Any, cast
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-import yaml
-
-from basisadapt.core.errors import InputError, one_line, refusing, shown, unknown
-from basisadapt.core.settings import WHOLE, from_mapping
-from basisadapt.study.plan.claims import COMMON, PLATEAU, Claim
+from basisadapt.core.errors import InputError, require
+from basisadapt.study.plan.claims import Claim
+from basisadapt.study.plan.published import PublishedTable
 
 PRESETS = ("smoke", "quick", "gpu", "llm", "encoder", "paper")
-MAX_BYTES = 1_000_000  # of a study's file
 SWEEP, TUNE = "sweep.", "tune."  # prefixes of the keys of axes, and of tuned settings
 VARIANT = "variant"  # an axis whose values name groups of settings in `given`
 ALL = "all"  # tune.at: all values of the grid
-
-Name = tuple[str, ...]  # a row of a published table: its parts, then the method if methods have columns
-
-
-@dataclass(frozen=True, kw_only=True)
-class PublishedTable:
-    """The published table that a study answers.
-
-    table: a file in `studies/paper/`.
-    key: the column with a row's name, or several columns with its parts.
-    column: the column with the value, or method to column if methods have columns of their own.
-    std: the same for the standard deviation. Default None, there is none.
-    setting: what it was measured on. Default "".
-    where: column to the value that a row must have there. Default: all rows.
-    rows: label of a row of the sweep to its published name, where that is not "axis=value,...". Default {}.
-    names: value on an axis, such as a method or a task, to its published name. If given, a row's published name is
-        these names in the order of the axes. Default {}.
-    """
-
-    table: str
-    key: str | list[str]
-    column: str | dict[str, str]
-    std: str | dict[str, str] | None = None
-    setting: str = ""
-    where: dict[str, str] = field(default_factory=dict)
-    rows: dict[Any, str] = field(default_factory=dict)
-    names: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,18 +82,16 @@ class Tune:
     common: float | None = None
 
     def __post_init__(self) -> None:
-        _check_axes(self.grid, TUNE)
-        if self.by not in ("score", "loss"):
-            raise InputError(f"tune.by must be score or loss, got {shown(self.by)}")
+        check_axes(self.grid, TUNE)
+        require(self.by in ("score", "loss"), "tune.by", self.by, "score or loss")
         if self.at is None and self.common is None:
             return
-        if isinstance(self.at, str) and self.at != ALL:
-            raise InputError(f"tune.at must be a list of numbers or {ALL}, got {shown(self.at)}")
+        require(not isinstance(self.at, str) or self.at == ALL, "tune.at", self.at, f"a list of numbers or {ALL}")
         if len(self.grid) != 1:
             raise InputError(f"tune.at and tune.common need one tuned setting, got {', '.join(self.grid) or 'none'}")
         for value in self._listed:
-            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-                raise InputError(f"tune.at and tune.common must be numbers above 0, got {shown(value)}")
+            sound = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+            require(sound, "tune.at and tune.common", value, "numbers above 0")
 
     @property
     def setting(self) -> str:
@@ -249,278 +214,12 @@ class StudySpec:
         return (*law, *over, *(() if self.lines is None else (self.lines.along,)))
 
 
-# --- reading ---
-
-
-class _Loader(yaml.SafeLoader):
-    """yaml.safe_load, except that it reads 1e-3 as a number (YAML 1.1 requires 1.0e-3).
-
-    It refuses aliases (*name), since a few lines of them can expand beyond memory or refer to themselves; integers that
-    a record cannot hold; and duplicate keys.
-    """
-
-    def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            event: yaml.Event = self.get_event()  # type: ignore[no-untyped-call]
-            raise yaml.YAMLError(f"aliases are not supported{event.start_mark}")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        counts = collections.Counter(key.value for key in keys)
-        for key in keys:
-            if counts[key.value] > 1:
-                raise yaml.YAMLError(f"{key.value} is given more than once{key.start_mark}")
-        return super().construct_mapping(node, deep)
-
-
-def _whole(loader: Any, node: Any) -> int:
-    value: int = loader.construct_yaml_int(node)
-    if abs(value) >= WHOLE:
-        raise yaml.YAMLError(f"a number beyond 64 bits{node.start_mark}")
-    return value
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _whole)
-_Loader.add_constructor("tag:yaml.org,2002:timestamp", cast(Any, _Loader.construct_yaml_str))  # a date stays text
-for _tag in ("binary", "omap", "pairs", "set"):  # types that JSON lacks
-    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", cast(Any, _Loader.construct_undefined))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """The value of a YAML text. Raises InputError, which names `where`."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except RecursionError as error:
-        raise InputError(f"{where} is not valid YAML: nested too deeply") from error
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # not all of a scalar's errors are YAML's own
-        raise InputError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
-
-
-def studies_dir() -> Path:
-    """The folder of the shipped studies: in an installed package, or beside the package in a repository."""
-    package = Path(__file__).parents[2]
-    installed = package / "studies"
-    found = installed if installed.is_dir() else package.parent / "studies"
-    if not found.is_dir():
-        raise InputError(
-            f"the studies that come with the package are not beside {str(package)!r}: it must be installed"
-        )
-    return found
-
-
-def list_studies() -> list[str]:
-    """The names of the shipped studies."""
-    return sorted(path.stem for path in studies_dir().glob("*.yaml"))
-
-
-def read_spec(name: str) -> StudySpec:
-    """The study called `name`, or the one in the file of that path. Raises InputError."""
-    is_path = name.endswith((".yaml", ".yml"))
-    if not is_path and name not in list_studies():
-        raise unknown("study", name, list_studies())
-    path = Path(name) if is_path else studies_dir() / f"{name}.yaml"
-    values = _read_file(path, ())
-    with refusing(f"study file {str(path)!r}", InputError):
-        return _spec({**values, "name": path.stem})
-
-
-def _read_file(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
-    """The values of a file over those of the file that it is `like`. above: the files that led here."""
-    where = f"study file {str(path)!r}"
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise InputError(f"{where} must have at most {MAX_BYTES:,} bytes")
-        values: dict[str, Any] = parse_yaml(path.read_text(encoding="utf-8"), where)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{where} cannot be read: {one_line(error)}") from error
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise InputError(f"{where} must hold keys and values")
-    _check_paths(values, where)
-    if "like" in values:
-        other = _like(values.pop("like"), path)
-        if other in (*above, path):
-            raise InputError(f"{where}: like leads back to {other.name!r}")
-        below = _read_file(other, (*above, path))
-        values = _merged({key: below[key] for key in ("base", "presets", "seeds") if key in below}, values)
-    return values
-
-
-def _check_paths(values: Any, where: str) -> None:
-    """Raise InputError for a path of data or of a model in `values` that leads out of the study's folder."""
-    if isinstance(values, list):
-        for value in values:
-            _check_paths(value, where)
-    for key, value in values.items() if isinstance(values, dict) else ():
-        if str(key).rpartition(".")[2] not in ("task", "test", "backbone"):
-            _check_paths(value, where)
-            continue
-        for name in value if isinstance(value, list) else [value]:
-            path = PurePath(name) if isinstance(name, str) else PurePath()
-            if path.is_absolute() or ".." in path.parts:
-                raise InputError(f"{where}: {key} leads out of the folder; give {shown(name)} with --set")
-
-
-def _like(name: Any, path: Path) -> Path:
-    """The file that the file at `path` is `like`: a shipped study, or one in the same folder. Raises InputError."""
-    if isinstance(name, str) and name.endswith((".yaml", ".yml")):
-        return path.parent / inside(name, f"study file {str(path)!r}: like")
-    if name not in list_studies():
-        raise InputError(f"study file {str(path)!r}: like: {unknown('study', name, list_studies())}")
-    return studies_dir() / f"{name}.yaml"
-
-
-def inside(name: str, where: str) -> str:
-    """The name of a file in the study's folder, checked. Raises InputError for a path that leads out of it."""
-    if PurePath(name).name != name or name == ".." or "\\" in name or "\0" in name:
-        raise InputError(f"{where} must be the name of a file in the same folder, got {shown(name)}")
-    return name
-
-
-def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`above` over `below`, mapping by mapping."""
-    both = {key: value for key, value in above.items() if isinstance(value, dict) and isinstance(below.get(key), dict)}
-    return {**below, **above, **{key: _merged(below[key], value) for key, value in both.items()}}
-
-
-def _spec(values: dict[str, Any]) -> StudySpec:
-    for key in ("title", "question"):
-        if key not in values:
-            raise InputError(f"{key} is missing")
-    if values.get("answers") is not None:
-        values["answers"] = _part(PublishedTable, values["answers"], "answers")
-        inside(values["answers"].table, "answers.table")
-    if values.get("tune") is not None:
-        values["tune"] = _part(Tune, values["tune"], "tune")
-    if values.get("law") is not None:
-        values["law"] = _part(Law, values["law"], "law")
-    if values.get("map") is not None:
-        values["map"] = _part(Map, values["map"], "map")
-    if values.get("lines") is not None:
-        values["lines"] = _part(Lines, values["lines"], "lines")
-    beside = _parts(ExtraRow, values.get("beside"), "beside")
-    values["beside"] = [replace(row, set={k: Factor.parse(v) for k, v in row.set.items()}) for row in beside]
-    values["claims"] = _parts(Claim, values.get("claims"), "claims")
-    presets = values.get("presets")
-    if isinstance(presets, dict):
-        values["presets"] = {name: overrides for name, overrides in presets.items() if overrides is not None}
-    if values.get("reference") is not None:
-        values["reference"] = _reference(values["reference"], _axes(values))
-    if isinstance(values.get("given"), dict):
-        sweep = values.get("sweep")
-        values["given"] = _by_axis(values["given"], sweep if isinstance(sweep, dict) else {})
-    spec = from_mapping(StudySpec, values)
-    _check_axes(spec.sweep)
-    for claim in spec.claims:
-        _check_claim(claim, spec.tune)
-    for preset, overrides in spec.presets.items():
-        if preset not in PRESETS:
-            raise unknown("preset", preset, PRESETS)
-        if not isinstance(overrides, dict) or not all(isinstance(key, str) for key in overrides):
-            raise InputError(f"presets.{preset} must hold keys and values, got {shown(overrides)}")
-        for kind in (SWEEP, TUNE):
-            _check_axes({name: axis for name, axis in axes_in(overrides, kind).items() if name not in RULE}, kind)
-    return spec
-
-
-def _axes(values: Mapping[str, Any]) -> list[str]:
-    """The axes of a file's sweep and of its presets, as written there."""
-    sweep, presets = values.get("sweep"), values.get("presets")
-    parts = presets.values() if isinstance(presets, dict) else ()
-    named = [
-        axes_in(part, SWEEP) for part in parts if isinstance(part, dict) and all(isinstance(key, str) for key in part)
-    ]
-    return [name for axes in (sweep, *named) if isinstance(axes, dict) for name in axes]
-
-
-def _reference(text: Any, axes: Sequence[str]) -> Reference:
-    """The reference of a text: AXIS=VALUE if the axis exists, else a label, which may contain "=" too."""
-    if not isinstance(text, str):
-        raise InputError(f"reference must be text or null, got {shown(text)}")
-    axis, equals, value = text.partition("=")
-    known = {str(name).removeprefix("adapter.") for name in axes}
-    return Reference(value, axis) if equals and axis.removeprefix("adapter.") in known else Reference(text)
-
-
-def _by_axis(given: Mapping[Any, Any], sweep: Mapping[Any, Any]) -> dict[str, dict[str, Any]]:
-    """The settings that a file gives for AXIS=VALUE: axis to value to settings."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, overrides in given.items():
-        axis, _, value = str(name).partition("=")
-        if axis not in sweep or not isinstance(overrides, dict):
-            raise InputError(
-                f"given.{name} must be AXIS=VALUE of the sweep with keys and values, got {shown(overrides)}"
-            )
-        found.setdefault(axis, {})[value] = overrides
-    return found
-
-
-def _check_claim(claim: Claim, tune: Tune | None) -> None:
-    """Raise InputError for a claim on values of the tuned setting at which the study runs no row."""
-    at, common = (None, None) if tune is None else (tune.at, tune.common)
-    if claim.at is not None and common is None and (at is None or claim.at == COMMON):
-        missing = "tune.common" if claim.at == COMMON else "tune.at or tune.common"
-        raise InputError(f"claim {claim.text!r} is on rows at {claim.at}, which needs {missing}")
-    if claim.metric == PLATEAU and at is None:
-        raise InputError(f"claim {claim.text!r} is on a plateau, which needs tune.at")
-
-
-def _check_axes(axes: Mapping[str, Any], kind: str = SWEEP) -> None:
+def check_axes(axes: Mapping[str, Any], kind: str) -> None:
+    """Raise InputError unless every axis, or tuned setting, has a list of values."""
     for axis, points in axes.items():
-        if not isinstance(points, list) or not points:
-            raise InputError(f"{kind}{axis} must be a list of values, got {shown(points)}")
+        require(isinstance(points, list) and bool(points), f"{kind}{axis}", points, "a list of values")
 
 
 def axes_in(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """The entries of `values` with the prefix `kind`, SWEEP or TUNE, by the name after it."""
     return {name.removeprefix(kind): value for name, value in values.items() if name.startswith(kind)}
-
-
-def _part(cls: type[Any], values: Any, where: str) -> Any:
-    if not isinstance(values, dict):
-        raise InputError(f"{where} must hold keys and values, got {shown(values)}")
-    return from_mapping(cls, values, where)
-
-
-def _parts(cls: type[Any], values: Any, where: str) -> list[Any]:
-    if not isinstance(values, list | None):
-        raise InputError(f"{where} must be a list, got {shown(values)}")
-    return [_part(cls, part, f"{where}[{index}]") for index, part in enumerate(values or ())]
-
-
-# --- the published table ---
-
-
-def published_values(answers: PublishedTable | None) -> dict[Name, tuple[str, str | None]]:
-    """Row name to (value, standard deviation), as printed in the published table.
-
-    If methods have columns of their own, the name ends with the method. Raises InputError if the table cannot be read.
-    """
-    if answers is None:
-        return {}
-    path = studies_dir() / "paper" / answers.table
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            table = list(csv.DictReader(file))
-        rows = [row for row in table if all(row[name] == value for name, value in answers.where.items())]
-        keys = answers.key if isinstance(answers.key, list) else [answers.key]
-        columns, stds = _by_method(answers.column), _by_method(answers.std)
-        return {
-            (*(row[key] for key in keys), *method): (row[column], row[stds[method]] if method in stds else None)
-            for method, column in columns.items()
-            for row in rows
-        }
-    except OSError as error:
-        raise InputError(f"published table {str(path)!r} cannot be read: {error.strerror}") from error
-    except KeyError as error:
-        raise InputError(f"published table {answers.table} has no column {error}") from error
-
-
-def _by_method(column: str | dict[str, str] | None) -> dict[Name, str]:
-    """The end of a row's name to its column: (method,), or () if methods share a column."""
-    if isinstance(column, dict):
-        return {(method,): name for method, name in column.items()}
-    return {} if column is None else {(): column}

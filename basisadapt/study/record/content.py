@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
-from basisadapt.phi.settings import LowRankSettings, field_names
+from basisadapt.core.settings import field_names
+from basisadapt.phi.settings import LowRankSettings
 from basisadapt.study.plan.cells import Cell
 from basisadapt.study.record.runs import ACCUMULATE, DATA, ENVIRONMENT, HEADLINE, WARNINGS
 from basisadapt.study.record.texts import clean, limited, warnings_text

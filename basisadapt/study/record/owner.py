@@ -83,7 +83,7 @@ def _started(pid: int) -> str | None:
         # The command's name, in parentheses, may hold anything; state and start time (field 22) follow it.
         fields = stat.rpartition(")")[2].split()
         return None if fields[0] in "ZX" else fields[19]
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
     try:
         return str(psutil.Process(pid).create_time())

@@ -18,7 +18,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine, make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, ProgrammingError, SQLAlchemyError
 
-from basisadapt.core.errors import InputError, RecordError, one_line
+from basisadapt.core.errors import InputError, RecordError, one_line, refusing
 
 T = TypeVar("T")
 
@@ -56,16 +56,13 @@ def check_database(url: str, option: str) -> None:
     if path is None:
         return
     check_sound(url, option)
-    try:
+    with refusing(f"{option} {url!r} cannot be written", OSError, sqlite3.Error):
         with tempfile.TemporaryFile(dir=path.resolve().parent):  # where its journal goes
             pass
         if path.exists():
             with _connection(path) as connection:
                 connection.execute("BEGIN IMMEDIATE")
                 connection.rollback()
-    except (OSError, sqlite3.Error) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise InputError(f"{option} {url!r} cannot be written: {reason}") from error
 
 
 def check_sound(url: str, option: str) -> None:

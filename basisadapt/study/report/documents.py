@@ -66,12 +66,7 @@ def plan_document(preview: Preview, estimate: Document | None) -> Document:
         }
         for cell in preview.cells
     ]
-    return {
-        **_heading(preview.spec),
-        "cells": listed,
-        "downloads": list(preview.downloads),
-        "estimate": estimate,
-    }
+    return {**_heading(preview.spec), "cells": listed, "downloads": list(preview.downloads), "estimate": estimate}
 
 
 def space_document(spec: StudySpec, space: Space, trials: int, sampler: str) -> Document:

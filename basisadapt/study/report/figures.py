@@ -28,12 +28,9 @@ NEAR = 0.12  # the share of a panel's width below which two labels may overlap
 
 def comparison_figure(table: Table) -> Figure:
     """A panel per task: each row's seeds as dots with mean ± standard deviation, the reference's mean as a line."""
-    from matplotlib.figure import Figure
-
     shown = by_name(table.leading(MAX_ROWS))
     tasks, names = list(dict.fromkeys(line.task for line in table.lines)), list(shown)
-    size = 4 + 3 * len(tasks), 1.2 + 0.4 * len(names)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = _figure(4 + 3 * len(tasks), 1.2 + 0.4 * len(names))
     panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
     for task, axes in zip(tasks, panels, strict=True):
         places = [(place, line) for place, same in enumerate(shown.values()) for line in same if line.task == task]
@@ -45,6 +42,12 @@ def comparison_figure(table: Table) -> Figure:
     figure.supxlabel(f"{verbatim(headline_text(table))} (mean ± std over seeds)", fontsize="medium")
     figure.suptitle(_title(table, names))
     return figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _title(table: Table, names: Collection[str]) -> str:
@@ -99,11 +102,9 @@ def curves_figure(table: Table) -> Figure:
 
 def _panels(count: int, sharey: bool) -> tuple[Figure, list[Axes]]:
     """A figure of `count` panels, at most four in a row, with one horizontal scale."""
-    from matplotlib.figure import Figure
-
     columns = min(count, 4)
     rows = math.ceil(count / columns)
-    figure = Figure(figsize=(1.6 + 3.4 * columns, 0.8 + 3.2 * rows), layout="constrained")
+    figure = _figure(1.6 + 3.4 * columns, 0.8 + 3.2 * rows)
     every = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=sharey).flat)
     for axes in every[count:]:
         axes.set_axis_off()
@@ -230,11 +231,9 @@ def against_figure(table: Table) -> Figure:
 
     With several tasks, a point is the mean over them, without a deviation; rows that lack a task are left out.
     """
-    from matplotlib.figure import Figure
-
     scale, metrics = 100 if table.percent else 1, table.study.spec.against
     tasks, shown = len({line.task for line in table.lines}), by_name(table.leading(MAX_ROWS))
-    figure = Figure(figsize=(1 + 5.5 * len(metrics), 5), layout="constrained")
+    figure = _figure(1 + 5.5 * len(metrics), 5)
     for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
         points = []
         for name, lines in shown.items():
@@ -291,8 +290,6 @@ def map_figure(table: Table, x: str, y: str) -> Figure | None:
     Blue is better than the reference, red worse. A difference is in brackets if its confidence interval includes 0, or
     if it has none. None if no row has a difference.
     """
-    from matplotlib.figure import Figure
-
     scale, number = 100 if table.percent else 1, number_form(table)
     panels: dict[str, dict[tuple[Any, Any], statistics.Difference]] = {}
     for line in table.lines:
@@ -304,8 +301,7 @@ def map_figure(table: Table, x: str, y: str) -> Figure | None:
         return None
     columns, rows = (_values(panels.values(), part) for part in (0, 1))
     most = max(abs(found.mean) for panel in panels.values() for found in panel.values()) * scale or 1.0
-    size = 1.5 + (0.6 + 0.75 * len(columns)) * len(panels), 1.8 + 0.45 * len(rows)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = _figure(1.5 + (0.6 + 0.75 * len(columns)) * len(panels), 1.8 + 0.45 * len(rows))
     every = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axes, (name, panel) in zip(every, panels.items(), strict=True):
         grid = [[scale * panel[c, r].mean if (c, r) in panel else math.nan for c in columns] for r in rows]
@@ -334,9 +330,7 @@ def _values(panels: Iterable[Mapping[tuple[Any, Any], Any]], part: int) -> list[
 
 def search_figure(found: SearchResult, headline: str) -> Figure:
     """Left: the value of every trial in order, and the best so far. Right: the importance of each setting."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 1.8 + 0.3 * max(5, len(found.importance))), layout="constrained")
+    figure = _figure(9, 1.8 + 0.3 * max(5, len(found.importance)))
     history, importance = figure.subplots(1, 2)
     finished = [(trial.number, trial.value) for trial in found.trials if trial.value is not None]
     best = list(itertools.accumulate((value for _, value in finished), max))

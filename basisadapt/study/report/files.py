@@ -32,24 +32,20 @@ def report_files(report: Report, pictures: Callable[[str], dict[str, bytes]]) ->
 
     pictures: run id to the PNG files of that MLflow run, name to content; the HTML page shows those of each row.
     """
-    figures = {"comparison.png": comparison_figure(report.table)}
-    if len(report.table.at) > 1:
-        figures["curves.png"] = curves_figure(report.table)
-    if report.table.study.spec.against:
-        figures["against.png"] = against_figure(report.table)
-    over = report.table.study.spec.map
-    if over is not None and (drawn_map := map_figure(report.table, over.x, over.y)) is not None:
-        figures["map.png"] = drawn_map
-    lines = report.table.study.spec.lines
-    if lines is not None and (drawn_lines := lines_figure(report.table, lines.along, lines.against)) is not None:
-        figures["lines.png"] = drawn_lines
-    if report.search is not None:
-        figures["search.png"] = search_figure(report.search, report.table.headline)
-    drawn = {name: _png(figure) for name, figure in figures.items()}
+    table, spec = report.table, report.table.study.spec
+    figures = {
+        "comparison.png": comparison_figure(table),
+        "curves.png": curves_figure(table) if len(table.at) > 1 else None,
+        "against.png": against_figure(table) if spec.against else None,
+        "map.png": map_figure(table, spec.map.x, spec.map.y) if spec.map else None,
+        "lines.png": lines_figure(table, spec.lines.along, spec.lines.against) if spec.lines else None,
+        "search.png": search_figure(report.search, table.headline) if report.search else None,
+    }
+    drawn = {name: _png(figure) for name, figure in figures.items() if figure is not None}
     return {
         "table.txt": to_text(report),
         "table.md": to_markdown(report),
-        "table.csv": to_csv(report.table),
+        "table.csv": to_csv(table),
         **{f"{one.title.lower().replace(' ', '_')}.csv": text_table_to_csv(one) for one in text_tables(report)[1:]},
         "report.html": to_html(report, drawn, pictures),
         **drawn,

@@ -37,11 +37,8 @@ def footnotes(table: Table) -> list[str]:
             f"The first columns have each row at its own {table.setting}, the later ones all rows at {places}, "
             f"corrected for {' and '.join(map(_tests, table.beside.values()))} of their own."
         )
-    notes += law_notes(table)
-    notes += _linearity(table)
-    notes += _backbones(table)
-    notes += problems(table)
-    notes += _splits(table)
+    for notes_of in (law_notes, _linearity, _backbones, problems, _splits):
+        notes += notes_of(table)
     if spec.answers is not None:
         setting = f" ({spec.answers.setting})" if spec.answers.setting else ""
         notes.append(

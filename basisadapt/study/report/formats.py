@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
+from basisadapt.study import statistics
 from basisadapt.study.plan.spec import Reference
 from basisadapt.study.report.table import Table
 from basisadapt.study.statistics import Difference
@@ -69,6 +70,12 @@ def difference_text(difference: Difference | None, number: NumberForm) -> str:
     known = difference.low is not None
     interval = f" [{number(difference.low, '+')}, {number(difference.high, '+')}]" if known else ""
     return number(difference.mean, "+") + interval
+
+
+def score_text(values: Collection[float], number: NumberForm) -> str:
+    """ "50.20 ± 0.10", mean and sample standard deviation of a row's scores."""
+    scores = list(values)
+    return with_std(number(statistics.mean(scores), ""), number(statistics.std(scores), ""))
 
 
 def with_std(value: str, std: str | None) -> str:

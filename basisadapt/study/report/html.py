@@ -6,9 +6,9 @@ import base64
 import collections
 from collections.abc import Callable, Iterable, Mapping
 from html import escape
+from pathlib import Path
 
 from basisadapt.core.grouping import grouped
-from basisadapt.study.plan.cells import Row
 from basisadapt.study.report.footnotes import problems
 from basisadapt.study.report.formats import DASH
 from basisadapt.study.report.report import Report
@@ -16,112 +16,10 @@ from basisadapt.study.report.table import Table, by_name
 from basisadapt.study.report.text_tables import TextTable, text_tables
 from basisadapt.study.report.verdicts import Verdict
 
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-<header>
-<h1>{title}</h1>
-<p class="lead">{question}</p>
-<p class="states">{states}</p>
-</header>
-{sections}
-</main>
-<script>{script}</script>
-</body>
-</html>
-"""
-
-STYLE = """
-:root { --paper: #fff; --ink: #1c2126; --faint: #59636e; --line: #d5dae0; --shade: #f4f6f8; --accent: #0a58a8;
-  --good: #11672f; --good-paper: #def3e4; --bad: #9f1f1f; --bad-paper: #fbe4e3; --open: #6b4a00;
-  --open-paper: #faeecb; }
-@media (prefers-color-scheme: dark) { :root { --paper: #15181c; --ink: #e4e7eb; --faint: #a0a9b4; --line: #39414a;
-  --shade: #1e2328; --accent: #7db8f5; --good: #8fdba6; --good-paper: #173723; --bad: #f5a6a2; --bad-paper: #451d1d;
-  --open: #ecca75; --open-paper: #3c3010; } img { filter: brightness(.9); }
-  img.lines { filter: invert(.91) hue-rotate(180deg); } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 80rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
-h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .5rem; }
-h2 { font-size: 1.25rem; margin: 2.5rem 0 .75rem; padding-top: 1rem; border-top: 1px solid var(--line); }
-h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; }
-p, li, figcaption, dd { max-width: 46rem; overflow-wrap: anywhere; }
-.lead { margin: 0; }
-.states, .notes, figcaption { color: var(--faint); }
-.states { margin: .75rem 0 0; font-size: .9rem; }
-.box { overflow-x: auto; border: 1px solid var(--line); border-radius: .4rem; background:
-  linear-gradient(to left, var(--paper) 1.5rem, transparent) right / 3rem 100% no-repeat local,
-  linear-gradient(to left, var(--line), transparent) right / .75rem 100% no-repeat scroll; }
-:is(.box, button, summary):focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-table { border-collapse: separate; border-spacing: 0; width: max-content; min-width: 100%; font-size: .9rem;
-  font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding: .5rem .75rem; color: var(--faint); }
-caption.unseen { position: absolute; width: 1px; height: 1px; padding: 0; overflow: hidden; clip-path: inset(50%); }
-th, td { padding: .4rem .6rem; text-align: right; white-space: nowrap; }
-th:first-child { position: sticky; left: 0; text-align: left; background: var(--paper); }
-thead th, thead th:first-child { white-space: normal; vertical-align: bottom; background: var(--shade);
-  border-bottom: 1px solid var(--line); }
-tbody tr + tr > * { border-top: 1px solid var(--line); }
-tbody th { font-weight: 600; }
-tr.reference, tr.reference th:first-child { background: var(--shade); }
-th button { all: unset; display: inline-block; width: min-content; cursor: pointer; }
-th button::after { content: "\\a0\\2195"; color: var(--faint); }
-th[aria-sort=ascending] button::after { content: "\\a0\\2191"; }
-th[aria-sort=descending] button::after { content: "\\a0\\2193"; }
-.notes { padding-left: 1.1rem; font-size: .9rem; }
-.notes .trouble { color: var(--bad); }
-.verdicts { list-style: none; padding: 0; }
-.verdicts > li { padding: .6rem 0; border-bottom: 1px solid var(--line); }
-.verdicts ul { margin: .25rem 0 0; padding-left: 1.1rem; color: var(--faint); font-size: .9rem; }
-.word { display: inline-block; margin-right: .5rem; padding: 0 .5rem; border-radius: 1rem; font-size: .85rem;
-  font-weight: 600; color: var(--open); background: var(--open-paper); }
-.word.reproduced { color: var(--good); background: var(--good-paper); }
-.word.not-reproduced { color: var(--bad); background: var(--bad-paper); }
-figure { margin: 1rem 0; }
-figcaption { font-size: .9rem; }
-img { display: block; width: 100%; max-width: 52rem; height: auto; background: #fff; border-radius: .4rem; }
-details { margin: .75rem 0; }
-summary { cursor: pointer; color: var(--accent); }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; font-size: .9rem; }
-dt { color: var(--faint); }
-dd { margin: 0; }
-"""
-
-# Column heads become sort buttons only here, so the tables also work without the script.
-SCRIPT = """
-for (const table of document.querySelectorAll("table.sortable")) {
-  const body = table.tBodies[0], heads = [...table.tHead.rows[0].cells];
-  const read = (row, column) => row.cells[column].textContent.trim();
-  const number = text => parseFloat(text.replace(/,/g, "").replace(/^[<\\s]+/, ""));
-  heads.forEach((head, column) => {
-    const button = document.createElement("button");
-    button.append(...head.childNodes);
-    head.append(button);
-    button.onclick = () => {
-      const up = head.getAttribute("aria-sort") !== "ascending", sign = up ? 1 : -1;
-      heads.forEach(other => other.removeAttribute("aria-sort"));
-      head.setAttribute("aria-sort", up ? "ascending" : "descending");
-      const rows = [...body.rows], words = rows.every(row => isNaN(number(read(row, column))));
-      rows.sort((one, other) => {
-        const a = read(one, column), b = read(other, column);
-        if (words) return sign * a.localeCompare(b);
-        const x = number(a), y = number(b);
-        return isNaN(x) ? (isNaN(y) ? 0 : 1) : isNaN(y) ? -1 : sign * (x - y);
-      });
-      body.append(...rows);
-    };
-  });
-}
-"""
-
+# Column heads become sort buttons only in the script, so the tables also work without it.
+PAGE, STYLE, SCRIPT = (
+    Path(__file__).with_name(f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
+)
 MAX_PICTURED, MAX_BYTES = 20, 5_000_000  # rows whose pictures the page shows, and the size of these pictures
 
 CAPTIONS = {
@@ -258,7 +156,8 @@ def _diagnostics(table: Table, pictures: Callable[[str], dict[str, bytes]]) -> s
 
 def _configurations(table: Table, reference: str | None) -> str:
     """The settings that differ between rows as a table, and the others as a list."""
-    flat = [(row.label, _settings(row)) for row in table.study.rows]
+    every = [(row.label, row.cells[0].settings) for row in table.study.rows]
+    flat = [(label, {key: str(value) for key, value in own.items() if key != "seed"}) for label, own in every]
     keys = dict.fromkeys(key for _, settings in flat for key in settings)
     values = {key: {settings[key] for _, settings in flat if key in settings} for key in keys}
     varying = [key for key, found in values.items() if len(found) > 1]
@@ -270,11 +169,6 @@ def _configurations(table: Table, reference: str | None) -> str:
         _table("Settings that differ between rows", heads, rows, reference)
         + f"\n<details><summary>Settings that every row with them shares</summary><dl>{shared}</dl></details>"
     )
-
-
-def _settings(row: Row) -> dict[str, str]:
-    """Full key to value as text, without the seed."""
-    return {key: str(value) for key, value in row.cells[0].settings.items() if key != "seed"}
 
 
 def _versions(table: Table) -> str:

@@ -16,7 +16,8 @@ from basisadapt.study.outcome import NOT_RUN, Outcome
 from basisadapt.study.plan.cells import Row, Study
 from basisadapt.study.plan.claims import COMMON, PLATEAU
 from basisadapt.study.plan.keys import plain
-from basisadapt.study.plan.spec import ALL, Name, published_values
+from basisadapt.study.plan.published import Name, published_values
+from basisadapt.study.plan.spec import ALL
 from basisadapt.study.plan.tuning import Tuned
 
 # Metrics that are shown as percentages.
@@ -66,7 +67,7 @@ class Line:
     @property
     def values(self) -> dict[int, float]:
         """Seed to headline metric, for finished cells."""
-        return {seed: o.value for seed, o in self.outcomes.items() if o.value is not None}
+        return {seed: value for seed, o in self.outcomes.items() if (value := o.value) is not None}
 
     def values_of(self, metric: str | None) -> dict[int, float]:
         """Seed to a metric, or a quotient of two, for finished cells that have it. None is the headline metric."""

@@ -20,6 +20,7 @@ from basisadapt.study.report.formats import (
     metric_text,
     number_form,
     p_text,
+    score_text,
     seed_names,
     setting_text,
     with_std,
@@ -65,8 +66,7 @@ def _main(table: Table) -> TextTable:
     number = number_form(table)
 
     def compared(line: Line) -> list[str]:
-        values = list(line.values.values())
-        cells = [with_std(number(statistics.mean(values), ""), number(statistics.std(values), "")), _seeds(line)]
+        cells = [score_text(line.values.values(), number), _seeds(line)]
         return [*cells, *([difference_text(line.difference, number), p_text(line.p)] if reference is not None else [])]
 
     rows = []
@@ -139,10 +139,7 @@ def _curves(table: Table) -> TextTable:
     """Every row at every value of the tuned setting, and the width of its plateau."""
     number, setting, rows = number_form(table), table.setting, []
     for line in table.lines:
-        cells = [line.label]
-        for same in table.curve(line).values():
-            values = list(same.values.values())
-            cells.append(with_std(number(statistics.mean(values), ""), number(statistics.std(values), "")))
+        cells = [line.label, *(score_text(same.values.values(), number) for same in table.curve(line).values())]
         plateau = table.plateau(line)
         widths = list(plateau.by_seed.values()) if plateau else []
         cells.append(f"{'≥ ' if plateau.open else ''}{plateau.octaves:.2f}" if plateau else DASH)

@@ -103,18 +103,17 @@ def _word(table: Table, test: _Test) -> tuple[str, str]:
     if difference.low is None or difference.high is None or test.p is None:
         return UNTESTABLE, " (one seed)" if difference.n == 1 else " (the same on every seed)"
     if test.equivalence is not None and test.claim.margin is not None:
-        word, why = _equal(test, difference.low, difference.high, test.claim.margin / test.scale)
+        word, why = _equal(test.p, difference.low, difference.high, test.claim.margin / test.scale)
     else:
-        word, why = _better(test, difference.mean, difference.low, difference.high)
+        word, why = _better(test, test.p, difference.mean, difference.low, difference.high)
     opened = [row for part in _doubtful(test, word) for row in table.open_plateaus(part)]
     if opened:
         return UNTESTABLE, f"{why}; of {', '.join(opened)} it is a lower bound: the plateau reaches an end of the grid"
     return word, why
 
 
-def _better(test: _Test, mean: float, low: float, high: float) -> tuple[str, str]:
-    assert test.p is not None
-    if test.p < LEVEL:
+def _better(test: _Test, p: float, mean: float, low: float, high: float) -> tuple[str, str]:
+    if p < LEVEL:
         return (REPRODUCED, "") if mean > 0 else (NOT_REPRODUCED, ": significantly the other way")
     seen = f"a difference of {test.number((high - low) / 2, '')} could have been seen"
     published = test.published
@@ -123,9 +122,8 @@ def _better(test: _Test, mean: float, low: float, high: float) -> tuple[str, str
     return UNTESTABLE, f": no power to tell{' it from zero' if published is None else ''}; {seen}"
 
 
-def _equal(test: _Test, low: float, high: float, margin: float) -> tuple[str, str]:
-    assert test.p is not None
-    if test.p < LEVEL:
+def _equal(p: float, low: float, high: float, margin: float) -> tuple[str, str]:
+    if p < LEVEL:
         return REPRODUCED, ""
     if low > margin or high < -margin:
         return NOT_REPRODUCED, ": the interval lies beyond the margin"

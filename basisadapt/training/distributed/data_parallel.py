@@ -89,7 +89,9 @@ def _predicted(trainer: Any, examples: Any, batches: Sequence[range], in_step: b
             batch = trainer.data_collator([examples[row] for row in batches[index]])
             loss, scores, _ = trainer.prediction_step(trainer.model, batch, prediction_loss_only=False)
             found[index] = loss.item(), scores.cpu()
-    for others in _gathered(found):
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, found)
+    for others in everywhere:
         found.update(others)
     return found
 
@@ -97,13 +99,6 @@ def _predicted(trainer: Any, examples: Any, batches: Sequence[range], in_step: b
 def _mine() -> slice:
     """This process's share of a sequence."""
     return slice(dist.get_rank(), None, dist.get_world_size())
-
-
-def _gathered(value: Any) -> list[Any]:
-    """The values of all processes."""
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 class _Shares:

@@ -34,10 +34,9 @@ def compute(job: Job, settings: JobSettings, on_step: OnStep) -> Ended:
                 compiled=settings.compile,
             )
         except Exception as error:
-            if not _is_out_of_memory(error):
-                return Ended(job.key, error=one_line(error), traceback="".join(traceback.format_exception(error)))
-            if not settings.halve_batch or batch % (2 * job.config.train.processes):
-                reason = f"out of memory with a batch of {batch} ({one_line(error)})"
+            full, reason = _is_out_of_memory(error), one_line(error)
+            if not full or not settings.halve_batch or batch % (2 * job.config.train.processes):
+                reason = f"out of memory with a batch of {batch} ({reason})" if full else reason
                 return Ended(job.key, error=reason, traceback="".join(traceback.format_exception(error)))
         else:
             if accumulate > 1:

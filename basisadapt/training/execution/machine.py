@@ -22,7 +22,7 @@ def cores() -> int:
 
 def free_memory() -> int:
     """The free memory in bytes; in a container at most its limit."""
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
     found = int(psutil.virtual_memory().available)
     with suppress(OSError, ValueError):  # no Linux, or no limit: "max"

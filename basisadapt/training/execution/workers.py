@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from basisadapt.core.command import tell
-from basisadapt.core.errors import InputError, one_line
+from basisadapt.core.errors import InputError, one_line, require
 from basisadapt.training.compiled import check_compiler
 from basisadapt.training.execution.compute import Inline
 from basisadapt.training.execution.executor import Died, Ended, Executor, Job, JobSettings, OnStep
@@ -238,8 +238,7 @@ def local_executor(workers: int | None, settings: JobSettings) -> Executor:
     (`benchmarks/cell_threads.py`). A single process with these threads may be this one. With an accelerator it is this
     process, or a child if a job that takes too long has to be stopped. Raises InputError for fewer than one.
     """
-    if workers is not None and workers < 1:
-        raise InputError(f"--workers must be at least 1, got {workers}")
+    require(workers is None or workers >= 1, "--workers", workers, "at least 1")
     if settings.compile:
         check_compiler()
     if workers is not None:
