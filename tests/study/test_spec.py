@@ -264,6 +264,13 @@ def test_bad_changes(spec, changes, message):
         ("smoke: {", "smoke: {sweep.task: [a/../../x.csv], ", "sweep.task leads out of the folder"),
         ("set: {method", "set: {task: ../x.csv, method", "task leads out of the folder"),
         ("sweep:", "given: {basis=sinc: 2}\nsweep:", "given.basis=sinc must be AXIS=VALUE of the sweep .*, got 2"),
+        (
+            "sweep:",
+            "given: {basis=sinc: {0: null}}\nsweep:",
+            "given.basis=sinc must be AXIS=VALUE of the sweep with keys",
+        ),
+        ("set: {method", "set: {0: 1, method", "beside"),
+        ("base:", "base: {0: 1}\nx:", "base"),
     ],
 )
 def test_bad_files(folder, before, after, message):

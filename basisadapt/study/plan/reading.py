@@ -53,7 +53,7 @@ def _read_file(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         values: dict[str, Any] = parse_yaml(path.read_text(encoding="utf-8"), where)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{where} cannot be read: {one_line(error)}") from error
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+    if not _has_names(values):
         raise InputError(f"{where} must hold keys and values")
     _check_paths(values, where)
     if "like" in values:
@@ -130,20 +130,23 @@ def _spec(values: dict[str, Any]) -> StudySpec:
     for preset, overrides in spec.presets.items():
         if preset not in PRESETS:
             raise unknown("preset", preset, PRESETS)
-        if not isinstance(overrides, dict) or not all(isinstance(key, str) for key in overrides):
+        if not _has_names(overrides):
             raise InputError(f"presets.{preset} must hold keys and values, got {shown(overrides)}")
         for kind in (SWEEP, TUNE):
             check_axes({name: axis for name, axis in axes_in(overrides, kind).items() if name not in RULE}, kind)
     return spec
 
 
+def _has_names(values: Any) -> bool:
+    """Whether a part of a file is a mapping whose keys are text, as YAML's need not be."""
+    return isinstance(values, dict) and all(isinstance(key, str) for key in values)
+
+
 def _axes(values: Mapping[str, Any]) -> list[str]:
     """The axes of a file's sweep and of its presets, as written there."""
     sweep, presets = values.get("sweep"), values.get("presets")
     parts = presets.values() if isinstance(presets, dict) else ()
-    named = [
-        axes_in(part, SWEEP) for part in parts if isinstance(part, dict) and all(isinstance(key, str) for key in part)
-    ]
+    named = [axes_in(part, SWEEP) for part in parts if _has_names(part)]
     return [name for axes in (sweep, *named) if isinstance(axes, dict) for name in axes]
 
 
@@ -160,7 +163,7 @@ def _by_axis(given: Mapping[Any, Any], sweep: Mapping[Any, Any]) -> dict[str, di
     found: dict[str, dict[str, Any]] = {}
     for name, overrides in given.items():
         axis, _, value = str(name).partition("=")
-        if axis not in sweep or not isinstance(overrides, dict):
+        if axis not in sweep or not _has_names(overrides):
             raise InputError(
                 f"given.{name} must be AXIS=VALUE of the sweep with keys and values, got {shown(overrides)}"
             )
