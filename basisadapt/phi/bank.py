@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from basisadapt.core.errors import InputError
+from basisadapt.core.grouping import grouped
 from basisadapt.phi.basis import BASES, TransferBasis, width
 from basisadapt.phi.grids import GRIDS
 from basisadapt.phi.notation import Amplitudes
@@ -271,10 +272,27 @@ def index_tensor(rows: tuple[int, ...], device: torch.device) -> Tensor:
 def root_mean_squares(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """The root mean square of the entries of BA for every pair A (r, n), B (m, r): shape (M,), float64.
 
-    Computed as ‖BA‖² = tr(BᵀB AAᵀ), without the product.
+    Computed as ‖BA‖² = tr(BᵀB AAᵀ), without the product. On a GPU, equal shapes are stacked, to launch few kernels.
     """
-    wide = [(A.double(), B.double()) for A, B in pairs]
-    return torch.stack([((B.T @ B) * (A @ A.T)).sum().div(len(B) * A.shape[1]).sqrt() for A, B in wide])
+    if pairs[0][0].device.type == "cpu":
+        return torch.stack([_root_mean_square(A, B) for A, B in pairs])
+    return _at_once(pairs)
+
+
+def _at_once(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """`root_mean_squares` with equal shapes stacked."""
+    groups = grouped(((A.shape, B.shape, A.dtype), index) for index, (A, B) in enumerate(pairs))
+    found = torch.empty(len(pairs), dtype=torch.float64, device=pairs[0][0].device)
+    for members in groups.values():
+        A, B = (torch.stack([pairs[index][side] for index in members]) for side in (0, 1))
+        found[index_tensor(tuple(members), found.device)] = _root_mean_square(A, B)
+    return found
+
+
+def _root_mean_square(A: Tensor, B: Tensor) -> Tensor:
+    """That of one pair, shape (), or of stacked ones, (K, r, n) and (K, m, r), shape (K,)."""
+    A, B = A.double(), B.double()
+    return ((B.mT @ B) * (A @ A.mT)).sum((-2, -1)).div(B.shape[-2] * A.shape[-1]).sqrt()
 
 
 def _omega0(settings: PhiSettings, modules: Sequence[AdaptedModule], rows: Sequence[int]) -> list[float]:

@@ -26,6 +26,7 @@ from basisadapt.phi.operators import Call, Function, Link, Linked, Memory, fill,
 from basisadapt.phi.weight import Execution
 
 HALF_ROUNDING = 1 + 2**-7  # under FSDP, A and B may each be rounded to bfloat16 for their layer
+HOOK = "_hf_hook"  # the attribute in which accelerate keeps a module's hook
 Adapted = tuple[nn.ParameterDict, nn.ParameterDict, nn.Module]  # the holders of A and of B, and the frozen layer
 
 
@@ -221,7 +222,8 @@ class Compiler:
     def _gathered(self) -> tuple[list[tuple[Tensor, Tensor]], bool]:
         """A and B of every module, and whether they had to be gathered. Raises InputError on the meta device."""
         for module in chain([self.bank], *(holders[:2] for holders in self._modules.values())):
-            onload(module)
+            if HOOK in module.__dict__:  # a model has hundreds of modules, and a call for each takes the host long
+                onload(module)
         pairs = [self._pair(name) for name in self._modules]
         sharded = any(hasattr(A, "full_tensor") for A, _ in pairs)
         if pairs[0][0].is_meta:
@@ -307,7 +309,7 @@ def onload(module: nn.Module) -> None:
     Accelerate's hook would load it only for the module's own forward pass, but an adapter is also read outside. As
     always with accelerate, the parameters are new objects, which an existing optimizer does not know.
     """
-    hook: Any = vars(module).get("_hf_hook")
+    hook: Any = vars(module).get(HOOK)
     if getattr(hook, "offload", False):
         with torch.inference_mode(False):
             hook.pre_forward(module)

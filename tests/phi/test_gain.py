@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from basisadapt.phi.bank import POINTS_PER_FUNCTION, TransferBank, root_mean_squares
+from basisadapt.phi.bank import POINTS_PER_FUNCTION, TransferBank, _at_once, root_mean_squares
 from basisadapt.phi.settings import PhiSettings
 from basisadapt.testing import MODULES
 
@@ -24,6 +24,12 @@ def pairs():
 def test_the_size_of_BA_is_known_without_BA():
     truth = [(B @ A).square().mean().sqrt() for A, B in pairs()]
     torch.testing.assert_close(root_mean_squares(pairs()), torch.stack(truth))
+
+
+def test_stacked_as_one_by_one():
+    """As on a GPU; of two shapes and dtypes, in turn."""
+    mixed = [pair for one in pairs() for pair in (one, (one[0][:, :5].float(), one[1].float()))]
+    torch.testing.assert_close(_at_once(mixed), root_mean_squares(mixed), rtol=1e-14, atol=0)
 
 
 def test_a_learned_gain_starts_where_it_is_told_and_trains_in_every_module():
