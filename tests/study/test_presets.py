@@ -192,7 +192,7 @@ def test_presets_of_drawn_tasks(name):
         assert len(seeds) == (1 if preset == "smoke" else 5 if name in ("capacity", "rules") else 3)
         assert not seeds & {cell.seed for cell in tuning.trials}
         rates = {len(of_row) for of_row in tuning.candidates}
-        of_quick = {"capacity": 5, "approximate": 3, "depth": 3, "forgetting": 2, "rules": 3}
+        of_quick = {"capacity": 5, "approximate": 3, "depth": 3, "forgetting": 3, "rules": 3}
         assert rates == {1 if preset == "smoke" else of_quick.get(name, 1)}
 
 
