@@ -40,6 +40,7 @@ from basisadapt import backbones
 from basisadapt.adapter import PhiConfig, PhiLinear
 from basisadapt.adapter.placement import PROJECTION
 from basisadapt.core.environment import environment
+from basisadapt.phi import choice
 from basisadapt.phi.choice import default_tolerance
 from basisadapt.phi.evaluators import Direct
 from basisadapt.phi.weight import delta_weight
@@ -479,6 +480,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", choices=["no", "yes"], nargs="+", default=["no"], help=text)
     parser.add_argument("--compile", choices=["no", *BLOCKWISE, "whole"], nargs="+", default=["no"])
     parser.add_argument("--busy", action=argparse.BooleanOptionalAction, default=True, help="how long the GPU works")
+    parser.add_argument("--recorded", action="store_true", help="record the compilation of φ, see phi/recorded.py")
     parser.add_argument("--methods", default="", help="parts of names, separated by semicolons; LoRA is always there")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4)
@@ -489,6 +491,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Check, then time."""
     given = parse()
+    if given.recorded:
+        choice.RECORD_AFTER = 3
     deadline = time.monotonic() + given.budget
     turns = Turns(given.methods.split(";"), given.compile, given.rounds, given.steps, deadline)
     for name, value in environment().items():

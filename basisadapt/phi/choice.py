@@ -18,6 +18,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,8 +28,12 @@ from basisadapt.phi.bank import Transfer, index_tensor
 from basisadapt.phi.cubics import FINE, Made, Row, fit, reach
 from basisadapt.phi.evaluators import Direct, Evaluator, Series, Split
 from basisadapt.phi.extent import MEASURED_ROUNDING, ROUNDING, SMALLEST, Extent, bounds, largest, towering, without
+from basisadapt.phi.recorded import Graphs, Recorded
 
 VERIFY_EVERY = 16  # compilations
+# Compilations in a row in which nothing was chosen, before they are recorded; 3 is enough. Never by default, before a
+# GPU has shown that it pays: `benchmarks/train_step.py --recorded` asks that.
+RECORD_AFTER: float = math.inf
 MOVED = 1.25  # R has moved if it has grown or shrunk by this factor
 # Measured nanoseconds on one CPU core, forward and backward: per entry of BA and term of a series; per entry of BA with
 # a table; per cell of a table; per basis function evaluated to make it; per basis function evaluated in a direct sum;
@@ -43,6 +48,9 @@ DOUBLE_TOLERANCE = 1e-11  # in float64, whatever the settings
 LEAST_SHARE = 1 / 8  # the least max |BA| / R for which R may be the bound by norms
 
 
+Parameters = Callable[[], Sequence[Tensor]]
+
+
 @dataclass(frozen=True)
 class Work:
     """M functions to compile, and the factors that they act on.
@@ -55,6 +63,7 @@ class Work:
     - `slack` (float ≥ 1, default 1): how many times as large the entries of a layer's own BA may be.
     - `alike` (default: each is by itself): a name for each module. On a GPU those of one name all have a series, or
       tables of one size, so that the blocks of a model share a graph of torch.compile.
+    - `copies` (default: none): of `parameters`, at this moment.
     """
 
     tables: series.Tables
@@ -65,6 +74,7 @@ class Work:
     tolerances: tuple[float, ...]
     slack: float = 1.0
     alike: Sequence[str] = ()
+    copies: tuple[Tensor, ...] = ()
 
     @torch.no_grad()
     def functions(self) -> Transfer:
@@ -174,6 +184,9 @@ class Choice:
     has moved, and as soon as a series misses the tolerance. In a training step on a GPU the last two are read one
     compilation late, so that the host does not wait for the running step. A CUDA graph keeps the evaluators with which
     it was captured; the degrees of its series still follow the parameters.
+
+    Between inspections the same kernels run at every compilation. After RECORD_AFTER of these in training on a GPU they
+    are recorded.
     """
 
     def __init__(self) -> None:
@@ -182,6 +195,65 @@ class Choice:
         self._tables: dict[int, Fitted] = {}  # of modules without a series
         self._together = False  # whether they are made at once, as is quicker on a GPU
         self._answer: tuple[Tensor, Callable[[], object]] | None = None
+        self._steady = 0  # compilations since the last choice
+        self._recorded: Recorded | None = None
+        self._kernels: tuple[Any, ...] = ()  # what decides which ones run between inspections
+
+    def renewed(
+        self, make: Callable[[], Work], inputs: Parameters, tables: Parameters
+    ) -> tuple[Work, list[Evaluator | Split]]:
+        """What `make` returns and its evaluators, without the host's work where that is recorded.
+
+        inputs, tables: return what `make` reads, and that of it which has gradients.
+        """
+        if self._serves():
+            assert self._recorded is not None
+            self._count += 1
+            degrees = self._read(self._recorded.repeat(), False)
+            if all(degrees):
+                return self._recorded.rest, list(self._recorded.evaluators(degrees))
+            work = make()
+            return work, self._look(work)
+        work = make()
+        made = self.evaluators(work)
+        if self._may_record(work, made):
+            self._recorded = self._record(make, inputs, tables)
+        return work, made
+
+    def _serves(self) -> bool:
+        """Whether what is recorded makes the next evaluators."""
+        due = self._count % VERIFY_EVERY == 0
+        return (
+            self._recorded is not None
+            and not due
+            and torch.is_grad_enabled()
+            and not _in_capture()
+            and self._recorded.serves()
+        )
+
+    def _may_record(self, work: Work, made: Sequence[Evaluator | Split]) -> bool:
+        """Whether the last compilation is worth recording."""
+        self._steady += 1
+        return (
+            self._recorded is None
+            and self._steady > RECORD_AFTER
+            and torch.is_grad_enabled()
+            and deferred(work.gains)
+            and not _in_capture()
+            and all(isinstance(evaluator, Series | Row) for evaluator in made)
+        )
+
+    def _record(self, make: Callable[[], Work], inputs: Parameters, tables: Parameters) -> Recorded:
+        seen = self._seen
+        assert seen is not None
+
+        def compile_all() -> tuple[Sequence[Evaluator], Tensor, Work]:
+            work = make()
+            batch, radius, degrees = self._compile(work, seen)
+            made = self._made(work, seen, batch, radius, [1] * len(work.pairs))
+            return [one for one in made if isinstance(one, Evaluator)], degrees, work
+
+        return Recorded(compile_all, inputs, tables, Graphs())
 
     def evaluators(self, work: Work) -> list[Evaluator | Split]:
         """One evaluator per module."""
@@ -190,7 +262,14 @@ class Choice:
         self._count += not capturing
         if self._seen is None or due:
             return self._look(work)
-        seen = self._seen
+        batch, radius, found = self._compile(work, self._seen)
+        degrees = self._read(found, capturing)
+        if not all(degrees):
+            return self._look(work)
+        return self._made(work, self._seen, batch, radius, degrees)
+
+    def _compile(self, work: Work, seen: Seen) -> tuple[series.SeriesBatch | None, Tensor, Tensor]:
+        """All series, R of every module, and its degree, 0 where an inspection is due. The host waits for nothing."""
         extent = _extent(work, seen.apart, seen.measured, seen.share)
         steady = (extent.radius <= MOVED * seen.radius) & (extent.radius * MOVED >= seen.radius)
         if self._together:
@@ -199,10 +278,7 @@ class Choice:
         if any(seen.by_series):
             batch = series.compile_series(work.tables, work.parameters, extent, self._points, work.tolerance)
             fine &= batch.resolved | ~seen.served
-        degrees = self._read(torch.where(fine, batch.degree if batch else 1, 0), capturing)
-        if not all(degrees):
-            return self._look(work)
-        return self._made(work, seen, batch, extent.radius, degrees)
+        return batch, extent.radius, torch.where(fine, batch.degree if batch else 1, 0)
 
     def _look(self, work: Work) -> list[Evaluator | Split]:
         """A full inspection, and the evaluators. The host waits for the device."""
@@ -225,8 +301,22 @@ class Choice:
         now = _extent(work, apart, measured, extent.share)
         fitted = [self._tables.get(index) if self._together else None for index in range(len(apart))]
         far = now.radius.new_tensor([REFIT * f.reach if f and f.kind else math.inf for f in fitted])
-        self._seen = Seen(apart, measured, now.radius, extent.share, served.new_tensor(by_series), by_series, far)
+        seen = Seen(apart, measured, now.radius, extent.share, served.new_tensor(by_series), by_series, far)
+        self._seen = self._followed(seen)
         return self._made(work, self._seen, batch, now.radius, degrees.tolist())
+
+    def _followed(self, seen: Seen) -> Seen:
+        """What was seen, in the memory that a recording reads, if the same kernels run for it; else there is none."""
+        sizes = {index: (table.kind, table.half) for index, table in self._tables.items()}
+        kernels = (seen.measured, seen.by_series, self._points, self._together, sizes)
+        recorded, before, self._kernels = self._recorded, self._kernels, kernels
+        if recorded is None or kernels != before or any(rows is not None for rows in seen.apart):
+            self._recorded, self._steady = None, 0
+            return seen
+        assert self._seen is not None
+        for name in ("radius", "share", "served", "far"):
+            getattr(self._seen, name).copy_(getattr(seen, name))
+        return self._seen
 
     def _fit_tables(
         self, work: Work, apart: Sequence[Tensor | None], measured: Sequence[bool], extent: Extent,
@@ -343,6 +433,11 @@ def _sent(numbers: tuple[float, ...], device: torch.device) -> Tensor:
 def _capturing(tensor: Tensor) -> bool:
     """Whether a CUDA graph is being captured."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _in_capture() -> bool:
+    """The same, where there is no tensor yet."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def deferred(tensor: Tensor) -> bool:

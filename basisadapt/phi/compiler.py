@@ -245,43 +245,76 @@ class Compiler:
         return made
 
     def _compile(self, wanted: bool) -> Compiled:
-        pairs, sharded = self._gathered()
+        given, sharded = self._gathered()
+        names = list(self._modules)
+        device = given[0][0].device
+        of_now = device, self.bank.loaded, *(A.dtype for A, _ in given)
+        if of_now != self._chosen_for:
+            self._choice, self._chosen_for = Choice(), of_now
+        tolerances = tuple(map(self._tolerance_of, names))
+        alike = [name.rpartition(".")[2] for name in names]
+
+        def make() -> Work:
+            return self._work(given, sharded, tolerances, alike)
+
+        with torch.autocast(device.type, enabled=False):
+            if self._setting == "direct":
+                work = make()
+                evaluators: list[Evaluator | Split] = [Direct(work.single(index)) for index in range(len(names))]
+            elif sharded:
+                work = make()
+                evaluators = self._choice.evaluators(work)
+            else:
+                this = weakref.ref(self)
+                work, evaluators = self._choice.renewed(
+                    make, functools.partial(_factors, this), functools.partial(_tables, this)
+                )
+        kept = None if sharded else dict(zip(names, work.pairs, strict=True))
+        ways = {where: Execution(self.backend(where), self._dense) for where in {A.device for A, _ in given}}
+        functions = [
+            Function(evaluator, ways[A.device], functools.partial(_check, weakref.ref(self), name))
+            for name, evaluator, (A, _) in zip(names, evaluators, given, strict=True)
+        ]
+        return Compiled(
+            dict(zip(names, functions, strict=True)), wanted, work.copies,
+            tuple(table.requires_grad for table in self.bank.tables), tolerances, kept,
+            linked(functions, self._memory, alike),
+        )  # fmt: skip
+
+    def _work(
+        self, given: list[tuple[Tensor, Tensor]], sharded: bool, tolerances: tuple[float, ...], alike: Sequence[str]
+    ) -> Work:
+        """What there is to compile now, from copies of all that may change. The host waits for nothing."""
+        pairs = given
         if not sharded:
             with torch.no_grad():
                 # A product with 1 copies many tensors in one kernel launch.
-                held = iter(torch._foreach_mul([factor for pair in pairs for factor in pair], 1))
+                held = iter(torch._foreach_mul([factor for pair in given for factor in pair], 1))
             pairs = list(zip(held, held, strict=True))
-        tables, names = self.bank.tables, list(self._modules)
-        copies = tuple(table.detach().clone() for table in tables)
-        device = pairs[0][0].device
-        of_now = device, self.bank.loaded, *(A.dtype for A, _ in pairs)
-        if of_now != self._chosen_for:
-            self._choice, self._chosen_for = Choice(), of_now
-        with torch.autocast(device.type, enabled=False):
-            gains = self.bank.gains(pairs).detach()
+        copies = tuple(table.detach().clone() for table in self.bank.tables)
+        gains, names = self.bank.gains(pairs).detach(), list(self._modules)
 
-            def single(index: int) -> Transfer:
-                return self.bank.kept_transfer(names[index], gains[index], copies)
+        def single(index: int) -> Transfer:
+            return self.bank.kept_transfer(names[index], gains[index], copies)
 
-            tolerances = tuple(map(self._tolerance_of, names))
-            alike = [name.rpartition(".")[2] for name in names]
-            if self._setting == "direct":
-                evaluators: list[Evaluator | Split] = [Direct(single(index)) for index in range(len(names))]
-            else:
-                slack = HALF_ROUNDING if sharded else 1.0
-                work = Work(self.bank.functions(gains), tables, single, pairs, gains, tolerances, slack, alike)
-                evaluators = self._choice.evaluators(work)
-        kept = None if sharded else dict(zip(names, pairs, strict=True))
-        trained = tuple(table.requires_grad for table in tables)
-        ways = {where: Execution(self.backend(where), self._dense) for where in {A.device for A, _ in pairs}}
-        functions = [
-            Function(evaluator, ways[A.device], functools.partial(_check, weakref.ref(self), name))
-            for name, evaluator, (A, _) in zip(names, evaluators, pairs, strict=True)
-        ]
-        return Compiled(
-            dict(zip(names, functions, strict=True)), wanted, copies, trained, tolerances, kept,
-            linked(functions, self._memory, alike),
-        )  # fmt: skip
+        slack = HALF_ROUNDING if sharded else 1.0
+        return Work(
+            self.bank.functions(gains), self.bank.tables, single, pairs, gains, tolerances, slack, alike, copies
+        )
+
+
+def _factors(compiler: weakref.ref[Compiler]) -> Sequence[Tensor]:
+    """A and B of all modules; by a weak reference, as `_check`."""
+    held = compiler()
+    assert held is not None, "the model that calls holds its compiler"
+    return [factor for name in held._modules for factor in held._pair(name)]
+
+
+def _tables(compiler: weakref.ref[Compiler]) -> Sequence[Tensor]:
+    """The bank's tables, in the same way."""
+    held = compiler()
+    assert held is not None, "the model that calls holds its compiler"
+    return held.bank.tables
 
 
 def _check(compiler: weakref.ref[Compiler], module: str, function: Function, A: Tensor, B: Tensor) -> None:

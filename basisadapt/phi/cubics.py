@@ -67,7 +67,7 @@ class Cubics(Evaluator):
 
         They are made when they are needed: kernels need none of them, and a model has hundreds of tables.
         """
-        self.half, self._path, self._made = half, path, functools.cache(parts)
+        self.half, self.path, self._made = half, path, functools.cache(parts)
 
     @property
     def cells(self) -> int:
@@ -88,7 +88,7 @@ class Cubics(Evaluator):
         """F(z)."""
         cell, s = self._locate(z)
         value = self._of(cell, s)[0].view_as(z)
-        return value.add_(z, alpha=self._path) if self._path else value
+        return value.add_(z, alpha=self.path) if self.path else value
 
     def _of(self, cell: Tensor, s: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The values of the cubics, and their coefficients."""
@@ -103,9 +103,9 @@ class Cubics(Evaluator):
         value, p = self._of(cell, s)
         slope = torch.addcmul(p[2], p[3], s, value=1.5)
         slope = torch.addcmul(p[1], slope, s, value=2, out=slope).mul_(self._made()[1])
-        if self._path:
-            value.add_(z.flatten(), alpha=self._path)
-            slope.add_(self._path)
+        if self.path:
+            value.add_(z.flatten(), alpha=self.path)
+            slope.add_(self.path)
         sums = self._sums(cell, s, gradient.flatten())
         return value.view_as(z), slope.view_as(z).mul_(gradient), (sums,)
 
