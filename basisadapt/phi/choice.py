@@ -25,7 +25,8 @@ from torch import Tensor
 
 from basisadapt.phi import series, together
 from basisadapt.phi.bank import Transfer, index_tensor
-from basisadapt.phi.cubics import FINE, Made, Row, fit, reach
+from basisadapt.phi.cubic_tables import FINE, Made, fit, reach
+from basisadapt.phi.cubics import Row
 from basisadapt.phi.evaluators import Direct, Evaluator, Series, Split
 from basisadapt.phi.extent import MEASURED_ROUNDING, ROUNDING, SMALLEST, Extent, bounds, largest, towering, without
 from basisadapt.phi.recorded import Graphs, Recorded

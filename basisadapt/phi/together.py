@@ -20,7 +20,8 @@ from torch.nn import functional
 
 from basisadapt.core.grouping import grouped
 from basisadapt.phi.bank import Transfer, index_tensor
-from basisadapt.phi.cubics import FEWEST, FINE, Cells, Made, PackedRow, Row, kinds, reach
+from basisadapt.phi.cubic_tables import FEWEST, FINE, Cells, Made, kinds, reach
+from basisadapt.phi.cubics import PackedRow, Row
 from basisadapt.phi.series import Tables
 
 SIZES = tuple(FINE * FEWEST // 2 * number << k for k in range(12) for number in (2, 3))  # cells on either side of zero
@@ -33,7 +34,7 @@ Key = tuple[type[Made], int, torch.dtype]  # a table's kind, half size and dtype
 def fit(
     transfer: Transfer, radius: Tensor, tolerances: Sequence[float], most: Sequence[int], least: Sequence[int]
 ) -> list[tuple[type[Made], int] | None]:
-    """The kind and half size of the smallest accurate table of each of M functions, or None, as in `cubics.fit`.
+    """The kind and half size of the smallest accurate table of each of M functions, or None, as in `cubic_tables.fit`.
 
     radius: R, shape (M,). The host waits for the device.
     """

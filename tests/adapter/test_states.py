@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from basisadapt import InputError, PhiConfig
 from basisadapt.adapter import PhiLinear
 from basisadapt.phi import choice
-from basisadapt.phi.cubics import Spline
+from basisadapt.phi.cubic_tables import Spline
 from basisadapt.phi.evaluators import Series, Split
 
 X = torch.randn(9, 10, generator=torch.Generator().manual_seed(3))

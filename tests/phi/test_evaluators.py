@@ -13,7 +13,8 @@ from basisadapt.phi import series
 from basisadapt.phi.bank import Transfer
 from basisadapt.phi.basis import BASES, TransferBasis
 from basisadapt.phi.choice import Choice, Work, evaluator
-from basisadapt.phi.cubics import Row, Spline, Table
+from basisadapt.phi.cubic_tables import Spline, Table
+from basisadapt.phi.cubics import Row
 from basisadapt.phi.evaluators import Direct, Series
 from basisadapt.phi.extent import SMALLEST, Extent, bounds
 from basisadapt.phi.grids import GRIDS

@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
-from basisadapt.phi import cubics, sums
+from basisadapt.phi import cubic_tables, sums
 from basisadapt.phi.bases import BSpline, GaussianRBF, Sinc
 from basisadapt.phi.basis import BASES, TransferBasis
 from basisadapt.phi.choice import Fitted, Work, evaluator
-from basisadapt.phi.cubics import FINE, SLOPE, Spline, Table, fit
+from basisadapt.phi.cubic_tables import FINE, SLOPE, Spline, Table, fit
 from basisadapt.phi.evaluators import Direct, Series
 from basisadapt.phi.grids import GRIDS
 from tests.phi.test_evaluators import Morlet, factors, make
@@ -175,7 +175,7 @@ def test_accuracy_is_of_value_and_slope_everywhere():
 
 @pytest.mark.parametrize("basis", ["sinc", "bspline"])
 def test_a_value_may_be_wrong_where_its_slope_does_not_matter(monkeypatch, basis):
-    monkeypatch.setattr(cubics, "SLOPE", float("inf"))
+    monkeypatch.setattr(cubic_tables, "SLOPE", float("inf"))
     kind = Spline if basis == "bspline" else Table
     table = kind(make(basis, 8), RADIUS, 6 * FINE, torch.float64)
     assert [table.accurate(tolerance) for tolerance in (1e-3, 1e-9)] == [True, False]

@@ -9,7 +9,8 @@ import torch
 
 from basisadapt.phi import choice, extent, together
 from basisadapt.phi.choice import Choice, Fitted, Work
-from basisadapt.phi.cubics import Cells, Row, Spline, Table
+from basisadapt.phi.cubic_tables import Cells, Spline, Table
+from basisadapt.phi.cubics import Row
 from basisadapt.phi.evaluators import Direct, Series
 from tests.phi.test_evaluators import Morlet, factors, make
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,8 @@ import urllib.request
 
 import psutil
 import pytest
+
+from basisadapt.study.record import ui
 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
@@ -49,12 +50,31 @@ def test_what_cannot_be_served(folder, study, uri, message):
     assert message in err
 
 
-def test_a_port_that_is_taken_is_passed_over():
-    from basisadapt.study.record import ui
+def test_servers_that_start_at_once_have_ports_of_their_own(home, fake, study):
+    study("tiny.yaml", "--seeds", "1")
+    command = [sys.executable, "-m", "basisadapt.study", "--ui"]
+    programs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        addresses = {program.stdout.readline().split()[0] for program in programs}
+        assert len(addresses) == 2
+        for address in addresses:
+            with urllib.request.urlopen(f"{address}/health") as answer:
+                assert answer.read() == b"OK"
+    finally:
+        for program in programs:
+            program.send_signal(signal.SIGINT)
+    assert [program.wait(60) for program in programs] == [0, 0]
 
-    first = ui._free_port()
-    with socket.socket() as taken:
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        taken.bind((ui.HOST, first))
-        taken.listen()
-        assert ui._free_port() > first
+
+def test_a_port_that_is_found_is_taken():
+    with ui._listen() as first, ui._listen() as second:
+        assert second.getsockname()[1] > first.getsockname()[1]
+
+
+def test_no_port_is_free(home, fake, study, monkeypatch):
+    study("tiny.yaml", "--seeds", "1")
+    with ui._listen() as taken:
+        monkeypatch.setattr(ui, "FIRST_PORT", port := taken.getsockname()[1])
+        monkeypatch.setattr(ui, "PORTS", 1)
+        code, out, err = study("--ui")
+    assert (code, out, err) == (2, "", f"basisadapt: error: no port from {port} to {port} is free\n")

@@ -42,21 +42,24 @@ def serve(tracking_uri: str) -> None:
     if tracking_uri.startswith(("http:", "https:")):
         raise InputError(f"--ui serves a local store; {tracking_uri!r} is a server already")
     check_recorded(tracking_uri)
-    address = f"http://{HOST}:{(port := _free_port())}"
-    command = ["mlflow", "server", "--host", HOST, "--port", str(port)]
+    listening = _listen()
+    port = listening.getsockname()[1]
+    address, command = f"http://{HOST}:{port}", ["mlflow", "server", "--host", HOST, "--port", str(port)]
     before = {number: signal.signal(number, _interrupt) for number in ENDS}
     # No jobs: their processes would be outside of the group.
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     store = {"MLFLOW_BACKEND_STORE_URI": tracking_uri}  # every user of the machine could read an argument
-    server = subprocess.Popen(
-        [sys.executable, "-m", *command, "--workers", "1"],
-        env={**os.environ, **quiet, **store},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        errors="replace",
-        start_new_session=True,
-    )
+    with listening:
+        server = subprocess.Popen(
+            [sys.executable, "-m", *command, "--workers", "1", "--uvicorn-opts", "--fd 0"],
+            env={**os.environ, **quiet, **store},
+            stdin=listening.fileno(),  # and not the port alone, which could be taken before the server is up
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,
+        )
     reader = threading.Thread(target=_pass_on, args=(server,), daemon=True)
     reader.start()
     watch = subprocess.Popen(
@@ -88,15 +91,18 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _free_port() -> int:
+def _listen() -> socket.socket:
+    """A socket that listens at the first free port, which nobody else can take until every copy of it is closed."""
     for port in range(FIRST_PORT, FIRST_PORT + PORTS):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((HOST, port))
-            except OSError:
-                continue
-            return port
+        listening = socket.socket()
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((HOST, port))
+            listening.listen()
+        except OSError:
+            listening.close()
+        else:
+            return listening
     raise InputError(f"no port from {FIRST_PORT} to {FIRST_PORT + PORTS - 1} is free")
 
 
