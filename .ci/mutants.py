@@ -52,14 +52,16 @@ PATHS = [
 ]
 WEIGHT = ["tests/phi/test_weight.py", "tests/phi/test_evaluators.py", PATHS[-1]]
 TESTS = {
-    "phi/bases": FORMULAS,
-    "phi/basis": FORMULAS,
+    "phi/bases": [*FORMULAS, *PATHS[:2]],
+    "phi/basis": [*FORMULAS, "tests/adapter/test_wrong_inputs.py::test_a_basis_that_is_none"],
     "phi/grids": [*FORMULAS, "-k=not test_basis"],
     "phi/sharing": [*FORMULAS, "-k=not test_basis"],
     "phi/series": PATHS,
     "phi/kernels": WEIGHT,
     "phi/weight": WEIGHT,
     "phi/evaluators": PATHS,
+    "phi/cubics": ["tests/phi/test_together.py", "tests/phi/test_operators.py", *PATHS],
+    "phi/cubic_tables": ["tests/phi/test_together.py", *PATHS],
     "study/statistics": ["tests/study/test_statistics.py"],
 }
 

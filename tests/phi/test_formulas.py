@@ -11,7 +11,7 @@ from scipy.interpolate import BSpline
 
 from basisadapt.core.errors import InputError
 from basisadapt.phi.bank import ONE, Transfer, TransferBank, inverse_softplus
-from basisadapt.phi.basis import BASES
+from basisadapt.phi.basis import BASES, width
 from basisadapt.phi.grids import GRIDS
 from basisadapt.phi.settings import PhiSettings
 from basisadapt.phi.sharing import SHARING, AdaptedModule, rows
@@ -34,6 +34,11 @@ numbers = st.floats(-20, 20, allow_nan=False)
 def test_basis_formula(name, x, omega, grid):
     found = BASES[name]()(*(torch.tensor(v, dtype=torch.float64) for v in (x, omega, grid)))
     assert found.item() == pytest.approx(FORMULAS[name](x, omega, grid), rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("linear", 8), ("sinusoid", 1), ("gaussian_rbf", np.sqrt(np.e / 2))])
+def test_width(name, expected):
+    assert width(BASES[name]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_phi_is_the_sum():
@@ -90,6 +95,7 @@ TABLES = {  # rows of x, omega and alpha for 12 modules
     "alpha": (12, 12, 1),
     "all": (1, 1, 1),
     "kind": (2, 2, 2),
+    "layer": (3, 3, 3),
 }
 
 
@@ -100,6 +106,11 @@ def test_sharing_counts(name):
     assert found == TABLES[name]
     assert sum(table.numel() for table in bank.parameters()) == 4 * sum(found)
     assert len(set(rows(SHARING[name](), "alpha", MODULES))) == TABLES[name][2]
+
+
+def test_a_module_outside_the_layers_shares_with_none():
+    outside = [AdaptedModule(name, "mlp", None) for name in ("embeddings", "head")]
+    assert rows(SHARING["layer"](), "alpha", [*MODULES, *outside]) == [0] * 4 + [1] * 4 + [2] * 4 + [3, 4]
 
 
 @pytest.mark.parametrize("name", ["omega", "alpha"])
