@@ -13,6 +13,7 @@ from test_loop import Book
 from basisadapt.study.drive import loop, progress
 from basisadapt.study.plan.cells import resolve
 from basisadapt.study.plan.reading import read_spec
+from basisadapt.training import RunResult
 from basisadapt.training.execution.executor import Ended
 
 # Seconds that a cell of the main job's rows trains on two cores.
@@ -62,17 +63,17 @@ def test_cells_take_turns_seed_by_seed_the_reference_first(folder):
 
 
 class Clock:
-    """Processes that start in `starting` seconds, and then take what their cells do, by a clock that `wait` sets."""
+    """Processes that start in `starting` seconds, load for `loading`, then take what cells do; `wait` sets the clock."""
 
-    def __init__(self, slots, seconds, starting):
+    def __init__(self, slots, seconds, starting, loading):
         self.now, self.slots, self._seconds = 0.0, slots, seconds
-        self._starting, self._begins, self._free, self._running = starting, {}, [], {}
+        self._starting, self._loading, self._begins, self._free, self._running = starting, loading, {}, [], {}
 
     def submit(self, job):
         idle = self._free.pop() if self._free else None
         began = self.now if idle else self.now + self._starting
         self._begins[job.key] = began
-        self._running[job.key] = began + self._seconds[job.key]
+        self._running[job.key] = began + self._seconds[job.key] + (0.0 if idle else self._loading)
 
     def wait(self, on_step):
         key = min(self._running, key=self._running.get)
@@ -82,7 +83,8 @@ class Clock:
             on_step(begun, 0, 0)
         self.now = end
         self._free.append("idle")
-        return Ended(key)
+        metrics = {"seconds.train": 0.9 * self._seconds[key], "seconds.eval": 0.1 * self._seconds[key]}
+        return Ended(key, RunResult("finished", "bits", metrics))
 
 
 @pytest.mark.parametrize("slots", [1, 2, 4])
@@ -92,7 +94,9 @@ def test_the_time_left_is_right_within_a_third_after_three_cells(folder, monkeyp
     (folder / "rows.yaml").write_text(rows + "reference: LoRA\nseeds: [1, 2, 3, 4, 5, 6, 7, 8]\n")
     cells = resolve(read_spec("rows.yaml")).in_turn
     draw = random.Random(slots)
-    clock = Clock(slots, {cell.key: ROWS[cell.row] * draw.uniform(0.9, 1.1) for cell in cells}, starting=8.0)
+    clock = Clock(
+        slots, {cell.key: ROWS[cell.row] * draw.uniform(0.9, 1.1) for cell in cells}, starting=8.0, loading=7.0
+    )
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock.now)
     told = []
     monkeypatch.setattr(progress.Progress, "_say", lambda self, text: told.append((clock.now, text)))

@@ -40,9 +40,14 @@ def estimate_time(cells: Sequence[Cell], outcomes: Mapping[str, Outcome], execut
         if outcome is None or not outcome.done:
             missing.append(cell)
         elif outcome.status == "finished" and "seconds.train" in outcome.metrics:
-            by_row.setdefault(cell.row, []).append(sum(outcome.metrics.get(name, 0.0) for name in SECONDS))
+            by_row.setdefault(cell.row, []).append(run_time(outcome.metrics))
     seconds = time_left([(cell.row, 0.0) for cell in missing], by_row, executor.slots)
     return None if seconds is None else Estimate(seconds, len(missing), sum(map(len, by_row.values())))
+
+
+def run_time(metrics: Mapping[str, float]) -> float:
+    """The run time of a finished cell in seconds, without what its process loads first."""
+    return sum(metrics.get(name, 0.0) for name in SECONDS)
 
 
 def time_left(left: Sequence[tuple[str, float]], took: Mapping[str, Sequence[float]], slots: int) -> float | None:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from basisadapt.core.command import tell
 from basisadapt.core.grouping import grouped
-from basisadapt.study.drive.estimate import duration, time_left
+from basisadapt.study.drive.estimate import duration, run_time, time_left
 from basisadapt.study.outcome import Outcome
 from basisadapt.study.plan.cells import Cell, Row, Study
 from basisadapt.study.plan.spec import StudySpec
@@ -44,6 +44,7 @@ class Standing:
 class _Running:
     name: str
     began: float
+    loads: bool  # its process has run no cell before
     step: str = ""
 
 
@@ -66,6 +67,7 @@ class Progress:
         self._left = {cell.key: cell for cell in missing}
         self._took: dict[str, list[float]] = {}
         self._running: dict[str, _Running] = {}
+        self._begun = 0
         self._waiting = ""
 
     def __enter__(self) -> Progress:
@@ -76,7 +78,8 @@ class Progress:
 
     def begin(self, cell: Cell) -> None:
         """A cell has started."""
-        self._running[cell.key] = _Running(_name(cell), time.monotonic())
+        self._running[cell.key] = _Running(_name(cell), time.monotonic(), loads=self._begun < self._slots)
+        self._begun += 1
         self._show()
 
     def step(self, key: str, step: int, total: int) -> None:
@@ -94,8 +97,11 @@ class Progress:
 
     def end(self, cell: Cell, shown: str, result: RunResult | None) -> None:
         """A cell has ended: print its row's difference and the remaining time. result: None if it failed."""
-        seconds = time.monotonic() - self._running.pop(cell.key).began
-        self._took.setdefault(cell.row, []).append(seconds)
+        running = self._running.pop(cell.key)
+        seconds = time.monotonic() - running.began
+        # The backbone and the data are loaded once: a row's other cells will not take as long as the first.
+        again = run_time(result.metrics) if running.loads and result is not None else seconds
+        self._took.setdefault(cell.row, []).append(again)
         self._ended(cell, f"{shown}{self._standing.after(cell, result)} ({seconds:.0f} s)")
 
     def wait(self, cell: Cell) -> None:
