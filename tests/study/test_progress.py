@@ -63,7 +63,7 @@ def test_cells_take_turns_seed_by_seed_the_reference_first(folder):
 
 
 class Clock:
-    """Processes that start in `starting` seconds, load for `loading`, then take what cells do; `wait` sets the clock."""
+    """Processes that start in `starting` seconds, load for `loading`, then do their cells; `wait` sets the clock."""
 
     def __init__(self, slots, seconds, starting, loading):
         self.now, self.slots, self._seconds = 0.0, slots, seconds
