@@ -50,7 +50,7 @@ PATHS = [
     "tests/phi/test_evaluators.py",
     "-k=not [512 and not [50 and not narrow_peak_among_many",
 ]
-WEIGHT = ["tests/phi/test_weight.py", "tests/phi/test_evaluators.py", PATHS[-1]]
+WEIGHT = ["tests/phi/test_weight.py", "tests/phi/test_evaluators.py", "tests/phi/test_operators.py", PATHS[-1]]
 TESTS = {
     "phi/bases": [*FORMULAS, *PATHS[:2]],
     "phi/basis": [*FORMULAS, "tests/adapter/test_wrong_inputs.py::test_a_basis_that_is_none"],
@@ -62,7 +62,7 @@ TESTS = {
     "phi/evaluators": PATHS,
     "phi/cubics": ["tests/phi/test_together.py", "tests/phi/test_operators.py", *PATHS],
     "phi/cubic_tables": ["tests/phi/test_together.py", *PATHS],
-    "study/statistics": ["tests/study/test_statistics.py"],
+    "study/statistics": ["tests/study/test_statistics.py", "tests/study/test_law.py"],
 }
 
 
