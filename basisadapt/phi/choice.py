@@ -212,7 +212,7 @@ class Choice:
             self._count += 1
             degrees = self._read(self._recorded.repeat(), False)
             if all(degrees):
-                return self._recorded.rest, list(self._recorded.evaluators(degrees))
+                return self._recorded.rest, self._recorded.evaluators(degrees)
             work = make()
             return work, self._look(work)
         work = make()
@@ -228,7 +228,7 @@ class Choice:
             self._recorded is not None
             and not due
             and torch.is_grad_enabled()
-            and not _in_capture()
+            and not _capturing()
             and self._recorded.serves()
         )
 
@@ -240,7 +240,7 @@ class Choice:
             and self._steady > RECORD_AFTER
             and torch.is_grad_enabled()
             and deferred(work.gains)
-            and not _in_capture()
+            and not _capturing()
             and all(isinstance(evaluator, Series | Row) for evaluator in made)
         )
 
@@ -258,7 +258,7 @@ class Choice:
 
     def evaluators(self, work: Work) -> list[Evaluator | Split]:
         """One evaluator per module."""
-        capturing = _capturing(work.gains)
+        capturing = _capturing()
         due = self._count % VERIFY_EVERY == 0 and not capturing
         self._count += not capturing
         if self._seen is None or due:
@@ -431,14 +431,9 @@ def _sent(numbers: tuple[float, ...], device: torch.device) -> Tensor:
         return torch.tensor(numbers, dtype=torch.float64, device=device)
 
 
-def _capturing(tensor: Tensor) -> bool:
+def _capturing() -> bool:
     """Whether a CUDA graph is being captured."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def _in_capture() -> bool:
-    """The same, where there is no tensor yet."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def deferred(tensor: Tensor) -> bool:

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from basisadapt.phi import series
 from basisadapt.phi.cubics import Row
 from basisadapt.phi.evaluators import Evaluator, Series, Split
+from basisadapt.phi.recorded import Pass
 from basisadapt.phi.weight import Execution, product, product_dtype, pull_back
 
 LENGTH = series.POINTS[-1] + series.POWER_COUNT  # of a row: what the longest series needs
@@ -104,12 +105,6 @@ class Link:
             torch._dynamo.mark_static_address(packed)
             if numbers is not linked.row:  # a table; inductor cannot copy one of unknown size for a kernel (torch 2.11)
                 torch._dynamo.mark_static(numbers)
-
-
-class Pass:
-    """A pass through a model. ended: its backward pass has been."""
-
-    ended = False
 
 
 class Room(dict[tuple[str, int], Tensor]):

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from basisadapt.core.errors import InputError
 from basisadapt.phi.cubics import Row
-from basisadapt.phi.evaluators import Evaluator, Series
+from basisadapt.phi.evaluators import Evaluator, Series, Split
 
 
 class Graphs:
@@ -47,8 +47,8 @@ class Graphs:
         self._graphs[index].replay()
 
 
-class _Pass:
-    """A pass that uses what was recorded. ended: its backward pass has been."""
+class Pass:
+    """A pass through a model. ended: its backward pass has been."""
 
     ended = False
 
@@ -77,7 +77,7 @@ class Recorded:
             lambda: torch.autograd.grad(self.parameters, trained, self._upstream, allow_unused=True)
         )
         self._run = 0
-        self._open: ref[_Pass] | None = None
+        self._open: ref[Pass] | None = None
 
     def _read(self) -> list[tuple[int, torch.dtype, bool]]:
         """What tells whether the inputs are still the same tensors."""
@@ -94,12 +94,12 @@ class Recorded:
         self._graphs.repeat(0)
         return self._numbers
 
-    def evaluators(self, degrees: Sequence[int]) -> list[Evaluator]:
+    def evaluators(self, degrees: Sequence[int]) -> list[Evaluator | Split]:
         """The evaluators after `repeat`, with a new graph of autograd. degrees: see `Series`."""
-        this = _Pass()
+        this = Pass()
         self._open = ref(this)
         parameters = iter(_Renewed.apply(self, self._run, this, *self._tables()))  # type: ignore[no-untyped-call]
-        found: list[Evaluator] = []
+        found: list[Evaluator | Split] = []
         for old, degree in zip(self._made, degrees, strict=True):
             if isinstance(old, Series):
                 found.append(Series(next(parameters), old.packed, degree))
@@ -131,7 +131,7 @@ class _Renewed(torch.autograd.Function):
     """What the graph holds, with gradients to the tables."""
 
     @staticmethod
-    def forward(ctx: Any, recorded: Recorded, run: int, this: _Pass, *tables: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, recorded: Recorded, run: int, this: Pass, *tables: Tensor) -> tuple[Tensor, ...]:
         ctx.recorded, ctx.run, ctx.this = recorded, run, this
         ctx.set_materialize_grads(False)
         return tuple(parameter.detach() for parameter in recorded.parameters)

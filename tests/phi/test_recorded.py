@@ -121,6 +121,8 @@ SETTINGS = {
     "normalised gain": {"gain": "normalised:1", "grid": "learned"},
     "shared": {"sharing": "all"},
     "frozen omega": {"learn_omega": False},
+    "tables": {"gain": 300.0, "omega_init": "nyquist", "num_basis": 16},
+    "splines": {"basis": "bspline", "gain": 30.0},
 }
 
 
@@ -130,20 +132,6 @@ def test_steps_are_those_of_a_plain_compilation(name, graphs, monkeypatch):
     assert sum(one.count for one in graphs) > 20
     monkeypatch.setattr(choice, "RECORD_AFTER", math.inf)
     equal(ours, trained(model_of(**SETTINGS[name]), 40))
-
-
-TABLES = {
-    "tables": {"gain": 300.0, "omega_init": "nyquist", "num_basis": 16},
-    "splines": {"basis": "bspline", "gain": 30.0},
-}
-
-
-@pytest.mark.parametrize("name", TABLES)
-def test_tables_too(name, graphs, monkeypatch):
-    ours = trained(model_of(**TABLES[name]), 40)
-    assert sum(one.count for one in graphs) > 20
-    monkeypatch.setattr(choice, "RECORD_AFTER", math.inf)
-    equal(ours, trained(model_of(**TABLES[name]), 40))
 
 
 def look_without_gradients(model, step):
@@ -223,9 +211,10 @@ HISTORIES = [look_without_gradients, two_passes_before_one_backward, a_pass_with
 HISTORIES += [load, assign, freeze, merge, jump]
 
 
-@pytest.mark.parametrize("settings", [{}, {"gain": 300.0, "omega_init": "nyquist", "num_basis": 16}])
+@pytest.mark.parametrize("name", ["series", "tables"])
 @pytest.mark.parametrize("history", HISTORIES, ids=lambda f: f.__name__)
-def test_histories(history, settings, graphs, monkeypatch):
+def test_histories(history, name, graphs, monkeypatch):
+    settings = SETTINGS[name]
     ours = trained(model_of(**settings), 36, history)
     assert sum(one.count for one in graphs) > 5
     monkeypatch.setattr(choice, "RECORD_AFTER", math.inf)
